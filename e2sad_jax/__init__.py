@@ -1,0 +1,23 @@
+"""Adversarial training at the price of two gradient steps (e2SAD), as pure JAX functions.
+
+>>> import e2sad_jax
+>>> from e2sad_jax import attacks, defenses, losses, models
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from e2sad_jax import attacks, defenses, errors, losses, models
+
+if TYPE_CHECKING:
+    from e2sad_jax.checkpoint import load
+
+__version__ = "0.1.0"
+__all__ = ["attacks", "defenses", "errors", "load", "losses", "models"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":  # brings Orbax along, so only when it is asked for
+        from e2sad_jax.checkpoint import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,70 @@
+"""The efficient two-step adversarial defense, e2SAD (Algorithm 1)."""
+
+import jax
+
+from e2sad_jax.attacks import fgsm, second_step
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, weighted
+from e2sad_jax.losses import cross_entropy, dissimilarity
+
+
+def e2sad(
+    logits_fn: LogitsFn,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    alpha: float = 0.6,
+    lam: float = 0.1,
+    eps1: float = 0.3,
+    eps2: float = 0.1,
+    objective: str = "total",
+    clip_second: bool = False,
+    bounds: Bounds = (0.0, 1.0),
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Parts]:
+    """Loss of Algorithm 1 (Eq. 8) on one minibatch.
+
+    alpha J(theta, x, y) + (1 - alpha) J(theta, x_adv, y) + lambda / m sum_i D(f(x_adv_i), f(x_adv2_i))
+
+    Both adversarial points are constants; the gradient of D flows through both of its arguments.
+
+    Args:
+      logits_fn: images `[N, ...]` to logits `[N, K]`; f is its softmax.
+      x: clean images `[N, ...]`, inside `bounds`.
+      y: target distributions `[N, K]`; the paper trains with soft ones (`losses.soft_labels`).
+      alpha: weight of the clean term, in [0, 1].
+      lam: weight lambda of the dissimilarity, at least 0.
+      eps1: l-infinity budget of the first step, at least 0, in the images' own units.
+      eps2: budget of the second step around the first point, at least 0.
+      objective: what the second step differentiates, one of `attacks.OBJECTIVES` (Eq. 7 itself has a zero gradient).
+      clip_second: clip the second point to `bounds` too; the paper does not.
+      bounds: range of valid images, or None.
+      key: random key; needed by the objectives "noise" and "random" alone.
+
+    Returns:
+      The loss, a scalar, and its parts by name, before their weights.
+
+    Raises:
+      ValueError: if a weight, a budget or `objective` is out of range.
+    """
+    check_weight("e2sad", "alpha", alpha, 1)
+    check_weight("e2sad", "lam", lam)
+    m = x.shape[0]
+
+    def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
+        return cross_entropy(logits_fn(z), y) / m
+
+    # Line 3 (Eq. 6): the first point, by FGSM.
+    x_adv = fgsm(weighted(alpha, J), x, eps=eps1, bounds=bounds)
+    # Line 4 (Eq. 7): the second point, where the prediction changes most.
+    x_adv2 = second_step(
+        logits_fn, x_adv, eps=eps2, objective=objective, loss_fn=J, key=key, bounds=bounds if clip_second else None
+    )
+    f_adv, f_adv2 = logits_fn(x_adv), logits_fn(x_adv2)
+    # Line 6.
+    clean, adversarial = J(x).sum(), cross_entropy(f_adv, y).mean()
+    L_adv = alpha * clean + (1 - alpha) * adversarial
+    # Line 7.
+    D = dissimilarity(f_adv, f_adv2).mean()
+    L_d = lam * D
+    # Line 8.
+    return L_adv + L_d, {"clean": clean, "adversarial": adversarial, "dissimilarity": D}

@@ -1,0 +1,53 @@
+"""Hamm's minimax defense with a gradient-norm penalty (Eq. 5)."""
+
+import jax
+import optax
+
+from e2sad_jax.attacks import fgsm
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, weighted
+from e2sad_jax.losses import cross_entropy
+
+
+def hamm(
+    logits_fn: LogitsFn,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    alpha: float = 0.6,
+    eps: float = 0.3,
+    bounds: Bounds = (0.0, 1.0),
+) -> tuple[jax.Array, Parts]:
+    """alpha J(theta, x, y) + (1 - alpha) [J(theta, x_adv, y) + eps N / 2 ||dJ(theta, x_adv, y) / dx_adv||].
+
+    The bracket is Eq. 5: J the batch mean, N the batch size, x_adv by FGSM and held constant, the norm the L2 norm of the
+    whole batch's gradient. It is mixed with the clean term as the paper does; `alpha=0` gives Eq. 5 alone. The penalty is
+    differentiated through the gradient, a second derivative; where the gradient vanishes the norm's own is taken as 0.
+
+    Args:
+      logits_fn: images `[N, ...]` to logits `[N, K]`, twice differentiable.
+      x: clean images `[N, ...]`, inside `bounds`.
+      y: target distributions `[N, K]`, hard or soft; the attack uses them too.
+      alpha: weight of the clean term, in [0, 1].
+      eps: l-infinity budget of the attack, at least 0, in the images' own units.
+      bounds: range of valid images, or None.
+
+    Returns:
+      The loss, a scalar, and its parts by name, before their weights.
+
+    Raises:
+      ValueError: if `alpha` or `eps` is out of range.
+
+    Reference: Hamm, 2018, "Machine vs machine: minimax-optimal defense against adversarial examples"
+    """
+    check_weight("hamm", "alpha", alpha, 1)
+    m = x.shape[0]
+
+    def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
+        return cross_entropy(logits_fn(z), y) / m
+
+    x_adv = fgsm(weighted(alpha, J), x, eps=eps, bounds=bounds)
+    clean = J(x).sum()
+    adversarial, gradient = jax.value_and_grad(lambda z: J(z).sum())(x_adv)
+    penalty = eps * m / 2 * optax.safe_norm(gradient.ravel(), 0.0)
+    loss = alpha * clean + (1 - alpha) * (adversarial + penalty)
+    return loss, {"clean": clean, "adversarial": adversarial, "penalty": penalty}

@@ -1,0 +1,35 @@
+"""The errors that a user of this package may see.
+
+Each message stands on its own: what is wrong, the value found, the bound, and what to change. The experiments print
+it as one line and exit with `exit_code`, so no traceback hides it.
+"""
+
+
+class Error(Exception):
+    """Base of every error that this package raises for a reason its user can mend."""
+
+    exit_code = 1
+
+
+class ConfigError(Error, ValueError):
+    """A setting that cannot be right: names the flag, its value and its range."""
+
+    exit_code = 2
+
+
+class DataError(Error, ValueError):
+    """Images or labels that are missing, damaged, or not what they claim to be."""
+
+    exit_code = 2
+
+
+class WorkdirError(Error):
+    """A workdir that does not fit this run, or that cannot be read."""
+
+    exit_code = 2
+
+
+class NonFiniteError(Error, ArithmeticError):
+    """A loss or metric became NaN or infinite: names the step and the last good checkpoint."""
+
+    exit_code = 3

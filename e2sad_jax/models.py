@@ -1,0 +1,126 @@
+"""The paper's networks (Tables 4 and 5) and a narrow one for small images, as Flax Linen modules.
+
+They take images `[N, H, W, C]` and return logits `[N, num_classes]`, float32 at least; the softmax of the paper's tables is
+left to the losses.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from e2sad_jax.errors import DataError
+
+
+class MnistCNN(nn.Module):
+    """Table 4: two 5x5 convolutions (padding 2), each with ReLU and 2x2 max pooling, then 1,024 units; 3,274,634 parameters
+    for 28x28x1 images and 10 classes.
+
+    Attributes:
+      num_classes: number of classes K.
+      features: filters of the two convolutions.
+      hidden: units of the fully connected layer.
+      dtype: what the layers compute in; None for the parameters' own.
+      precision: of products in float32 (`jax.lax.Precision`).
+    """
+
+    num_classes: int = 10
+    features: Sequence[int] = (32, 64)
+    hidden: int = 1024
+    dtype: Any = None
+    precision: Any = None
+
+    min_size = 4  # two poolings
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kwargs = {"dtype": self.dtype, "precision": self.precision}
+        for features in self.features:
+            x = nn.relu(nn.Conv(features, (5, 5), padding=2, **kwargs)(x))
+            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = x.reshape(x.shape[0], -1)
+        x = nn.relu(nn.Dense(self.hidden, **kwargs)(x))
+        return _logits(nn.Dense(self.num_classes, **kwargs)(x))
+
+
+class SvhnCNN(nn.Module):
+    """Table 5: 5x5x32 and 5x5x64 convolutions, pooling, 3x3x128, pooling, then 512 units, no padding; 1,771,594 parameters
+    for 32x32x3 images and 10 classes.
+
+    Attributes: as of `MnistCNN`.
+    """
+
+    num_classes: int = 10
+    features: Sequence[int] = (32, 64, 128)
+    hidden: int = 512
+    dtype: Any = None
+    precision: Any = None
+
+    min_size = 16  # 16 -> 12 -> 8 -> 4 -> 2 -> 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kwargs = {"padding": "VALID", "dtype": self.dtype, "precision": self.precision}
+        first, second, third = self.features
+        x = nn.relu(nn.Conv(first, (5, 5), **kwargs)(x))
+        x = nn.relu(nn.Conv(second, (5, 5), **kwargs)(x))
+        x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = nn.relu(nn.Conv(third, (3, 3), **kwargs)(x))
+        x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = x.reshape(x.shape[0], -1)
+        del kwargs["padding"]
+        x = nn.relu(nn.Dense(self.hidden, **kwargs)(x))
+        return _logits(nn.Dense(self.num_classes, **kwargs)(x))
+
+
+def _logits(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+MODELS = {
+    "mnist_cnn": MnistCNN,  # Table 4
+    "svhn_cnn": SvhnCNN,  # Table 5
+    "digits_cnn": lambda **kwargs: MnistCNN(features=(16, 32), hidden=256, **kwargs),  # Table 4 narrowed, for a laptop
+}
+
+# How `--precision` maps to layers: JAX rounds float32 products to TF32 or bfloat16 on accelerators unless told not to.
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "float32": {"precision": jax.lax.Precision.HIGHEST},
+    "tf32": {"precision": jax.lax.Precision.DEFAULT},
+    "bf16": {"dtype": jnp.bfloat16},
+}
+
+
+def create(name: str, num_classes: int, image_shape: tuple[int, int, int], precision: str = "float32") -> nn.Module:
+    """The named network for images of `image_shape`.
+
+    Args:
+      name: a key of `MODELS`.
+      num_classes: number of classes K, at least 2.
+      image_shape: (H, W, C).
+      precision: a key of `PRECISIONS`; parameters and losses stay float32.
+
+    Raises:
+      DataError: if the images are too small for the network.
+      KeyError: if `name` or `precision` is unknown.
+    """
+    model = MODELS[name](num_classes=num_classes, **PRECISIONS[precision])
+    if min(image_shape[:2]) < model.min_size:
+        raise DataError(
+            f"images of {image_shape[0]}x{image_shape[1]} are too small for {name}, which needs at least "
+            f"{model.min_size}x{model.min_size}; choose another --model ({', '.join(MODELS)})"
+        )
+    return model
+
+
+def describe(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
+    """The layer table of `model` for one image, with output shapes and parameter counts; nothing is computed."""
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return model.tabulate(jax.random.key(0), image, console_kwargs={"width": 110, "force_terminal": False})
+
+
+def count_parameters(params: Any) -> int:
+    """Number of scalars in a tree of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
