@@ -117,7 +117,7 @@ def create(name: str, num_classes: int, image_shape: tuple[int, int, int], preci
 
 def describe(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
     """The layer table of `model` for one image, with output shapes and parameter counts; nothing is computed."""
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    image = jnp.zeros((1, *image_shape))
     return model.tabulate(jax.random.key(0), image, console_kwargs={"width": 110, "force_terminal": False})
 
 

@@ -1,0 +1,189 @@
+"""Checkpoints with Orbax, and a trained classifier read back from its workdir."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from e2sad_jax import models
+from e2sad_jax.config import Config
+from e2sad_jax.errors import DataError, WorkdirError
+from e2sad_jax.train import TrainState, init_state
+from e2sad_jax.transforms import TRANSFORMS, Transform
+from e2sad_jax.workdir import read_config
+
+
+class Checkpoints:
+    """The checkpoints of one workdir: the last one, and the best one by `score`.
+
+    Orbax writes each into a temporary folder and renames it when it is whole, in the background while training goes on.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str]):
+        policies = ocp.checkpoint_managers
+        self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(1), policies.BestN(get_metric_fn=_score, n=1)]
+                ),
+                best_fn=_score,
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._manager.close()
+
+    @property
+    def last_step(self) -> int | None:
+        """Step of the newest checkpoint, None where there is none."""
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the checkpoint of the highest score, None where there is none."""
+        return self._manager.best_step()
+
+    def save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
+        """Begins to write a checkpoint; `metrics` must hold `score`. A step that is there already is left alone."""
+        if step != self.last_step:
+            self._manager.save(step, args=ocp.args.StandardSave(_storable(state)), metrics=dict(metrics))
+
+    def metrics(self, step: int) -> Mapping[str, float]:
+        """What was saved beside the checkpoint of `step`."""
+        return self._manager.metrics(step)  # type: ignore[no-any-return]
+
+    def wait(self) -> None:
+        """Waits until all checkpoints are on disk."""
+        self._manager.wait_until_finished()
+
+    def restore(self, like: TrainState, step: int | None = None) -> TrainState:
+        """The state of `step`, the last one by default.
+
+        Args:
+          like: a state of the same configuration; gives shapes, dtypes and placement.
+          step: a step that was kept.
+
+        Raises:
+          WorkdirError: if there is no such checkpoint, or it cannot be read or fits another network.
+        """
+        step = self.last_step if step is None else step
+        if step is None:
+            raise WorkdirError(f"{self.folder} holds no checkpoint yet")
+        stored = _storable(like)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, stored)
+        try:
+            restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that it cannot be used
+            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+            raise WorkdirError(
+                f"cannot read the checkpoint {self.folder / str(step)}: {reason}; delete that folder to go on from an earlier "
+                "one or from the start"
+            ) from error
+        for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(restored), strict=True):
+            if a.shape != b.shape or a.dtype != b.dtype:
+                raise WorkdirError(f"the checkpoint {self.folder / str(step)} fits another network: {b.shape} for {a.shape}")
+        return restored.replace(key=jax.random.wrap_key_data(restored.key))
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics["score"]
+
+
+def _storable(state: TrainState) -> TrainState:
+    """The state with its random key as plain numbers."""
+    return state.replace(key=jax.random.key_data(state.key))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Classifier:
+    """A trained network as a function from images to probabilities.
+
+    Attributes:
+      config: settings of its run.
+      dataset: description of the data it was trained on (name, version, sizes).
+      step: training steps done.
+      model: the Flax module.
+      params: its variables.
+      transform: from images to the network's input; attacks work behind it, inside `transform.bounds`.
+    """
+
+    config: Config
+    dataset: Mapping[str, Any]
+    step: int
+    model: nn.Module
+    params: Any
+    transform: Transform
+
+    def __post_init__(self) -> None:
+        probabilities = jax.jit(lambda p, x: jax.nn.softmax(self.model.apply(p, self.transform.apply(x))))
+        object.__setattr__(self, "_probabilities", probabilities)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Logits `[N, K]` of network inputs `[N, H, W, C]`, behind the transform: what an attack differentiates."""
+        return self.model.apply(self.params, x)
+
+    def __call__(self, images: Any) -> jax.Array:
+        """Class probabilities.
+
+        Args:
+          images: `[N, H, W, C]` or, with one channel, `[N, H, W]`; uint8, or floating point in [0, 1].
+
+        Returns:
+          `[N, K]`, float32, rows summing to 1.
+
+        Raises:
+          DataError: if the shape or dtype is not that of the training images.
+        """
+        images = jnp.asarray(images)
+        height, width, channels = self.dataset["image_shape"]
+        if images.ndim == 3 and channels == 1:
+            images = images[..., None]
+        if images.shape[1:] != (height, width, channels):
+            raise DataError(f"images have shape {images.shape}; this classifier takes [N, {height}, {width}, {channels}]")
+        if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+            raise DataError(f"images are {images.dtype}; this classifier takes uint8, or floating point in [0, 1]")
+        return self._probabilities(self.params, images)  # type: ignore[attr-defined, no-any-return]
+
+
+def load(workdir: str | os.PathLike[str], which: str = "last") -> Classifier:
+    """The classifier that a run left in its workdir.
+
+    Args:
+      workdir: folder of the run.
+      which: "last" for the newest checkpoint, "best" for the one of the highest robust accuracy in validation.
+
+    Returns:
+      A function from images to probabilities, see `Classifier`.
+
+    Raises:
+      WorkdirError: if `workdir` holds no run, or no readable checkpoint.
+      ValueError: if `which` is neither.
+    """
+    if which not in ("last", "best"):
+        raise ValueError(f"load: which={which!r}; it must be 'last' or 'best'")
+    workdir = pathlib.Path(workdir)
+    config, dataset = read_config(workdir)
+    shape = tuple(dataset["image_shape"])
+    model = models.create(config.model, dataset["num_classes"], shape, config.precision)
+    if not (workdir / "checkpoints").is_dir():
+        raise WorkdirError(f"{workdir} holds no checkpoint yet")
+    with Checkpoints(workdir) as checkpoints:
+        state = checkpoints.restore(
+            init_state(config, model, shape), checkpoints.best_step if which == "best" else checkpoints.last_step
+        )
+    return Classifier(config, dataset, int(state.step), model, state.params, TRANSFORMS[config.transform])

@@ -1,0 +1,130 @@
+"""One run's settings: each with its meaning and range, checked before anything is loaded."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from e2sad_jax.attacks import OBJECTIVES
+from e2sad_jax.errors import ConfigError
+
+DEFENSES = ("natural", "fgsm", "ifgsm", "pgd", "hamm", "e2sad")
+
+
+def _setting(
+    default: Any,
+    help: str,
+    *,
+    lower: float | None = None,
+    upper: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    identity: bool = True,
+) -> Any:
+    """A field with its range; `identity` says whether runs that differ in it are different runs."""
+    metadata = {"help": help, "lower": lower, "upper": upper, "above": above, "choices": choices, "identity": identity}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of one training run. The defaults are the paper's for MNIST; `experiments/` holds those for each data set."""
+
+    defense: str = _setting("e2sad", "how to train", choices=DEFENSES)
+    data: str = _setting("mnist", "mnist, svhn, digits, or a file PATH.npz", identity=False)
+    model: str = _setting("mnist_cnn", "network", choices=("mnist_cnn", "svhn_cnn", "digits_cnn"))
+    transform: str = _setting("unit", "input transform; every eps is in its units", choices=("unit", "standardize"))
+    steps: int = _setting(30_000, "training steps", lower=1, identity=False)
+    epochs: float = _setting(0.0, "passes over the training set instead of --steps, 0: use --steps", lower=0, identity=False)
+    batch_size: int = _setting(256, "images a step", lower=1)
+    learning_rate: float = _setting(1e-3, "Adam's learning rate", above=0)
+    alpha: float = _setting(0.6, "weight of the clean loss", lower=0, upper=1)
+    lam: float = _setting(0.1, "weight lambda of e2SAD's dissimilarity", lower=0)
+    eps1: float = _setting(0.3, "l-infinity budget of the training attack (e2SAD: of its first step)", lower=0)
+    eps2: float = _setting(0.1, "budget of e2SAD's second step", lower=0)
+    attack_steps: int = _setting(30, "gradient steps of the training attack (ifgsm, pgd)", lower=1)
+    attack_step_size: float = _setting(
+        0.0, "step of the training attack, 0: eps1 / attack_steps (ifgsm), 2.5 eps1 / attack_steps (pgd)", lower=0
+    )
+    second_step: str = _setting("total", "what e2SAD's second step differentiates", choices=OBJECTIVES)
+    clip_second: bool = _setting(False, "clip e2SAD's second point to the image range")
+    soft_label: bool = _setting(True, "train on soft labels, 1 - delta for the true class")
+    delta: float = _setting(0.25, "mass that soft labels give to the wrong classes", above=0, upper=0.999)
+    seed: int = _setting(0, "seed of initialisation, order and attacks", lower=0, upper=2**32 - 1)
+    precision: str = _setting("float32", "what the layers compute in", choices=("float32", "tf32", "bf16"))
+    validation_examples: int = _setting(
+        0, "training images held out to choose the best checkpoint, 0: watch 500 of the training images", lower=0
+    )
+    eval_examples: int = _setting(0, "test images to evaluate, the first ones, 0: all", lower=0, identity=False)
+    eval_batch_size: int = _setting(250, "images a batch in evaluation", lower=1, identity=False)
+    checkpoint_every: int = _setting(500, "steps between checkpoints", lower=1, identity=False)
+    log_every: int = _setting(50, "steps between lines of metrics", lower=1, identity=False)
+    data_dir: str = _setting("", "where data sets lie, empty: $E2SAD_DATA_DIR or ~/.cache/e2sad_jax", identity=False)
+    workdir: str = _setting("", "where the run is kept, empty: runs/DATA-DEFENSE-HASH", identity=False)
+    resume: bool = _setting(True, "go on from the workdir's last checkpoint", identity=False)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check(field, getattr(self, field.name))
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make two runs different runs."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["identity"]}
+
+    def digest(self) -> str:
+        """Eight hexadecimal digits of the identity."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
+
+    def total_steps(self, training_images: int) -> int:
+        """Steps to train: `steps`, or as many as `epochs` passes over `training_images` take."""
+        return math.ceil(self.epochs * training_images / self.batch_size) if self.epochs else self.steps
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Config":
+        """The configuration that `dataclasses.asdict` wrote.
+
+        Raises:
+          ConfigError: if a setting is unknown, has another type, or is out of range.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in fields:
+                raise ConfigError(f"unknown setting {name!r}; this version knows {', '.join(fields)}")
+        return cls(**values)
+
+
+def range_of(field: "dataclasses.Field[Any]") -> str:
+    """The range of a setting in words, empty where there is none."""
+    m = field.metadata
+    if m["choices"]:
+        return "one of " + ", ".join(m["choices"])
+    if m["above"] is not None:
+        return f"above {m['above']}" + (f", at most {m['upper']}" if m["upper"] is not None else "")
+    if m["lower"] is not None and m["upper"] is not None:
+        return f"in [{m['lower']}, {m['upper']}]"
+    if m["lower"] is not None:
+        return f"at least {m['lower']}"
+    return ""
+
+
+def check(field: "dataclasses.Field[Any]", value: Any) -> None:
+    """Refuses a value of the wrong type or out of range.
+
+    Raises:
+      ConfigError: with flag, value and range.
+    """
+    m, kind = field.metadata, type(field.default)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"--{field.name}={value!r}: must be of type {kind.__name__}")
+    right = not m["choices"] or value in m["choices"]
+    if kind in (int, float):
+        right &= math.isfinite(value)
+        right &= m["lower"] is None or value >= m["lower"]
+        right &= m["above"] is None or value > m["above"]
+        right &= m["upper"] is None or value <= m["upper"]
+    if not right:
+        raise ConfigError(f"--{field.name}={value}: must be {range_of(field) or 'finite'}")

@@ -1,0 +1,207 @@
+"""Attack suites and the accuracy that is left under them, example by example."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from e2sad_jax import attacks
+from e2sad_jax.losses import cross_entropy, soft_labels
+from e2sad_jax.transforms import Transform
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """One row of a suite.
+
+    Attributes:
+      name: the row's name, unique in its suite.
+      kind: "clean", "fgsm", "ifgsm" or "pgd".
+      eps: l-infinity budget in the units of the network's input.
+      steps: gradient steps.
+      step_size: None for the attack's default (ifgsm: eps / steps).
+      restarts: random restarts (pgd).
+    """
+
+    name: str
+    kind: str
+    eps: float = 0.0
+    steps: int = 0
+    step_size: float | None = None
+    restarts: int = 1
+
+    def gradients(self) -> int:
+        """Gradients taken per image, for the progress bar; a clean pass counts as one."""
+        return max(1, self.steps) * self.restarts
+
+
+SUITES: Mapping[str, tuple[Attack, ...]] = {
+    "mnist": (
+        Attack("clean", "clean"),
+        Attack("FGSM 0.3", "fgsm", 0.3, 1),
+        Attack("FGSM 0.4", "fgsm", 0.4, 1),
+        Attack("IFGSM-10", "ifgsm", 0.3, 10),
+        Attack("IFGSM-30", "ifgsm", 0.3, 30),
+        Attack("PGD-40", "pgd", 0.3, 40, 0.02),
+    ),
+    "svhn": (
+        Attack("clean", "clean"),
+        Attack("FGSM 24/255", "fgsm", 24 / 255, 1),
+        Attack("IFGSM-10", "ifgsm", 24 / 255, 10),
+        Attack("IFGSM-20", "ifgsm", 24 / 255, 20),
+        Attack("IFGSM-30", "ifgsm", 24 / 255, 30),
+        Attack("PGD-40", "pgd", 24 / 255, 40, 2 / 255),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one attack did to each example.
+
+    Attributes:
+      correct: bool `[N]`, whether the prediction is right.
+      prediction: int32 `[N]`, the predicted class.
+    """
+
+    correct: np.ndarray
+    prediction: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct.mean())
+
+
+def evaluate(
+    model: nn.Module,
+    params: Any,
+    images: np.ndarray,
+    labels: np.ndarray,
+    suite: Sequence[Attack],
+    *,
+    transform: Transform,
+    num_classes: int,
+    batch_size: int = 250,
+    seed: int = 0,
+    progress: Callable[[str, int], None] = lambda name, gradients: None,
+) -> dict[str, Outcome]:
+    """Runs each attack of `suite` on every image and keeps what became of it.
+
+    Attacks use hard labels, whatever the model was trained on. The last batch is padded to full size and its padding left
+    out of the result, so no image is dropped and nothing is compiled twice. Random numbers belong to the image's place in
+    `images`, so the result does not depend on `batch_size`.
+
+    Args:
+      model: network to attack.
+      params: its variables.
+      images: `[N, H, W, C]` as stored, before `transform`.
+      labels: `[N]`, integers in `[0, num_classes)`.
+      suite: attacks to run, as in `SUITES`.
+      transform: from stored images to the network's input.
+      num_classes: number of classes K.
+      batch_size: images at once.
+      seed: seed of the random starts.
+      progress: called with an attack's name and the gradients taken per image, times images, since the last call.
+
+    Returns:
+      An `Outcome` for each attack, by name, `[N]`.
+    """
+    n = len(images)
+    batch_size = min(batch_size, n)
+    outcomes = {}
+    for attack in suite:
+        attack_batch = _attack_batch(model, attack, transform, num_classes)
+        predictions = []
+        for first in range(0, n, batch_size):
+            index = np.arange(first, first + batch_size)
+            rows = np.minimum(index, n - 1)  # the padding repeats the last image
+            predictions.append(attack_batch(params, images[rows], labels[rows], index, np.uint32(seed)))
+            count = min(batch_size, n - first)
+            if len(predictions) > 1:  # one batch behind, so that the device never waits for the host
+                predictions[-2].block_until_ready()
+            progress(attack.name, count * attack.gradients())
+        prediction = np.concatenate([np.asarray(p) for p in predictions])[:n]
+        outcomes[attack.name] = Outcome(prediction == labels, prediction)
+    return outcomes
+
+
+@functools.lru_cache(maxsize=32)
+def _attack_batch(model: nn.Module, attack: Attack, transform: Transform, num_classes: int) -> Callable[..., jax.Array]:
+    """The jitted `(params, images, labels, index, seed) -> predicted classes`, compiled once for all models alike."""
+
+    @jax.jit
+    def attack_batch(
+        params: Any, images: jax.Array, labels: jax.Array, index: jax.Array, seed: jax.Array
+    ) -> jax.Array:
+        def logits_fn(z: jax.Array) -> jax.Array:
+            return model.apply(params, z)
+
+        x, y = transform.apply(images), soft_labels(labels, num_classes, 0.0)
+        return logits_fn(perturb(attack, logits_fn, x, y, bounds=transform.bounds, index=index, seed=seed)).argmax(-1)
+
+    return attack_batch
+
+
+def perturb(
+    attack: Attack,
+    logits_fn: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    bounds: tuple[float, float],
+    index: jax.Array,
+    seed: jax.typing.ArrayLike = 0,
+) -> jax.Array:
+    """The images that `attack` makes of `x`.
+
+    Args:
+      attack: what to run.
+      logits_fn: images `[N, ...]` to logits `[N, K]`.
+      x: images `[N, ...]` inside `bounds`.
+      y: one-hot labels `[N, K]`.
+      bounds: range of valid images.
+      index: `[N]`, each image's place in the data set, which its random start depends on.
+      seed: seed of the random starts.
+
+    Returns:
+      `[N, ...]`, as `x`.
+
+    Raises:
+      ValueError: if the attack's kind is unknown.
+    """
+
+    def loss_fn(z: jax.Array) -> jax.Array:
+        return cross_entropy(logits_fn(z), y)
+
+    match attack.kind:
+        case "clean":
+            return x
+        case "fgsm":
+            return attacks.fgsm(loss_fn, x, eps=attack.eps, bounds=bounds)
+        case "ifgsm":
+            return attacks.ifgsm(
+                loss_fn, x, eps=attack.eps, steps=attack.steps, step_size=attack.step_size, bounds=bounds
+            )
+        case "pgd":
+            return attacks.pgd(
+                jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index),
+                loss_fn,
+                x,
+                eps=attack.eps,
+                steps=attack.steps,
+                step_size=attack.step_size,
+                restarts=attack.restarts,
+                misclassified_fn=lambda z: logits_fn(z).argmax(-1) != y.argmax(-1),
+                bounds=bounds,
+            )
+    raise ValueError(f"attack {attack.name!r}: kind={attack.kind!r} must be clean, fgsm, ifgsm or pgd")
+
+
+def worst_case(outcomes: Mapping[str, Outcome]) -> np.ndarray:
+    """Per example, whether the prediction is right under every attack, bool `[N]`."""
+    return np.logical_and.reduce([outcome.correct for outcome in outcomes.values()])

@@ -1,0 +1,145 @@
+"""What a run tells while it works: a bar at a terminal, plain lines in a log; metrics to files, without waiting."""
+
+import collections
+import json
+import math
+import pathlib
+import sys
+import time
+from types import TracebackType
+
+import jax
+import tqdm
+
+from e2sad_jax.errors import NonFiniteError
+from e2sad_jax.workdir import write_text
+
+
+class Bar:
+    """A progress bar at a terminal; elsewhere a plain line now and then, at least `interval` seconds apart."""
+
+    def __init__(self, title: str, total: int, unit: str, *, initial: int = 0, interval: float = 30.0):
+        self.title, self.total, self.unit, self.done = title, total, unit, initial
+        self._initial, self._start, self._interval = initial, time.monotonic(), interval
+        self._last_line = self._start - interval + 2  # the first line comes soon
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm.tqdm(
+                desc=title, total=total, unit=f" {unit}", initial=initial, dynamic_ncols=True, smoothing=0.1
+            )
+
+    def update(self, amount: int, note: str = "") -> None:
+        """Moves on by `amount`; `note` is shown behind the count."""
+        self.done += amount
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(amount)
+        elif time.monotonic() - self._last_line >= self._interval or self.done >= self.total:
+            self._last_line = time.monotonic()
+            elapsed = self._last_line - self._start
+            left = (self.total - self.done) * elapsed / max(self.done - self._initial, 1)
+            print(
+                f"{self.title}: {self.done:,}/{self.total:,} {self.unit}"
+                + (f", {note}" if note else "")
+                + (f", {duration(left)} left" if self.done < self.total else f", took {duration(elapsed)}"),
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def write(self, line: str) -> None:
+        """Prints a line without disturbing the bar."""
+        tqdm.tqdm.write(line, file=sys.stderr)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people write them: 42s, 3m05s, 2h07m."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+class Recorder:
+    """Takes each step's metrics from the device when they are ready, never before.
+
+    They go to the bar, every `log_every` steps to `metrics.jsonl` and TensorBoard. A value that is not finite ends the run.
+    The device may run ahead of the host by `LAG` steps at most.
+    """
+
+    LAG = 64
+
+    def __init__(self, workdir: pathlib.Path, bar: Bar, *, start: int, log_every: int, batch_size: int):
+        import tensorboardX
+
+        self._path = workdir / "metrics.jsonl"
+        _drop_lines_after(self._path, start)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1, flush_secs=30)
+        self._bar, self._log_every, self._batch_size = bar, log_every, batch_size
+        self._pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        self._first = (start, time.monotonic())
+
+    def __call__(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self._pending.append((step, metrics))
+        while self._pending and (len(self._pending) > self.LAG or self._pending[0][1]["loss"].is_ready()):
+            self._take()
+
+    def flush(self) -> None:
+        """Waits for all metrics so far.
+
+        Raises:
+          NonFiniteError: if one of them is NaN or infinite.
+        """
+        while self._pending:
+            self._take()
+        self._file.flush()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes one line of values, numbers on the host, for a step."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name.replace("_", "/", 1) if name.startswith("validation_") else f"train/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+    def _take(self) -> None:
+        step, on_device = self._pending.popleft()
+        metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        wrong = [f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value)]
+        if wrong:
+            raise NonFiniteError(f"step {step}: {', '.join(wrong)}")
+        steps, seconds = step - self._first[0], time.monotonic() - self._first[1]
+        rate = steps * self._batch_size / max(seconds, 1e-9)
+        self._bar.update(1, f"loss {metrics['loss']:.4f}, {rate:,.0f} images/s")
+        if step % self._log_every == 0:
+            self.write(step, {**metrics, "images_per_second": rate})
+        if steps == 1:
+            self._first = (step, time.monotonic())  # the first step holds the compilation
+
+
+def _drop_lines_after(path: pathlib.Path, step: int) -> None:
+    """Drops what a killed run wrote beyond the checkpoint that it resumes from, torn last line included."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_text(path, "".join(kept))

@@ -1,0 +1,88 @@
+"""What a workdir holds beside its checkpoints: `config.json`, and files written whole or not at all."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+from e2sad_jax.config import Config
+from e2sad_jax.data import Dataset
+from e2sad_jax.errors import ConfigError, WorkdirError
+
+FORMAT = 1  # of config.json and the checkpoints beside it
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file atomically: whoever reads it sees the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """`write_text` of indented JSON; NaN is refused, no other program could read it."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def describe_dataset(dataset: Dataset) -> dict[str, Any]:
+    """Identity and sizes of a data set, for config.json and results.json."""
+    return {
+        "name": dataset.name,
+        "version": dataset.version,
+        "sha256": dataset.sha256,
+        "source_sha256": dict(dataset.source_sha256),
+        "train_examples": len(dataset.x_train),
+        "test_examples": len(dataset.x_test),
+        "image_shape": list(dataset.image_shape),
+        "num_classes": dataset.num_classes,
+    }
+
+
+def open_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> None:
+    """Makes the workdir for this run, or makes sure that it belongs to this run.
+
+    Raises:
+      WorkdirError: if it belongs to a run of other settings or data (naming what differs), cannot be read or written.
+    """
+    here = {"format": FORMAT, "config": dataclasses.asdict(config), "dataset": describe_dataset(dataset)}
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            if any(workdir.iterdir()):
+                raise WorkdirError(f"{workdir} is not empty and holds no config.json: not a workdir; choose another --workdir")
+            write_json(path, here)
+            return
+    except OSError as error:
+        raise WorkdirError(f"cannot use {workdir} as workdir: {error.strerror}; choose another --workdir") from error
+    there, dataset_there = read_config(workdir)
+    ours, theirs = config.identity(), there.identity()
+    differences = [f"--{k}: {theirs[k]} there, {v} here" for k, v in ours.items() if theirs[k] != v]
+    if dataset_there["sha256"] != dataset.sha256:
+        differences.append(f"data: {dataset_there['name']} there, {dataset.name} here, with other content")
+    if differences:
+        raise WorkdirError(f"{workdir} holds another run ({'; '.join(differences)}); choose another --workdir")
+    write_json(path, here)
+
+
+def read_config(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
+    """Configuration and data set description from a workdir's config.json.
+
+    Raises:
+      WorkdirError: if it is missing, damaged, or of another format.
+    """
+    path = workdir / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WorkdirError(f"{path} does not exist: {workdir} is not the workdir of a run") from error
+    except (OSError, ValueError) as error:
+        raise WorkdirError(f"cannot read {path}: {error}") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else None
+        raise WorkdirError(f"{path} has format {found}, this version reads {FORMAT}; choose another --workdir")
+    try:
+        return Config.from_json(values["config"]), values["dataset"]
+    except (KeyError, TypeError, ConfigError) as error:
+        raise WorkdirError(f"{path} is not a configuration of this version: {error}") from error

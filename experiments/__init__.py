@@ -1,0 +1,1 @@
+"""The paper's experiments as command lines: `python -m experiments.mnist --help`."""

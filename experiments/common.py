@@ -1,0 +1,108 @@
+"""What the binaries share: one flag per setting of `Config`, errors as one line, and the call into the library."""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import app, flags, logging
+
+from e2sad_jax import config as config_lib
+from e2sad_jax.config import Config
+from e2sad_jax.errors import Error
+
+FLAGS = flags.FLAGS
+
+
+def main(
+    suite: str,
+    defaults: Mapping[str, Any],
+    by_defense: Mapping[str, Mapping[str, Any]] | None = None,
+    baseline: str = "",
+) -> None:
+    """Runs one experiment from the command line.
+
+    Args:
+      suite: attacks to evaluate with.
+      defaults: this binary's settings where they differ from `Config`'s.
+      by_defense: settings that the paper chooses per defense; they give way to flags on the command line.
+      baseline: defense to train beside the chosen one, empty for none.
+    """
+    by_defense = by_defense or {}
+    define_flags(defaults, by_defense, baseline)
+    app.run(lambda argv: _run(suite, by_defense), flags_parser=_parse)
+
+
+def define_flags(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[str, Any]], baseline: str) -> None:
+    """Defines a flag for each setting, with its range in the help text, as flags of the main module."""
+    for field in dataclasses.fields(Config):
+        default = defaults.get(field.name, field.default)
+        define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+        text = field.metadata["help"]
+        if allowed := config_lib.range_of(field):
+            text += f"; {allowed}"
+        if special := [f"{s[field.name]} for {d}" for d, s in by_defense.items() if field.name in s]:
+            text += f" (unless given: {', '.join(special)})"
+        define[type(field.default)](field.name, default, text)
+        flags.declare_key_flag(field.name)
+    choices = "natural, fgsm, ifgsm, pgd, hamm, e2sad"
+    flags.DEFINE_string("baseline", baseline, f"defense to train and show beside it; one of {choices}; empty: none")
+    flags.DEFINE_bool("describe", False, "print the network's layers and stop")
+    flags.declare_key_flag("baseline")
+    flags.declare_key_flag("describe")
+
+
+def read_config(by_defense: Mapping[str, Mapping[str, Any]]) -> Config:
+    """The configuration that the flags say.
+
+    Raises:
+      ConfigError: if a value is out of range.
+    """
+    values = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Config)}
+    for name, value in by_defense.get(values["defense"], {}).items():
+        if not FLAGS[name].present:
+            values[name] = value
+    if FLAGS["steps"].present and not FLAGS["epochs"].present:
+        values["epochs"] = 0.0
+    config = Config(**values)
+    if not config.workdir:
+        data = pathlib.PurePath(config.data).stem
+        config = dataclasses.replace(config, workdir=f"runs/{data}-{config.defense}-{config.digest()}")
+    return config
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Parses the flags; what is wrong with them is one line and exit code 2."""
+    try:
+        rest = FLAGS(argv)
+        if not FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells a page for each checkpoint
+        if len(rest) > 1:
+            raise flags.Error(f"unexpected argument {rest[1]!r}; settings are given as --name=value")
+        return rest
+    except flags.Error as error:
+        _fail(" ".join(str(error).split()), 2)
+
+
+def _run(suite: str, by_defense: Mapping[str, Mapping[str, Any]]) -> None:
+    try:
+        config = read_config(by_defense)
+        baseline = FLAGS.baseline
+        if baseline not in ("", *config_lib.DEFENSES):
+            raise config_lib.ConfigError(f"--baseline={baseline}: must be empty or one of {', '.join(config_lib.DEFENSES)}")
+        from e2sad_jax import run  # after the flags are known to be right: this brings Orbax along
+
+        if FLAGS.describe:
+            print(run.describe(config))
+            return
+        run.run_beside(config, suite, baseline)
+    except Error as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from the last checkpoint", 130)
+
+
+def _fail(message: str, exit_code: int) -> Any:
+    print(f"{pathlib.PurePath(sys.argv[0]).stem}: {message}", file=sys.stderr)
+    sys.exit(exit_code)

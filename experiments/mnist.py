@@ -1,0 +1,9 @@
+"""Trains a classifier on MNIST, attacks it and reports: the paper's Section 4.1, with its settings as defaults.
+
+python -m experiments.mnist --defense=e2sad
+"""
+
+from experiments import common
+
+if __name__ == "__main__":
+    common.main("mnist", {"data": "mnist", "model": "mnist_cnn"})
