@@ -7,12 +7,13 @@
 from typing import TYPE_CHECKING, Any
 
 from e2sad_jax import attacks, defenses, errors, losses, models
+from e2sad_jax._version import __version__
 
 if TYPE_CHECKING:
     from e2sad_jax.checkpoint import load
 
-__version__ = "0.1.0"
-__all__ = ["attacks", "defenses", "errors", "load", "losses", "models"]
+
+__all__ = ["__version__", "attacks", "defenses", "errors", "load", "losses", "models"]
 
 
 def __getattr__(name: str) -> Any:

@@ -319,7 +319,7 @@ def _parse_metadata(where: str, member: np.ndarray) -> dict[str, Any]:
             raise ValueError(f"dtype {member.dtype}, shape {member.shape}")
         metadata = json.loads(text)
         if not isinstance(metadata, dict):
-            raise ValueError(f"a JSON {type(metadata).__name__}")  # noqa: TRY004 (caught just below)
+            raise ValueError(f"a JSON {type(metadata).__name__}")
     except (ValueError, RecursionError) as err:
         raise DataError(f"{where}: member metadata is not JSON of e2sad_jax ({one_line(err)}); {remedy}") from err
     if metadata.get("format") != FORMAT:

@@ -285,7 +285,7 @@ def _probe(name: str, root: pathlib.Path, missing: _UrlInfos) -> None:
         try:
             with requests.get(url, stream=True, timeout=PROBE_SECONDS) as response:
                 answers.append("" if response.status_code == 200 else f"HTTP status {response.status_code}")
-        except Exception as err:  # noqa: BLE001 - requests lets errors of urllib3 and ssl through
+        except Exception as err:
             reason = getattr(err.args[0], "reason", err) if err.args else err  # what urllib3 wraps
             answers.append(f"{type(err).__name__}: {_npz.one_line(reason, 160)}")
 

@@ -96,7 +96,9 @@ class Checkpoints:
             ) from error
         for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(restored), strict=True):
             if a.shape != b.shape or a.dtype != b.dtype:
-                raise WorkdirError(f"the checkpoint {self.folder / str(step)} fits another network: {b.shape} for {a.shape}")
+                raise WorkdirError(
+                    f"the checkpoint {self.folder / str(step)} fits another network: {b.shape} for {a.shape}"
+                )
         return restored.replace(key=jax.random.wrap_key_data(restored.key))
 
 
@@ -130,12 +132,12 @@ class Classifier:
     transform: Transform
 
     def __post_init__(self) -> None:
-        probabilities = jax.jit(lambda p, x: jax.nn.softmax(self.model.apply(p, self.transform.apply(x))))
+        probabilities = jax.jit(lambda p, x: jax.nn.softmax(models.logits_fn(self.model, p)(self.transform.apply(x))))
         object.__setattr__(self, "_probabilities", probabilities)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Logits `[N, K]` of network inputs `[N, H, W, C]`, behind the transform: what an attack differentiates."""
-        return self.model.apply(self.params, x)
+        return models.logits_fn(self.model, self.params)(x)
 
     def __call__(self, images: Any) -> jax.Array:
         """Class probabilities.
@@ -154,7 +156,9 @@ class Classifier:
         if images.ndim == 3 and channels == 1:
             images = images[..., None]
         if images.shape[1:] != (height, width, channels):
-            raise DataError(f"images have shape {images.shape}; this classifier takes [N, {height}, {width}, {channels}]")
+            raise DataError(
+                f"images have shape {images.shape}; this classifier takes [N, {height}, {width}, {channels}]"
+            )
         if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
             raise DataError(f"images are {images.dtype}; this classifier takes uint8, or floating point in [0, 1]")
         return self._probabilities(self.params, images)  # type: ignore[attr-defined, no-any-return]

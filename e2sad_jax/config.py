@@ -9,6 +9,7 @@ from typing import Any
 
 from e2sad_jax.attacks import OBJECTIVES
 from e2sad_jax.errors import ConfigError
+from e2sad_jax.transforms import TRANSFORMS
 
 DEFENSES = ("natural", "fgsm", "ifgsm", "pgd", "hamm", "e2sad")
 
@@ -37,7 +38,9 @@ class Config:
     model: str = _setting("mnist_cnn", "network", choices=("mnist_cnn", "svhn_cnn", "digits_cnn"))
     transform: str = _setting("unit", "input transform; every eps is in its units", choices=("unit", "standardize"))
     steps: int = _setting(30_000, "training steps", lower=1, identity=False)
-    epochs: float = _setting(0.0, "passes over the training set instead of --steps, 0: use --steps", lower=0, identity=False)
+    epochs: float = _setting(
+        0.0, "passes over the training set instead of --steps, 0: use --steps", lower=0, identity=False
+    )
     batch_size: int = _setting(256, "images a step", lower=1)
     learning_rate: float = _setting(1e-3, "Adam's learning rate", above=0)
     alpha: float = _setting(0.6, "weight of the clean loss", lower=0, upper=1)
@@ -68,6 +71,13 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
+        lower, upper = TRANSFORMS[self.transform].bounds
+        for name in ("eps1", "eps2"):
+            if getattr(self, name) > upper - lower:
+                raise ConfigError(
+                    f"--{name}={getattr(self, name)}: must be in [0, {upper - lower}], the width of "
+                    f"--transform={self.transform} (24 of 255 grey levels are 24/255 = 0.0941)"
+                )
 
     def identity(self) -> dict[str, Any]:
         """The settings that make two runs different runs."""
@@ -115,14 +125,15 @@ def check(field: "dataclasses.Field[Any]", value: Any) -> None:
     Raises:
       ConfigError: with flag, value and range.
     """
-    m, kind = field.metadata, type(field.default)
+    m: Mapping[str, Any] = field.metadata
+    kind: type[Any] = type(field.default)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
         raise ConfigError(f"--{field.name}={value!r}: must be of type {kind.__name__}")
     right = not m["choices"] or value in m["choices"]
     if kind in (int, float):
-        right &= math.isfinite(value)
+        right &= math.isfinite(float(value))
         right &= m["lower"] is None or value >= m["lower"]
         right &= m["above"] is None or value > m["above"]
         right &= m["upper"] is None or value <= m["upper"]

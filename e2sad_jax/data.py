@@ -6,8 +6,8 @@ file, for a machine without network or tensorflow-datasets, with
     python -m e2sad_jax.data mnist --to=mnist.npz [--data_dir=DIR] [--overwrite]
 
 `digits` are the handwritten digits that scikit-learn distributes: the test part of "Optical Recognition of Handwritten
-Digits" by E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, https://doi.org/10.24432/C50P49, licence CC BY 4.0.
-They come with this package, so that everything runs without any download.
+Digits" by E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, https://doi.org/10.24432/C50P49, licence CC BY
+4.0. They come with this package, so that everything runs without any download.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def load(data: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     Args:
         data: `mnist`, `svhn` (cropped, without its extra split), `digits`, or the path of a file ending in .npz, which
             `load_npz` describes.
-        data_dir: Where `mnist` and `svhn` are prepared and found again; None or "" for `default_data_dir()`. Original files
-            in its folder `downloads/manual` are used instead of a download.
+        data_dir: Where `mnist` and `svhn` are prepared and found again; None or "" for `default_data_dir()`. Original
+            files in its folder `downloads/manual` are used instead of a download.
 
     Returns:
         The data set: images [N, H, W, C] (uint8; float32 in [0, 1] from a user's file of floats), labels [N] int32.

@@ -7,10 +7,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from e2sad_jax import attacks
+from e2sad_jax import attacks, models
 from e2sad_jax.losses import cross_entropy, soft_labels
 from e2sad_jax.transforms import Transform
 
@@ -92,9 +91,9 @@ def evaluate(
 ) -> dict[str, Outcome]:
     """Runs each attack of `suite` on every image and keeps what became of it.
 
-    Attacks use hard labels, whatever the model was trained on. The last batch is padded to full size and its padding left
-    out of the result, so no image is dropped and nothing is compiled twice. Random numbers belong to the image's place in
-    `images`, so the result does not depend on `batch_size`.
+    Attacks use hard labels, whatever the model was trained on. The last batch is padded to full size and its padding
+    left out of the result, so no image is dropped and nothing is compiled twice. Random numbers belong to the image's
+    place in `images`, so the result does not depend on `batch_size`.
 
     Args:
       model: network to attack.
@@ -135,12 +134,8 @@ def _attack_batch(model: nn.Module, attack: Attack, transform: Transform, num_cl
     """The jitted `(params, images, labels, index, seed) -> predicted classes`, compiled once for all models alike."""
 
     @jax.jit
-    def attack_batch(
-        params: Any, images: jax.Array, labels: jax.Array, index: jax.Array, seed: jax.Array
-    ) -> jax.Array:
-        def logits_fn(z: jax.Array) -> jax.Array:
-            return model.apply(params, z)
-
+    def attack_batch(params: Any, images: jax.Array, labels: jax.Array, index: jax.Array, seed: jax.Array) -> jax.Array:
+        logits_fn = models.logits_fn(model, params)
         x, y = transform.apply(images), soft_labels(labels, num_classes, 0.0)
         return logits_fn(perturb(attack, logits_fn, x, y, bounds=transform.bounds, index=index, seed=seed)).argmax(-1)
 
@@ -204,4 +199,4 @@ def perturb(
 
 def worst_case(outcomes: Mapping[str, Outcome]) -> np.ndarray:
     """Per example, whether the prediction is right under every attack, bool `[N]`."""
-    return np.logical_and.reduce([outcome.correct for outcome in outcomes.values()])
+    return np.all([outcome.correct for outcome in outcomes.values()], axis=0)

@@ -12,8 +12,9 @@ import optax
 def soft_labels(labels: jax.Array, num_classes: int, delta: float = 0.25) -> jax.Array:
     """Target distributions for integer labels (Section 3.3 of the paper).
 
-    The true class gets `1 - delta`, each other class `delta / (num_classes - 1)`; `delta=0` gives hard (one-hot) labels.
-    This is the paper's form of label smoothing: unlike `optax.smooth_labels`, none of `delta` returns to the true class.
+    The true class gets `1 - delta`, each other class `delta / (num_classes - 1)`; `delta=0` gives hard (one-hot)
+    labels. This is the paper's form of label smoothing: unlike `optax.smooth_labels`, none of `delta` returns to the
+    true class.
 
     Args:
       labels: integer classes in `[0, num_classes)`, `[N]`.
@@ -32,7 +33,9 @@ def soft_labels(labels: jax.Array, num_classes: int, delta: float = 0.25) -> jax
     [[0.125 0.125 0.75 ]]
     """
     if not jnp.issubdtype(jnp.asarray(labels).dtype, jnp.integer):
-        raise TypeError(f"soft_labels: labels are {jnp.asarray(labels).dtype}; they must be integer classes of shape [N]")
+        raise TypeError(
+            f"soft_labels: labels are {jnp.asarray(labels).dtype}; they must be integer classes of shape [N]"
+        )
     if num_classes < 2:
         raise ValueError(f"soft_labels: num_classes={num_classes}; it must be at least 2")
     if not 0 <= delta < 1:
@@ -73,7 +76,8 @@ def dissimilarity(logits: jax.Array, other_logits: jax.Array) -> jax.Array:
     """Dissimilarity D of two predictions (Eq. 7 and 8): the cross-entropy of the second against the first.
 
     D(f(x), f(x')) = -sum_k f(x)_k log f(x')_k. It is not a distance: for equal predictions it is their entropy, and its
-    gradient in `other_logits` is then exactly zero (see `attacks.second_step`). The gradient flows through both arguments.
+    gradient in `other_logits` is then exactly zero (see `attacks.second_step`). The gradient flows through both
+    arguments.
 
     Args:
       logits: logits of the reference prediction f(x), `[N, K]`.

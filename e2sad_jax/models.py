@@ -1,11 +1,11 @@
 """The paper's networks (Tables 4 and 5) and a narrow one for small images, as Flax Linen modules.
 
-They take images `[N, H, W, C]` and return logits `[N, num_classes]`, float32 at least; the softmax of the paper's tables is
-left to the losses.
+They take images `[N, H, W, C]` and return logits `[N, num_classes]`, float32 at least; the softmax of the paper's
+tables is left to the losses.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -79,21 +79,21 @@ def _logits(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-MODELS = {
+MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "mnist_cnn": MnistCNN,  # Table 4
     "svhn_cnn": SvhnCNN,  # Table 5
     "digits_cnn": lambda **kwargs: MnistCNN(features=(16, 32), hidden=256, **kwargs),  # Table 4 narrowed, for a laptop
 }
 
 # How `--precision` maps to layers: JAX rounds float32 products to TF32 or bfloat16 on accelerators unless told not to.
-PRECISIONS: dict[str, dict[str, Any]] = {
+PRECISIONS: Mapping[str, dict[str, Any]] = {
     "float32": {"precision": jax.lax.Precision.HIGHEST},
     "tf32": {"precision": jax.lax.Precision.DEFAULT},
     "bf16": {"dtype": jnp.bfloat16},
 }
 
 
-def create(name: str, num_classes: int, image_shape: tuple[int, int, int], precision: str = "float32") -> nn.Module:
+def create(name: str, num_classes: int, image_shape: Sequence[int], precision: str = "float32") -> nn.Module:
     """The named network for images of `image_shape`.
 
     Args:
@@ -106,7 +106,7 @@ def create(name: str, num_classes: int, image_shape: tuple[int, int, int], preci
       DataError: if the images are too small for the network.
       KeyError: if `name` or `precision` is unknown.
     """
-    model = MODELS[name](num_classes=num_classes, **PRECISIONS[precision])
+    model: Any = MODELS[name](num_classes=num_classes, **PRECISIONS[precision])
     if min(image_shape[:2]) < model.min_size:
         raise DataError(
             f"images of {image_shape[0]}x{image_shape[1]} are too small for {name}, which needs at least "
@@ -115,7 +115,16 @@ def create(name: str, num_classes: int, image_shape: tuple[int, int, int], preci
     return model
 
 
-def describe(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
+def logits_fn(model: nn.Module, params: Any) -> Callable[[jax.Array], jax.Array]:
+    """The function from network inputs `[N, H, W, C]` to logits `[N, K]` that attacks and defenses take."""
+
+    def apply(x: jax.Array) -> jax.Array:
+        return cast(jax.Array, model.apply(params, x))
+
+    return apply
+
+
+def describe(model: nn.Module, image_shape: Sequence[int]) -> str:
     """The layer table of `model` for one image, with output shapes and parameter counts; nothing is computed."""
     image = jnp.zeros((1, *image_shape))
     return model.tabulate(jax.random.key(0), image, console_kwargs={"width": 110, "force_terminal": False})

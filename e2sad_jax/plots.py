@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e2sad_jax import attacks
+from e2sad_jax import attacks, models
 from e2sad_jax.config import Config
 from e2sad_jax.losses import cross_entropy, soft_labels
 from e2sad_jax.transforms import TRANSFORMS
@@ -28,7 +28,8 @@ def examples(
 ) -> None:
     """Draws test images, their first and second adversarial points, the perturbations, and what the model says of each.
 
-    The first point is FGSM's with `config.eps1`, the second e2SAD's with `config.eps2`, whatever the model was trained on.
+    The first point is FGSM's with `config.eps1`, the second e2SAD's with `config.eps2`, whatever the model was trained
+    on.
 
     Args:
       path: PNG to write.
@@ -49,8 +50,7 @@ def examples(
 
     @jax.jit
     def points(params: Any, images: jax.Array, labels: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-        def logits_fn(z: jax.Array) -> jax.Array:
-            return model.apply(params, z)
+        logits_fn = models.logits_fn(model, params)
 
         def loss_fn(z: jax.Array) -> jax.Array:
             return cross_entropy(logits_fn(z), y)
@@ -68,7 +68,9 @@ def examples(
         )
         return [(z, jax.nn.softmax(logits_fn(z))) for z in (x, first, second)]
 
-    (x, p), (first, p1), (second, p2) = jax.device_get(points(params, jnp.asarray(images[rows]), jnp.asarray(labels[rows])))
+    (x, p), (first, p1), (second, p2) = jax.device_get(
+        points(params, jnp.asarray(images[rows]), jnp.asarray(labels[rows]))
+    )
     lines = [
         ("clean", x, p),
         (f"first point\nFGSM, eps {config.eps1:.3g}", first, p1),
@@ -91,7 +93,9 @@ def examples(
                 guess, label = int(probabilities[i].argmax()), int(labels[rows[i]])
                 said = f"{guess} ({probabilities[i].max():.2f})"
                 ax.set_title(
-                    said if guess == label else f"{said}, not {label}", fontsize=8, color="black" if guess == label else "crimson"
+                    said if guess == label else f"{said}, not {label}",
+                    fontsize=8,
+                    color="black" if guess == label else "crimson",
                 )
         line[0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
     temporary = path.with_name(f".{path.name}.tmp")

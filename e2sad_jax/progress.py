@@ -73,8 +73,8 @@ def duration(seconds: float) -> str:
 class Recorder:
     """Takes each step's metrics from the device when they are ready, never before.
 
-    They go to the bar, every `log_every` steps to `metrics.jsonl` and TensorBoard. A value that is not finite ends the run.
-    The device may run ahead of the host by `LAG` steps at most.
+    They go to the bar, every `log_every` steps to `metrics.jsonl` and TensorBoard. A value that is not finite ends the
+    run. The device may run ahead of the host by `LAG` steps at most.
     """
 
     LAG = 64
@@ -92,7 +92,7 @@ class Recorder:
 
     def __call__(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self._pending.append((step, metrics))
-        while self._pending and (len(self._pending) > self.LAG or self._pending[0][1]["loss"].is_ready()):
+        while self._pending and (len(self._pending) > self.LAG or _ready(self._pending[0][1]["loss"])):
             self._take()
 
     def flush(self) -> None:
@@ -110,7 +110,9 @@ class Recorder:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._board.add_scalar(name.replace("_", "/", 1) if name.startswith("validation_") else f"train/{name}", value, step)
+            self._board.add_scalar(
+                name.replace("_", "/", 1) if name.startswith("validation_") else f"train/{name}", value, step
+            )
 
     def close(self) -> None:
         self._file.close()
@@ -129,6 +131,10 @@ class Recorder:
             self.write(step, {**metrics, "images_per_second": rate})
         if steps == 1:
             self._first = (step, time.monotonic())  # the first step holds the compilation
+
+
+def _ready(array: jax.Array) -> bool:
+    return array.is_ready()  # type: ignore[attr-defined]
 
 
 def _drop_lines_after(path: pathlib.Path, step: int) -> None:

@@ -177,7 +177,7 @@ def markdown(all_results: Mapping[str, Mapping[str, Any]]) -> str:
 def write(workdir: pathlib.Path, results: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> None:
     """Writes results.json, results.md and outcomes.npz (`correct` and `prediction` per attack, `[N]`) into a workdir."""
     temporary = workdir / ".outcomes.tmp.npz"
-    arrays = {"attacks": np.array(list(outcomes))}
+    arrays: dict[str, Any] = {"attacks": np.array(list(outcomes))}
     arrays["correct"] = np.stack([o.correct for o in outcomes.values()])
     arrays["prediction"] = np.stack([o.prediction for o in outcomes.values()])
     np.savez_compressed(temporary, **arrays)

@@ -210,7 +210,7 @@ def _hold_out(dataset: Dataset, config: Config) -> tuple[Dataset, Dataset]:
     return train, _subset(dataset, x_test=dataset.x_train[watched], y_test=dataset.y_train[watched])
 
 
-def _subset(dataset: Dataset, **arrays: np.ndarray) -> Dataset:
+def _subset(dataset: Dataset, **arrays: Any) -> Dataset:
     return dataclasses.replace(dataset, **arrays)
 
 
@@ -222,9 +222,13 @@ def _check_sizes(config: Config, train_set: Dataset, steps: int) -> None:
     """
     n, tests = len(train_set.x_train), len(train_set.x_test)
     if config.batch_size > n:
-        raise ConfigError(f"--batch_size={config.batch_size}: must be at most the {n:,} training images of {train_set.name}")
+        raise ConfigError(
+            f"--batch_size={config.batch_size}: must be at most the {n:,} training images of {train_set.name}"
+        )
     if config.eval_examples > tests:
-        raise ConfigError(f"--eval_examples={config.eval_examples}: must be at most the {tests:,} test images, or 0 for all")
+        raise ConfigError(
+            f"--eval_examples={config.eval_examples}: must be at most the {tests:,} test images, or 0 for all"
+        )
     if steps * config.batch_size >= 2**32:  # the place in the order is counted in 32 bits
         raise ConfigError(f"--steps={steps}: steps * batch_size must be below {2**32:,}")
 
@@ -233,7 +237,7 @@ def _check_sizes(config: Config, train_set: Dataset, steps: int) -> None:
 def _interruptible() -> Iterator[Callable[[], int]]:
     """Catches the first Ctrl-C or SIGTERM and yields a function that says which (0: none yet); a second one interrupts."""
     caught = 0
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def catch(number: int, frame: Any) -> None:
         nonlocal caught

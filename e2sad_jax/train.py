@@ -1,7 +1,7 @@
 """Training: the state, the one jitted step of every defense, and the loop around it."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from e2sad_jax import defenses
+from e2sad_jax import defenses, models
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
 from e2sad_jax.defenses._types import LogitsFn, Parts
@@ -47,7 +47,7 @@ def optimizer(config: Config) -> optax.GradientTransformation:
     return optax.adam(config.learning_rate)
 
 
-def init_state(config: Config, model: nn.Module, image_shape: tuple[int, int, int]) -> TrainState:
+def init_state(config: Config, model: nn.Module, image_shape: Sequence[int]) -> TrainState:
     """A fresh state from the configuration's seed."""
     init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
     params = jax.jit(model.init)(init_key, jnp.zeros((1, *image_shape)))
@@ -108,8 +108,8 @@ def make_train_step(config: Config, model: nn.Module, num_classes: int, transfor
     """The jitted step of the configured defense, `(state, images, labels, order) -> (state, metrics)`.
 
     `images` `[n, H, W, C]` and `labels` `[n]` are the whole training set, resident on the device, and `order` is
-    `epoch_order` of the state's epoch. `metrics` are scalars on the device: loss, gradient norm and the defense's parts.
-    The state is donated.
+    `epoch_order` of the state's epoch. `metrics` are scalars on the device: loss, gradient norm and the defense's
+    parts. The state is donated.
     """
     loss_of = training_loss(config, transform.bounds)
     tx = optimizer(config)
@@ -124,7 +124,7 @@ def make_train_step(config: Config, model: nn.Module, num_classes: int, transfor
         key = jax.random.fold_in(state.key, state.step)
 
         def loss_fn(params: Any) -> tuple[jax.Array, Parts]:
-            return loss_of(lambda z: model.apply(params, z), x, y, key)
+            return loss_of(models.logits_fn(model, params), x, y, key)
 
         (loss, parts), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
@@ -164,8 +164,8 @@ def fit(
     train_step = make_train_step(config, model, dataset.num_classes, TRANSFORMS[config.transform])
     images, labels = jax.device_put((dataset.x_train, dataset.y_train))
     order_key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    n, order, epoch = len(dataset.x_train), None, None
-    step = int(state.step)
+    n, step = len(dataset.x_train), int(state.step)
+    epoch, order = -1, jnp.zeros(0, jnp.int32)
     with jax.transfer_guard("disallow"):
         while step < steps:
             if step * config.batch_size // n != epoch:

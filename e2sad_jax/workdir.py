@@ -51,7 +51,9 @@ def open_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> Non
         workdir.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             if any(workdir.iterdir()):
-                raise WorkdirError(f"{workdir} is not empty and holds no config.json: not a workdir; choose another --workdir")
+                raise WorkdirError(
+                    f"{workdir} is not empty and holds no config.json: not a workdir; choose another --workdir"
+                )
             write_json(path, here)
             return
     except OSError as error:

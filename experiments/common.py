@@ -3,16 +3,22 @@
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
 from e2sad_jax import config as config_lib
 from e2sad_jax.config import Config
-from e2sad_jax.errors import Error
+from e2sad_jax.errors import ConfigError, Error
 
 FLAGS = flags.FLAGS
+DEFINE: Mapping[type, Callable[..., Any]] = {
+    bool: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+}
 
 
 def main(
@@ -38,13 +44,12 @@ def define_flags(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[s
     """Defines a flag for each setting, with its range in the help text, as flags of the main module."""
     for field in dataclasses.fields(Config):
         default = defaults.get(field.name, field.default)
-        define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
         text = field.metadata["help"]
         if allowed := config_lib.range_of(field):
             text += f"; {allowed}"
         if special := [f"{s[field.name]} for {d}" for d, s in by_defense.items() if field.name in s]:
             text += f" (unless given: {', '.join(special)})"
-        define[type(field.default)](field.name, default, text)
+        DEFINE[type(field.default)](field.name, default, text)
         flags.declare_key_flag(field.name)
     choices = "natural, fgsm, ifgsm, pgd, hamm, e2sad"
     flags.DEFINE_string("baseline", baseline, f"defense to train and show beside it; one of {choices}; empty: none")
@@ -59,7 +64,7 @@ def read_config(by_defense: Mapping[str, Mapping[str, Any]]) -> Config:
     Raises:
       ConfigError: if a value is out of range.
     """
-    values = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Config)}
+    values: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Config)}
     for name, value in by_defense.get(values["defense"], {}).items():
         if not FLAGS[name].present:
             values[name] = value
@@ -90,7 +95,7 @@ def _run(suite: str, by_defense: Mapping[str, Mapping[str, Any]]) -> None:
         config = read_config(by_defense)
         baseline = FLAGS.baseline
         if baseline not in ("", *config_lib.DEFENSES):
-            raise config_lib.ConfigError(f"--baseline={baseline}: must be empty or one of {', '.join(config_lib.DEFENSES)}")
+            raise ConfigError(f"--baseline={baseline}: must be empty or one of {', '.join(config_lib.DEFENSES)}")
         from e2sad_jax import run  # after the flags are known to be right: this brings Orbax along
 
         if FLAGS.describe:
@@ -103,6 +108,6 @@ def _run(suite: str, by_defense: Mapping[str, Mapping[str, Any]]) -> None:
         _fail("interrupted; the same command goes on from the last checkpoint", 130)
 
 
-def _fail(message: str, exit_code: int) -> Any:
+def _fail(message: str, exit_code: int) -> NoReturn:
     print(f"{pathlib.PurePath(sys.argv[0]).stem}: {message}", file=sys.stderr)
     sys.exit(exit_code)

@@ -5,7 +5,14 @@ python -m experiments.digits
 
 from experiments import common
 
-LAPTOP = {"data": "digits", "model": "digits_cnn", "steps": 300, "batch_size": 128, "checkpoint_every": 100, "log_every": 10}
+LAPTOP = {
+    "data": "digits",
+    "model": "digits_cnn",
+    "steps": 300,
+    "batch_size": 128,
+    "checkpoint_every": 100,
+    "log_every": 10,
+}
 
 if __name__ == "__main__":
     common.main("mnist", LAPTOP, baseline="natural")

@@ -23,16 +23,19 @@ class Box(NamedTuple):
 
 def check_images(name: str, x: jax.Array) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name}: images are {x.dtype}; they must be floating point, as the loss sees them (uint8: x / 255)")
+        raise TypeError(
+            f"{name}: images are {x.dtype}; they must be floating point, as the loss sees them (uint8: x / 255)"
+        )
     if x.ndim < 1:
         raise ValueError(f"{name}: images need a leading batch axis [N, ...], got a scalar")
 
 
 def check_number(name: str, argument: str, value: object, *, positive: bool = False) -> None:
     """Refuses a budget that cannot be right; a traced one cannot be looked at and passes."""
-    if isinstance(value, (int, float)):
-        if not math.isfinite(value) or value < 0 or (positive and value == 0):
-            raise ValueError(f"{name}: {argument}={value}; it must be finite and {'above' if positive else 'at least'} 0")
+    if not isinstance(value, (int, float)):
+        return
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name}: {argument}={value}; it must be finite and {'above' if positive else 'at least'} 0")
 
 
 def check_steps(name: str, argument: str, value: int) -> None:

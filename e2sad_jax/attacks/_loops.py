@@ -12,9 +12,10 @@ def repeat(times: int, body: Callable[[int | jax.Array, T], T], init: T) -> T:
     """`body(times - 1, ... body(1, body(0, init)))`, unrolled on the CPU and one compiled loop elsewhere.
 
     XLA's CPU backend runs convolutions inside a compiled loop two to four times slower than outside one, while the
-    unrolled graph of a 40-step attack compiles in seconds; accelerators have no such penalty and prefer the small graph.
+    unrolled graph of a 40-step attack compiles in seconds; accelerators have no such penalty and prefer the small
+    graph.
     """
-    device = jax.config.jax_default_device  # a Device, a platform's name, or None
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # a Device, a platform's name, or None
     platform = getattr(device, "platform", device) or jax.default_backend()
     if platform != "cpu":
         return jax.lax.fori_loop(0, times, body, init)

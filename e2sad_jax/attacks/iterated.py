@@ -83,9 +83,9 @@ def pgd(
 ) -> jax.Array:
     """Projected gradient descent with random starts, the worst of several restarts per example.
 
-    Each restart begins at a uniform point of the ball (cut to `bounds`) and takes `steps` sign steps, projected onto the
-    ball around the clean image. Per example the worst end point is returned: a misclassified one before any other (a high
-    loss alone does not fool the model), then the one of highest loss.
+    Each restart begins at a uniform point of the ball (cut to `bounds`) and takes `steps` sign steps, projected onto
+    the ball around the clean image. Per example the worst end point is returned: a misclassified one before any other
+    (a high loss alone does not fool the model), then the one of highest loss.
 
     Args:
       key: one random key, or keys `[N]`, one per image. With keys per image the result of an image does not depend on

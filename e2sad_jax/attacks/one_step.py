@@ -68,8 +68,8 @@ def second_step(
     x_adv2 = x_adv + eps sign(g)
 
     Eq. 7 asks for g = grad_z CE(f(x_adv), f(z)) at z = x_adv. Taken to the letter, with f(x_adv) held constant, that
-    gradient is softmax - softmax = 0: a cross-entropy is minimal in its second argument where both agree. So `objective`
-    says what is differentiated instead:
+    gradient is softmax - softmax = 0: a cross-entropy is minimal in its second argument where both agree. So
+    `objective` says what is differentiated instead:
 
     * `"total"`: CE(f(z), f(z)) through both arguments, the entropy of the prediction (the default);
     * `"noise"`: CE(f(x_adv), f(z)) at z = x_adv + U(-eps, eps), as TRADES and VAT leave the same minimum;
@@ -115,6 +115,7 @@ def second_step(
         case "total":
             direction = _ball.input_gradient(entropy, x_adv)
         case "noise":
+            assert key is not None
             noise = jax.random.uniform(key, x_adv.shape, _ball.widen(x_adv).dtype, -1, 1)
             direction = _ball.input_gradient(change, (_ball.widen(x_adv) + eps * noise).astype(x_adv.dtype))
         case "loss":
@@ -123,6 +124,7 @@ def second_step(
         case "literal":
             direction = _ball.input_gradient(change, x_adv)
         case "random":
+            assert key is not None
             direction = jax.random.rademacher(key, x_adv.shape, x_adv.dtype)
     limits = _ball.box(x_adv, eps, bounds)
     moved = limits.clip(_ball.widen(x_adv) + eps * jnp.sign(_ball.widen(direction)))

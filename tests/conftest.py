@@ -1,0 +1,33 @@
+"""Settings and fixtures of all tests: a strict JAX on several CPU devices, and the reference files beside the checkout."""
+
+import os
+import pathlib
+from collections.abc import Callable
+
+# Before JAX starts: several devices, so that nothing may rely on there being one.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], pathlib.Path]:
+    """Path of a reference file or folder in ../shared; a test that asks for one that is not there is skipped.
+
+    Continuous integration fails on such a skip where the folder exists (`.ci/run`).
+    """
+
+    def find(name: str) -> pathlib.Path:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"needs ../shared/{name}")
+        return path
+
+    return find
