@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import os
 import pathlib
 import platform
@@ -33,7 +34,7 @@ def environment() -> dict[str, Any]:
         else f"CPU, {os.cpu_count()} cores, {_cpu_name()}",
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -48,8 +49,9 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
-    """The commit of the checkout that runs, marked where files differ from it; None outside a checkout."""
+@functools.cache
+def commit() -> str | None:
+    """The commit of the checkout at the first call, marked where files differ from it; None outside a checkout."""
     here = pathlib.Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -51,6 +51,7 @@ def run(config: Config, suite: str) -> dict[str, Any]:
       NonFiniteError: if training diverged; the last good checkpoint stays.
       Stopped: after Ctrl-C or SIGTERM and a checkpoint.
     """
+    report.commit()  # of the code that runs, not of what a checkout may hold when the run ends
     dataset = data.load(config.data, config.data_dir or None)
     model = models.create(config.model, dataset.num_classes, dataset.image_shape, config.precision)
     train_set, watched = _hold_out(dataset, config)

@@ -1,0 +1,216 @@
+"""The loop: order of images, one compilation, donation, resuming, and stopping for good reasons."""
+
+import dataclasses
+import json
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from e2sad_jax import data, models, run, train
+from e2sad_jax.checkpoint import Checkpoints
+from e2sad_jax.config import DEFENSES, Config
+from e2sad_jax.errors import ConfigError, NonFiniteError, WorkdirError
+from e2sad_jax.evaluate import Outcome
+from e2sad_jax.transforms import TRANSFORMS
+
+N = 50
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's Adam mixes float and int32; everything of ours in the step is held to strict promotion elsewhere."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def tiny_config(**changes) -> Config:
+    settings = dict(data="tiny.npz", model="digits_cnn", steps=12, batch_size=16, attack_steps=2, checkpoint_every=5)
+    return Config(**{**settings, "log_every": 2, **changes})
+
+
+@pytest.fixture(scope="module")
+def tiny() -> data.Dataset:
+    """Three easily told classes of 8x8 images: bright rows, bright columns, noise."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 2 * N).astype(np.int32)
+    images = rng.integers(0, 120, (2 * N, 8, 8, 1)).astype(np.uint8)
+    images[labels == 1, 2:4] = 250
+    images[labels == 2, :, 2:4] = 250
+    arrays = images[:N], labels[:N], images[N:], labels[N:]
+    return data.Dataset("tiny", "", *arrays, num_classes=3, source_sha256={})
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch, tiny):
+    """`run.run` up to the end of training: the data set above, no attacks after it."""
+    monkeypatch.setattr(data, "load", lambda name, data_dir: tiny)
+    outcome = Outcome(np.ones(N, bool), np.zeros(N, np.int32))
+    names = [attack.name for attack in run.SUITES["mnist"]]
+    monkeypatch.setattr(run, "_evaluate", lambda *args: dict.fromkeys(names, outcome))
+    monkeypatch.setattr("e2sad_jax.plots.examples", lambda *args, **kwargs: None)
+
+
+def fit(config, dataset, state=None, **kwargs):
+    model = models.create(config.model, dataset.num_classes, dataset.image_shape)
+    state = train.init_state(config, model, dataset.image_shape) if state is None else state
+    kwargs = {"steps": config.steps, "record": lambda *a: None, "checkpoint": lambda *a: None, **kwargs}
+    return train.fit(config, model, dataset, state, **kwargs)
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(50, 16), (48, 16), (7, 7), (10, 3), (5, 1)])
+def test_every_epoch_is_a_permutation_and_no_image_is_dropped(n, batch_size):
+    key, stream, steps = jax.random.key(3), [], -(-3 * n // batch_size)
+    for step in range(steps):
+        order = np.asarray(train.epoch_order(key, jnp.uint32(step * batch_size // n), n))
+        offset = step * batch_size % n
+        stream.extend(order[offset : offset + batch_size])
+    epochs = [stream[i * n : (i + 1) * n] for i in range(3)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    if n > 5:
+        assert epochs[0] != epochs[1] != epochs[2], "each epoch has an order of its own"
+        assert epochs[0] != list(range(n))
+
+
+def test_the_step_takes_the_batch_that_the_order_says(tiny, monkeypatch):
+    """Seen from outside: a loss that only names its images, over two epochs, at a batch that does not divide them."""
+    marked = dataclasses.replace(tiny, x_train=np.arange(N, dtype=np.uint8)[:, None, None, None] * np.ones((8, 8, 1), np.uint8))
+
+    def name_images(logits_fn, x, y, key):
+        return logits_fn(x).sum() * 0, {"images": jnp.sort(x[:, 0, 0, 0] * 255)}
+
+    monkeypatch.setattr(train, "training_loss", lambda config, bounds: name_images)
+    seen = []
+    fit(tiny_config(steps=7), marked, record=lambda step, m: seen.extend(np.rint(m["images"]).astype(int)))
+    assert len(set(seen[:48])) == 48, "no image twice within an epoch"
+    assert sorted(np.bincount(seen, minlength=N)) == sorted([2] * 38 + [3] * 12), "7 * 16 = 2 * 50 + 12"
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_every_defense_learns_in_one_compilation_and_donates_its_state(defense, tiny, monkeypatch):
+    steps, make = [], train.make_train_step
+    monkeypatch.setattr(train, "make_train_step", lambda *args: steps.append(make(*args)) or steps[0])
+    config = tiny_config(defense=defense, steps=25, eps1=0.1, eps2=0.05, soft_label=False)
+    model = models.create(config.model, tiny.num_classes, tiny.image_shape)
+    first, losses = train.init_state(config, model, tiny.image_shape), []
+    last = fit(config, tiny, first, record=lambda step, metrics: losses.append(metrics))
+    losses = [float(m["loss"]) for m in losses]
+    assert steps[0]._cache_size() == 1
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))
+    assert int(last.step) == 25
+    assert np.mean(losses[-3:]) < 0.75 * losses[0]
+
+
+@pytest.mark.parametrize(("defense", "second_step"), [("natural", "total"), ("pgd", "total"), ("e2sad", "noise")])
+def test_resumed_run_equals_uninterrupted_one_bit_for_bit(defense, second_step, no_evaluation, tmp_path):
+    """Through the checkpoints on disk, stopped at and between them, with random numbers in the defense."""
+    config = tiny_config(defense=defense, second_step=second_step, workdir=str(tmp_path / "whole"))
+    run.run(config, "mnist")
+    parts = dataclasses.replace(config, workdir=str(tmp_path / "parts"))
+    for stop in (5, 8, config.steps):
+        run.run(dataclasses.replace(parts, steps=stop), "mnist")
+    whole, resumed = (load_state(c, tmp_path / name) for c, name in ((config, "whole"), (parts, "parts")))
+    chex.assert_trees_all_equal(jax.random.key_data(whole.key), jax.random.key_data(resumed.key))
+    chex.assert_trees_all_equal(whole.replace(key=None), resumed.replace(key=None))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts"), "the curves are those of one run"
+
+
+def load_state(config: Config, workdir: pathlib.Path) -> train.TrainState:
+    model = models.create(config.model, 3, (8, 8, 1))
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore(train.init_state(config, model, (8, 8, 1)))
+
+
+def losses(workdir: pathlib.Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def test_stop_ends_after_the_step_with_a_checkpoint(tiny):
+    saved, seen = [], []
+    state = fit(
+        tiny_config(),
+        tiny,
+        record=lambda step, metrics: seen.append(step),
+        checkpoint=lambda step, state: saved.append((step, int(state.step))),
+        stop=lambda: len(seen) == 7,
+    )
+    assert int(state.step) == 7
+    assert saved == [(5, 5), (7, 7)]
+
+
+def test_non_finite_loss_stops_and_names_step_and_last_good_checkpoint(no_evaluation, tmp_path, monkeypatch):
+    """The loss breaks in step 8; the checkpoint of step 5 stays and is the one to go on from."""
+    real = train.training_loss
+
+    def breaking(config, bounds):
+        def loss_fn(logits_fn, x, y, key):
+            loss, parts = real(config, bounds)(logits_fn, x, y, key)
+            at_step_8 = (jax.random.key_data(key) == jax.random.key_data(key_8)).all()
+            return jnp.where(at_step_8, jnp.nan, loss), parts
+
+        return loss_fn
+
+    config = tiny_config(workdir=str(tmp_path / "w"))
+    model = models.create(config.model, 3, (8, 8, 1))
+    key_8 = jax.random.fold_in(train.init_state(config, model, (8, 8, 1)).key, 7)
+    monkeypatch.setattr(train, "training_loss", breaking)
+    with pytest.raises(NonFiniteError, match=r"step 8: .*loss=nan.*checkpoint of step 5 stays"):
+        run.run(config, "mnist")
+    assert int(load_state(config, tmp_path / "w").step) == 5
+
+
+def test_settings_that_the_data_makes_wrong_are_refused_before_training(no_evaluation, tmp_path):
+    for changes, words in [
+        ({"batch_size": 51}, r"--batch_size=51: must be at most the 50 training images"),
+        ({"eval_examples": 51}, r"--eval_examples=51: must be at most the 50 test images"),
+        ({"validation_examples": 50}, r"--validation_examples=50: must be below the 50"),
+        ({"steps": 2**28}, r"--steps=268435456: steps \* batch_size must be below"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            run.run(tiny_config(workdir=str(tmp_path / "w"), **changes), "mnist")
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_workdir_of_other_settings_or_data_is_refused_naming_what_differs(no_evaluation, tiny, tmp_path, monkeypatch):
+    config = tiny_config(workdir=str(tmp_path / "w"), steps=2)
+    run.run(config, "mnist")
+    with pytest.raises(WorkdirError, match=r"--alpha: 0.6 there, 0.5 here; --lam: 0.1 there, 0.3 here"):
+        run.run(dataclasses.replace(config, lam=0.3, alpha=0.5), "mnist")
+    with pytest.raises(WorkdirError, match=r"--resume is off"):
+        run.run(dataclasses.replace(config, resume=False), "mnist")
+    with pytest.raises(ConfigError, match=r"--steps=1: .* is at step 2 already"):
+        run.run(dataclasses.replace(config, steps=1), "mnist")
+    other = dataclasses.replace(tiny, x_train=255 - tiny.x_train)
+    monkeypatch.setattr(data, "load", lambda name, data_dir: other)
+    with pytest.raises(WorkdirError, match=r"tiny there, tiny here, with other content"):
+        run.run(config, "mnist")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("precious")
+    with pytest.raises(WorkdirError, match=r"is not empty and holds no config.json"):
+        run.run(dataclasses.replace(config, workdir=str(tmp_path / "other")), "mnist")
+
+
+def test_held_out_images_are_not_trained_on(tiny):
+    for count, watched_size in ((10, 10), (0, N)):
+        train_set, watched = run._hold_out(tiny, tiny_config(validation_examples=count))
+        assert len(train_set.x_train) == N - count
+        assert len(watched.x_test) == watched_size
+        trained_on = {image.tobytes() for image in train_set.x_train}
+        assert sum(image.tobytes() in trained_on for image in watched.x_test) == (0 if count else N)
+        assert np.array_equal(train_set.x_test, tiny.x_test)
+
+
+def test_bfloat16_trains_with_float32_parameters(tiny):
+    config = tiny_config(precision="bf16", steps=3)
+    model = models.create(config.model, tiny.num_classes, tiny.image_shape, config.precision)
+    state = train.init_state(config, model, tiny.image_shape)
+    step = train.make_train_step(config, model, tiny.num_classes, TRANSFORMS["unit"])
+    order = train.epoch_order(jax.random.key(0), jnp.uint32(0), N)
+    state, metrics = step(state, jnp.asarray(tiny.x_train), jnp.asarray(tiny.y_train), order)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+    assert metrics["loss"].dtype == jnp.float32
+    assert "bf16" in step.lower(state, tiny.x_train, tiny.y_train, order).as_text()
