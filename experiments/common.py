@@ -41,7 +41,7 @@ def main(
 
 
 def define_flags(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[str, Any]], baseline: str) -> None:
-    """Defines a flag for each setting, with its range in the help text, as flags of the main module."""
+    """Defines a flag for each setting, with its range in the help text, as the main module's own: `--help` lists those."""
     for field in dataclasses.fields(Config):
         default = defaults.get(field.name, field.default)
         text = field.metadata["help"]
@@ -49,13 +49,11 @@ def define_flags(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[s
             text += f"; {allowed}"
         if special := [f"{s[field.name]} for {d}" for d, s in by_defense.items() if field.name in s]:
             text += f" (unless given: {', '.join(special)})"
-        DEFINE[type(field.default)](field.name, default, text)
-        flags.declare_key_flag(field.name)
-    choices = "natural, fgsm, ifgsm, pgd, hamm, e2sad"
-    flags.DEFINE_string("baseline", baseline, f"defense to train and show beside it; one of {choices}; empty: none")
-    flags.DEFINE_bool("describe", False, "print the network's layers and stop")
-    flags.declare_key_flag("baseline")
-    flags.declare_key_flag("describe")
+        DEFINE[type(field.default)](field.name, default, text, module_name=sys.argv[0])
+    choices = ", ".join(config_lib.DEFENSES)
+    text = f"defense to train and show beside it; one of {choices}; empty: none"
+    flags.DEFINE_string("baseline", baseline, text, module_name=sys.argv[0])
+    flags.DEFINE_bool("describe", False, "print the network's layers and stop", module_name=sys.argv[0])
 
 
 def read_config(by_defense: Mapping[str, Mapping[str, Any]]) -> Config:

@@ -77,7 +77,9 @@ def test_every_epoch_is_a_permutation_and_no_image_is_dropped(n, batch_size):
 
 def test_the_step_takes_the_batch_that_the_order_says(tiny, monkeypatch):
     """Seen from outside: a loss that only names its images, over two epochs, at a batch that does not divide them."""
-    marked = dataclasses.replace(tiny, x_train=np.arange(N, dtype=np.uint8)[:, None, None, None] * np.ones((8, 8, 1), np.uint8))
+    marked = dataclasses.replace(
+        tiny, x_train=np.arange(N, dtype=np.uint8)[:, None, None, None] * np.ones((8, 8, 1), np.uint8)
+    )
 
     def name_images(logits_fn, x, y, key):
         return logits_fn(x).sum() * 0, {"images": jnp.sort(x[:, 0, 0, 0] * 255)}

@@ -1,0 +1,61 @@
+"""What the documentation shows runs as it stands."""
+
+import doctest
+import importlib
+import pathlib
+import pkgutil
+import re
+
+import jax
+import pytest
+
+import e2sad_jax
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_python_block_runs(page, tmp_path, monkeypatch):
+    """Blocks of a page share their names, in order, as a reader would paste them."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "page"}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in blocks:
+            exec(compile(block, str(page), "exec"), names)
+    if page.name == "README.md":
+        assert len(blocks) >= 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_to_files_of_this_repository_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_flags_in_commands_exist(page):
+    from e2sad_jax.config import Config
+
+    known = set(Config.__dataclass_fields__) | {
+        "baseline",
+        "describe",
+        "help",
+        "to",
+        "overwrite",
+        "constraint",
+        "editable",
+    }
+    for line in page.read_text().splitlines():
+        if "-m experiments." in line or "-m e2sad_jax." in line:
+            assert set(re.findall(r"--([a-z0-9_]+)", line)) <= known, line
+
+
+def test_examples_in_docstrings_print_what_they_say():
+    ran = 0
+    for info in pkgutil.walk_packages(e2sad_jax.__path__, "e2sad_jax."):
+        result = doctest.testmod(importlib.import_module(info.name))
+        assert result.failed == 0, info.name
+        ran += result.attempted
+    assert ran >= 6

@@ -1,0 +1,161 @@
+"""The binaries as a user meets them: real processes, real files, what they print and how they end."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TINY = ["--model=digits_cnn", "--batch_size=8", "--eval_batch_size=20", "--attack_steps=2"]
+
+
+def start(name, *flags, **kwargs):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-m", f"experiments.{name}", *map(str, flags)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
+
+
+def call(name, *flags):
+    process = start(name, *flags)
+    out, err = process.communicate(timeout=280)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> pathlib.Path:
+    """A user's own file: 60 images of three classes, 8x8, grey, as floats."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 80)
+    x = rng.random((80, 8, 8)).astype(np.float32) / 2
+    x[labels == 1, 2:4] += 0.5
+    x[labels == 2, :, 2:4] += 0.5
+    path = tmp_path_factory.mktemp("data") / "shapes.npz"
+    np.savez(path, x_train=x[:60], y_train=labels[:60], x_test=x[60:], y_test=labels[60:])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--alpha=1.5"], "--alpha=1.5: must be in [0, 1]"),
+        (["--eps1=24"], "--eps1=24.0: must be in [0, 1.0]"),
+        (["--steps=many"], "flag --steps=many"),
+        (["--lambda=0.1"], "Unknown command line flag 'lambda'"),
+        (["--defense=trades"], "must be one of natural, fgsm"),
+        (["--baseline=best"], "--baseline=best: must be empty or one of"),
+        (["e2sad"], "unexpected argument 'e2sad'"),
+        (["--data=nowhere.npz"], "nowhere.npz"),
+        (["--data=cifar"], "cifar"),
+    ],
+)
+def test_a_bad_value_is_one_line_and_exit_code_2(flags, words, tmp_path):
+    code, out, err = call("mnist", f"--data_dir={tmp_path / 'none'}", f"--workdir={tmp_path / 'w'}", *flags)
+    assert code == 2
+    assert out == ""
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("mnist: ")
+    assert list(tmp_path.iterdir()) == [], "nothing was loaded, nothing written"
+
+
+def test_help_explains_every_setting_with_its_range_and_default():
+    _code, out, err = call("svhn", "--help")
+    text = " ".join((out + err).split())
+    for words in [
+        "--alpha: weight of the clean loss; in [0, 1] (default: '0.6')",
+        "--lam: weight lambda of e2SAD's dissimilarity; at least 0 (default: '0.3')",
+        "--second_step: what e2SAD's second step differentiates; one of total, noise, loss, literal, random",
+        "--epochs: passes over the training set instead of --steps, 0: use --steps; at least 0 (default: '20.0')",
+        "False for natural",
+    ]:
+        assert words in text
+    assert abs(float(re.search(r"--eps1: [^']*'([\d.]+)'", text).group(1)) - 24 / 255) < 1e-12
+    assert abs(float(re.search(r"--eps2: [^']*'([\d.]+)'", text).group(1)) - 8 / 255) < 1e-12
+
+
+def test_describe_prints_the_layer_table():
+    code, out, _ = call("svhn", "--describe")
+    assert code == 0
+    assert "1,771,594" in out
+    assert "float32[1,28,28,32]" in out
+
+
+def test_a_run_from_a_users_file_to_the_table_and_again(images, tmp_path):
+    workdir = tmp_path / "w"
+    flags = [
+        f"--data={images}",
+        f"--workdir={workdir}",
+        "--steps=6",
+        "--baseline=natural",
+        "--checkpoint_every=3",
+        *TINY,
+    ]
+    code, out, err = call("mnist", *flags, "--log_every=2")
+    assert code == 0, err
+    assert "shapes: accuracy on all 20 test images, 6 training steps" in out
+    assert "mnist" not in out.replace(str(tmp_path), ""), "results are labelled with their data set"
+    assert re.search(r"attack +natural +e2sad\n", out)
+    assert re.search(r"PGD-40 \(eps 0.3, step 0.02, random start\) +\d\.\d{4} +\d\.\d{4}\n", out)
+    for name in ("checkpoints", "results.json", "results.md", "examples.png"):
+        assert str(workdir / name) in out
+        assert (workdir / name).exists()
+    assert re.search(r"train e2sad on shapes: 6/6 steps, loss \d+\.\d{4}, [\d,]+ images/s, took", err)
+    assert "Traceback" not in err
+    assert "\r" not in err, "no progress bar in a log"
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["dataset"]["name"] == "shapes"
+    assert results["command"].startswith("python -m experiments.mnist --data=")
+    assert (results["examples"], results["steps"]) == (20, 6)
+    assert results["config"]["lam"] == 0.1
+    steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 3, 4, 6, 6]
+    assert json.loads((tmp_path / "w-natural" / "results.json").read_text())["config"]["defense"] == "natural"
+
+    code, _, err = call("mnist", *flags, "--lam=0.2")
+    assert code == 2
+    assert "--lam: 0.1 there, 0.2 here" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_saves_says_how_to_go_on_and_goes_on(number, images, tmp_path):
+    flags = [f"--data={images}", f"--workdir={tmp_path / 'w'}", "--defense=fgsm", "--eval_examples=5", *TINY]
+    process = start("mnist", *flags, "--steps=1000000")
+    for line in process.stderr:  # the first line of progress: training is under way
+        if "steps, loss" in line:
+            break
+    time.sleep(1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    step = int(re.search(r"Stopped at step ([\d,]+) of 1,000,000", err).group(1).replace(",", ""))
+    assert step > 0
+    assert "python -m experiments.mnist" in err
+    assert "Traceback" not in err
+    assert (tmp_path / "w" / "checkpoints" / str(step)).is_dir()
+
+    code, out, err = call("mnist", *flags, f"--steps={step + 2}")
+    assert code == 0, err
+    assert f"Going on from step {step:,}" in err
+    assert f"{step + 2:,} training steps" in out
+
+
+def test_divergence_ends_with_exit_code_3_and_what_to_do(images, tmp_path):
+    flags = [f"--data={images}", f"--workdir={tmp_path / 'w'}", "--steps=50", "--learning_rate=1e35", *TINY]
+    code, _out, err = call("mnist", *flags)
+    assert code == 3
+    assert re.search(r"mnist: step \d+: .*loss=(nan|inf).*Try a lower --learning_rate", err)
+    assert "Traceback" not in err

@@ -1,0 +1,280 @@
+"""Losses: closed forms, other libraries' values, finite differences, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.special
+
+from e2sad_jax import losses
+
+N, K = 5, 7
+
+
+def draw(seed: int, scale: float = 2.0) -> np.ndarray:
+    return (scale * np.random.RandomState(seed).randn(N, K)).astype(np.float32)
+
+
+def numpy_cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    return -(np.float64(targets) * scipy.special.log_softmax(np.float64(logits), axis=-1)).sum(-1)
+
+
+@pytest.fixture
+def logits() -> jax.Array:
+    return jnp.asarray(draw(0))
+
+
+@pytest.fixture
+def other() -> jax.Array:
+    return jnp.asarray(draw(1))
+
+
+# --- soft labels
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.1, 0.25, 0.9])
+@pytest.mark.parametrize("num_classes", [2, 3, 10])
+def test_soft_labels_closed_form(num_classes, delta):
+    """1 - delta for the true class, delta / (K - 1) for each other."""
+    labels = np.arange(num_classes)[::-1].copy()
+    got = losses.soft_labels(jnp.asarray(labels), num_classes, delta)
+    want = np.full((num_classes, num_classes), delta / (num_classes - 1))
+    want[np.arange(num_classes), labels] = 1 - delta
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-6)
+
+
+def test_soft_labels_default_is_the_papers():
+    got = losses.soft_labels(jnp.array([3]), 10)
+    np.testing.assert_allclose(got[0, 3], 0.75, rtol=1e-6)
+    np.testing.assert_allclose(np.delete(np.asarray(got[0]), 3), 0.25 / 9, rtol=1e-6)
+
+
+def test_delta_zero_is_one_hot():
+    labels = jnp.array([0, 4, 2])
+    np.testing.assert_array_equal(losses.soft_labels(labels, 5, 0), np.eye(5)[np.asarray(labels)])
+
+
+def test_soft_labels_are_not_optax_smoothing():
+    """Optax gives the true class its share of what is taken away; with delta scaled for that both agree."""
+    labels = jnp.array([0, 3, 6])
+    one_hot = losses.soft_labels(labels, K, 0)
+    np.testing.assert_allclose(
+        losses.soft_labels(labels, K, 0.25), optax.smooth_labels(one_hot, 0.25 * K / (K - 1)), rtol=1e-6
+    )
+    assert not np.allclose(losses.soft_labels(labels, K, 0.25), optax.smooth_labels(one_hot, 0.25), atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int32", "uint32"])
+def test_soft_labels_take_any_integers(dtype):
+    got = losses.soft_labels(jnp.array([1, 2], dtype), 3)
+    np.testing.assert_allclose(got, [[0.125, 0.75, 0.125], [0.125, 0.125, 0.75]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("labels", [jnp.array([1.0, 2.0]), jnp.eye(3), jnp.array([True, False])])
+def test_soft_labels_refuse_what_is_not_integer(labels):
+    with pytest.raises(TypeError, match=rf"labels are {labels.dtype}.*integer"):
+        losses.soft_labels(labels, 3)
+
+
+@pytest.mark.parametrize("num_classes", [1, 0, -2])
+def test_soft_labels_refuse_too_few_classes(num_classes):
+    with pytest.raises(ValueError, match=rf"num_classes={num_classes}.*at least 2"):
+        losses.soft_labels(jnp.array([0]), num_classes)
+
+
+@pytest.mark.parametrize("delta", [-0.1, 1, 1.5, float("nan"), float("inf")])
+def test_soft_labels_refuse_delta(delta):
+    with pytest.raises(ValueError, match=rf"delta={delta}.*\[0, 1\)"):
+        losses.soft_labels(jnp.array([0]), 3, delta)
+
+
+# --- cross-entropy
+
+
+def test_cross_entropy_by_hand():
+    """Two classes at odds 3 : 1."""
+    logits = jnp.log(jnp.array([[3.0, 1.0], [3.0, 1.0], [3.0, 1.0]]))
+    targets = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    want = [np.log(4 / 3), np.log(4), 0.5 * np.log(4 / 3) + 0.5 * np.log(4)]
+    np.testing.assert_allclose(losses.cross_entropy(logits, targets), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("delta", [0, 0.25])
+@pytest.mark.parametrize("scale", [0.1, 2, 30])
+def test_cross_entropy_against_scipy(scale, delta):
+    logits = draw(2, scale)
+    targets = losses.soft_labels(jnp.arange(N), K, delta)
+    got = losses.cross_entropy(jnp.asarray(logits), targets)
+    assert got.shape == (N,)
+    np.testing.assert_allclose(got, numpy_cross_entropy(logits, np.asarray(targets)), rtol=1e-5, atol=1e-6)
+
+
+def test_hard_cross_entropy_against_optax(logits):
+    labels = jnp.arange(N) % K
+    want = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    np.testing.assert_allclose(losses.cross_entropy(logits, losses.soft_labels(labels, K, 0)), want, rtol=1e-5)
+
+
+def test_cross_entropy_of_uniform_logits_is_log_k():
+    got = losses.cross_entropy(jnp.full((N, K), 3.0), losses.soft_labels(jnp.arange(N), K))
+    np.testing.assert_allclose(got, np.log(K), rtol=1e-6)
+
+
+def test_cross_entropy_ignores_a_shift_of_the_logits(logits):
+    targets = losses.soft_labels(jnp.arange(N), K)
+    np.testing.assert_allclose(
+        losses.cross_entropy(logits + 50, targets), losses.cross_entropy(logits, targets), rtol=1e-4
+    )
+
+
+def test_cross_entropy_gradient_is_softmax_minus_target(logits):
+    targets = losses.soft_labels(jnp.arange(N), K)
+    gradient = jax.grad(lambda z: losses.cross_entropy(z, targets).sum())(logits)
+    np.testing.assert_allclose(gradient, scipy.special.softmax(draw(0), -1) - np.asarray(targets), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [losses.cross_entropy, losses.dissimilarity])
+@pytest.mark.parametrize("argument", [0, 1])
+def test_gradients_against_finite_differences(function, argument):
+    """In float64, in both arguments."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        first = jnp.asarray(np.float64(draw(3)))
+        second = jnp.asarray(scipy.special.softmax(np.float64(draw(4)), -1))
+        arguments = [first, second]
+
+        def total(z: jax.Array) -> jax.Array:
+            given = list(arguments)
+            given[argument] = z
+            return function(*given).sum()
+
+        x = arguments[argument]
+        gradient = np.asarray(jax.grad(total)(x))
+        step = 1e-6
+        for i, j in [(0, 0), (1, 3), (4, 6)]:
+            unit = jnp.zeros_like(x).at[i, j].set(step)
+            difference = (total(x + unit) - total(x - unit)) / (2 * step)
+            np.testing.assert_allclose(gradient[i, j], difference, rtol=1e-6, atol=1e-9)
+        assert np.abs(gradient).max() > 1e-2
+
+
+@pytest.mark.parametrize("top", [50.0, 1e4, 1e30])
+def test_saturated_logits_stay_finite(top):
+    """A certain wrong prediction costs its margin; no infinity and no NaN, in the gradient either."""
+    logits = jnp.array([[top, 0.0, -top]])
+    for delta in (0, 0.25):
+        for label in range(3):
+            y = losses.soft_labels(jnp.array([label]), 3, delta)
+            value, gradient = jax.value_and_grad(lambda z, y=y: losses.cross_entropy(z, y).sum())(logits)
+            assert np.isfinite(value)
+            assert np.isfinite(gradient).all()
+    wrong = losses.cross_entropy(logits, losses.soft_labels(jnp.array([1]), 3, 0))
+    np.testing.assert_allclose(wrong, [top], rtol=1e-6)
+    for argument in (0, 1):
+        value, gradient = jax.value_and_grad(lambda *a: losses.dissimilarity(*a).sum(), argument)(logits, -logits)
+        np.testing.assert_allclose(value, 2 * top, rtol=1e-6)
+        assert np.isfinite(gradient).all()
+    entropy, gradient = jax.value_and_grad(lambda z: losses.dissimilarity(z, z).sum())(logits)
+    assert abs(entropy) < 1e-6
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
+def test_integer_targets_are_not_read_as_one_hot(logits, dtype):
+    """Neither labels [N] nor, the silent case, an integer matrix of the logits' own shape."""
+    for targets in (jnp.zeros(N, dtype), jnp.ones((N, K), dtype)):
+        with pytest.raises(TypeError, match=rf"targets are {dtype}.*soft_labels"):
+            losses.cross_entropy(logits, targets)
+
+
+def test_integer_labels_of_a_square_batch_are_refused():
+    """N = K would broadcast labels [N] against logits [N, K]."""
+    with pytest.raises(TypeError, match="soft_labels"):
+        losses.cross_entropy(jnp.zeros((4, 4)), jnp.arange(4))
+
+
+@pytest.mark.parametrize("shape", [(K,), (1, K), (N, 1), (N, K + 1), (N, K, 1), ()])
+def test_other_shapes_are_refused(logits, shape):
+    with pytest.raises(ValueError, match=r"must have one shape \[N, K\]"):
+        losses.cross_entropy(logits, jnp.zeros(shape))
+    with pytest.raises(ValueError, match=r"must have one shape \[N, K\]"):
+        losses.dissimilarity(logits, jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_logits_are_computed_in_float32(dtype):
+    with jax.numpy_dtype_promotion("standard"):
+        logits, other = jnp.asarray(draw(5), dtype), jnp.asarray(draw(6), dtype)
+        targets = losses.soft_labels(jnp.arange(N), K)
+        for got, first, second in (
+            (losses.cross_entropy(logits, targets), logits, targets),
+            (losses.dissimilarity(other, logits), logits, jax.nn.softmax(other.astype(jnp.float32))),
+        ):
+            assert got.dtype == jnp.float32
+            np.testing.assert_allclose(got, numpy_cross_entropy(np.asarray(first), np.asarray(second)), rtol=1e-5)
+        gradient = jax.grad(lambda z: losses.cross_entropy(z, targets).sum())(logits)
+        assert gradient.dtype == dtype
+
+
+def test_float64_stays():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        logits = np.float64(draw(7))
+        targets = losses.soft_labels(jnp.arange(N), K)
+        got = losses.cross_entropy(jnp.asarray(logits), targets)
+        assert targets.dtype == got.dtype == jnp.float64
+        np.testing.assert_allclose(got, numpy_cross_entropy(logits, np.asarray(targets)), rtol=1e-12)
+
+
+# --- dissimilarity
+
+
+def test_dissimilarity_by_hand():
+    """f(x) = (3/4, 1/4), f(x') = (1/2, 1/2): log 2; and the other way round."""
+    p, q = jnp.log(jnp.array([[3.0, 1.0]])), jnp.zeros((1, 2))
+    np.testing.assert_allclose(losses.dissimilarity(p, q), [np.log(2)], rtol=1e-6)
+    np.testing.assert_allclose(losses.dissimilarity(q, p), [-0.5 * np.log(3 / 16)], rtol=1e-6)
+
+
+def test_dissimilarity_is_entropy_plus_divergence(logits, other):
+    """CE(p, q) = H(p) + KL(p || q), by scipy."""
+    p, q = (scipy.special.softmax(np.float64(z), -1) for z in (logits, other))
+    want = scipy.special.entr(p).sum(-1) + scipy.special.rel_entr(p, q).sum(-1)
+    np.testing.assert_allclose(losses.dissimilarity(logits, other), want, rtol=1e-5)
+    assert not np.allclose(losses.dissimilarity(other, logits), want, rtol=1e-2)
+
+
+def test_dissimilarity_of_equal_predictions_is_their_entropy(logits):
+    want = scipy.special.entr(scipy.special.softmax(np.float64(logits), -1)).sum(-1)
+    np.testing.assert_allclose(losses.dissimilarity(logits, logits), want, rtol=1e-5)
+
+
+def test_dissimilarity_has_its_minimum_at_equal_predictions(logits, other):
+    """Eq. 7's trap: the gradient in the second argument vanishes there, the one in the first does not."""
+
+    def total(p: jax.Array, q: jax.Array) -> jax.Array:
+        return losses.dissimilarity(p, q).sum()
+
+    first, second = jax.grad(total, (0, 1))(logits, logits)
+    assert np.abs(second).max() < 3e-7
+    assert np.abs(first).max() > 0.1
+    assert (losses.dissimilarity(logits, other) > losses.dissimilarity(logits, logits)).all()
+
+
+def test_gradient_flows_through_both_arguments(logits, other):
+    """d/dq = q - p; d/dp = p (c - p.c) with c = -log q: neither is stopped."""
+    p, q = (scipy.special.softmax(np.float64(z), -1) for z in (logits, other))
+    first, second = jax.grad(lambda *z: losses.dissimilarity(*z).sum(), (0, 1))(logits, other)
+    cost = -np.log(q)
+    np.testing.assert_allclose(second, q - p, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(first, p * (cost - (p * cost).sum(-1, keepdims=True)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [losses.cross_entropy, losses.dissimilarity])
+def test_jit_and_vmap(function, logits, other):
+    second = jax.nn.softmax(other)
+    want = function(logits, second)
+    np.testing.assert_allclose(jax.jit(function)(logits, second), want, rtol=1e-6)
+    batched = jax.vmap(function)(jnp.stack([logits, second]), jnp.stack([second, second]))
+    np.testing.assert_allclose(batched, jnp.stack([want, function(second, second)]), rtol=1e-6)
