@@ -48,6 +48,14 @@ SUITES: Mapping[str, tuple[Attack, ...]] = {
         Attack("IFGSM-30", "ifgsm", 0.3, 30),
         Attack("PGD-40", "pgd", 0.3, 40, 0.02),
     ),
+    "digits": (
+        Attack("clean", "clean"),
+        Attack("FGSM 0.2", "fgsm", 0.2, 1),
+        Attack("FGSM 0.3", "fgsm", 0.3, 1),
+        Attack("IFGSM-10", "ifgsm", 0.2, 10),
+        Attack("IFGSM-30", "ifgsm", 0.2, 30),
+        Attack("PGD-40", "pgd", 0.2, 40, 0.2 / 15),  # the same share of the ball as in the other suites
+    ),
     "svhn": (
         Attack("clean", "clean"),
         Attack("FGSM 24/255", "fgsm", 24 / 255, 1),

@@ -5,14 +5,19 @@ python -m experiments.digits
 
 from experiments import common
 
+# Not the paper's: a narrow network, and budgets that 8x8 digits blown up to 28x28 can be defended against in minutes.
 LAPTOP = {
     "data": "digits",
     "model": "digits_cnn",
-    "steps": 300,
+    "steps": 200,
     "batch_size": 128,
+    "learning_rate": 3e-3,
+    "lam": 0.3,
+    "eps1": 0.2,
+    "eps2": 0.07,
     "checkpoint_every": 100,
     "log_every": 10,
 }
 
 if __name__ == "__main__":
-    common.main("mnist", LAPTOP, baseline="natural")
+    common.main("digits", LAPTOP, baseline="natural")

@@ -143,4 +143,5 @@ def test_suites_are_the_ones_that_are_promised():
     assert rows["svhn"][:5] == [("clean", 0.0, 0, None), ("fgsm", eps, 1, None)] + [
         ("ifgsm", eps, k, None) for k in (10, 20, 30)
     ]
+    assert {eps for _, eps, _, _ in rows["digits"]} == {0.0, 0.2, 0.3}
     assert rows["svhn"][5][:3] == ("pgd", eps, 40)

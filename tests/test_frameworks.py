@@ -1,7 +1,7 @@
 """Attacks and defenses inside JAX's own transformations, and with four ways of writing the same network."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -84,28 +84,35 @@ def close(got: jax.Array, want: jax.Array, moved_from: jax.Array | None = None) 
 # --- transformations
 
 
+@pytest.fixture
+def unoptimized() -> Iterator[None]:
+    """XLA compiles in half the time; for tests of what is computed, not of what the compiler makes of it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+quick = pytest.mark.usefixtures("unoptimized")
+
+
 @pytest.mark.parametrize("name", COMPARED)
 def test_jit_equals_eager(name):
     f, x = plain(draw()), images(N)
     close(jax.jit(lambda k, z: ATTACKS[name](f, k, z))(KEY, x), ATTACKS[name](f, KEY, x), x)
 
 
+@quick
 @pytest.mark.parametrize("name", COMPARED)
-def test_vmap_over_batches_equals_a_loop(name):
-    f, x, keys = plain(draw()), images(3, N), jax.random.split(KEY, 3)
-    got = jax.jit(jax.vmap(lambda k, z: ATTACKS[name](f, k, z)))(keys, x)
-    single = jax.jit(lambda k, z: ATTACKS[name](f, k, z))
-    close(got, jnp.stack([single(k, z) for k, z in zip(keys, x, strict=True)]), x)
+def test_vmap_equals_a_loop(name):
+    """Over batches, keys, weights and budgets at once."""
+    x, keys, eps = images(3, N), jax.random.split(KEY, 3), jnp.array([0.1, 0.2, 0.3])
+    weights = jax.tree.map(lambda *w: jnp.stack(w), *[draw(seed) for seed in range(3)])
+    attack = jax.jit(lambda w, k, z, e: ATTACKS[name](plain(w), k, z, e))
+    want = [attack(*jax.tree.map(lambda leaf, i=i: leaf[i], (weights, keys, x, eps))) for i in range(3)]
+    close(jax.jit(jax.vmap(attack))(weights, keys, x, eps), jnp.stack(want), x)
 
 
-@pytest.mark.parametrize("name", COMPARED)
-def test_vmap_over_weights_and_budgets_equals_a_loop(name):
-    x, weights, eps = images(N), [draw(seed) for seed in (0, 1)], jnp.array([0.1, 0.3])
-    stacked = jax.tree.map(lambda *w: jnp.stack(w), *weights)
-    attack = jax.jit(lambda w, e: ATTACKS[name](plain(w), KEY, x, e))
-    close(jax.jit(jax.vmap(attack))(stacked, eps), jnp.stack([attack(w, e) for w, e in zip(weights, eps, strict=True)]))
-
-
+@quick
 @pytest.mark.parametrize("name", ATTACKS)
 def test_no_gradient_flows_through_the_result(name):
     """Neither to the images, nor to the weights, nor to the budget."""
@@ -124,6 +131,7 @@ def unsharded(name: str) -> jax.Array:
     return jax.jit(lambda k, z: ATTACKS[name](f, k, z))(keys, images(N))
 
 
+@quick
 @pytest.mark.parametrize("name", [n for n in COMPARED if n not in ("second_noise", "second_random", "pgd_from_x")])
 @pytest.mark.parametrize(("how", "loops"), [("shard_map", "cpu"), ("shard_map", "gpu"), ("sharding", "cpu")])
 def test_four_devices_equal_one(name, how, loops, monkeypatch):
@@ -154,6 +162,7 @@ def test_one_key_draws_alike_on_one_device_and_four(name):
     close(attack(jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))), attack(x), x)
 
 
+@quick
 @pytest.mark.parametrize("name", ["ifgsm", "pgd", "pgd_from_x", "pgd_restarts"])
 @pytest.mark.parametrize("per_image", [False, True])
 def test_compiled_loop_equals_the_unrolled_one(name, per_image, monkeypatch):
@@ -290,12 +299,14 @@ def defended(name: str, objective: str) -> tuple[jax.Array, Weights]:
     return library.jit(loss)(library.model), library.read(library.jit(library.grad(loss))(library.model))
 
 
+@quick
 @pytest.mark.parametrize("name", FRAMEWORKS)
 @pytest.mark.parametrize("attack", ["fgsm", "ifgsm", "pgd", "pgd_restarts", "second_total", "second_noise"])
 def test_attacks_are_equal_in_every_framework(name, attack):
     close(attacked(name, attack), attacked("bare", attack), images(N))
 
 
+@quick
 @pytest.mark.parametrize("name", FRAMEWORKS)
 @pytest.mark.parametrize("objective", ["total", "noise"])
 def test_e2sad_and_its_gradient_are_equal_in_every_framework(name, objective):

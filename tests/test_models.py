@@ -75,9 +75,10 @@ def test_every_model_in_every_precision(name, precision, num_classes):
     """Parameters and logits are float32, whatever the layers compute in."""
     image_shape = TABLES[name][0]
     model = models.create(name, num_classes, image_shape, precision)
-    params = shapes(model, image_shape)
+    with jax.numpy_dtype_promotion("standard" if precision == "bf16" else "strict"):
+        params = shapes(model, image_shape)
+        logits = jax.eval_shape(lambda p, x: models.logits_fn(model, p)(x), params, jnp.zeros((3, *image_shape)))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    logits = jax.eval_shape(lambda p, x: models.logits_fn(model, p)(x), params, jnp.zeros((3, *image_shape)))
     assert logits.shape == (3, num_classes)
     assert logits.dtype == jnp.float32
 
@@ -93,9 +94,9 @@ def test_bfloat16_is_near_float32_and_not_the_same():
     """Losses see float32 logits, within bfloat16's 8 bits of the float32 network's."""
     x = images(4, (8, 8, 1))
     full, narrow = (models.create("digits_cnn", 10, (8, 8, 1), p) for p in ("float32", "bf16"))
-    params = full.init(jax.random.key(0), x)
+    params = jax.jit(full.init)(jax.random.key(0), x)
     with jax.numpy_dtype_promotion("standard"):
-        want, got = full.apply(params, x), narrow.apply(params, x)
+        want, got = jax.jit(full.apply)(params, x), jax.jit(narrow.apply)(params, x)
     assert got.dtype == want.dtype == jnp.float32
     error = np.abs(got - want).max() / np.abs(want).max()
     assert 1e-5 < error < 0.03
@@ -156,6 +157,6 @@ def test_gradient_against_finite_differences(model, image_shape):
 def test_an_image_does_not_see_its_neighbours():
     model = models.MnistCNN(num_classes=3, features=(2, 3), hidden=5)
     x = images(4, (8, 8, 1))
-    f = models.logits_fn(model, model.init(jax.random.key(0), x))
+    f = jax.jit(models.logits_fn(model, jax.jit(model.init)(jax.random.key(0), x)))
     np.testing.assert_allclose(f(x)[2:3], f(x[2:3]), rtol=1e-5, atol=1e-6)
     assert np.abs(f(x)[0] - f(x)[1]).max() > 1e-3
