@@ -135,6 +135,26 @@ def make_train_step(config: Config, model: nn.Module, num_classes: int, transfor
     return jax.jit(train_step, donate_argnums=0)
 
 
+def step_flops(config: Config, image_shape: Sequence[int], num_classes: int) -> float:
+    """FLOPs of one training step by XLA's own count for the first device; compiled, not run.
+
+    Loops are counted as one turn of their body, so the number is right only for attacks that are unrolled: on the CPU
+    all are.
+    """
+    model = models.create(config.model, num_classes, image_shape, config.precision)
+    step = make_train_step(config, model, num_classes, TRANSFORMS[config.transform])
+    n = config.batch_size
+    shapes = jax.eval_shape(
+        lambda: (
+            init_state(config, model, image_shape),
+            jnp.zeros((n, *image_shape), jnp.uint8),
+            jnp.zeros(n, jnp.int32),
+            epoch_order(jax.random.key(0), jnp.zeros((), jnp.uint32), n),
+        )
+    )
+    return float(step.lower(*shapes).compile().cost_analysis()["flops"])  # type: ignore[attr-defined]
+
+
 def fit(
     config: Config,
     model: nn.Module,

@@ -18,7 +18,6 @@ import pytest
 from e2sad_jax import _npz, data
 from e2sad_jax.errors import DataError
 
-MNIST_ORIGINALS = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mnist"
 MNIST_FILES = (
     "train-images-idx3-ubyte.gz",
     "train-labels-idx1-ubyte.gz",
@@ -169,15 +168,18 @@ data.load("mnist", sys.argv[1])
 
 
 @pytest.fixture(scope="module")
-def mnist_root(tmp_path_factory):
+def mnist_originals(shared):
+    return shared("data/mnist")
+
+
+@pytest.fixture(scope="module")
+def mnist_root(tmp_path_factory, mnist_originals):
     """Real MNIST, prepared after a process died in the middle of preparing it, beside a set of somebody else's."""
-    if not MNIST_ORIGINALS.is_dir():
-        pytest.skip("the original MNIST files are not here")
     root = tmp_path_factory.mktemp("mnist")
     manual = root / "downloads" / "manual"
     manual.mkdir(parents=True)
     for file in MNIST_FILES:
-        shutil.copy(MNIST_ORIGINALS / file, manual / file)
+        shutil.copy(mnist_originals / file, manual / file)
     # What tensorflow-datasets itself would have left in this folder for somebody who uses TensorFlow.
     foreign = root / "mnist" / "3.0.1"
     foreign.mkdir(parents=True)
@@ -191,7 +193,7 @@ def mnist_root(tmp_path_factory):
     return root
 
 
-def test_real_mnist(mnist_root, monkeypatch):
+def test_real_mnist(mnist_root, mnist_originals, monkeypatch):
     from e2sad_jax import _tfds
 
     # A second load reads neither records nor original files.
@@ -203,8 +205,8 @@ def test_real_mnist(mnist_root, monkeypatch):
     registered = {line.split("\t")[3]: line.split("\t")[2] for line in registry.read_text().splitlines()}
     assert dict(dataset.source_sha256) == registered
     for split, prefix in (("train", "train"), ("test", "t10k")):
-        images = gzip.decompress((MNIST_ORIGINALS / f"{prefix}-images-idx3-ubyte.gz").read_bytes())[16:]
-        labels = gzip.decompress((MNIST_ORIGINALS / f"{prefix}-labels-idx1-ubyte.gz").read_bytes())[8:]
+        images = gzip.decompress((mnist_originals / f"{prefix}-images-idx3-ubyte.gz").read_bytes())[16:]
+        labels = gzip.decompress((mnist_originals / f"{prefix}-labels-idx1-ubyte.gz").read_bytes())[8:]
         expected = sorted((images[i * 784 : (i + 1) * 784], label) for i, label in enumerate(labels))
         x, y = getattr(dataset, f"x_{split}"), getattr(dataset, f"y_{split}")
         assert sorted((image.tobytes(), int(label)) for image, label in zip(x, y, strict=True)) == expected

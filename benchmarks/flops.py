@@ -1,0 +1,37 @@
+"""FLOPs of a training step of each defense, by XLA's own count, in natural steps.
+
+python -m benchmarks.flops
+
+Table 4's network at batch 256. Nothing is run, so it takes a minute on any machine.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from e2sad_jax import train
+from e2sad_jax.config import Config
+
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "natural": {},
+    "fgsm": {},
+    "hamm": {},
+    "e2sad": {},
+    "ifgsm": {"attack_steps": 30},
+}
+
+
+def main() -> None:
+    print(f"FLOPs of a training step, JAX {jax.__version__}, {jax.devices()[0].device_kind}\n")
+    print("| defense | GFLOP | natural steps |\n| --- | ---: | ---: |")
+    natural = 0.0
+    for defense, settings in SETTINGS.items():
+        flops = train.step_flops(Config(defense=defense, **settings), (28, 28, 1), 10)
+        natural = natural or flops
+        name = ", ".join([defense, *(f"{key} {value}" for key, value in settings.items())])
+        print(f"| {name} | {flops / 1e9:.1f} | {flops / natural:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
