@@ -278,6 +278,11 @@ def check_arrays(
         )
     if num_classes is None:
         count, bound = max(2, int(checked["y_train"].max()) + 1), "max(y_train) + 1; set num_classes for more"
+        if count > max(2, len(checked["y_train"])):  # a stray label would make a last layer of that many classes
+            raise DataError(
+                f"{where}: y_train[{int(checked['y_train'].argmax())}] is {count - 1}, more classes than the "
+                f"{len(checked['y_train'])} training images; set num_classes={count} if it is meant"
+            )
     else:
         count, bound = check_num_classes(where, num_classes), "the file's num_classes"
     for member in ("y_train", "y_test"):
@@ -291,7 +296,7 @@ def check_arrays(
 
 
 def _check_claim(where: str, dataset: Dataset) -> None:
-    official = OFFICIAL.get(dataset.name)
+    official = OFFICIAL.get(dataset.name.strip().casefold())
     if official is None:
         return
     found = Official(len(dataset.x_train), len(dataset.x_test), dataset.image_shape, dataset.num_classes)

@@ -57,7 +57,16 @@ def _pil(image: np.ndarray) -> PIL.Image.Image:
     return PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-class MnistBuilder(tfds_mnist.MNIST, skip_registration=True):  # type: ignore[misc, call-arg]
+class _NoBucket:
+    """Mixed into a builder of the library: sizes are not looked up in a cloud bucket, for which each try leaves a folder."""
+
+    def _info(self) -> Any:
+        info = super()._info()  # type: ignore[misc]
+        info.initialize_from_bucket = lambda: None
+        return info
+
+
+class MnistBuilder(_NoBucket, tfds_mnist.MNIST, skip_registration=True):  # type: ignore[misc, call-arg]
     """The library's `mnist`, with the files opened by `gzip`."""
 
     name = "mnist"
@@ -88,7 +97,7 @@ class MnistBuilder(tfds_mnist.MNIST, skip_registration=True):  # type: ignore[mi
             yield index, {"image": _pil(image), "label": label}
 
 
-class SvhnBuilder(tfds_svhn.Builder, skip_registration=True):  # type: ignore[misc, call-arg]
+class SvhnBuilder(_NoBucket, tfds_svhn.Builder, skip_registration=True):  # type: ignore[misc, call-arg]
     """The library's `svhn_cropped` without its `extra` split (1.3 GB), with the files opened by scipy."""
 
     name = "svhn_cropped"

@@ -1,9 +1,10 @@
 """Checkpoints with Orbax, and a trained classifier read back from its workdir."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +27,8 @@ class Checkpoints:
     Orbax writes each into a temporary folder and renames it when it is whole, in the background while training goes on.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str]):
+    def __init__(self, workdir: str | os.PathLike[str], *, read_only: bool = False):
+        """Opens the folder of a run; `read_only` changes nothing there, so that the run may be under way."""
         policies = ocp.checkpoint_managers
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(
@@ -36,7 +38,8 @@ class Checkpoints:
                     [policies.LatestN(1), policies.BestN(get_metric_fn=_score, n=1)]
                 ),
                 best_fn=_score,
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not read_only,  # what a killed process left
+                read_only=read_only,
             ),
         )
 
@@ -61,7 +64,8 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Begins to write a checkpoint; `metrics` must hold `score`. A step that is there already is left alone."""
         if step != self.last_step:
-            self._manager.save(step, args=ocp.args.StandardSave(_storable(state)), metrics=dict(metrics))
+            with self._writing():
+                self._manager.save(step, args=ocp.args.StandardSave(_storable(state)), metrics=dict(metrics))
 
     def metrics(self, step: int) -> Mapping[str, float]:
         """What was saved beside the checkpoint of `step`."""
@@ -69,13 +73,25 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until all checkpoints are on disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds, those of the thread that writes among them
+            raise WorkdirError(
+                f"cannot write a checkpoint in {self.folder}: {_first_line(error)}; the one before it stays, and the same "
+                "command goes on from there"
+            ) from error
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """The state of `step`, the last one by default.
 
         Args:
-          like: a state of the same configuration; gives shapes, dtypes and placement.
+          like: a state of the same configuration, or its shapes (`jax.eval_shape`). The result lies on the default
+            device.
           step: a step that was kept.
 
         Raises:
@@ -84,15 +100,15 @@ class Checkpoints:
         step = self.last_step if step is None else step
         if step is None:
             raise WorkdirError(f"{self.folder} holds no checkpoint yet")
-        stored = _storable(like)
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, stored)
+        place = jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
+        stored = jax.eval_shape(_storable, like)
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), stored)
         try:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that it cannot be used
-            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
             raise WorkdirError(
-                f"cannot read the checkpoint {self.folder / str(step)}: {reason}; delete that folder to go on from an earlier "
-                "one or from the start"
+                f"cannot read the checkpoint {self.folder / str(step)}: {_first_line(error)}; delete that folder to go on "
+                "from an earlier one or from the start"
             ) from error
         for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(restored), strict=True):
             if a.shape != b.shape or a.dtype != b.dtype:
@@ -100,6 +116,10 @@ class Checkpoints:
                     f"the checkpoint {self.folder / str(step)} fits another network: {b.shape} for {a.shape}"
                 )
         return restored.replace(key=jax.random.wrap_key_data(restored.key))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _score(metrics: Mapping[str, float]) -> float:
@@ -149,7 +169,7 @@ class Classifier:
           `[N, K]`, float32, rows summing to 1.
 
         Raises:
-          DataError: if the shape or dtype is not that of the training images.
+          DataError: if the shape or dtype is not that of the training images, or a pixel lies outside [0, 1].
         """
         images = jnp.asarray(images)
         height, width, channels = self.dataset["image_shape"]
@@ -161,6 +181,13 @@ class Classifier:
             )
         if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
             raise DataError(f"images are {images.dtype}; this classifier takes uint8, or floating point in [0, 1]")
+        if images.dtype != jnp.uint8 and images.size and not isinstance(images, jax.core.Tracer):
+            low, high = float(images.min()), float(images.max())
+            if not (low >= 0 and high <= 1):  # NaN is neither
+                raise DataError(
+                    f"images hold pixels from {low:.6g} to {high:.6g}; this classifier takes floating point in [0, 1], or "
+                    "uint8 in 0..255"
+                )
         return self._probabilities(self.params, images)  # type: ignore[attr-defined, no-any-return]
 
 
@@ -180,14 +207,15 @@ def load(workdir: str | os.PathLike[str], which: str = "last") -> Classifier:
     """
     if which not in ("last", "best"):
         raise ValueError(f"load: which={which!r}; it must be 'last' or 'best'")
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).expanduser()
     config, dataset = read_config(workdir)
     shape = tuple(dataset["image_shape"])
     model = models.create(config.model, dataset["num_classes"], shape, config.precision)
     if not (workdir / "checkpoints").is_dir():
         raise WorkdirError(f"{workdir} holds no checkpoint yet")
-    with Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir, read_only=True) as checkpoints:
         state = checkpoints.restore(
-            init_state(config, model, shape), checkpoints.best_step if which == "best" else checkpoints.last_step
+            jax.eval_shape(lambda: init_state(config, model, shape)),
+            checkpoints.best_step if which == "best" else checkpoints.last_step,
         )
     return Classifier(config, dataset, int(state.step), model, state.params, TRANSFORMS[config.transform])

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,6 +87,10 @@ class Config:
     def digest(self) -> str:
         """Eight hexadecimal digits of the identity."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
+
+    def default_workdir(self) -> str:
+        """Where the run is kept if `workdir` is empty."""
+        return f"runs/{pathlib.PurePath(self.data).stem}-{self.defense}-{self.digest()}"
 
     def total_steps(self, training_images: int) -> int:
         """Steps to train: `steps`, or as many as `epochs` passes over `training_images` take."""

@@ -13,6 +13,8 @@ from e2sad_jax import attacks, models
 from e2sad_jax.losses import cross_entropy, soft_labels
 from e2sad_jax.transforms import Transform
 
+STREAM = 2  # of the seed's random numbers; training has 0 and 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
@@ -192,7 +194,7 @@ def perturb(
             )
         case "pgd":
             return attacks.pgd(
-                jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index),
+                jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(jax.random.key(seed), STREAM), index),
                 loss_fn,
                 x,
                 eps=attack.eps,

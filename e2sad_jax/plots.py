@@ -78,7 +78,7 @@ def examples(
         ("first - clean", first - x, None),
         ("second - first", second - first, None),
     ]
-    span = max(config.eps1, config.eps2)
+    span = max(config.eps1, config.eps2) or 1.0
     figure = Figure(figsize=(1.25 * len(rows) + 1.4, 1.55 * len(lines) + 0.6), layout="constrained")
     figure.suptitle(title, fontsize=11)
     axes = figure.subplots(len(lines), len(rows), squeeze=False)
@@ -86,7 +86,9 @@ def examples(
         shown = (values - low) / (high - low) if probabilities is not None else values / (2 * span) + 0.5
         for i, ax in enumerate(line):
             picture = np.clip(shown[i], 0, 1)
-            ax.imshow(picture.squeeze() if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=1)
+            if picture.shape[-1] != 3:  # neither grey nor RGB: the mean of the channels
+                picture = picture.mean(-1)
+            ax.imshow(picture, cmap="gray", vmin=0, vmax=1)
             ax.set_xticks([])
             ax.set_yticks([])
             if probabilities is not None:

@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -24,9 +25,9 @@ class Bar:
         self._last_line = self._start - interval + 2  # the first line comes soon
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm.tqdm(
-                desc=title, total=total, unit=f" {unit}", initial=initial, dynamic_ncols=True, smoothing=0.1
-            )
+            known = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # some pseudo terminals have no size
+            width = {"dynamic_ncols": True} if known else {"ncols": 100, "nrows": 24}
+            self._bar = tqdm.tqdm(desc=title, total=total, unit=f" {unit}", initial=initial, smoothing=0.1, **width)
 
     def update(self, amount: int, note: str = "") -> None:
         """Moves on by `amount`; `note` is shown behind the count."""
@@ -45,10 +46,6 @@ class Bar:
                 file=sys.stderr,
                 flush=True,
             )
-
-    def write(self, line: str) -> None:
-        """Prints a line without disturbing the bar."""
-        tqdm.tqdm.write(line, file=sys.stderr)
 
     def __enter__(self) -> "Bar":
         return self
@@ -88,7 +85,8 @@ class Recorder:
         self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1, flush_secs=30)
         self._bar, self._log_every, self._batch_size = bar, log_every, batch_size
         self._pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
-        self._first = (start, time.monotonic())
+        self._mark: tuple[int, float] | None = None  # where the clock of images/s started; the first step compiles
+        self._rate = 0.0
 
     def __call__(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self._pending.append((step, metrics))
@@ -114,6 +112,10 @@ class Recorder:
                 name.replace("_", "/", 1) if name.startswith("validation_") else f"train/{name}", value, step
             )
 
+    def restart_clock(self) -> None:
+        """Leaves what came since the last step out of images/s: a checkpoint, say."""
+        self._mark = None
+
     def close(self) -> None:
         self._file.close()
         self._board.close()
@@ -124,13 +126,15 @@ class Recorder:
         wrong = [f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value)]
         if wrong:
             raise NonFiniteError(f"step {step}: {', '.join(wrong)}")
-        steps, seconds = step - self._first[0], time.monotonic() - self._first[1]
-        rate = steps * self._batch_size / max(seconds, 1e-9)
-        self._bar.update(1, f"loss {metrics['loss']:.4f}, {rate:,.0f} images/s")
+        now = time.monotonic()
+        if self._mark is None:
+            self._mark = (step, now)
+        elif step % self._log_every == 0 or now - self._mark[1] >= 1:
+            self._rate = (step - self._mark[0]) * self._batch_size / max(now - self._mark[1], 1e-9)
+        self._bar.update(1, f"loss {metrics['loss']:.4f}" + (f", {self._rate:,.0f} images/s" if self._rate else ""))
         if step % self._log_every == 0:
-            self.write(step, {**metrics, "images_per_second": rate})
-        if steps == 1:
-            self._first = (step, time.monotonic())  # the first step holds the compilation
+            self._mark = (step, now)
+            self.write(step, {**metrics, **({"images_per_second": self._rate} if self._rate else {})})
 
 
 def _ready(array: jax.Array) -> bool:

@@ -6,6 +6,7 @@ import functools
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 from e2sad_jax import paper
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
-from e2sad_jax.evaluate import Attack, Outcome, worst_case
+from e2sad_jax.evaluate import SUITES, Attack, Outcome, worst_case
 from e2sad_jax.workdir import describe_dataset, write_json, write_text
 
 WORST = "every attack above"
@@ -29,7 +30,7 @@ def environment() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "hardware": f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+        "hardware": f"{device.device_kind} ({device.platform})"  # a run uses one device
         if device.platform != "cpu"
         else f"CPU, {os.cpu_count()} cores, {_cpu_name()}",
         "python": platform.python_version(),
@@ -70,7 +71,7 @@ def command() -> str:
     """The command line of this process as a user types it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec is not None and spec.name else f"python {sys.argv[0]}"
-    return " ".join([program, *sys.argv[1:]])
+    return " ".join([program, *map(shlex.quote, sys.argv[1:])])
 
 
 def build(
@@ -90,7 +91,8 @@ def build(
     for attack in suite:
         row: dict[str, Any] = {**dataclasses.asdict(attack), "accuracy": outcomes[attack.name].accuracy}
         row["correct"] = int(outcomes[attack.name].correct.sum())
-        row["paper"] = column.accuracy.get(attack.name) if column else None
+        # By name, and only where the name means the paper's budget.
+        row["paper"] = column.accuracy.get(attack.name) if column and attack in SUITES[column.data] else None
         rows.append(row)
     return {
         "dataset": describe_dataset(dataset),
@@ -163,7 +165,10 @@ def markdown(all_results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [f"# {heading(first)}", "", *("| " + " | ".join(line) + " |" for line in table), ""]
     for name, results in all_results.items():
         if results["paper"].startswith("Table"):
-            lines.append(f"- {name}: the paper's numbers are from its {results['paper']}.")
+            note = f"- {name}: the paper's numbers are from its {results['paper']}"
+            if results["config"]["defense"] == "e2sad":
+                note += "; it gives Eq. 7, whose gradient is zero: `--second_step=total` is how it is read here"
+            lines.append(note + ".")
         else:
             lines.append(f"- {name}: no numbers of the paper beside it: {results['paper']}.")
     environment = first["environment"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import signal
 import sys
@@ -14,16 +15,16 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from e2sad_jax import data, models, report
+from e2sad_jax import data, models, plots, report
 from e2sad_jax.checkpoint import Checkpoints
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
 from e2sad_jax.errors import ConfigError, Error, NonFiniteError, WorkdirError
-from e2sad_jax.evaluate import SUITES, Attack, evaluate
+from e2sad_jax.evaluate import SUITES, Attack, Outcome, evaluate
 from e2sad_jax.progress import Bar, Recorder
 from e2sad_jax.train import TrainState, fit, init_state
-from e2sad_jax.transforms import TRANSFORMS
-from e2sad_jax.workdir import open_workdir, write_text
+from e2sad_jax.transforms import TRANSFORMS, Transform
+from e2sad_jax.workdir import open_workdir, write_config, write_text
 
 WATCHED = 500  # images that choose the best checkpoint where none are held out
 
@@ -51,85 +52,131 @@ def run(config: Config, suite: str) -> dict[str, Any]:
       NonFiniteError: if training diverged; the last good checkpoint stays.
       Stopped: after Ctrl-C or SIGTERM and a checkpoint.
     """
+    (results,) = _run_all([config], suite)
+    return results
+
+
+def _run_all(configs: Sequence[Config], suite: str) -> list[dict[str, Any]]:
+    """`run` of each, on the same data; all are found possible before the first is trained."""
+    if suite not in SUITES:
+        raise ConfigError(f"suite={suite!r}: must be one of {', '.join(SUITES)}")
     report.commit()  # of the code that runs, not of what a checkout may hold when the run ends
-    dataset = data.load(config.data, config.data_dir or None)
+    dataset = data.load(configs[0].data, configs[0].data_dir or None)
+    with contextlib.ExitStack() as stack:
+        jobs = [stack.enter_context(_open(config, dataset)) for config in configs]
+        return [_train_and_report(job, SUITES[suite]) for job in jobs]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A run whose settings, data and workdir are known to fit together.
+
+    Attributes:
+      config: its settings.
+      dataset: all its data.
+      train_set: what it trains on.
+      watched: as a test set, what chooses its best checkpoint.
+      model: the network.
+      steps: training steps in all.
+      workdir: its folder, locked.
+      checkpoints: those in it.
+    """
+
+    config: Config
+    dataset: Dataset
+    train_set: Dataset
+    watched: Dataset
+    model: nn.Module
+    steps: int
+    workdir: pathlib.Path
+    checkpoints: Checkpoints
+
+    @property
+    def transform(self) -> Transform:
+        return TRANSFORMS[self.config.transform]
+
+
+@contextlib.contextmanager
+def _open(config: Config, dataset: Dataset) -> Iterator[_Job]:
+    """Checks everything about a run and opens its workdir; a refused run changes nothing there."""
     model = models.create(config.model, dataset.num_classes, dataset.image_shape, config.precision)
     train_set, watched = _hold_out(dataset, config)
     steps = config.total_steps(len(train_set.x_train))
     _check_sizes(config, train_set, steps)
-    workdir = pathlib.Path(config.workdir)
-    open_workdir(workdir, config, dataset)
-    state = init_state(config, model, dataset.image_shape)
-    with Checkpoints(workdir) as checkpoints, _interruptible() as interrupted:
-        state, seconds = _train(config, model, train_set, watched, state, steps, checkpoints, interrupted)
-    outcomes = _evaluate(config, model, state, dataset, SUITES[suite])
-    results = report.build(
-        config,
-        dataset,
-        SUITES[suite],
-        outcomes,
-        steps=steps,
-        parameters=models.count_parameters(state.params),
-        train_seconds=seconds,
-    )
-    report.write(workdir, results, outcomes)
-    from e2sad_jax import plots
-
-    plots.examples(
-        workdir / "examples.png",
-        config,
-        model,
-        state.params,
-        dataset.x_test,
-        dataset.y_test,
-        title=f"{dataset.name}, {config.defense}, {steps:,} steps: predicted class (probability)",
-        num_classes=dataset.num_classes,
-    )
-    return results
-
-
-def _train(
-    config: Config,
-    model: nn.Module,
-    train_set: Dataset,
-    watched: Dataset,
-    state: TrainState,
-    steps: int,
-    checkpoints: Checkpoints,
-    interrupted: Callable[[], int],
-) -> tuple[TrainState, float]:
-    """Trains from the last checkpoint, or `state`, to `steps`; returns the state and the seconds it took in all."""
-    workdir, start, spent = pathlib.Path(config.workdir), 0, 0.0
-    if checkpoints.last_step is not None:
-        start = checkpoints.last_step
-        if not config.resume:
+    workdir = pathlib.Path(config.workdir or config.default_workdir()).expanduser()
+    with open_workdir(workdir, config, dataset), Checkpoints(workdir) as checkpoints:
+        start = checkpoints.last_step or 0
+        if start and not config.resume:
             raise WorkdirError(
                 f"{workdir} holds a run at step {start:,} and --resume is off; choose another --workdir, or delete that one"
             )
         if start > steps:
             raise ConfigError(f"--steps={steps}: {workdir} is at step {start:,} already; it must be at least that")
+        write_config(workdir, config, dataset)
+        yield _Job(config, dataset, train_set, watched, model, steps, workdir, checkpoints)
+
+
+def _train_and_report(job: _Job, suite: Sequence[Attack]) -> dict[str, Any]:
+    config, dataset = job.config, job.dataset
+    with _interruptible() as interrupted:
+        state, seconds = _train(job, interrupted)
+    outcomes = _evaluate(job, state, suite)
+    results = report.build(
+        config,
+        dataset,
+        suite,
+        outcomes,
+        steps=job.steps,
+        parameters=models.count_parameters(state.params),
+        train_seconds=seconds,
+    )
+    report.write(job.workdir, results, outcomes)
+    plots.examples(
+        job.workdir / "examples.png",
+        config,
+        job.model,
+        state.params,
+        dataset.x_test,
+        dataset.y_test,
+        title=f"{dataset.name}, {config.defense}, {job.steps:,} steps: predicted class (probability)",
+        num_classes=dataset.num_classes,
+    )
+    return results
+
+
+def _train(job: _Job, interrupted: Callable[[], int]) -> tuple[TrainState, float]:
+    """Trains from the last checkpoint, or from scratch, to `job.steps`; returns the state and the seconds it took in all."""
+    config, checkpoints, steps = job.config, job.checkpoints, job.steps
+    state, start, spent = init_state(config, job.model, job.dataset.image_shape), checkpoints.last_step or 0, 0.0
+    if start:
         state, spent = checkpoints.restore(state), checkpoints.metrics(start)["seconds"]
-        if start < steps:
-            print(f"Going on from step {start:,} in {workdir}", file=sys.stderr)
-    if start == steps:
-        return state, spent
+        if start == steps:
+            return state, spent
+        print(f"Going on from step {start:,} in {job.workdir}", file=sys.stderr)
     began = time.monotonic()
-    title = f"train {config.defense} on {train_set.name}"
-    with Bar(title, steps, "steps", initial=start) as bar:
-        record = Recorder(workdir, bar, start=start, log_every=config.log_every, batch_size=config.batch_size)
+    logits = jax.jit(lambda params, images: models.logits_fn(job.model, params)(job.transform.apply(images)))
+
+    with Bar(f"train {config.defense} on {job.train_set.name}", steps, "steps", initial=start) as bar:
+        record = Recorder(job.workdir, bar, start=start, log_every=config.log_every, batch_size=config.batch_size)
 
         def checkpoint(step: int, state: TrainState) -> None:
-            record.flush()  # only a state that all metrics vouch for is kept
+            record.flush()  # only a state that all metrics vouch for is kept,
             with jax.transfer_guard("allow"):
-                metrics = _watch(config, model, state, watched)
+                if not np.isfinite(
+                    logits(state.params, job.watched.x_test)
+                ).all():  # and that the last update left whole
+                    raise NonFiniteError(f"step {step}: its update left logits that are not finite")
+                # Who stops a run does not wait for an attack; such a checkpoint is never the best one.
+                metrics = {"score": -1.0} if interrupted() else _watch(job, state)
                 record.write(step, {f"validation_{name}": value for name, value in metrics.items()})
                 checkpoints.save(step, state, {**metrics, "seconds": spent + time.monotonic() - began})
+            record.restart_clock()
 
         try:
             state = fit(
                 config,
-                model,
-                train_set,
+                job.model,
+                job.train_set,
                 state,
                 steps=steps,
                 record=record,
@@ -139,7 +186,7 @@ def _train(
         except NonFiniteError as error:
             checkpoints.wait()
             last = checkpoints.last_step
-            kept = f"the checkpoint of step {last:,} stays in {workdir}" if last else "there is no checkpoint yet"
+            kept = f"the checkpoint of step {last:,} stays in {job.workdir}" if last else "there is no checkpoint yet"
             raise NonFiniteError(
                 f"{error}; training stopped, {kept}. Try a lower --learning_rate (now {config.learning_rate}), or "
                 "--precision=float32, with another --workdir"
@@ -147,53 +194,50 @@ def _train(
         finally:
             record.close()
         checkpoints.wait()
-    step = int(state.step)
-    if step < steps:
+    if interrupted():
         raise Stopped(
-            f"Stopped at step {step:,} of {steps:,}; everything is saved in {workdir}. The same command goes on from there:\n"
-            f"  {report.command()}",
+            f"Stopped at step {int(state.step):,} of {steps:,}; everything is saved in {job.workdir}. The same command goes "
+            f"on from there:\n  {report.command()}",
             interrupted(),
         )
     return state, spent + time.monotonic() - began
 
 
-def _watch(config: Config, model: nn.Module, state: TrainState, watched: Dataset) -> dict[str, float]:
+def _watch(job: _Job, state: TrainState) -> dict[str, float]:
     """Clean and robust accuracy on the watched images, and the score that orders checkpoints by robust, then by clean."""
-    suite = [Attack("clean", "clean"), Attack("robust", "pgd", config.eps1, 10, config.eps1 / 4)]
-    outcomes = evaluate(
-        model,
-        state.params,
-        watched.x_test,
-        watched.y_test,
-        suite,
-        transform=TRANSFORMS[config.transform],
-        num_classes=watched.num_classes,
-        batch_size=config.eval_batch_size,
-    )
+    eps = job.config.eps1
+    suite = [Attack("clean", "clean"), Attack("robust", "pgd", eps, 10, eps / 4 or None)]
+    outcomes = _attack(job, state, job.watched, suite)
     clean, robust = (int(outcomes[name].correct.sum()) for name in ("clean", "robust"))
-    n = len(watched.x_test)
+    n = len(job.watched.x_test)
     return {"clean": clean / n, "robust": robust / n, "score": robust + clean / (n + 1)}
 
 
-def _evaluate(
-    config: Config, model: nn.Module, state: TrainState, dataset: Dataset, suite: Sequence[Attack]
-) -> dict[str, Any]:
-    count = config.eval_examples or len(dataset.x_test)
-    images, labels = dataset.x_test[:count], dataset.y_test[:count]
-    total = len(images) * sum(attack.gradients() for attack in suite)
-    with Bar(f"attack {config.defense} on {dataset.name}", total, "gradients") as bar:
-        return evaluate(
-            model,
-            state.params,
-            images,
-            labels,
-            suite,
-            transform=TRANSFORMS[config.transform],
-            num_classes=dataset.num_classes,
-            batch_size=config.eval_batch_size,
-            seed=config.seed,
-            progress=lambda name, gradients: bar.update(gradients, name),
-        )
+def _evaluate(job: _Job, state: TrainState, suite: Sequence[Attack]) -> dict[str, Outcome]:
+    dataset = job.dataset
+    count = job.config.eval_examples or len(dataset.x_test)
+    tested = _subset(dataset, x_test=dataset.x_test[:count], y_test=dataset.y_test[:count])
+    total = count * sum(attack.gradients() for attack in suite)
+    with Bar(f"attack {job.config.defense} on {dataset.name}", total, "gradients") as bar:
+        return _attack(job, state, tested, suite, progress=lambda name, gradients: bar.update(gradients, name))
+
+
+def _attack(
+    job: _Job, state: TrainState, tested: Dataset, suite: Sequence[Attack], **kwargs: Any
+) -> dict[str, Outcome]:
+    """`evaluate` on the test set of `tested`, as the run's settings say."""
+    return evaluate(
+        job.model,
+        state.params,
+        tested.x_test,
+        tested.y_test,
+        suite,
+        transform=job.transform,
+        num_classes=tested.num_classes,
+        batch_size=job.config.eval_batch_size,
+        seed=job.config.seed,
+        **kwargs,
+    )
 
 
 def _hold_out(dataset: Dataset, config: Config) -> tuple[Dataset, Dataset]:
@@ -243,7 +287,8 @@ def _interruptible() -> Iterator[Callable[[], int]]:
     def catch(number: int, frame: Any) -> None:
         nonlocal caught
         caught = number
-        print("\nStopping after this step; once more to stop at once.", file=sys.stderr)
+        # Not print: the signal may come while the same stream is being written.
+        os.write(2, b"\nStopping after this step; once more to stop at once.\n")
         restore()
 
     def restore() -> None:
@@ -259,14 +304,19 @@ def _interruptible() -> Iterator[Callable[[], int]]:
         restore()
 
 
-def run_beside(config: Config, suite: str, baseline: str) -> None:
-    """`run`, after the same run with the defense `baseline` ("" for none); prints the table and where everything lies."""
-    results = {}
-    if baseline and baseline != config.defense:
-        other = dataclasses.replace(config, defense=baseline, workdir=f"{config.workdir}-{baseline}")
-        results[baseline] = run(other, suite)
-    results[config.defense] = run(config, suite)
-    workdir = pathlib.Path(config.workdir)
+def run_beside(configs: Sequence[Config], suite: str) -> None:
+    """`run` of each, on the same data, the last one with the table of all; prints it and where everything lies.
+
+    Args:
+      configs: settings of the runs, of different defenses and in workdirs of their own.
+      suite: as of `run`.
+
+    Raises:
+      As `run`; before anything is trained if one of the runs is not possible.
+    """
+    results = {r["config"]["defense"]: r for r in _run_all(configs, suite)}
+    config = configs[-1]
+    workdir = pathlib.Path(config.workdir).expanduser()
     write_text(workdir / "results.md", report.markdown(results))
     print(f"\n{report.heading(results[config.defense])}\n\n{report.text_table(results)}\n")
     for what, name in [

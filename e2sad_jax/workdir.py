@@ -1,16 +1,24 @@
 """What a workdir holds beside its checkpoints: `config.json`, and files written whole or not at all."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
 from e2sad_jax.errors import ConfigError, WorkdirError
 
 FORMAT = 1  # of config.json and the checkpoints beside it
+LOCK = ".lock"
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -39,25 +47,43 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def open_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> None:
-    """Makes the workdir for this run, or makes sure that it belongs to this run.
+@contextlib.contextmanager
+def open_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> Iterator[None]:
+    """Makes a workdir for this run, or makes sure that it belongs to this run, and keeps other processes out of it.
 
     Raises:
-      WorkdirError: if it belongs to a run of other settings or data (naming what differs), cannot be read or written.
+      WorkdirError: if it belongs to a run of other settings or data (naming what differs), if another process is at
+        work in it, or if it cannot be written.
     """
-    here = {"format": FORMAT, "config": dataclasses.asdict(config), "dataset": describe_dataset(dataset)}
-    path = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            if any(workdir.iterdir()):
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if not (workdir / "config.json").exists() and any(path.name != LOCK for path in workdir.iterdir()):
                 raise WorkdirError(
                     f"{workdir} is not empty and holds no config.json: not a workdir; choose another --workdir"
                 )
-            write_json(path, here)
-            return
-    except OSError as error:
-        raise WorkdirError(f"cannot use {workdir} as workdir: {error.strerror}; choose another --workdir") from error
+            lock = stack.enter_context(open(workdir / LOCK, "a", encoding="utf-8"))
+        except OSError as error:
+            raise _unusable(workdir, error) from error
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it when the process ends
+            except BlockingIOError as error:
+                raise WorkdirError(
+                    f"another process is at work in {workdir}; wait for it to end, or choose another --workdir"
+                ) from error
+            except OSError:
+                pass  # a file system without locks
+        if (workdir / "config.json").exists():
+            _check_same(workdir, config, dataset)
+        yield
+
+
+def _unusable(workdir: pathlib.Path, error: OSError) -> WorkdirError:
+    return WorkdirError(f"cannot use {workdir} as workdir: {error.strerror}; choose another --workdir")
+
+
+def _check_same(workdir: pathlib.Path, config: Config, dataset: Dataset) -> None:
     there, dataset_there = read_config(workdir)
     ours, theirs = config.identity(), there.identity()
     differences = [f"--{k}: {theirs[k]} there, {v} here" for k, v in ours.items() if theirs[k] != v]
@@ -65,7 +91,19 @@ def open_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> Non
         differences.append(f"data: {dataset_there['name']} there, {dataset.name} here, with other content")
     if differences:
         raise WorkdirError(f"{workdir} holds another run ({'; '.join(differences)}); choose another --workdir")
-    write_json(path, here)
+
+
+def write_config(workdir: pathlib.Path, config: Config, dataset: Dataset) -> None:
+    """Writes config.json: what `read_config` reads.
+
+    Raises:
+      WorkdirError: if it cannot be written.
+    """
+    here = {"format": FORMAT, "config": dataclasses.asdict(config), "dataset": describe_dataset(dataset)}
+    try:
+        write_json(workdir / "config.json", here)
+    except OSError as error:
+        raise _unusable(workdir, error) from error
 
 
 def read_config(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
@@ -85,6 +123,9 @@ def read_config(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
         found = values.get("format") if isinstance(values, dict) else None
         raise WorkdirError(f"{path} has format {found}, this version reads {FORMAT}; choose another --workdir")
     try:
-        return Config.from_json(values["config"]), values["dataset"]
+        dataset = values["dataset"]
+        if missing := {"name", "sha256", "image_shape", "num_classes"} - set(dataset):
+            raise KeyError(f"dataset without {', '.join(sorted(missing))}")
+        return Config.from_json(values["config"]), dataset
     except (KeyError, TypeError, ConfigError) as error:
         raise WorkdirError(f"{path} is not a configuration of this version: {error}") from error

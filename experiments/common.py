@@ -1,6 +1,7 @@
 """What the binaries share: one flag per setting of `Config`, errors as one line, and the call into the library."""
 
 import dataclasses
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -56,23 +57,32 @@ def define_flags(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[s
     flags.DEFINE_bool("describe", False, "print the network's layers and stop", module_name=sys.argv[0])
 
 
-def read_config(by_defense: Mapping[str, Mapping[str, Any]]) -> Config:
-    """The configuration that the flags say.
+def read_configs(by_defense: Mapping[str, Mapping[str, Any]]) -> list[Config]:
+    """The configuration that the flags say, after that of the baseline where there is one.
 
     Raises:
       ConfigError: if a value is out of range.
     """
+    config = _read_config(by_defense, FLAGS.defense)
+    config = dataclasses.replace(config, workdir=config.workdir or config.default_workdir())
+    if FLAGS.baseline not in ("", *config_lib.DEFENSES):
+        raise ConfigError(f"--baseline={FLAGS.baseline}: must be empty or one of {', '.join(config_lib.DEFENSES)}")
+    if FLAGS.baseline in ("", config.defense):
+        return [config]
+    workdir = pathlib.Path(config.workdir).expanduser().absolute()
+    beside = pathlib.Path(config.workdir).parent / f"{workdir.name}-{FLAGS.baseline}"
+    return [dataclasses.replace(_read_config(by_defense, FLAGS.baseline), workdir=str(beside)), config]
+
+
+def _read_config(by_defense: Mapping[str, Mapping[str, Any]], defense: str) -> Config:
     values: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Config)}
-    for name, value in by_defense.get(values["defense"], {}).items():
+    values["defense"] = defense
+    for name, value in by_defense.get(defense, {}).items():
         if not FLAGS[name].present:
             values[name] = value
     if FLAGS["steps"].present and not FLAGS["epochs"].present:
         values["epochs"] = 0.0
-    config = Config(**values)
-    if not config.workdir:
-        data = pathlib.PurePath(config.data).stem
-        config = dataclasses.replace(config, workdir=f"runs/{data}-{config.defense}-{config.digest()}")
-    return config
+    return Config(**values)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -90,22 +100,30 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def _run(suite: str, by_defense: Mapping[str, Mapping[str, Any]]) -> None:
     try:
-        config = read_config(by_defense)
-        baseline = FLAGS.baseline
-        if baseline not in ("", *config_lib.DEFENSES):
-            raise ConfigError(f"--baseline={baseline}: must be empty or one of {', '.join(config_lib.DEFENSES)}")
+        configs = read_configs(by_defense)
         from e2sad_jax import run  # after the flags are known to be right: this brings Orbax along
 
         if FLAGS.describe:
-            print(run.describe(config))
-            return
-        run.run_beside(config, suite, baseline)
+            print(run.describe(configs[-1]))
+        else:
+            run.run_beside(configs, suite)
+        sys.stdout.flush()
     except Error as error:
         _fail(str(error), error.exit_code)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # if it was standard output that failed, not again at the exit
+        _fail(f"{error}; the workdir's last checkpoint is safe, and the same command goes on from there", 1)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from the last checkpoint", 130)
+        print(
+            f"{_program()}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True
+        )
+        os._exit(130)  # not through the teardown of threads that the second Ctrl-C cut short
+
+
+def _program() -> str:
+    return pathlib.PurePath(sys.argv[0]).stem
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    print(f"{pathlib.PurePath(sys.argv[0]).stem}: {message}", file=sys.stderr)
+    print(f"{_program()}: {message}", file=sys.stderr)
     sys.exit(exit_code)

@@ -1,5 +1,7 @@
 """Checkpoints: the last and the best are kept, whole; and the classifier that a user loads."""
 
+import fcntl
+import functools
 import json
 import pathlib
 
@@ -14,14 +16,20 @@ from e2sad_jax import data, models, run, train
 from e2sad_jax.checkpoint import Checkpoints
 from e2sad_jax.config import Config
 from e2sad_jax.errors import DataError, WorkdirError
+from e2sad_jax.workdir import LOCK, read_config
 
 SHAPE = (8, 8, 1)
 CONFIG = Config(data="tiny.npz", model="digits_cnn", steps=4, batch_size=8)
 
 
+@functools.cache
+def fresh_state() -> train.TrainState:
+    return train.init_state(CONFIG, models.create("digits_cnn", 3, SHAPE), SHAPE)
+
+
 def state_at(step: int) -> train.TrainState:
-    state = train.init_state(CONFIG, models.create("digits_cnn", 3, SHAPE), SHAPE)
-    return state.replace(step=jnp.int32(step), params=jax.tree.map(lambda a: a + step, state.params))
+    copy = jax.tree.map(jnp.copy, fresh_state())
+    return copy.replace(step=jnp.int32(step), params=jax.tree.map(lambda a: a + step, copy.params))
 
 
 def first_leaf(state: train.TrainState) -> np.ndarray:
@@ -175,11 +183,36 @@ def test_best_may_be_loaded_too(workdir):
         (np.zeros((2, 9, 8, 1), np.uint8), r"shape \(2, 9, 8, 1\).*\[N, 8, 8, 1\]"),
         (np.zeros((8, 8), np.uint8), r"shape \(8, 8\)"),
         (np.zeros((2, 8, 8, 1), np.int32), r"int32.*uint8"),
+        (np.full((2, 8, 8, 1), 255, np.float32), r"pixels from 255 to 255.*\[0, 1\]"),
+        (np.full((2, 8, 8, 1), np.nan, np.float32), r"pixels from nan to nan"),
     ],
 )
 def test_a_classifier_refuses_other_images(workdir, images, words):
     with pytest.raises(DataError, match=words):
         e2sad_jax.load(workdir)(images)
+
+
+def test_a_classifier_may_be_compiled_and_differentiated(workdir):
+    classifier = e2sad_jax.load(workdir)
+    images = jnp.full((2, 8, 8, 1), 0.5)
+    np.testing.assert_allclose(jax.jit(classifier)(images), classifier(images), rtol=1e-5)
+    assert jnp.abs(jax.grad(lambda x: classifier(x)[:, 0].sum())(images)).max() > 0
+
+
+def test_load_leaves_a_run_under_way_alone(workdir):
+    """Orbax's folder of a checkpoint that is being written is not swept away, nor is the lock in the way."""
+    unfinished = workdir / "checkpoints" / "5.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    try:
+        config, dataset = read_config(workdir)
+        with open(workdir / LOCK, "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert e2sad_jax.load(workdir).step == 4
+        assert unfinished.is_dir()
+        assert dataset["num_classes"] == 3
+        assert config.steps == 4
+    finally:
+        unfinished.rmdir()
 
 
 def test_load_refuses_what_is_no_run(tmp_path):
@@ -193,7 +226,11 @@ def test_load_refuses_what_is_no_run(tmp_path):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(WorkdirError, match=words):
             e2sad_jax.load(tmp_path)
-    config = {"format": 1, "dataset": {}, "config": {"defence": "e2sad"}}
+    (tmp_path / "config.json").write_text(json.dumps({"format": 1, "dataset": {}, "config": {}}))
+    with pytest.raises(WorkdirError, match="dataset without image_shape, name, num_classes, sha256"):
+        e2sad_jax.load(tmp_path)
+    known = dict.fromkeys(("image_shape", "name", "num_classes", "sha256"))
+    config = {"format": 1, "dataset": known, "config": {"defence": "e2sad"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(WorkdirError, match="unknown setting 'defence'"):
         e2sad_jax.load(tmp_path)

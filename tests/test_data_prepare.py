@@ -162,7 +162,9 @@ def error_of(name, root, *words):
 def assert_nothing_prepared(root):
     kept = [name for name in files_of(root) if "manual/" not in name and not name.endswith(".lock")]
     assert [name for name in kept if not name.startswith("downloads/")] == []
-    assert not [path for path in root.rglob("*") if "incomplete." in path.name or ".tmp" in path.name]
+    # A download that another thread was still at may leave its .tmp. folder; the next run sweeps it, unread.
+    junk = [path for path in root.rglob("*") if "incomplete." in path.name or ".tmp" in path.name]
+    assert not [path for path in junk if path.parent != root / "downloads" / path.parent.name]
 
 
 def test_from_manual_files(mini, tmp_path, monkeypatch, offline, caplog):

@@ -188,9 +188,19 @@ def test_weights_may_be_traced(name):
     (x, y), weights = batch(), draw()
     names = ("alpha", "lam") if name.startswith("e2sad") else ("alpha",)
     run = jax.jit(lambda *v: DEFENSES[name](net(weights), x, y, **dict(zip(names, v, strict=True))))
-    for numbers in ((0.6, 0.1), (0.25, 2.0)):
+    for numbers in ((0.6, 0.1), (0.25, 2.0), (0.0, 0.5), (1.0, 0.0)):
         given = numbers[: len(names)]
         close(run(*given), DEFENSES[name](net(weights), x, y, **dict(zip(names, given, strict=True))))
+
+
+@quick
+@pytest.mark.parametrize("kind", [np.float32, np.float64, jnp.float32])
+def test_weights_may_be_arrays(kind):
+    """NumPy's and JAX's scalars mean what Python's mean: alpha = 0 attacks all the same."""
+    (x, y), weights = batch(), draw()
+    for alpha in (0, 0.25):
+        want = DEFENSES["fgsm_training"](net(weights), x, y, alpha=alpha)
+        close(DEFENSES["fgsm_training"](net(weights), x, y, alpha=kind(alpha)), want, rtol=1e-6)
 
 
 def test_e2sad_without_dissimilarity_is_fgsm_training():
@@ -302,6 +312,8 @@ REFUSED = [
     *[(name, {"steps": 0}, "steps=0; .*at least 1") for name in ("ifgsm_training", "pgd_minmax")],
     *[(name, {"step_size": -1}, "step_size=-1; .*above 0") for name in ("ifgsm_training", "pgd_minmax")],
     *[(name, {"bounds": (1, 0)}, r"bounds=\(1, 0\); ") for name in DEFENSES if name != "natural"],
+    ("fgsm_training", {"alpha": np.float32(2)}, "alpha=2.0; "),
+    ("fgsm_training", {"eps": np.float32(-0.5)}, "eps=-0.5; "),
     ("e2sad_total", {"objective": "nonsense"}, "objective='nonsense'; .*total"),
     ("e2sad_noise", {"key": None}, "objective='noise' .*needs key"),
 ]

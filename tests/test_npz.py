@@ -133,6 +133,7 @@ X12 = np.zeros((12, 6, 5, 3))
         ({"y_train": np.eye(12, dtype=int)}, ["y_train has shape (12, 12)", "argmax"]),
         ({"y_train": np.arange(12) - 1}, ["y_train[0] is -1", "[0, K)"]),
         ({"y_train": np.full(12, 2**64 - 1, np.uint64)}, ["y_train[0] is 18446744073709551615", "2147483647"]),
+        ({"y_train": np.array([0] * 11 + [2_000_000_000])}, ["y_train[11] is 2000000000", "12 training images"]),
         ({"y_test": np.arange(5)}, ["y_test[4] is 4", "[0, 4)", "max(y_train) + 1", "num_classes"]),
         ({"num_classes": np.array(3)}, ["y_train[3] is 3", "[0, 3)", "the file's num_classes"]),
         ({"num_classes": np.array(1)}, ["num_classes is 1", "between 2 and"]),

@@ -1,8 +1,11 @@
 """The loop: order of images, one compilation, donation, resuming, and stopping for good reasons."""
 
 import dataclasses
+import errno
 import json
+import os
 import pathlib
+import signal
 
 import chex
 import jax
@@ -10,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import e2sad_jax
 from e2sad_jax import data, models, run, train
 from e2sad_jax.checkpoint import Checkpoints
 from e2sad_jax.config import DEFENSES, Config
 from e2sad_jax.errors import ConfigError, NonFiniteError, WorkdirError
 from e2sad_jax.evaluate import Outcome
 from e2sad_jax.transforms import TRANSFORMS
+from e2sad_jax.workdir import open_workdir
 
 N = 50
 
@@ -107,9 +112,11 @@ def test_every_defense_learns_in_one_compilation_and_donates_its_state(defense, 
 
 
 @pytest.mark.parametrize(("defense", "second_step"), [("natural", "total"), ("pgd", "total"), ("e2sad", "noise")])
-def test_resumed_run_equals_uninterrupted_one_bit_for_bit(defense, second_step, no_evaluation, tmp_path):
+def test_resumed_run_equals_uninterrupted_one_bit_for_bit(defense, second_step, no_evaluation, tmp_path, monkeypatch):
     """Through the checkpoints on disk, stopped at and between them, with random numbers in the defense."""
     config = tiny_config(defense=defense, second_step=second_step, workdir=str(tmp_path / "whole"))
+    steps, make = [], train.make_train_step
+    monkeypatch.setattr(train, "make_train_step", lambda *args: steps.append(make(*args)) or steps[-1])
     run.run(config, "mnist")
     parts = dataclasses.replace(config, workdir=str(tmp_path / "parts"))
     for stop in (5, 8, config.steps):
@@ -118,6 +125,7 @@ def test_resumed_run_equals_uninterrupted_one_bit_for_bit(defense, second_step, 
     chex.assert_trees_all_equal(jax.random.key_data(whole.key), jax.random.key_data(resumed.key))
     chex.assert_trees_all_equal(whole.replace(key=None), resumed.replace(key=None))
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts"), "the curves are those of one run"
+    assert [step._cache_size() for step in steps] == [1] * 4, "one compilation a run, resumed ones too"
 
 
 def load_state(config: Config, workdir: pathlib.Path) -> train.TrainState:
@@ -163,6 +171,82 @@ def test_non_finite_loss_stops_and_names_step_and_last_good_checkpoint(no_evalua
     with pytest.raises(NonFiniteError, match=r"step 8: .*loss=nan.*checkpoint of step 5 stays"):
         run.run(config, "mnist")
     assert int(load_state(config, tmp_path / "w").step) == 5
+
+
+@pytest.mark.parametrize("learning_rate", [1e20, 1e35])
+def test_no_checkpoint_of_a_broken_update_replaces_a_good_one(learning_rate, no_evaluation, tmp_path):
+    """The first update already ruins the network, and its loss, taken before, is finite."""
+    config = tiny_config(workdir=str(tmp_path / "w"), steps=1)
+    run.run(config, "mnist")
+    broken = dataclasses.replace(config, steps=4, checkpoint_every=1, learning_rate=learning_rate)
+    values = json.loads((tmp_path / "w" / "config.json").read_text())
+    values["config"]["learning_rate"] = learning_rate  # as if it had got there by itself
+    (tmp_path / "w" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(NonFiniteError, match=r"step \d.*checkpoint of step 1 stays"):
+        run.run(broken, "mnist")
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    assert np.isfinite(e2sad_jax.load(tmp_path / "w")(images)).all()
+
+
+def test_interrupted_in_the_last_step_is_not_forgotten(no_evaluation, tmp_path, monkeypatch):
+    """Training is complete and saved, but who pressed Ctrl-C does not want to wait for the attacks."""
+    config = tiny_config(workdir=str(tmp_path / "w"), steps=3)
+    take = run.Recorder.__call__
+
+    def interrupting(self, step, metrics):
+        take(self, step, metrics)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(run.Recorder, "__call__", interrupting)
+    with pytest.raises(run.Stopped, match="Stopped at step 3 of 3; everything is saved") as stopped:
+        run.run(config, "mnist")
+    assert stopped.value.exit_code == 130
+    assert not (tmp_path / "w" / "results.json").exists()
+    assert run.run(config, "mnist")["steps"] == 3
+    assert (tmp_path / "w" / "results.json").exists()
+
+
+def test_without_budget_there_is_nothing_to_attack_with_and_no_error(no_evaluation, tmp_path):
+    for defense in ("natural", "e2sad", "pgd"):
+        run.run(tiny_config(workdir=str(tmp_path / defense), defense=defense, steps=2, eps1=0.0, eps2=0.0), "mnist")
+
+
+def test_a_second_process_is_kept_out_while_one_is_at_work(no_evaluation, tiny, tmp_path):
+    config = tiny_config(workdir=str(tmp_path / "w"), steps=2)
+    with open_workdir(tmp_path / "w", config, tiny), pytest.raises(WorkdirError, match="another process is at work in"):
+        run.run(config, "mnist")
+    run.run(config, "mnist")
+
+
+def test_a_refused_start_changes_nothing(no_evaluation, tmp_path, monkeypatch):
+    config = tiny_config(workdir=str(tmp_path / "w"), steps=2)
+    run.run(config, "mnist")
+    before = (tmp_path / "w" / "config.json").read_text()
+    for changes in ({"steps": 1}, {"resume": False}, {"lam": 0.7}):
+        with pytest.raises((ConfigError, WorkdirError)):
+            run.run(dataclasses.replace(config, **changes), "mnist")
+        assert (tmp_path / "w" / "config.json").read_text() == before
+    with pytest.raises(ConfigError, match=r"suite='minst': must be one of mnist, digits, svhn"):
+        run.run(dataclasses.replace(config, workdir=str(tmp_path / "new")), "minst")
+    assert not (tmp_path / "new").exists()
+
+    def read_only(source, target):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+
+    monkeypatch.setattr(os, "replace", read_only)
+    for name in ("w", "new"):
+        with pytest.raises(WorkdirError, match=rf"cannot use .*{name} as workdir: Permission denied"):
+            run.run(dataclasses.replace(config, workdir=str(tmp_path / name)), "mnist")
+
+
+def test_all_runs_are_found_possible_before_the_first_is_trained(no_evaluation, tmp_path):
+    first, second = (tiny_config(workdir=str(tmp_path / name), steps=2) for name in ("first", "second"))
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "thesis.txt").write_text("precious")
+    with pytest.raises(WorkdirError, match="is not empty"):
+        run.run_beside([dataclasses.replace(first, defense="natural"), second], "mnist")
+    assert not list((tmp_path / "first" / "checkpoints").iterdir())
 
 
 def test_settings_that_the_data_makes_wrong_are_refused_before_training(no_evaluation, tmp_path):

@@ -1,6 +1,7 @@
 """The one place that knows the ball and the image range, and how to stay inside both after rounding."""
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,14 +33,14 @@ def check_images(name: str, x: jax.Array) -> None:
 
 def check_number(name: str, argument: str, value: object, *, positive: bool = False) -> None:
     """Refuses a budget that cannot be right; a traced one cannot be looked at and passes."""
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, numbers.Real):
         return
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name}: {argument}={value}; it must be finite and {'above' if positive else 'at least'} 0")
 
 
 def check_steps(name: str, argument: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name}: {argument}={value}; it must be a whole number, at least 1")
 
 
