@@ -19,9 +19,9 @@ run() { # name, experiment, flags: one run, in the time that is left; what is fi
     local name=$1 experiment=$2 code=0
     shift 2
     if [ -e "$folder/$name/results.json" ]; then return; fi
-    if ((end - SECONDS < 30)); then exit 143; fi
+    if ((end - SECONDS < 120)); then exit 143; fi
     # TERM saves a checkpoint; KILL, if that takes too long, loses what came after the last one.
-    timeout --kill-after=25 --signal=TERM "$((end - SECONDS - 25))" \
+    timeout --kill-after=60 --signal=TERM "$((end - SECONDS - 60))" \
         "$python" -m "experiments.$experiment" --workdir="$folder/$name" --checkpoint_every=2000 "$@" || code=$?
     if ((code == 124 || code == 137)); then exit 143; fi
     if ((code)); then exit "$code"; fi

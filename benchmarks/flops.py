@@ -8,9 +8,7 @@ Table 4's network at batch 256. Nothing is run, so it takes a minute on any mach
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
-from e2sad_jax import train
+from e2sad_jax import report, train
 from e2sad_jax.config import Config
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -23,7 +21,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 
 
 def main() -> None:
-    print(f"FLOPs of a training step, JAX {jax.__version__}, {jax.devices()[0].device_kind}\n")
+    print("# FLOPs of a training step, Table 4's network, batch 256\n")
     print("| defense | GFLOP | natural steps |\n| --- | ---: | ---: |")
     natural = 0.0
     for defense, settings in SETTINGS.items():
@@ -31,6 +29,8 @@ def main() -> None:
         natural = natural or flops
         name = ", ".join([defense, *(f"{key} {value}" for key, value in settings.items())])
         print(f"| {name} | {flops / 1e9:.1f} | {flops / natural:.3f} |", flush=True)
+    e = report.environment()
+    print(f"\n`{report.command()}`, {e['date']}, {e['hardware']}; JAX {e['jax']}; commit {e['commit']}.")
 
 
 if __name__ == "__main__":
