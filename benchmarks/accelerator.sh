@@ -5,8 +5,9 @@
 #   benchmarks/accelerator.sh [SECONDS] [FOLDER] [MNIST] [SVHN]
 #
 # SECONDS to run at most (540), FOLDER for the workdirs (runs/accelerator), data sets as --data takes them (mnist, svhn;
-# on a machine without network the files that `python -m e2sad_jax.data mnist --to=mnist.npz` writes). Exits with 0
-# when everything is done, 143 when time ran out, otherwise as the run that failed. PYTHON chooses the interpreter.
+# on a machine without network the files that `python -m e2sad_jax.data mnist --to=mnist.npz` writes); paths are relative
+# to the repository. Exits with 0 when everything is done, 143 when time ran out, otherwise as the run that failed.
+# PYTHON chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 end=$((SECONDS + ${1:-540}))
@@ -21,7 +22,7 @@ run() { # name, experiment, flags: one run, in the time that is left; what is fi
     if [ -e "$folder/$name/results.json" ]; then return; fi
     if ((end - SECONDS < 120)); then exit 143; fi
     # TERM saves a checkpoint; KILL, if that takes too long, loses what came after the last one.
-    timeout --kill-after=60 --signal=TERM "$((end - SECONDS - 60))" \
+    timeout --foreground --kill-after=60 --signal=TERM "$((end - SECONDS - 60))" \
         "$python" -m "experiments.$experiment" --workdir="$folder/$name" --checkpoint_every=2000 "$@" || code=$?
     if ((code == 124 || code == 137)); then exit 143; fi
     if ((code)); then exit "$code"; fi

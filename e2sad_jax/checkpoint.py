@@ -12,10 +12,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from absl import logging
 
 from e2sad_jax import models
 from e2sad_jax.config import Config
-from e2sad_jax.errors import DataError, WorkdirError
+from e2sad_jax.errors import CheckpointError, DataError, WorkdirError
 from e2sad_jax.train import TrainState, init_state
 from e2sad_jax.transforms import TRANSFORMS, Transform
 from e2sad_jax.workdir import read_config
@@ -31,17 +32,18 @@ class Checkpoints:
         """Opens the folder of a run; `read_only` changes nothing there, so that the run may be under way."""
         policies = ocp.checkpoint_managers
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [policies.LatestN(1), policies.BestN(get_metric_fn=_score, n=1)]
-                ),
-                best_fn=_score,
-                cleanup_tmp_directories=not read_only,  # what a killed process left
-                read_only=read_only,
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(
+                [policies.LatestN(1), policies.BestN(get_metric_fn=_score, n=1)]
             ),
+            best_fn=_score,
+            cleanup_tmp_directories=not read_only,  # what a killed process left
+            read_only=read_only,
+            # What Orbax would set itself, with a warning.
+            **({"save_interval_steps": 0, "create": False} if read_only else {}),
         )
+        with _only_errors() if read_only else self._writing():
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -67,9 +69,9 @@ class Checkpoints:
             with self._writing():
                 self._manager.save(step, args=ocp.args.StandardSave(_storable(state)), metrics=dict(metrics))
 
-    def metrics(self, step: int) -> Mapping[str, float]:
-        """What was saved beside the checkpoint of `step`."""
-        return self._manager.metrics(step)  # type: ignore[no-any-return]
+    def seconds(self, step: int) -> float:
+        """Time spent in training up to the checkpoint of `step`."""
+        return float((self._manager.metrics(step) or {}).get("seconds", 0.0))
 
     def wait(self) -> None:
         """Waits until all checkpoints are on disk."""
@@ -81,9 +83,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds, those of the thread that writes among them
-            raise WorkdirError(
-                f"cannot write a checkpoint in {self.folder}: {_first_line(error)}; the one before it stays, and the same "
-                "command goes on from there"
+            raise CheckpointError(
+                f"cannot write a checkpoint in {self.folder}: {_first_line(error)}; what was saved before stays, and the "
+                "same command goes on from there"
             ) from error
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
@@ -107,8 +109,8 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that it cannot be used
             raise WorkdirError(
-                f"cannot read the checkpoint {self.folder / str(step)}: {_first_line(error)}; delete that folder to go on "
-                "from an earlier one or from the start"
+                f"cannot read the checkpoint {self.folder / str(step)}: {_first_line(error)}; if no run is at work there, "
+                "delete that folder to go on from an earlier one or from the start"
             ) from error
         for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(restored), strict=True):
             if a.shape != b.shape or a.dtype != b.dtype:
@@ -116,6 +118,17 @@ class Checkpoints:
                     f"the checkpoint {self.folder / str(step)} fits another network: {b.shape} for {a.shape}"
                 )
         return restored.replace(key=jax.random.wrap_key_data(restored.key))
+
+
+@contextlib.contextmanager
+def _only_errors() -> Iterator[None]:
+    """Keeps Orbax from warning that a folder opened for reading is opened for reading."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _first_line(error: Exception) -> str:
@@ -213,9 +226,15 @@ def load(workdir: str | os.PathLike[str], which: str = "last") -> Classifier:
     model = models.create(config.model, dataset["num_classes"], shape, config.precision)
     if not (workdir / "checkpoints").is_dir():
         raise WorkdirError(f"{workdir} holds no checkpoint yet")
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-        state = checkpoints.restore(
-            jax.eval_shape(lambda: init_state(config, model, shape)),
-            checkpoints.best_step if which == "best" else checkpoints.last_step,
-        )
+    like = jax.eval_shape(lambda: init_state(config, model, shape))
+    for attempt in range(3):
+        with Checkpoints(workdir, read_only=True) as checkpoints:
+            step = checkpoints.best_step if which == "best" else checkpoints.last_step
+            try:
+                state = checkpoints.restore(like, step)
+                break
+            except WorkdirError:
+                # A run under way may have replaced the checkpoint meanwhile.
+                if attempt == 2 or step is None or (checkpoints.folder / str(step)).exists():
+                    raise
     return Classifier(config, dataset, int(state.step), model, state.params, TRANSFORMS[config.transform])

@@ -29,6 +29,12 @@ class WorkdirError(Error):
     exit_code = 2
 
 
+class CheckpointError(WorkdirError):
+    """A checkpoint that cannot be written: a full disk, say. The one before it stays."""
+
+    exit_code = 1
+
+
 class NonFiniteError(Error, ArithmeticError):
     """A loss or metric became NaN or infinite: names the step and the last good checkpoint."""
 

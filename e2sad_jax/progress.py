@@ -15,6 +15,8 @@ import tqdm
 from e2sad_jax.errors import NonFiniteError
 from e2sad_jax.workdir import write_text
 
+MEASURED = 0.2  # seconds: what is shorter may be a burst of steps that were ready together
+
 
 class Bar:
     """A progress bar at a terminal; elsewhere a plain line now and then, at least `interval` seconds apart."""
@@ -129,11 +131,12 @@ class Recorder:
         now = time.monotonic()
         if self._mark is None:
             self._mark = (step, now)
-        elif step % self._log_every == 0 or now - self._mark[1] >= 1:
-            self._rate = (step - self._mark[0]) * self._batch_size / max(now - self._mark[1], 1e-9)
+        elif (seconds := now - self._mark[1]) >= MEASURED:
+            self._rate = (step - self._mark[0]) * self._batch_size / seconds
         self._bar.update(1, f"loss {metrics['loss']:.4f}" + (f", {self._rate:,.0f} images/s" if self._rate else ""))
         if step % self._log_every == 0:
-            self._mark = (step, now)
+            if now - self._mark[1] >= MEASURED:
+                self._mark = (step, now)
             self.write(step, {**metrics, **({"images_per_second": self._rate} if self._rate else {})})
 
 

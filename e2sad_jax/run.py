@@ -27,6 +27,7 @@ from e2sad_jax.transforms import TRANSFORMS, Transform
 from e2sad_jax.workdir import open_workdir, write_config, write_text
 
 WATCHED = 500  # images that choose the best checkpoint where none are held out
+UNJUDGED = -1.0  # score of a checkpoint that was saved because the run was stopped: below all others
 
 
 class Stopped(Error):
@@ -64,7 +65,14 @@ def _run_all(configs: Sequence[Config], suite: str) -> list[dict[str, Any]]:
     dataset = data.load(configs[0].data, configs[0].data_dir or None)
     with contextlib.ExitStack() as stack:
         jobs = [stack.enter_context(_open(config, dataset)) for config in configs]
+        for job in jobs:  # now that none of them is refused
+            write_config(job.workdir, job.config, dataset)
         return [_train_and_report(job, SUITES[suite]) for job in jobs]
+
+
+def workdir_of(config: Config) -> pathlib.Path:
+    """Where a run is kept."""
+    return pathlib.Path(config.workdir or config.default_workdir()).expanduser()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +111,7 @@ def _open(config: Config, dataset: Dataset) -> Iterator[_Job]:
     train_set, watched = _hold_out(dataset, config)
     steps = config.total_steps(len(train_set.x_train))
     _check_sizes(config, train_set, steps)
-    workdir = pathlib.Path(config.workdir or config.default_workdir()).expanduser()
+    workdir = workdir_of(config)
     with open_workdir(workdir, config, dataset), Checkpoints(workdir) as checkpoints:
         start = checkpoints.last_step or 0
         if start and not config.resume:
@@ -112,7 +120,6 @@ def _open(config: Config, dataset: Dataset) -> Iterator[_Job]:
             )
         if start > steps:
             raise ConfigError(f"--steps={steps}: {workdir} is at step {start:,} already; it must be at least that")
-        write_config(workdir, config, dataset)
         yield _Job(config, dataset, train_set, watched, model, steps, workdir, checkpoints)
 
 
@@ -120,6 +127,8 @@ def _train_and_report(job: _Job, suite: Sequence[Attack]) -> dict[str, Any]:
     config, dataset = job.config, job.dataset
     with _interruptible() as interrupted:
         state, seconds = _train(job, interrupted)
+        if interrupted():
+            raise _stopped(job, int(state.step), interrupted())
     outcomes = _evaluate(job, state, suite)
     results = report.build(
         config,
@@ -149,26 +158,28 @@ def _train(job: _Job, interrupted: Callable[[], int]) -> tuple[TrainState, float
     config, checkpoints, steps = job.config, job.checkpoints, job.steps
     state, start, spent = init_state(config, job.model, job.dataset.image_shape), checkpoints.last_step or 0, 0.0
     if start:
-        state, spent = checkpoints.restore(state), checkpoints.metrics(start)["seconds"]
+        state, spent = checkpoints.restore(state), checkpoints.seconds(start)
         if start == steps:
             return state, spent
         print(f"Going on from step {start:,} in {job.workdir}", file=sys.stderr)
     began = time.monotonic()
     logits = jax.jit(lambda params, images: models.logits_fn(job.model, params)(job.transform.apply(images)))
+    probe = job.watched.x_test[: config.eval_batch_size]
 
     with Bar(f"train {config.defense} on {job.train_set.name}", steps, "steps", initial=start) as bar:
         record = Recorder(job.workdir, bar, start=start, log_every=config.log_every, batch_size=config.batch_size)
 
         def checkpoint(step: int, state: TrainState) -> None:
-            record.flush()  # only a state that all metrics vouch for is kept,
+            # Only a state is kept that all metrics vouch for, and that the last update, which they have not seen, left whole.
+            record.flush()
             with jax.transfer_guard("allow"):
-                if not np.isfinite(
-                    logits(state.params, job.watched.x_test)
-                ).all():  # and that the last update left whole
+                if not np.isfinite(logits(state.params, probe)).all():
                     raise NonFiniteError(f"step {step}: its update left logits that are not finite")
-                # Who stops a run does not wait for an attack; such a checkpoint is never the best one.
-                metrics = {"score": -1.0} if interrupted() else _watch(job, state)
-                record.write(step, {f"validation_{name}": value for name, value in metrics.items()})
+                if interrupted():  # who stops a run does not wait for an attack
+                    metrics = {"score": UNJUDGED}
+                else:
+                    metrics = _watch(job, state)
+                    record.write(step, {f"validation_{name}": value for name, value in metrics.items()})
                 checkpoints.save(step, state, {**metrics, "seconds": spent + time.monotonic() - began})
             record.restart_clock()
 
@@ -194,13 +205,16 @@ def _train(job: _Job, interrupted: Callable[[], int]) -> tuple[TrainState, float
         finally:
             record.close()
         checkpoints.wait()
-    if interrupted():
-        raise Stopped(
-            f"Stopped at step {int(state.step):,} of {steps:,}; everything is saved in {job.workdir}. The same command goes "
-            f"on from there:\n  {report.command()}",
-            interrupted(),
-        )
     return state, spent + time.monotonic() - began
+
+
+def _stopped(job: _Job, step: int, signal_number: int) -> Stopped:
+    how = "The same command" if job.config.resume else "The same command without --noresume"
+    return Stopped(
+        f"Stopped at step {step:,} of {job.steps:,}; everything is saved in {job.workdir}. {how} goes on from there:\n"
+        f"  {report.command()}",
+        signal_number,
+    )
 
 
 def _watch(job: _Job, state: TrainState) -> dict[str, float]:
@@ -281,15 +295,20 @@ def _check_sizes(config: Config, train_set: Dataset, steps: int) -> None:
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], int]]:
     """Catches the first Ctrl-C or SIGTERM and yields a function that says which (0: none yet); a second one interrupts."""
-    caught = 0
+    caught, first = 0, 0.0
     previous: dict[int, Any] = {}
 
     def catch(number: int, frame: Any) -> None:
-        nonlocal caught
-        caught = number
+        nonlocal caught, first
+        if caught and time.monotonic() - first < 1:
+            return  # who signals a process and its group means it once
+        if caught:
+            restore()
+            os.kill(os.getpid(), number)
+            return
+        caught, first = number, time.monotonic()
         # Not print: the signal may come while the same stream is being written.
         os.write(2, b"\nStopping after this step; once more to stop at once.\n")
-        restore()
 
     def restore() -> None:
         while previous:
@@ -314,9 +333,15 @@ def run_beside(configs: Sequence[Config], suite: str) -> None:
     Raises:
       As `run`; before anything is trained if one of the runs is not possible.
     """
+    for what, values in {
+        "defense": [c.defense for c in configs],
+        "workdir": [str(workdir_of(c)) for c in configs],
+    }.items():
+        if len(set(values)) < len(values):
+            raise ConfigError(f"--{what}={values[-1]}: runs beside each other must each have another one")
     results = {r["config"]["defense"]: r for r in _run_all(configs, suite)}
     config = configs[-1]
-    workdir = pathlib.Path(config.workdir).expanduser()
+    workdir = workdir_of(config)
     write_text(workdir / "results.md", report.markdown(results))
     print(f"\n{report.heading(results[config.defense])}\n\n{report.text_table(results)}\n")
     for what, name in [

@@ -58,7 +58,7 @@ def open_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> Ite
     with contextlib.ExitStack() as stack:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            if not (workdir / "config.json").exists() and any(path.name != LOCK for path in workdir.iterdir()):
+            if not (workdir / "config.json").exists() and any(map(_foreign, workdir.iterdir())):
                 raise WorkdirError(
                     f"{workdir} is not empty and holds no config.json: not a workdir; choose another --workdir"
                 )
@@ -77,6 +77,13 @@ def open_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> Ite
         if (workdir / "config.json").exists():
             _check_same(workdir, config, dataset)
         yield
+
+
+def _foreign(path: pathlib.Path) -> bool:
+    """Whether a file shows that a folder without config.json is not one that a start of ours left unfinished."""
+    if path.name == "checkpoints":
+        return not path.is_dir() or any(path.iterdir())
+    return path.name not in (LOCK, ".config.json.tmp")
 
 
 def _unusable(workdir: pathlib.Path, error: OSError) -> WorkdirError:

@@ -69,8 +69,10 @@ def read_configs(by_defense: Mapping[str, Mapping[str, Any]]) -> list[Config]:
         raise ConfigError(f"--baseline={FLAGS.baseline}: must be empty or one of {', '.join(config_lib.DEFENSES)}")
     if FLAGS.baseline in ("", config.defense):
         return [config]
-    workdir = pathlib.Path(config.workdir).expanduser().absolute()
-    beside = pathlib.Path(config.workdir).parent / f"{workdir.name}-{FLAGS.baseline}"
+    workdir = pathlib.Path(config.workdir).expanduser()
+    if workdir.name in ("", ".."):
+        workdir = workdir.resolve()
+    beside = workdir.with_name(f"{workdir.name}-{FLAGS.baseline}")
     return [dataclasses.replace(_read_config(by_defense, FLAGS.baseline), workdir=str(beside)), config]
 
 

@@ -4,6 +4,9 @@ import fcntl
 import functools
 import json
 import pathlib
+import shutil
+import subprocess
+import sys
 
 import chex
 import jax
@@ -51,7 +54,7 @@ def test_last_and_best_are_kept_and_nothing_else(tmp_path):
         assert (checkpoints.last_step, checkpoints.best_step) == (4, 2)
     with Checkpoints(tmp_path) as checkpoints:  # another process later
         assert sorted(p.name for p in checkpoints.folder.iterdir() if p.name.isdigit()) == ["2", "4"]
-        assert checkpoints.metrics(4)["seconds"] == 1.5
+        assert checkpoints.seconds(4) == 1.5
         for step in (2, 4):
             restored = checkpoints.restore(state_at(0), step)
             assert int(restored.step) == step
@@ -213,6 +216,27 @@ def test_load_leaves_a_run_under_way_alone(workdir):
         assert config.steps == 4
     finally:
         unfinished.rmdir()
+
+
+def test_load_follows_a_run_that_replaces_its_checkpoint_meanwhile(workdir, tmp_path, monkeypatch):
+    shutil.copytree(workdir, tmp_path / "w")
+    folder, restore, tries = tmp_path / "w" / "checkpoints", Checkpoints.restore, []
+
+    def late(self, like, step):
+        tries.append(step)
+        if len(tries) == 1:
+            (folder / "4").rename(folder / "7")
+        return restore(self, like, step)
+
+    monkeypatch.setattr(Checkpoints, "restore", late)
+    assert e2sad_jax.load(tmp_path / "w").step == 4
+    assert tries == [4, 7]
+
+
+def test_load_says_nothing(workdir):
+    code = f"import e2sad_jax; print(e2sad_jax.load({str(workdir)!r}).step)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("4\n", "")
 
 
 def test_load_refuses_what_is_no_run(tmp_path):

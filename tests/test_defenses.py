@@ -312,7 +312,7 @@ REFUSED = [
     *[(name, {"steps": 0}, "steps=0; .*at least 1") for name in ("ifgsm_training", "pgd_minmax")],
     *[(name, {"step_size": -1}, "step_size=-1; .*above 0") for name in ("ifgsm_training", "pgd_minmax")],
     *[(name, {"bounds": (1, 0)}, r"bounds=\(1, 0\); ") for name in DEFENSES if name != "natural"],
-    ("fgsm_training", {"alpha": np.float32(2)}, "alpha=2.0; "),
+    *[("fgsm_training", {"alpha": kind(2)}, "alpha=2.0; ") for kind in (np.float32, np.float64, jnp.float32)],
     ("fgsm_training", {"eps": np.float32(-0.5)}, "eps=-0.5; "),
     ("e2sad_total", {"objective": "nonsense"}, "objective='nonsense'; .*total"),
     ("e2sad_noise", {"key": None}, "objective='noise' .*needs key"),

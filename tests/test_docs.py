@@ -12,10 +12,10 @@ import pytest
 import e2sad_jax
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_python_block_runs(page, tmp_path, monkeypatch):
     """Blocks of a page share their names, in order, as a reader would paste them."""
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
@@ -28,13 +28,13 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch):
         assert len(blocks) >= 2
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_links_to_files_of_this_repository_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_flags_in_commands_exist(page):
     from e2sad_jax.config import Config
 

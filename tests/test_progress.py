@@ -46,6 +46,7 @@ def test_images_per_second_is_a_mean_without_compilation_and_checkpoints(clock, 
         if step == 15:
             clock[0] += 1000  # a checkpoint
             record.restart_clock()
+    record.flush()
     record.close()
     rates = [line["images_per_second"] for line in lines(tmp_path)]
     assert rates[0] == pytest.approx(100 * 9 / 5)

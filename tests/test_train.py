@@ -11,13 +11,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import e2sad_jax
 from e2sad_jax import data, models, run, train
 from e2sad_jax.checkpoint import Checkpoints
 from e2sad_jax.config import DEFENSES, Config
-from e2sad_jax.errors import ConfigError, NonFiniteError, WorkdirError
+from e2sad_jax.errors import CheckpointError, ConfigError, NonFiniteError, WorkdirError
 from e2sad_jax.evaluate import Outcome
 from e2sad_jax.transforms import TRANSFORMS
 from e2sad_jax.workdir import open_workdir
@@ -198,13 +199,55 @@ def test_interrupted_in_the_last_step_is_not_forgotten(no_evaluation, tmp_path, 
         if step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(run.Recorder, "__call__", interrupting)
-    with pytest.raises(run.Stopped, match="Stopped at step 3 of 3; everything is saved") as stopped:
-        run.run(config, "mnist")
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Recorder, "__call__", interrupting)
+        with pytest.raises(run.Stopped, match="Stopped at step 3 of 3") as stopped:
+            run.run(config, "mnist")
     assert stopped.value.exit_code == 130
     assert not (tmp_path / "w" / "results.json").exists()
+    assert "score" not in (tmp_path / "w" / "metrics.jsonl").read_text(), (
+        "no validation was made, none is in the curves"
+    )
+
+    restore = (
+        Checkpoints.restore
+    )  # the same while the finished run is read back; and a repeat within a second counts once
+
+    def interrupted_restore(self, like):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        return restore(self, like)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "restore", interrupted_restore)
+        with pytest.raises(run.Stopped, match="Stopped at step 3 of 3"):
+            run.run(config, "mnist")
     assert run.run(config, "mnist")["steps"] == 3
     assert (tmp_path / "w" / "results.json").exists()
+
+
+def test_the_command_that_goes_on_leaves_noresume_out(no_evaluation, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.Recorder, "flush", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(run.Stopped, match="The same command without --noresume goes on"):
+        run.run(tiny_config(workdir=str(tmp_path / "w"), steps=1, resume=False), "mnist")
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_keeps_what_was_saved(no_evaluation, tmp_path, monkeypatch):
+    config = tiny_config(workdir=str(tmp_path / "w"), steps=4, checkpoint_every=2)
+    save = ocp.CheckpointManager.save
+
+    def full(self, step, **kwargs):
+        if step == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(self, step, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", full)
+        with pytest.raises(CheckpointError, match="No space left on device") as caught:
+            run.run(config, "mnist")
+    assert caught.value.exit_code == 1
+    assert int(load_state(config, tmp_path / "w").step) == 2
+    assert run.run(config, "mnist")["steps"] == 4
 
 
 def test_without_budget_there_is_nothing_to_attack_with_and_no_error(no_evaluation, tmp_path):
@@ -234,10 +277,12 @@ def test_a_refused_start_changes_nothing(no_evaluation, tmp_path, monkeypatch):
     def read_only(source, target):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
 
-    monkeypatch.setattr(os, "replace", read_only)
-    for name in ("w", "new"):
-        with pytest.raises(WorkdirError, match=rf"cannot use .*{name} as workdir: Permission denied"):
-            run.run(dataclasses.replace(config, workdir=str(tmp_path / name)), "mnist")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", read_only)
+        for name in ("w", "new"):
+            with pytest.raises(WorkdirError, match=rf"cannot use .*{name} as workdir: Permission denied"):
+                run.run(dataclasses.replace(config, workdir=str(tmp_path / name)), "mnist")
+    run.run(dataclasses.replace(config, workdir=str(tmp_path / "new")), "mnist")  # what that start left is no obstacle
 
 
 def test_all_runs_are_found_possible_before_the_first_is_trained(no_evaluation, tmp_path):
@@ -247,6 +292,12 @@ def test_all_runs_are_found_possible_before_the_first_is_trained(no_evaluation, 
     with pytest.raises(WorkdirError, match="is not empty"):
         run.run_beside([dataclasses.replace(first, defense="natural"), second], "mnist")
     assert not list((tmp_path / "first" / "checkpoints").iterdir())
+    (tmp_path / "second" / "thesis.txt").unlink()
+    natural = dataclasses.replace(first, defense="natural", delta=0.2)  # the first one's workdir was not taken
+    run.run_beside([natural, second], "mnist")
+    assert "| natural | e2sad |" in (tmp_path / "second" / "results.md").read_text()
+    with pytest.raises(ConfigError, match="--defense=e2sad: runs beside each other must each have another one"):
+        run.run_beside([first, second], "mnist")
 
 
 def test_settings_that_the_data_makes_wrong_are_refused_before_training(no_evaluation, tmp_path):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Bounds = tuple[float, float]
 LossFn = Callable[[jax.Array], jax.Array]
@@ -31,11 +32,19 @@ def check_images(name: str, x: jax.Array) -> None:
         raise ValueError(f"{name}: images need a leading batch axis [N, ...], got a scalar")
 
 
+def is_number(value: object) -> bool:
+    """Whether `value` is one number that can be looked at: Python's, NumPy's, or JAX's outside of a transformation."""
+    if isinstance(value, (np.ndarray, jax.Array)):
+        return value.ndim == 0 and not isinstance(value, jax.core.Tracer)
+    return isinstance(value, numbers.Real)
+
+
 def check_number(name: str, argument: str, value: object, *, positive: bool = False) -> None:
     """Refuses a budget that cannot be right; a traced one cannot be looked at and passes."""
-    if not isinstance(value, numbers.Real):
+    if not is_number(value):
         return
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    number = float(value)  # type: ignore[arg-type]
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
         raise ValueError(f"{name}: {argument}={value}; it must be finite and {'above' if positive else 'at least'} 0")
 
 

@@ -1,10 +1,11 @@
 """What every defense shares."""
 
-import numbers
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from e2sad_jax.attacks._ball import is_number
 
 LogitsFn = Callable[[jax.Array], jax.Array]  # images [N, ...] -> logits [N, K]
 Bounds = tuple[float, float] | None
@@ -13,7 +14,7 @@ Parts = dict[str, jax.Array]  # the terms of a loss by name: batch means, before
 
 def check_weight(name: str, argument: str, value: object, upper: float = float("inf")) -> None:
     """Refuses a weight outside [0, upper]; a traced one cannot be looked at and passes."""
-    if isinstance(value, numbers.Real) and not 0 <= float(value) <= upper:
+    if is_number(value) and not 0 <= float(value) <= upper:  # type: ignore[arg-type]
         raise ValueError(f"{name}: {argument}={value}; it must lie in [0, {upper}]")
 
 
@@ -25,8 +26,5 @@ def weighted(
     With the same scale in attack and training XLA finds one backward pass where two are written. A weight of exactly 0
     is left out: the attack would find no gradient at all.
     """
-    if not isinstance(alpha, numbers.Real):
-        alpha = jnp.where(alpha == 0, 1, alpha)  # traced: not to be looked at
-    elif alpha == 0:
-        return loss_fn
-    return lambda z: alpha * loss_fn(z)
+    scale = (alpha if alpha != 0 else 1) if is_number(alpha) else jnp.where(alpha == 0, 1, alpha)
+    return lambda z: scale * loss_fn(z)  # type: ignore[return-value]
