@@ -8,7 +8,8 @@ from collections.abc import Callable
 # Before JAX starts: several devices, so that nothing may rely on there being one.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
-# Programs that several tests compile, in processes of their own too, are compiled once; nothing is kept for the next time.
+# Programs that several tests compile, in processes of their own too, are compiled once per worker (JAX does not write
+# entries atomically); nothing is kept for the next time.
 _cache = tempfile.TemporaryDirectory(prefix="e2sad_jax_tests_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

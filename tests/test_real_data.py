@@ -40,10 +40,10 @@ def test_mnist_from_the_original_files_to_a_defended_classifier(shared, tmp_path
         "--steps=150",
         "--batch_size=64",
         "--learning_rate=3e-3",
-        "--eval_examples=200",
+        "--eval_examples=100",
         "--baseline=natural",
     )
-    assert "mnist: accuracy on the first 200 of 10,000 test images, 150 training steps" in out
+    assert "mnist: accuracy on the first 100 of 10,000 test images, 150 training steps" in out
     results, accuracy = results_of(workdir)
     assert (results["dataset"]["name"], results["dataset"]["train_examples"]) == ("mnist", 60_000)
     assert accuracy["clean"] > 0.9
@@ -54,8 +54,8 @@ def test_mnist_from_the_original_files_to_a_defended_classifier(shared, tmp_path
     assert accuracy["PGD-40"] < accuracy["clean"] - 0.3, "the attack does something"
     # What the run says of these images, the loaded classifier says too.
     mnist = data.load("mnist", tmp_path / "data")
-    probabilities = np.asarray(e2sad_jax.load(workdir)(mnist.x_test[:200]))
-    assert (probabilities.argmax(-1) == mnist.y_test[:200]).mean() == accuracy["clean"]
+    probabilities = np.asarray(e2sad_jax.load(workdir)(mnist.x_test[:100]))
+    assert (probabilities.argmax(-1) == mnist.y_test[:100]).mean() == accuracy["clean"]
 
 
 def test_svhn_subset_learns(shared, tmp_path):
