@@ -10,7 +10,7 @@ train: .venv/.installed  ## Train e2SAD and a natural model on the embedded digi
 
 test: .venv/.installed-dev  ## Linter, type checker and tests.
 	$(MAKE) --no-print-directory check
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 check: .venv/.installed-dev  ## Linter and type checker.
 	$(BIN)/ruff check .
