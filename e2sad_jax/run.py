@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import signal
@@ -156,12 +157,15 @@ def _train_and_report(job: _Job, suite: Sequence[Attack]) -> dict[str, Any]:
 def _train(job: _Job, interrupted: Callable[[], int]) -> tuple[TrainState, float]:
     """Trains from the last checkpoint, or from scratch, to `job.steps`; returns the state and the seconds it took in all."""
     config, checkpoints, steps = job.config, job.checkpoints, job.steps
-    state, start, spent = init_state(config, job.model, job.dataset.image_shape), checkpoints.last_step or 0, 0.0
+    fresh = functools.partial(init_state, config, job.model, job.dataset.image_shape)
+    start = checkpoints.last_step or 0
     if start:
-        state, spent = checkpoints.restore(state), checkpoints.seconds(start)
+        state, spent = checkpoints.restore(jax.eval_shape(fresh)), checkpoints.seconds(start)
         if start == steps:
             return state, spent
         print(f"Going on from step {start:,} in {job.workdir}", file=sys.stderr)
+    else:
+        state, spent = fresh(), 0.0
     began = time.monotonic()
     logits = jax.jit(lambda params, images: models.logits_fn(job.model, params)(job.transform.apply(images)))
     probe = job.watched.x_test[: config.eval_batch_size]

@@ -3,7 +3,7 @@
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # Before JAX starts: several devices, so that nothing may rely on there being one.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
@@ -39,3 +39,11 @@ def shared() -> Callable[[str], pathlib.Path]:
         return path
 
     return find
+
+
+@pytest.fixture
+def unoptimized() -> Iterator[None]:
+    """XLA compiles in half the time; for tests of what is computed, not of what the compiler makes of it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

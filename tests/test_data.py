@@ -201,8 +201,8 @@ def test_real_mnist(mnist_root, mnist_originals, monkeypatch):
     dataset = data.load("mnist", str(mnist_root))
     assert (dataset.name, dataset.version, dataset.num_classes) == ("mnist", "3.0.1", 10)
     assert dataset.image_shape == (28, 28, 1)
-    registry = pathlib.Path(sys.modules["tensorflow_datasets"].__file__).parent / "url_checksums" / "mnist.txt"
-    registered = {line.split("\t")[3]: line.split("\t")[2] for line in registry.read_text().splitlines()}
+    known = pathlib.Path(sys.modules["tensorflow_datasets"].__file__).parent / "url_checksums" / "mnist.txt"
+    registered = {line.split("\t")[3]: line.split("\t")[2] for line in known.read_text().splitlines()}
     assert dict(dataset.source_sha256) == registered
     for split, prefix in (("train", "train"), ("test", "t10k")):
         images = gzip.decompress((mnist_originals / f"{prefix}-images-idx3-ubyte.gz").read_bytes())[16:]

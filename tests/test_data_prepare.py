@@ -180,10 +180,10 @@ def test_from_manual_files(mini, tmp_path, monkeypatch, offline, caplog):
 
 
 def test_svhn_leaves_the_extra_split_out(tmp_path, monkeypatch):
-    registry = {info.filename: info.checksum for info in _tfds.SvhnBuilder.url_infos.values()}
-    assert sorted(registry) == sorted(SVHN_FILES)
+    known = {info.filename: info.checksum for info in _tfds.SvhnBuilder.url_infos.values()}
+    assert sorted(known) == sorted(SVHN_FILES)
     source = (_tfds.SvhnBuilder.pkg_dir_path / "checksums.tsv").read_text()
-    assert all(checksum in source for checksum in registry.values())
+    assert all(checksum in source for checksum in known.values())
     assert "extra_32x32.mat" in source
     mini = Mini("svhn", tmp_path / "origin", monkeypatch)
     mini.place(tmp_path / "root")

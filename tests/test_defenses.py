@@ -1,7 +1,7 @@
 """Defenses against their equations written out by hand, the second point of e2SAD, and what a training step costs."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,14 +54,6 @@ DEFENSES: dict[str, Callable[..., Any]] = {
 }
 MIXED = [name for name in DEFENSES if name not in ("natural", "pgd_minmax")]
 every_defense = pytest.mark.parametrize("name", DEFENSES)
-
-
-@pytest.fixture
-def unoptimized() -> Iterator[None]:
-    """XLA compiles in half the time; for tests of what is computed, not of what the compiler makes of it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 quick = pytest.mark.usefixtures("unoptimized")

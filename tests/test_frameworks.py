@@ -1,7 +1,7 @@
 """Attacks and defenses inside JAX's own transformations, and with four ways of writing the same network."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -82,14 +82,6 @@ def close(got: jax.Array, want: jax.Array, moved_from: jax.Array | None = None) 
 
 
 # --- transformations
-
-
-@pytest.fixture
-def unoptimized() -> Iterator[None]:
-    """XLA compiles in half the time; for tests of what is computed, not of what the compiler makes of it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 quick = pytest.mark.usefixtures("unoptimized")
