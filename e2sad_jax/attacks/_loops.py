@@ -1,4 +1,4 @@
-"""How an attack repeats its step on this platform."""
+"""What platform a program is made for, and how an attack repeats its step there."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -8,6 +8,12 @@ import jax
 T = TypeVar("T")
 
 
+def platform() -> str:
+    """Where the program that is being traced will run: "cpu", "gpu" or "tpu"."""
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # a Device, a platform's name, or None
+    return getattr(device, "platform", device) or jax.default_backend()
+
+
 def repeat(times: int, body: Callable[[int | jax.Array, T], T], init: T) -> T:
     """`body(times - 1, ... body(1, body(0, init)))`, unrolled on the CPU and one compiled loop elsewhere.
 
@@ -15,9 +21,7 @@ def repeat(times: int, body: Callable[[int | jax.Array, T], T], init: T) -> T:
     unrolled graph of a 40-step attack compiles in seconds; accelerators have no such penalty and prefer the small
     graph.
     """
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # a Device, a platform's name, or None
-    platform = getattr(device, "platform", device) or jax.default_backend()
-    if platform != "cpu":
+    if platform() != "cpu":
         return jax.lax.fori_loop(0, times, body, init)
     value = init
     for i in range(times):
