@@ -39,3 +39,11 @@ class NonFiniteError(Error, ArithmeticError):
     """A loss or metric became NaN or infinite: names the step and the last good checkpoint."""
 
     exit_code = 3
+
+
+class Stopped(Error):
+    """The run was interrupted after a checkpoint; its message says how to go on."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

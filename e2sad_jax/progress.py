@@ -7,14 +7,18 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
+from typing import TextIO
 
 import jax
+import numpy as np
 import tqdm
 
 from e2sad_jax.errors import NonFiniteError
 from e2sad_jax.workdir import write_text
 
+METRICS = "metrics.jsonl"
 MEASURED = 0.2  # seconds: what is shorter may be a burst of steps that were ready together
 
 
@@ -73,26 +77,39 @@ class Recorder:
     """Takes each step's metrics from the device when they are ready, never before.
 
     They go to the bar, every `log_every` steps to `metrics.jsonl` and TensorBoard. A value that is not finite ends the
-    run. The device may run ahead of the host by `LAG` steps at most.
+    run. The device may run ahead of the host by `LAG` steps, or by one dispatch if that has more.
     """
 
     LAG = 64
 
-    def __init__(self, workdir: pathlib.Path, bar: Bar, *, start: int, log_every: int, batch_size: int):
+    def __init__(
+        self,
+        workdirs: Sequence[pathlib.Path],
+        bar: Bar,
+        *,
+        start: int,
+        log_every: int,
+        batch_size: int,
+    ):
+        """Opens the files of one run, or of the P runs of a population."""
         import tensorboardX
 
-        self._path = workdir / "metrics.jsonl"
-        _drop_lines_after(self._path, start)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1, flush_secs=30)
-        self._bar, self._log_every, self._batch_size = bar, log_every, batch_size
-        self._pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        self._workdirs = workdirs
+        self._files: list[TextIO] = []
+        self._boards = []
+        for workdir in workdirs:
+            _drop_lines_after(workdir / METRICS, start)
+            self._files.append((workdir / METRICS).open("a", encoding="utf-8"))
+            self._boards.append(tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1, flush_secs=30))
+        self._bar, self._log_every, self._images = bar, log_every, batch_size * len(workdirs)
+        self._pending: collections.deque[tuple[int, dict[str, jax.Array], int]] = collections.deque()
         self._mark: tuple[int, float] | None = None  # where the clock of images/s started; the first step compiles
         self._rate = 0.0
 
-    def __call__(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        self._pending.append((step, metrics))
-        while self._pending and (len(self._pending) > self.LAG or _ready(self._pending[0][1]["loss"])):
+    def __call__(self, step: int, metrics: dict[str, jax.Array], count: int = 1) -> None:
+        """Notes the metrics of `count` steps up to `step`: scalars, `[P]`, `[S]` or `[S, P]`, with count <= S."""
+        self._pending.append((step, metrics, count))
+        while self._pending and (self._too_far() or _ready(self._pending[0][1]["loss"])):
             self._take()
 
     def flush(self) -> None:
@@ -103,14 +120,15 @@ class Recorder:
         """
         while self._pending:
             self._take()
-        self._file.flush()
+        for file in self._files:
+            file.flush()
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes one line of values, numbers on the host, for a step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+    def write(self, step: int, values: dict[str, float], member: int = 0) -> None:
+        """Writes one line of values, numbers on the host, for a step of one run."""
+        self._files[member].write(json.dumps({"step": step, **values}) + "\n")
+        self._files[member].flush()
         for name, value in values.items():
-            self._board.add_scalar(
+            self._boards[member].add_scalar(
                 name.replace("_", "/", 1) if name.startswith("validation_") else f"train/{name}", value, step
             )
 
@@ -119,25 +137,40 @@ class Recorder:
         self._mark = None
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        for stream in (*self._files, *self._boards):
+            stream.close()
+
+    def _too_far(self) -> bool:
+        return len(self._pending) > 1 and sum(count for _, _, count in self._pending) > self.LAG
 
     def _take(self) -> None:
-        step, on_device = self._pending.popleft()
-        metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
-        wrong = [f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value)]
-        if wrong:
-            raise NonFiniteError(f"step {step}: {', '.join(wrong)}")
+        last, on_device, count = self._pending.popleft()
+        members = len(self._files)
+        # [count, P] each, whatever was counted at once.
+        metrics = {k: np.asarray(v).reshape(-1, members)[:count] for k, v in jax.device_get(on_device).items()}
+        for i in range(count):
+            step = last - count + 1 + i
+            for member in range(members):
+                values = {name: float(value[i, member]) for name, value in metrics.items()}
+                wrong = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
+                if wrong:
+                    where = f" of {self._workdirs[member].name}" if members > 1 else ""
+                    raise NonFiniteError(f"step {step}{where}: {', '.join(wrong)}")
         now = time.monotonic()
         if self._mark is None:
-            self._mark = (step, now)
+            self._mark = (last, now)
         elif (seconds := now - self._mark[1]) >= MEASURED:
-            self._rate = (step - self._mark[0]) * self._batch_size / seconds
-        self._bar.update(1, f"loss {metrics['loss']:.4f}" + (f", {self._rate:,.0f} images/s" if self._rate else ""))
-        if step % self._log_every == 0:
-            if now - self._mark[1] >= MEASURED:
-                self._mark = (step, now)
-            self.write(step, {**metrics, **({"images_per_second": self._rate} if self._rate else {})})
+            self._rate = (last - self._mark[0]) * self._images / seconds
+        loss = metrics["loss"][-1].mean()
+        self._bar.update(count, f"loss {loss:.4f}" + (f", {self._rate:,.0f} images/s" if self._rate else ""))
+        if last // self._log_every > (last - count) // self._log_every and now - self._mark[1] >= MEASURED:
+            self._mark = (last, now)
+        for i in range(count):
+            step = last - count + 1 + i
+            if step % self._log_every == 0:
+                for member in range(members):
+                    values = {name: float(value[i, member]) for name, value in metrics.items()}
+                    self.write(step, {**values, **({"images_per_second": self._rate} if self._rate else {})}, member)
 
 
 def _ready(array: jax.Array) -> bool:

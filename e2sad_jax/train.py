@@ -1,7 +1,13 @@
-"""Training: the state, the one jitted step of every defense, and the loop around it."""
+"""Training: the state, the one jitted step of every defense, and the loop around it.
 
+Several runs of one defense may train together, as one step under `vmap`: a *population*. Its state, metrics and orders
+carry a leading axis P, one entry for each run.
+"""
+
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,11 +18,15 @@ import numpy as np
 import optax
 
 from e2sad_jax import defenses, models
+from e2sad_jax.attacks._loops import platform
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
 from e2sad_jax.defenses._types import LogitsFn, Parts
 from e2sad_jax.losses import soft_labels
 from e2sad_jax.transforms import TRANSFORMS, Transform
+
+VARIED = ("alpha", "lam", "eps1", "eps2")  # settings in which the runs of a population may differ, beside the seed
+STEPS_PER_DISPATCH = 64  # on accelerators; each is too short there for the host to start them one by one
 
 LossFn = Callable[[LogitsFn, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Parts]]
 
@@ -37,9 +47,7 @@ class TrainState(flax.struct.PyTreeNode):
     key: jax.Array
 
 
-TrainStep = Callable[
-    [TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]
-]  # (state, images, labels, order) -> (state, metrics)
+TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # see `make_train_step`
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
@@ -90,7 +98,7 @@ def training_loss(config: Config, bounds: tuple[float, float]) -> LossFn:
     raise ValueError(f"unknown defense {config.defense!r}")
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnames="n")
 def epoch_order(key: jax.Array, epoch: jax.Array, n: int) -> jax.Array:
     """The order of the images in `epoch` and in the next, two permutations of `range(n)` end to end, int32 `[2n]`.
 
@@ -104,20 +112,44 @@ def epoch_order(key: jax.Array, epoch: jax.Array, n: int) -> jax.Array:
     return jnp.concatenate([permutation(epoch), permutation(epoch + 1)])
 
 
-def make_train_step(config: Config, model: nn.Module, num_classes: int, transform: Transform) -> TrainStep:
+def make_train_step(
+    config: Config,
+    model: nn.Module,
+    num_classes: int,
+    transform: Transform,
+    *,
+    population: bool = False,
+    steps: int = 1,
+) -> TrainStep:
     """The jitted step of the configured defense, `(state, images, labels, order) -> (state, metrics)`.
 
     `images` `[n, H, W, C]` and `labels` `[n]` are the whole training set, resident on the device, and `order` is
     `epoch_order` of the state's epoch. `metrics` are scalars on the device: loss, gradient norm and the defense's
     parts. The state is donated.
+
+    Args:
+      config: the run's settings.
+      model: the network.
+      num_classes: number of classes K.
+      transform: from images to the network's input.
+      population: whether to train P runs at once. Then `state` and `order` have a leading axis P and there is a fifth
+        argument `settings`, `{name: [P]}`, with the values of those `VARIED` settings in which the runs differ.
+        `metrics` are `[P]`.
+      steps: at most so many steps in one dispatch. Above 1 there is a last argument `count`, int32: how many this time.
+        All of them must begin in the same epoch. `metrics` have a leading axis `steps`, of which `count` are filled.
     """
-    loss_of = training_loss(config, transform.bounds)
     tx = optimizer(config)
     delta = config.delta if config.soft_label else 0.0
 
     def train_step(
-        state: TrainState, images: jax.Array, labels: jax.Array, order: jax.Array
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        order: jax.Array,
+        settings: Mapping[str, jax.Array] = types.MappingProxyType({}),
     ) -> tuple[TrainState, dict[str, jax.Array]]:
+        c: Any = types.SimpleNamespace(**{**dataclasses.asdict(config), **settings}) if settings else config
+        loss_of = training_loss(c, transform.bounds)
         offset = state.step.astype(jnp.uint32) * config.batch_size % images.shape[0]
         batch = jax.lax.dynamic_slice_in_dim(order, offset, config.batch_size)
         x, y = transform.apply(images[batch]), soft_labels(labels[batch], num_classes, delta)
@@ -132,7 +164,40 @@ def make_train_step(config: Config, model: nn.Module, num_classes: int, transfor
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
         return state, {"loss": loss, "grad_norm": optax.tree.norm(gradients), **parts}
 
-    return jax.jit(train_step, donate_argnums=0)
+    step: TrainStep = jax.vmap(train_step, in_axes=(0, None, None, 0, 0)) if population else train_step
+    if steps == 1:
+        return jax.jit(step, donate_argnums=0)
+
+    def train_steps(state: TrainState, *arguments: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        *data, count = arguments
+        metrics = jax.tree.map(
+            lambda one: jnp.zeros((steps, *one.shape), one.dtype), jax.eval_shape(step, state, *data)[1]
+        )
+
+        def body(i: jax.Array, carry: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
+            state, one = step(carry[0], *data)
+            return state, jax.tree.map(lambda all, new: all.at[i].set(new), carry[1], one)
+
+        return jax.lax.fori_loop(0, count, body, (state, metrics))
+
+    return jax.jit(train_steps, donate_argnums=0)
+
+
+def stack(states: Sequence[TrainState]) -> TrainState:
+    """States of single runs as that of a population, leaves `[P, ...]`."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def unstack(state: TrainState) -> list[TrainState]:
+    """The states of a population's runs."""
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(state.step.shape[0])]
+
+
+def population_key(config: Config) -> Config:
+    """What runs must have in common to train together: equal for those that differ in `seed` and `VARIED` settings only."""
+    common = (*VARIED, "seed", "workdir")
+    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Config) if f.name in common}
+    return dataclasses.replace(config, **defaults)
 
 
 def step_flops(config: Config, image_shape: Sequence[int], num_classes: int) -> float:
@@ -156,47 +221,76 @@ def step_flops(config: Config, image_shape: Sequence[int], num_classes: int) -> 
 
 
 def fit(
-    config: Config,
+    config: Config | Sequence[Config],
     model: nn.Module,
     dataset: Dataset,
     state: TrainState,
     *,
     steps: int,
-    record: Callable[[int, dict[str, jax.Array]], None],
+    record: Callable[[int, dict[str, jax.Array], int], None],
     checkpoint: Callable[[int, TrainState], None],
     stop: Callable[[], bool] = lambda: False,
+    steps_per_dispatch: int | None = None,
 ) -> TrainState:
     """Trains from `state` to step `steps`, or until `stop()`.
 
     Args:
-      config: the run's settings.
+      config: the run's settings, or those of a population: they may differ in the seed and in `VARIED`.
       model: the network.
       dataset: images and labels.
-      state: where to begin; its buffers are donated and must not be used again.
+      state: where to begin, of a population with a leading axis P; its buffers are donated and must not be used again.
       steps: step to end at.
-      record: called after every step with its number and its metrics, still on the device: it must not wait for them.
-      checkpoint: called every `config.checkpoint_every` steps, and at the end.
-      stop: asked after every step; True ends the loop, after a last checkpoint.
+      record: called after every dispatch with the last step's number, the metrics of its steps, and how many those are.
+        The metrics are still on the device, and it must not wait for them. They are `[P]` for a population, and have a
+        leading axis `steps_per_dispatch` where that is above 1.
+      checkpoint: called every `checkpoint_every` steps, and at the end.
+      stop: asked after every dispatch; True ends the loop, after a last checkpoint.
+      steps_per_dispatch: steps that the host starts at once; None for 1 on the CPU, where convolutions in compiled
+        loops are slow, and `STEPS_PER_DISPATCH` elsewhere.
 
     Returns:
       The state reached.
     """
-    train_step = make_train_step(config, model, dataset.num_classes, TRANSFORMS[config.transform])
+    configs = [config] if isinstance(config, Config) else list(config)
+    population, c = not isinstance(config, Config), configs[0]
+    batch_size = c.batch_size
+    at_once = steps_per_dispatch or (1 if platform() == "cpu" else STEPS_PER_DISPATCH)
+    train_step = make_train_step(
+        c, model, dataset.num_classes, TRANSFORMS[c.transform], population=population, steps=at_once
+    )
     images, labels = jax.device_put((dataset.x_train, dataset.y_train))
-    order_key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    n, step = len(dataset.x_train), int(state.step)
-    epoch, order = -1, jnp.zeros(0, jnp.int32)
+    n = len(dataset.x_train)
+    keys = [jax.random.fold_in(jax.random.key(c.seed), 1) for c in configs]
+    order_of = functools.partial(epoch_order, keys[0], n=n)
+    extra: list[Any] = []
+    if population:
+        order_of = functools.partial(_orders, jnp.stack(keys), n=n)
+        varied = [name for name in VARIED if len({getattr(c, name) for c in configs}) > 1]
+        extra = [{name: jnp.array([getattr(c, name) for c in configs], jnp.float32) for name in varied}]
+    step, epoch, order = int(state.step[0] if population else state.step), -1, jnp.zeros(0, jnp.int32)
     with jax.transfer_guard("disallow"):
         while step < steps:
-            if step * config.batch_size // n != epoch:
-                epoch = step * config.batch_size // n
-                order = epoch_order(order_key, jax.device_put(np.uint32(epoch)), n)
-            state, metrics = train_step(state, images, labels, order)
-            step += 1
-            record(step, metrics)
+            if step * batch_size // n != epoch:
+                epoch = step * batch_size // n
+                order = order_of(epoch=jax.device_put(np.uint32(epoch)))
+            count = min(
+                at_once,
+                steps - step,
+                c.checkpoint_every - step % c.checkpoint_every,
+                -(-((epoch + 1) * n - step * batch_size) // batch_size),  # those that begin in this epoch
+            )
+            counted = [jax.device_put(np.int32(count))] if at_once > 1 else []
+            state, metrics = train_step(state, images, labels, order, *extra, *counted)
+            step += count
+            record(step, metrics, count)
             stopping = stop()
-            if stopping or step == steps or step % config.checkpoint_every == 0:
+            if stopping or step == steps or step % c.checkpoint_every == 0:
                 checkpoint(step, state)
             if stopping:
                 break
     return state
+
+
+@functools.partial(jax.jit, static_argnames="n")
+def _orders(keys: jax.Array, epoch: jax.Array, n: int) -> jax.Array:
+    return jax.vmap(epoch_order, (0, None, None))(keys, epoch, n)

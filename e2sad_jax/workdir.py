@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 try:
@@ -19,6 +19,7 @@ from e2sad_jax.errors import ConfigError, WorkdirError
 
 FORMAT = 1  # of config.json and the checkpoints beside it
 LOCK = ".lock"
+TRAINING = "training.json"
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -111,6 +112,20 @@ def write_config(workdir: pathlib.Path, config: Config, dataset: Dataset) -> Non
         write_json(workdir / "config.json", here)
     except OSError as error:
         raise _unusable(workdir, error) from error
+
+
+def note_training(workdir: pathlib.Path, segment: Mapping[str, Any]) -> None:
+    """Adds to training.json what one process did: steps, seconds, hardware, versions, commit."""
+    write_json(workdir / TRAINING, [*read_training(workdir), dict(segment)])
+
+
+def read_training(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The segments in which a run was trained, oldest first; empty where nothing readable says so."""
+    try:
+        segments = json.loads((workdir / TRAINING).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [s for s in segments if isinstance(s, dict)] if isinstance(segments, list) else []
 
 
 def read_config(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:

@@ -36,13 +36,13 @@ def lines(folder):
 
 def test_images_per_second_is_a_mean_without_compilation_and_checkpoints(clock, tmp_path):
     bar = Silent()
-    record = progress.Recorder(tmp_path, bar, start=0, log_every=10, batch_size=100)
+    record = progress.Recorder([tmp_path], bar, start=0, log_every=10, batch_size=100)
     for step in range(1, 31):
         if step == 1:
             clock[0] += 60  # the first step compiles
         elif step in (10, 20, 30):
             clock[0] += 10 * 0.5  # the device's steps of 0.5 s are seen in bursts of ten
-        record(step, {"loss": jnp.float32(1.0)})
+        record(step, {"loss": jnp.float32(1.0).block_until_ready()})
         if step == 15:
             clock[0] += 1000  # a checkpoint
             record.restart_clock()
@@ -60,7 +60,7 @@ def test_images_per_second_is_a_mean_without_compilation_and_checkpoints(clock, 
 def test_a_resumed_run_drops_the_lines_beyond_its_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "loss": 2.0}\n{"step": 3')
-    record = progress.Recorder(tmp_path, Silent(), start=15, log_every=1, batch_size=1)
+    record = progress.Recorder([tmp_path], Silent(), start=15, log_every=1, batch_size=1)
     record(16, {"loss": jnp.float32(3.0)})
     record.flush()
     record.close()
@@ -69,8 +69,8 @@ def test_a_resumed_run_drops_the_lines_beyond_its_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_metric_that_is_not_finite_names_itself_and_its_step(value, tmp_path):
-    record = progress.Recorder(tmp_path, Silent(), start=0, log_every=1, batch_size=1)
-    record._pending.append((1, {"loss": jnp.float32(0), "grad_norm": jnp.float32(value)}))
+    record = progress.Recorder([tmp_path], Silent(), start=0, log_every=1, batch_size=1)
+    record._pending.append((1, {"loss": jnp.float32(0), "grad_norm": jnp.float32(value)}, 1))
     with pytest.raises(NonFiniteError, match=rf"step 1: grad_norm={value}"):
         record.flush()
     record.close()

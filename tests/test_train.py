@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import e2sad_jax
-from e2sad_jax import data, models, run, train
+from e2sad_jax import data, jobs, models, run, train
 from e2sad_jax.checkpoint import Checkpoints
 from e2sad_jax.config import DEFENSES, Config
 from e2sad_jax.errors import CheckpointError, ConfigError, NonFiniteError, WorkdirError
@@ -92,7 +92,7 @@ def test_the_step_takes_the_batch_that_the_order_says(tiny, monkeypatch):
 
     monkeypatch.setattr(train, "training_loss", lambda config, bounds: name_images)
     seen = []
-    fit(tiny_config(steps=7), marked, record=lambda step, m: seen.extend(np.rint(m["images"]).astype(int)))
+    fit(tiny_config(steps=7), marked, record=lambda step, m, count: seen.extend(np.rint(m["images"]).astype(int)))
     assert len(set(seen[:48])) == 48, "no image twice within an epoch"
     assert sorted(np.bincount(seen, minlength=N)) == sorted([2] * 38 + [3] * 12), "7 * 16 = 2 * 50 + 12"
 
@@ -100,11 +100,13 @@ def test_the_step_takes_the_batch_that_the_order_says(tiny, monkeypatch):
 @pytest.mark.parametrize("defense", DEFENSES)
 def test_every_defense_learns_in_one_compilation_and_donates_its_state(defense, tiny, monkeypatch):
     steps, make = [], train.make_train_step
-    monkeypatch.setattr(train, "make_train_step", lambda *args: steps.append(make(*args)) or steps[0])
+    monkeypatch.setattr(
+        train, "make_train_step", lambda *args, **kwargs: steps.append(make(*args, **kwargs)) or steps[0]
+    )
     config = tiny_config(defense=defense, steps=25, eps1=0.1, eps2=0.05, soft_label=False)
     model = models.create(config.model, tiny.num_classes, tiny.image_shape)
     first, losses = train.init_state(config, model, tiny.image_shape), []
-    last = fit(config, tiny, first, record=lambda step, metrics: losses.append(metrics))
+    last = fit(config, tiny, first, record=lambda step, metrics, count: losses.append(metrics))
     losses = [float(m["loss"]) for m in losses]
     assert steps[0]._cache_size() == 1
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))
@@ -117,7 +119,9 @@ def test_resumed_run_equals_uninterrupted_one_bit_for_bit(defense, second_step, 
     """Through the checkpoints on disk, stopped at and between them, with random numbers in the defense."""
     config = tiny_config(defense=defense, second_step=second_step, workdir=str(tmp_path / "whole"))
     steps, make = [], train.make_train_step
-    monkeypatch.setattr(train, "make_train_step", lambda *args: steps.append(make(*args)) or steps[-1])
+    monkeypatch.setattr(
+        train, "make_train_step", lambda *args, **kwargs: steps.append(make(*args, **kwargs)) or steps[-1]
+    )
     run.run(config, "mnist")
     parts = dataclasses.replace(config, workdir=str(tmp_path / "parts"))
     for stop in (5, 8, config.steps):
@@ -145,7 +149,7 @@ def test_stop_ends_after_the_step_with_a_checkpoint(tiny):
     state = fit(
         tiny_config(),
         tiny,
-        record=lambda step, metrics: seen.append(step),
+        record=lambda step, metrics, count: seen.append(step),
         checkpoint=lambda step, state: saved.append((step, int(state.step))),
         stop=lambda: len(seen) == 7,
     )
@@ -192,15 +196,15 @@ def test_no_checkpoint_of_a_broken_update_replaces_a_good_one(learning_rate, no_
 def test_interrupted_in_the_last_step_is_not_forgotten(no_evaluation, tmp_path, monkeypatch):
     """Training is complete and saved, but who pressed Ctrl-C does not want to wait for the attacks."""
     config = tiny_config(workdir=str(tmp_path / "w"), steps=3)
-    take = run.Recorder.__call__
+    take = jobs.Recorder.__call__
 
-    def interrupting(self, step, metrics):
-        take(self, step, metrics)
+    def interrupting(self, step, metrics, count):
+        take(self, step, metrics, count)
         if step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.Recorder, "__call__", interrupting)
+        patch.setattr(jobs.Recorder, "__call__", interrupting)
         with pytest.raises(run.Stopped, match="Stopped at step 3 of 3") as stopped:
             run.run(config, "mnist")
     assert stopped.value.exit_code == 130
@@ -227,7 +231,7 @@ def test_interrupted_in_the_last_step_is_not_forgotten(no_evaluation, tmp_path, 
 
 
 def test_the_command_that_goes_on_leaves_noresume_out(no_evaluation, tmp_path, monkeypatch):
-    monkeypatch.setattr(run.Recorder, "flush", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(jobs.Recorder, "flush", lambda self: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(run.Stopped, match="The same command without --noresume goes on"):
         run.run(tiny_config(workdir=str(tmp_path / "w"), steps=1, resume=False), "mnist")
 
@@ -333,7 +337,7 @@ def test_a_workdir_of_other_settings_or_data_is_refused_naming_what_differs(no_e
 
 def test_held_out_images_are_not_trained_on(tiny):
     for count, watched_size in ((10, 10), (0, N)):
-        train_set, watched = run._hold_out(tiny, tiny_config(validation_examples=count))
+        train_set, watched = jobs.hold_out(tiny, tiny_config(validation_examples=count))
         assert len(train_set.x_train) == N - count
         assert len(watched.x_test) == watched_size
         trained_on = {image.tobytes() for image in train_set.x_train}

@@ -1,0 +1,300 @@
+"""Runs as jobs: a run's settings, data and workdir found to fit together, and its training with checkpoints."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from e2sad_jax import models, report
+from e2sad_jax.checkpoint import Checkpoints
+from e2sad_jax.config import Config
+from e2sad_jax.data import Dataset
+from e2sad_jax.errors import ConfigError, NonFiniteError, WorkdirError
+from e2sad_jax.evaluate import Attack, Outcome, evaluate
+from e2sad_jax.progress import Bar, Recorder
+from e2sad_jax.train import TrainState, fit, init_state, stack, unstack
+from e2sad_jax.transforms import TRANSFORMS, Transform
+from e2sad_jax.workdir import note_training, open_workdir
+
+WATCHED = 500  # images that choose the best checkpoint where none are held out
+UNJUDGED = -1.0  # score of a checkpoint that was saved because the run was stopped: below all others
+
+
+def workdir_of(config: Config) -> pathlib.Path:
+    """Where a run is kept."""
+    return pathlib.Path(config.workdir or config.default_workdir()).expanduser()
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run whose settings, data and workdir are known to fit together.
+
+    Attributes:
+      config: its settings.
+      dataset: all its data.
+      train_set: what it trains on.
+      watched: as a test set, what chooses its best checkpoint.
+      model: the network.
+      steps: training steps in all.
+      workdir: its folder, locked.
+      checkpoints: those in it.
+    """
+
+    config: Config
+    dataset: Dataset
+    train_set: Dataset
+    watched: Dataset
+    model: nn.Module
+    steps: int
+    workdir: pathlib.Path
+    checkpoints: Checkpoints
+
+    @property
+    def transform(self) -> Transform:
+        return TRANSFORMS[self.config.transform]
+
+    @property
+    def step(self) -> int:
+        """Step of the last checkpoint, 0 where there is none."""
+        return self.checkpoints.last_step or 0
+
+    def init_state(self) -> TrainState:
+        return init_state(self.config, self.model, self.dataset.image_shape)
+
+    def restore(self) -> TrainState:
+        """The state of the last checkpoint."""
+        return self.checkpoints.restore(jax.eval_shape(self.init_state))
+
+
+@contextlib.contextmanager
+def open_job(config: Config, dataset: Dataset) -> Iterator[Job]:
+    """Checks everything about a run and opens its workdir; a refused run changes nothing there."""
+    model = models.create(config.model, dataset.num_classes, dataset.image_shape, config.precision)
+    train_set, watched = hold_out(dataset, config)
+    steps = config.total_steps(len(train_set.x_train))
+    _check_sizes(config, train_set, steps)
+    workdir = workdir_of(config)
+    with open_workdir(workdir, config, dataset), Checkpoints(workdir) as checkpoints:
+        start = checkpoints.last_step or 0
+        if start and not config.resume:
+            raise WorkdirError(
+                f"{workdir} holds a run at step {start:,} and --resume is off; choose another --workdir, or delete that one"
+            )
+        if start > steps:
+            raise ConfigError(f"--steps={steps}: {workdir} is at step {start:,} already; it must be at least that")
+        yield Job(config, dataset, train_set, watched, model, steps, workdir, checkpoints)
+
+
+def train(job: Job, interrupted: Callable[[], int]) -> tuple[TrainState, float]:
+    """Trains one run from its last checkpoint, or from scratch, to `job.steps`.
+
+    Returns:
+      The state reached, earlier than `job.steps` only if `interrupted()`, and the seconds that it took in all.
+    """
+    if job.step == job.steps:
+        return job.restore(), job.checkpoints.seconds(job.steps)
+    (state,), (seconds,) = _train([job], job.steps, interrupted)
+    return state, seconds
+
+
+def train_together(jobs: Sequence[Job], interrupted: Callable[[], int]) -> None:
+    """Trains runs of one population (`train.population_key`) to `steps`, each with checkpoints in its own workdir.
+
+    Those that are behind, because a process was killed while it saved them, catch up first.
+    """
+    steps = jobs[0].steps
+    while not interrupted() and (behind := min(job.step for job in jobs)) < steps:
+        ahead = [job.step for job in jobs if job.step > behind]
+        _train([job for job in jobs if job.step == behind], min([*ahead, steps]), interrupted)
+
+
+def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> tuple[list[TrainState], list[float]]:
+    """Trains runs that are all at the same step up to step `steps`; returns their states, and the seconds so far."""
+    first, together = jobs[0], len(jobs) > 1
+    config, start = first.config, first.step
+    if start:
+        states, spent = [job.restore() for job in jobs], [job.checkpoints.seconds(start) for job in jobs]
+        print(f"Going on from step {start:,} in {', '.join(str(job.workdir) for job in jobs)}", file=sys.stderr)
+    else:
+        states, spent = [job.init_state() for job in jobs], [0.0 for _ in jobs]
+    began = time.monotonic()
+    logits = jax.jit(lambda params, images: models.logits_fn(first.model, params)(first.transform.apply(images)))
+    probe = first.watched.x_test[: config.eval_batch_size]
+    title = f"train {config.defense} on {first.train_set.name}" + (f", {len(jobs)} together" if together else "")
+
+    with Bar(title, steps, "steps", initial=start) as bar:
+        record = Recorder(
+            [job.workdir for job in jobs], bar, start=start, log_every=config.log_every, batch_size=config.batch_size
+        )
+
+        def checkpoint(step: int, state: TrainState) -> None:
+            # Only states are kept that all metrics vouch for, and that the last update, which they have not seen, left whole.
+            record.flush()
+            with jax.transfer_guard("allow"):
+                singles = unstack(state) if together else [state]
+                for job, single in zip(jobs, singles, strict=True):
+                    if not np.isfinite(logits(single.params, probe)).all():
+                        where = f" in {job.workdir.name}" if together else ""
+                        raise NonFiniteError(f"step {step}{where}: its update left logits that are not finite")
+                for i, (job, single) in enumerate(zip(jobs, singles, strict=True)):
+                    if interrupted():  # who stops a run does not wait for an attack
+                        metrics = {"score": UNJUDGED}
+                    else:
+                        metrics = _watch(job, single)
+                        record.write(step, {f"validation_{name}": value for name, value in metrics.items()}, i)
+                    seconds = spent[i] + time.monotonic() - began
+                    job.checkpoints.save(step, single, {**metrics, "seconds": seconds})
+            record.restart_clock()
+
+        state = stack(states) if together else states[0]
+        del states  # donated
+        try:
+            state = fit(
+                [job.config for job in jobs] if together else config,
+                first.model,
+                first.train_set,
+                state,
+                steps=steps,
+                record=record,
+                checkpoint=checkpoint,
+                stop=lambda: bool(interrupted()),
+            )
+        except NonFiniteError as error:
+            for job in jobs:
+                job.checkpoints.wait()
+            last = first.checkpoints.last_step
+            kept = f"the checkpoint of step {last:,} stays in {first.workdir}" if last else "there is no checkpoint yet"
+            raise NonFiniteError(
+                f"{error}; training stopped, {kept}. Try a lower --learning_rate (now {config.learning_rate}), or "
+                "--precision=float32, with another --workdir"
+            ) from None
+        finally:
+            record.close()
+        for job in jobs:
+            job.checkpoints.wait()
+    seconds = time.monotonic() - began
+    reached = unstack(state) if together else [state]
+    for job, single in zip(jobs, reached, strict=True):
+        note_training(
+            job.workdir,
+            {
+                "from_step": start,
+                "to_step": int(single.step),
+                "seconds": round(seconds, 1),
+                "runs_together": len(jobs),
+                "command": report.command(),
+                **report.environment(),
+            },
+        )
+    return reached, [already + seconds for already in spent]
+
+
+def _watch(job: Job, state: TrainState) -> dict[str, float]:
+    """Clean and robust accuracy on the watched images, and the score that orders checkpoints by robust, then by clean."""
+    eps = job.config.eps1
+    suite = [Attack("clean", "clean"), Attack("robust", "pgd", eps, 10, eps / 4 or None)]
+    outcomes = attack(job, state.params, job.watched, suite)
+    clean, robust = (int(outcomes[name].correct.sum()) for name in ("clean", "robust"))
+    n = len(job.watched.x_test)
+    return {"clean": clean / n, "robust": robust / n, "score": robust + clean / (n + 1)}
+
+
+def tested(job: Job) -> Dataset:
+    """The data set with those test images that the run is evaluated on."""
+    count = job.config.eval_examples or len(job.dataset.x_test)
+    return _subset(job.dataset, x_test=job.dataset.x_test[:count], y_test=job.dataset.y_test[:count])
+
+
+def attack(job: Job, params: Any, tested: Dataset, suite: Sequence[Attack], **kwargs: Any) -> dict[str, Outcome]:
+    """`evaluate` on the test set of `tested`, as the run's settings say."""
+    return evaluate(
+        job.model,
+        params,
+        tested.x_test,
+        tested.y_test,
+        suite,
+        transform=job.transform,
+        num_classes=tested.num_classes,
+        batch_size=job.config.eval_batch_size,
+        seed=job.config.seed,
+        **kwargs,
+    )
+
+
+def hold_out(dataset: Dataset, config: Config) -> tuple[Dataset, Dataset]:
+    """The training set, and the images (as a test set) that choose the best checkpoint.
+
+    Without `validation_examples` these are training images: they betray a collapse under attack, not overfitting, and
+    leave the paper's training set whole. The test set is never looked at.
+    """
+    n, count = len(dataset.x_train), config.validation_examples
+    if count >= n:
+        raise ConfigError(f"--validation_examples={count}: must be below the {n:,} training images of {dataset.name}")
+    order = np.random.default_rng(0).permutation(n)
+    watched, rest = order[: count or WATCHED], order[count:]
+    train = dataset if count == 0 else _subset(dataset, x_train=dataset.x_train[rest], y_train=dataset.y_train[rest])
+    return train, _subset(dataset, x_test=dataset.x_train[watched], y_test=dataset.y_train[watched])
+
+
+def _subset(dataset: Dataset, **arrays: Any) -> Dataset:
+    return dataclasses.replace(dataset, **arrays)
+
+
+def _check_sizes(config: Config, train_set: Dataset, steps: int) -> None:
+    """Refuses what only the data can tell to be wrong.
+
+    Raises:
+      ConfigError: with flag, value and range.
+    """
+    n, tests = len(train_set.x_train), len(train_set.x_test)
+    if config.batch_size > n:
+        raise ConfigError(
+            f"--batch_size={config.batch_size}: must be at most the {n:,} training images of {train_set.name}"
+        )
+    if config.eval_examples > tests:
+        raise ConfigError(
+            f"--eval_examples={config.eval_examples}: must be at most the {tests:,} test images, or 0 for all"
+        )
+    if steps * config.batch_size >= 2**32:  # the place in the order is counted in 32 bits
+        raise ConfigError(f"--steps={steps}: steps * batch_size must be below {2**32:,}")
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], int]]:
+    """Catches the first Ctrl-C or SIGTERM and yields a function that says which (0: none yet); a second one interrupts."""
+    caught, first = 0, 0.0
+    previous: dict[int, Any] = {}
+
+    def catch(number: int, frame: Any) -> None:
+        nonlocal caught, first
+        if caught and time.monotonic() - first < 1:
+            return  # who signals a process and its group means it once
+        if caught:
+            restore()
+            os.kill(os.getpid(), number)
+            return
+        caught, first = number, time.monotonic()
+        # Not print: the signal may come while the same stream is being written.
+        os.write(2, b"\nStopping after this step; once more to stop at once.\n")
+
+    def restore() -> None:
+        while previous:
+            signal.signal(*previous.popitem())
+
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, catch)
+    try:
+        yield lambda: caught
+    finally:
+        restore()

@@ -1,0 +1,179 @@
+"""Several steps in one dispatch and several runs in one step: equal to single runs, and resumable each by itself."""
+
+import contextlib
+import dataclasses
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from e2sad_jax import data, jobs, models, train
+from e2sad_jax.config import Config
+from e2sad_jax.errors import NonFiniteError
+from e2sad_jax.workdir import read_training, write_config
+
+N = 50
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's Adam mixes float and int32."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny() -> data.Dataset:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 2 * N).astype(np.int32)
+    images = rng.integers(0, 120, (2 * N, 8, 8, 1)).astype(np.uint8)
+    images[labels == 1, 2:4] = 250
+    images[labels == 2, :, 2:4] = 250
+    return data.Dataset("tiny", "", images[:N], labels[:N], images[N:], labels[N:], num_classes=3, source_sha256={})
+
+
+def config_of(**changes) -> Config:
+    settings = dict(data="tiny.npz", model="digits_cnn", steps=8, batch_size=16, checkpoint_every=4, log_every=1)
+    return Config(**{**settings, "eps1": 0.1, "eps2": 0.05, **changes})
+
+
+MEMBERS = [
+    config_of(seed=3),
+    config_of(seed=3, lam=1.0),
+    config_of(seed=4, alpha=0.0, eps1=0.2),
+]
+
+
+def alone(config, dataset, **kwargs):
+    model = models.create(config.model, dataset.num_classes, dataset.image_shape)
+    state = train.init_state(config, model, dataset.image_shape)
+    rows = []
+
+    def record(step, metrics, count):
+        values = jax.device_get(metrics)
+        rows.extend({k: np.atleast_1d(v)[i] for k, v in values.items()} for i in range(count))
+
+    state = train.fit(
+        config, model, dataset, state, steps=config.steps, record=record, checkpoint=lambda *a: None, **kwargs
+    )
+    return state, rows
+
+
+@pytest.fixture(scope="module")
+def singles(tiny):
+    with jax.numpy_dtype_promotion("standard"):
+        return [alone(config, tiny) for config in MEMBERS]
+
+
+def close(a, b):
+    chex.assert_trees_all_close(a.params, b.params, atol=2e-5)
+    assert int(a.step) == int(b.step)
+
+
+def test_several_steps_in_one_dispatch_are_those_steps_compiled_once(tiny, singles, monkeypatch):
+    """Five at most at once: the checkpoint of step 4 and the end of the epoch, inside step 4, cut them."""
+    made, make = [], train.make_train_step
+    monkeypatch.setattr(train, "make_train_step", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
+    saved = []
+    counts = []
+    model = models.create("digits_cnn", 3, tiny.image_shape)
+    rows = []
+
+    def record(step, metrics, count):
+        counts.append(count)
+        values = jax.device_get(metrics)
+        rows.extend({k: v[i] for k, v in values.items()} for i in range(count))
+
+    state = train.fit(
+        MEMBERS[0],
+        model,
+        tiny,
+        train.init_state(MEMBERS[0], model, tiny.image_shape),
+        steps=8,
+        record=record,
+        checkpoint=lambda step, state: saved.append(step),
+        steps_per_dispatch=5,
+    )
+    assert counts == [4, 3, 1], "to the checkpoint, to the next epoch (step 7 is the last that begins in the second)"
+    assert saved == [4, 8]
+    assert made[0]._cache_size() == 1
+    close(state, singles[0][0])
+    assert [float(r["loss"]) for r in rows] == pytest.approx([float(r["loss"]) for r in singles[0][1]], abs=1e-5)
+
+
+@pytest.mark.parametrize("steps_per_dispatch", [1, 3])
+def test_a_population_equals_separate_runs(steps_per_dispatch, tiny, singles):
+    """Other seeds, weights and budgets, one of them a weight of exactly zero."""
+    model = models.create("digits_cnn", 3, tiny.image_shape)
+    state = train.stack([train.init_state(c, model, tiny.image_shape) for c in MEMBERS])
+    rows = []
+
+    def record(step, metrics, count):
+        loss = np.asarray(metrics["loss"]).reshape(-1, len(MEMBERS))
+        rows.extend(loss[:count])
+
+    state = train.fit(
+        MEMBERS,
+        model,
+        tiny,
+        state,
+        steps=8,
+        record=record,
+        checkpoint=lambda *a: None,
+        steps_per_dispatch=steps_per_dispatch,
+    )
+    for i, (member, (single, metrics)) in enumerate(zip(train.unstack(state), singles, strict=True)):
+        close(member, single)
+        assert [r[i] for r in rows] == pytest.approx([float(m["loss"]) for m in metrics], abs=1e-5)
+    kernels = [jax.tree.leaves(m.params)[-1] for m in train.unstack(state)]
+    assert float(abs(kernels[0] - kernels[1]).max()) > 1e-4, "they are different runs"
+
+
+def test_what_may_train_together():
+    keys = [train.population_key(c) for c in MEMBERS]
+    assert keys[0] == keys[1] == keys[2]
+    for changes in ({"second_step": "loss"}, {"soft_label": False}, {"batch_size": 8}, {"defense": "fgsm"}):
+        assert train.population_key(config_of(**changes)) != keys[0]
+
+
+def train_all(configs, dataset, tmp_path, stop_at=None, **changes):
+    """Trains them together in workdirs of their own, up to the point where `stop_at` steps are seen."""
+    with contextlib.ExitStack() as stack:
+        opened = []
+        for i, config in enumerate(configs):
+            config = dataclasses.replace(config, workdir=str(tmp_path / f"run{i}"), **changes)
+            job = stack.enter_context(jobs.open_job(config, dataset))
+            write_config(job.workdir, config, dataset)
+            opened.append(job)
+        jobs.train_together(opened, lambda: 0)
+        return [(job.step, job.restore()) for job in opened]
+
+
+def test_one_of_a_population_that_was_left_behind_catches_up(tiny, singles, tmp_path):
+    """As after a kill between two members' checkpoints: they end where separate runs end, with curves without gaps."""
+    train_all(MEMBERS[:1], tiny, tmp_path, steps=4)
+    results = train_all(MEMBERS, tiny, tmp_path)
+    for i, ((step, state), (single, metrics)) in enumerate(zip(results, singles, strict=True)):
+        assert step == 8
+        close(state, single)
+        lines = [json.loads(line) for line in (tmp_path / f"run{i}" / "metrics.jsonl").read_text().splitlines()]
+        losses = [line["loss"] for line in lines if "loss" in line]
+        assert losses == pytest.approx([float(m["loss"]) for m in metrics], abs=1e-5)
+    segments = read_training(tmp_path / "run0")
+    assert [(s["from_step"], s["to_step"], s["runs_together"]) for s in segments] == [(0, 4, 1), (4, 8, 3)]
+
+
+def test_one_that_diverges_is_named(tiny, tmp_path, monkeypatch):
+    real = train.training_loss
+
+    def breaking(config, bounds):
+        return lambda f, x, y, key: (lambda loss, parts: (loss / jax.numpy.where(config.lam > 5, 0, 1), parts))(
+            *real(config, bounds)(f, x, y, key)
+        )
+
+    monkeypatch.setattr(train, "training_loss", breaking)
+    members = [config_of(), config_of(lam=9.0)]
+    with pytest.raises(NonFiniteError, match="step 1 of run1: .*loss=inf"):
+        train_all(members, tiny, tmp_path)
