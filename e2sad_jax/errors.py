@@ -29,6 +29,10 @@ class WorkdirError(Error):
     exit_code = 2
 
 
+class BusyError(WorkdirError):
+    """A workdir in which another process is at work."""
+
+
 class CheckpointError(WorkdirError):
     """A checkpoint that cannot be written: a full disk, say. The one before it stays."""
 
@@ -47,3 +51,9 @@ class Stopped(Error):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class OutOfTimeError(Error):
+    """The time budget was used up; its message says what is left and how to go on."""
+
+    exit_code = 4

@@ -142,14 +142,74 @@ def evaluate(
 @functools.lru_cache(maxsize=32)
 def _attack_batch(model: nn.Module, attack: Attack, transform: Transform, num_classes: int) -> Callable[..., jax.Array]:
     """The jitted `(params, images, labels, index, seed) -> predicted classes`, compiled once for all models alike."""
+    make = _make_batch(model, attack, transform, num_classes)
 
     @jax.jit
-    def attack_batch(params: Any, images: jax.Array, labels: jax.Array, index: jax.Array, seed: jax.Array) -> jax.Array:
-        logits_fn = models.logits_fn(model, params)
-        x, y = transform.apply(images), soft_labels(labels, num_classes, 0.0)
-        return logits_fn(perturb(attack, logits_fn, x, y, bounds=transform.bounds, index=index, seed=seed)).argmax(-1)
+    def attack_batch(params: Any, *batch: Any) -> jax.Array:
+        return models.logits_fn(model, params)(make(params, *batch)).argmax(-1)
 
     return attack_batch
+
+
+def transfer(
+    substitute: tuple[nn.Module, Any],
+    targets: Sequence[tuple[nn.Module, Any]],
+    images: np.ndarray,
+    labels: np.ndarray,
+    attack: Attack,
+    *,
+    transform: Transform,
+    num_classes: int,
+    batch_size: int = 250,
+    seed: int = 0,
+    progress: Callable[[str, int], None] = lambda name, gradients: None,
+) -> list[Outcome]:
+    """Black-box attack: images are made for the substitute and shown to the targets (Section 4.1.2, Table 2).
+
+    Args:
+      substitute: network that the attack sees, with its variables.
+      targets: networks that are asked, with theirs; the substitute may be among them: then that one is a white box.
+      images: `[N, H, W, C]` as stored, before `transform`.
+      labels: `[N]`, integers in `[0, num_classes)`.
+      attack: how the images are made.
+      transform: from stored images to the networks' input, the same for all.
+      num_classes: number of classes K.
+      batch_size: images at once.
+      seed: seed of the random starts.
+      progress: as of `evaluate`.
+
+    Returns:
+      An `Outcome` for each target, `[N]`.
+    """
+    n = len(images)
+    batch_size = min(batch_size, n)
+    model, params = substitute
+    make, predictions = _make_batch(model, attack, transform, num_classes), []
+    for first in range(0, n, batch_size):
+        index = np.arange(first, first + batch_size)
+        rows = np.minimum(index, n - 1)
+        made = make(params, images[rows], labels[rows], index, np.uint32(seed))
+        predictions.append([np.asarray(_predict(target)(variables, made)) for target, variables in targets])
+        progress(attack.name, min(batch_size, n - first) * attack.gradients())
+    each = np.concatenate(predictions, axis=1)[:, :n]
+    return [Outcome(prediction == labels, prediction) for prediction in each]
+
+
+@functools.lru_cache(maxsize=32)
+def _make_batch(model: nn.Module, attack: Attack, transform: Transform, num_classes: int) -> Callable[..., jax.Array]:
+    """The jitted `(params, images, labels, index, seed) -> adversarial network inputs`."""
+
+    @jax.jit
+    def make(params: Any, images: jax.Array, labels: jax.Array, index: jax.Array, seed: jax.Array) -> jax.Array:
+        x, y = transform.apply(images), soft_labels(labels, num_classes, 0.0)
+        return perturb(attack, models.logits_fn(model, params), x, y, bounds=transform.bounds, index=index, seed=seed)
+
+    return make
+
+
+@functools.lru_cache(maxsize=32)
+def _predict(model: nn.Module) -> Callable[..., jax.Array]:
+    return jax.jit(lambda params, x: models.logits_fn(model, params)(x).argmax(-1))
 
 
 def perturb(

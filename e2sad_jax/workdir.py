@@ -15,7 +15,7 @@ except ImportError:  # Windows
 
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
-from e2sad_jax.errors import ConfigError, WorkdirError
+from e2sad_jax.errors import BusyError, ConfigError, WorkdirError
 
 FORMAT = 1  # of config.json and the checkpoints beside it
 LOCK = ".lock"
@@ -70,13 +70,12 @@ def open_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> Ite
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it when the process ends
             except BlockingIOError as error:
-                raise WorkdirError(
+                raise BusyError(
                     f"another process is at work in {workdir}; wait for it to end, or choose another --workdir"
                 ) from error
             except OSError:
                 pass  # a file system without locks
-        if (workdir / "config.json").exists():
-            _check_same(workdir, config, dataset)
+        check_workdir(workdir, config, dataset)
         yield
 
 
@@ -91,7 +90,14 @@ def _unusable(workdir: pathlib.Path, error: OSError) -> WorkdirError:
     return WorkdirError(f"cannot use {workdir} as workdir: {error.strerror}; choose another --workdir")
 
 
-def _check_same(workdir: pathlib.Path, config: Config, dataset: Dataset) -> None:
+def check_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> None:
+    """Makes sure that a workdir, if it is one already, belongs to this run.
+
+    Raises:
+      WorkdirError: if it belongs to a run of other settings, data, or of another version; naming what differs.
+    """
+    if not (workdir / "config.json").exists():
+        return
     there, dataset_there = read_config(workdir)
     ours, theirs = config.identity(), there.identity()
     differences = [f"--{k}: {theirs[k]} there, {v} here" for k, v in ours.items() if theirs[k] != v]

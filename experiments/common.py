@@ -38,7 +38,17 @@ def main(
     """
     by_defense = by_defense or {}
     define_flags(defaults, by_defense, baseline)
-    app.run(lambda argv: _run(suite, by_defense), flags_parser=_parse)
+    launch(lambda: _run(suite, by_defense), "the workdir's last checkpoint is safe")
+
+
+def launch(run: Callable[[], None], saved: str) -> None:
+    """Parses the flags and calls `run`; what goes wrong is one line and an exit code.
+
+    Args:
+      run: the experiment.
+      saved: what a failure of the system leaves whole.
+    """
+    app.run(lambda argv: _guarded(run, saved), flags_parser=_parse)
 
 
 def define_flags(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[str, Any]], baseline: str) -> None:
@@ -101,20 +111,24 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _run(suite: str, by_defense: Mapping[str, Mapping[str, Any]]) -> None:
-    try:
-        configs = read_configs(by_defense)
-        from e2sad_jax import run  # after the flags are known to be right: this brings Orbax along
+    configs = read_configs(by_defense)
+    from e2sad_jax import run  # after the flags are known to be right: this brings Orbax along
 
-        if FLAGS.describe:
-            print(run.describe(configs[-1]))
-        else:
-            run.run_beside(configs, suite)
+    if FLAGS.describe:
+        print(run.describe(configs[-1]))
+    else:
+        run.run_beside(configs, suite)
+
+
+def _guarded(run: Callable[[], None], saved: str) -> None:
+    try:
+        run()
         sys.stdout.flush()
     except Error as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # if it was standard output that failed, not again at the exit
-        _fail(f"{error}; the workdir's last checkpoint is safe, and the same command goes on from there", 1)
+        _fail(f"{error}; {saved}, and the same command goes on from there", 1)
     except KeyboardInterrupt:
         print(
             f"{_program()}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True

@@ -175,5 +175,5 @@ def test_one_that_diverges_is_named(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "training_loss", breaking)
     members = [config_of(), config_of(lam=9.0)]
-    with pytest.raises(NonFiniteError, match="step 1 of run1: .*loss=inf"):
+    with pytest.raises(NonFiniteError, match=r"step 1 of run1: .*loss=inf"):
         train_all(members, tiny, tmp_path)

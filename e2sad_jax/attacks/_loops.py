@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 
 T = TypeVar("T")
 
@@ -27,3 +28,10 @@ def repeat(times: int, body: Callable[[int | jax.Array, T], T], init: T) -> T:
     for i in range(times):
         value = body(i, value)
     return value
+
+
+def each(values: jax.Array, body: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """`body` of each of `values`, stacked: unrolled on the CPU, one compiled loop elsewhere, as `repeat`."""
+    if platform() != "cpu":
+        return jax.lax.map(body, values)
+    return jnp.stack([body(values[i]) for i in range(values.shape[0])])

@@ -1,0 +1,152 @@
+"""What a training step costs: FLOPs by XLA's count, and time, all defenses side by side in one process."""
+
+import hashlib
+import json
+import math
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from e2sad_jax import models, report, train
+from e2sad_jax.attacks._loops import platform
+from e2sad_jax.config import Config
+from e2sad_jax.transforms import TRANSFORMS
+from e2sad_jax.workdir import write_json
+
+ROUNDS = 7
+SECONDS = 0.1  # a timing is of so many steps that it takes at least this long
+IMAGES = 1024  # to take batches from
+
+
+def key(config: Config) -> str:
+    """Names the step of a run: settings that change neither its operations nor their sizes are left out."""
+    c = config
+    parts = [c.defense, c.model, f"batch {c.batch_size}", c.precision]
+    if c.defense in ("ifgsm", "pgd"):
+        parts.append(f"k={c.attack_steps}")
+    if c.defense == "e2sad":
+        parts.append(c.second_step)
+    return ", ".join(parts)
+
+
+def measure(
+    configs: Sequence[Config],
+    image_shape: tuple[int, ...],
+    num_classes: int,
+    cache: pathlib.Path,
+    progress: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
+    """Cost of a step of each configuration's kind, and of a natural one.
+
+    In each round every step is timed once, in turn, and held against the natural step of the same round, so that what
+    else the machine does meanwhile touches all alike. On accelerators FLOPs are counted for the CPU, where no loop hides
+    an attack's steps from XLA's count.
+
+    Args:
+      configs: settings of runs on the same data.
+      image_shape: (H, W, C).
+      num_classes: number of classes K.
+      cache: folder for what was measured; found again there for the same steps, hardware and versions.
+      progress: called with what is measured next.
+
+    Returns:
+      `steps`: for each `key`: `flops` and `flops_natural` (in natural steps), `milliseconds` (median), `fastest`,
+      `slowest`, `time_natural` (median ratio). `environment`, `command`: of the measurement.
+    """
+    natural = _natural(configs[0])
+    kinds = {key(c): c for c in [natural, *configs]}
+    environment = report.environment()
+    who = {k: environment[k] for k in ("hardware", "jax", "jaxlib")}
+    digest = hashlib.sha256(json.dumps([sorted(kinds), image_shape, num_classes, who]).encode()).hexdigest()[:12]
+    path = cache / f"cost-{digest}.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        pass
+    times = _times(kinds, image_shape, num_classes, progress)
+    steps: dict[str, Any] = {}
+    for name, config in kinds.items():
+        progress(f"count {name}")
+        flops = _flops(config, image_shape, num_classes)
+        own, reference = times[name], times[key(natural)]
+        steps[name] = {
+            "flops": flops,
+            "milliseconds": 1e3 * statistics.median(own),
+            "fastest": 1e3 * min(own),
+            "slowest": 1e3 * max(own),
+            "time_natural": statistics.median(a / b for a, b in zip(own, reference, strict=True)),
+        }
+    for step in steps.values():
+        step["flops_natural"] = step["flops"] / steps[key(natural)]["flops"]
+    result = {"steps": steps, "rounds": ROUNDS, "command": report.command(), "environment": environment}
+    cache.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    return result
+
+
+def _natural(config: Config) -> Config:
+    return Config(
+        defense="natural",
+        model=config.model,
+        transform=config.transform,
+        batch_size=config.batch_size,
+        precision=config.precision,
+    )
+
+
+def _flops(config: Config, image_shape: tuple[int, ...], num_classes: int) -> float:
+    with jax.default_device(jax.devices("cpu")[0]):
+        return train.step_flops(config, image_shape, num_classes)
+
+
+def _times(
+    kinds: Mapping[str, Config],
+    image_shape: tuple[int, ...],
+    num_classes: int,
+    progress: Callable[[str], None],
+) -> dict[str, list[float]]:
+    """Seconds of one step, `ROUNDS` of each kind, taken in turn."""
+    timers = {}
+    for name, config in kinds.items():
+        progress(f"time {name}")
+        timers[name] = _timer(config, image_shape, num_classes)
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(ROUNDS):
+        for name, timer in timers.items():
+            times[name].append(timer())
+    return times
+
+
+def _timer(config: Config, image_shape: tuple[int, ...], num_classes: int) -> Callable[[], float]:
+    """A function that trains for at least `SECONDS` and returns the seconds of one step."""
+    at_once = 1 if platform() == "cpu" else train.STEPS_PER_DISPATCH
+    model = models.create(config.model, num_classes, image_shape, config.precision)
+    step = train.make_train_step(config, model, num_classes, TRANSFORMS[config.transform], steps=at_once)
+    rng = np.random.default_rng(0)
+    n = max(IMAGES, config.batch_size)
+    images, labels, order = jax.device_put(
+        (
+            rng.integers(0, 256, (n, *image_shape), np.uint8),
+            rng.integers(0, num_classes, n, np.int32),
+            np.concatenate([rng.permutation(n), rng.permutation(n)]).astype(np.int32),
+        )
+    )
+    counted = [jax.device_put(np.int32(at_once))] if at_once > 1 else []
+    state = train.init_state(config, model, image_shape)
+
+    def run(dispatches: int) -> float:
+        nonlocal state
+        began = time.perf_counter()
+        for _ in range(dispatches):
+            state, _ = step(state, images, labels, order, *counted)
+        jax.block_until_ready(state)
+        return (time.perf_counter() - began) / (dispatches * at_once)
+
+    run(1)  # compiles
+    dispatches = math.ceil(SECONDS / (run(2) * at_once))
+    return lambda: run(dispatches)
