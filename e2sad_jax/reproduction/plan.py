@@ -194,3 +194,8 @@ def attack_work(config: Config, attacks: Sequence[Attack], images: int) -> float
 
 def _width(config: Config) -> float:
     return {"digits_cnn": 0.3, "svhn_cnn": 2.5}.get(config.model, 1.0)
+
+
+def without_run(config: Config) -> Config:
+    """The settings without what only says which run it is: programs that are compiled for one serve all alike."""
+    return dataclasses.replace(config, seed=0, data="mnist", data_dir="", workdir="", defense="natural")

@@ -347,6 +347,10 @@ class Reproduction:
         path = self._transfer_path(substitute, targets)
         outcomes.write(path, plan.TRANSFER, self.tested(substitute), results)
 
+    def check(self) -> None:
+        """Stops here if it is time to."""
+        self._clock.check()
+
     def costs(self, configs: Sequence[Config]) -> dict[str, Any]:
         """Cost of the steps of these runs, measured now or found again."""
         dataset = self.dataset_of(configs[0])
