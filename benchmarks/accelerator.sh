@@ -1,36 +1,33 @@
 #!/usr/bin/env bash
-# The runs that need an accelerator: the paper's settings in full. Stops cleanly after a time, and goes on when called
-# again with the same folder.
+# What is to be run on an accelerator: the paper's tables and studies at full scale. Stops cleanly after a time, and goes
+# on when called again with the same folder.
 #
-#   benchmarks/accelerator.sh [SECONDS] [FOLDER] [MNIST] [SVHN]
+#   benchmarks/accelerator.sh [MINUTES] [FOLDER] [MNIST] [SVHN]
 #
-# SECONDS to run at most (540), FOLDER for the workdirs (runs/accelerator), data sets as --data takes them (mnist, svhn;
-# on a machine without network the files that `python -m e2sad_jax.data mnist --to=mnist.npz` writes); paths are relative
-# to the repository. Exits with 0 when everything is done, 143 when time ran out, otherwise as the run that failed.
-# PYTHON chooses the interpreter.
+# MINUTES to run at most (9), FOLDER for the runs (runs/accelerator), data sets as --data takes them (on a machine without
+# network the files that `python -m e2sad_jax.data mnist --to=mnist.npz` writes; without SVHN its table is left out);
+# paths are relative to the repository. Results go into results/full. Exits with 0 when everything is done, 4 when time
+# ran out, otherwise as the command that failed. PYTHON chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-end=$((SECONDS + ${1:-540}))
+end=$((SECONDS + 60 * ${1:-9}))
 folder=${2:-runs/accelerator}
-mnist=${3:-mnist}
-svhn=${4:-svhn}
+mnist=${3:-}
+svhn=${4:-}
 python=${PYTHON:-python}
 
-run() { # name, experiment, flags: one run, in the time that is left; what is finished already costs nothing
-    local name=$1 experiment=$2 code=0
-    shift 2
-    if [ -e "$folder/$name/results.json" ]; then return; fi
-    if ((end - SECONDS < 120)); then exit 143; fi
-    # TERM saves a checkpoint; KILL, if that takes too long, loses what came after the last one.
-    timeout --foreground --kill-after=60 --signal=TERM "$((end - SECONDS - 60))" \
-        "$python" -m "experiments.$experiment" --workdir="$folder/$name" --checkpoint_every=2000 "$@" || code=$?
-    if ((code == 124 || code == 137)); then exit 143; fi
-    if ((code)); then exit "$code"; fi
+run() { # flags: one command in the time that is left; what is finished already costs little
+    local left=$((end - SECONDS))
+    if ((left < 60)); then exit 4; fi
+    "$python" -m experiments.paper --scale=full --workdir="$folder" \
+        --time_budget_minutes="$((left / 60)).$((left % 60 * 10 / 60))" "$@"
 }
 
 "$python" -c 'import jax; print(jax.__version__, jax.devices())'
-run mnist-e2sad mnist --data="$mnist" --defense=e2sad
-run mnist-fgsm mnist --data="$mnist" --defense=fgsm
-run svhn-e2sad svhn --data="$svhn" --defense=e2sad
-run svhn-fgsm svhn --data="$svhn" --defense=fgsm
-run mnist-e2sad-bf16 mnist --data="$mnist" --defense=e2sad --precision=bf16
+run --data="$mnist" --table=1,2
+run --data="$mnist" --study=second_step
+run --data="$mnist" --figure=all
+if [ -n "$svhn" ]; then run --data="$svhn" --table=3; fi
+run --data="$mnist" --study=lam,labels,alpha
+# The whole of Table 1 in bfloat16, beside the above: its accuracy and its time.
+run --data="$mnist" --table=1 --precision=bf16 --results="$folder/bf16"

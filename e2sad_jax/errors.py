@@ -40,9 +40,17 @@ class CheckpointError(WorkdirError):
 
 
 class NonFiniteError(Error, ArithmeticError):
-    """A loss or metric became NaN or infinite: names the step and the last good checkpoint."""
+    """A loss or metric became NaN or infinite: names the step and the last good checkpoint.
+
+    Attributes:
+      member: which run of a population it was, from 0.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, member: int = 0):
+        super().__init__(message)
+        self.member = member
 
 
 class Stopped(Error):

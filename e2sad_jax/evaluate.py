@@ -189,9 +189,11 @@ def transfer(
         index = np.arange(first, first + batch_size)
         rows = np.minimum(index, n - 1)
         made = make(params, images[rows], labels[rows], index, np.uint32(seed))
-        predictions.append([np.asarray(_predict(target)(variables, made)) for target, variables in targets])
+        predictions.append([_predict(target)(variables, made) for target, variables in targets])
+        if len(predictions) > 1:
+            jax.block_until_ready(predictions[-2])
         progress(attack.name, min(batch_size, n - first) * attack.gradients())
-    each = np.concatenate(predictions, axis=1)[:, :n]
+    each = np.concatenate(jax.device_get(predictions), axis=1)[:, :n]
     return [Outcome(prediction == labels, prediction) for prediction in each]
 
 

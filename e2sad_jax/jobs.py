@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import pathlib
 import signal
@@ -24,7 +25,7 @@ from e2sad_jax.evaluate import Attack, Outcome, evaluate
 from e2sad_jax.progress import Bar, Recorder
 from e2sad_jax.train import TrainState, fit, init_state, stack, unstack
 from e2sad_jax.transforms import TRANSFORMS, Transform
-from e2sad_jax.workdir import note_training, open_workdir
+from e2sad_jax.workdir import note_training, open_workdir, read_training
 
 WATCHED = 500  # images that choose the best checkpoint where none are held out
 UNJUDGED = -1.0  # score of a checkpoint that was saved because the run was stopped: below all others
@@ -142,10 +143,10 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
             record.flush()
             with jax.transfer_guard("allow"):
                 singles = unstack(state) if together else [state]
-                for job, single in zip(jobs, singles, strict=True):
+                for i, (job, single) in enumerate(zip(jobs, singles, strict=True)):
                     if not np.isfinite(logits(single.params, probe)).all():
                         where = f" in {job.workdir.name}" if together else ""
-                        raise NonFiniteError(f"step {step}{where}: its update left logits that are not finite")
+                        raise NonFiniteError(f"step {step}{where}: its update left logits that are not finite", i)
                 for i, (job, single) in enumerate(zip(jobs, singles, strict=True)):
                     if interrupted():  # who stops a run does not wait for an attack
                         metrics = {"score": UNJUDGED}
@@ -154,7 +155,13 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
                         record.write(step, {f"validation_{name}": value for name, value in metrics.items()}, i)
                     seconds = spent[i] + time.monotonic() - began
                     job.checkpoints.save(step, single, {**metrics, "seconds": seconds})
+                    note(job, step)
             record.restart_clock()
+
+        def note(job: Job, step: int, **more: Any) -> None:
+            seconds = round(time.monotonic() - began, 1)
+            segment = {"from_step": start, "to_step": step, "seconds": seconds, "runs_together": len(jobs)}
+            note_training(job.workdir, {**segment, "command": report.command(), **report.environment(), **more})
 
         state = stack(states) if together else states[0]
         del states  # donated
@@ -176,27 +183,43 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
             kept = f"the checkpoint of step {last:,} stays in {first.workdir}" if last else "there is no checkpoint yet"
             raise NonFiniteError(
                 f"{error}; training stopped, {kept}. Try a lower --learning_rate (now {config.learning_rate}), or "
-                "--precision=float32, with another --workdir"
+                "--precision=float32, with another --workdir",
+                error.member,
             ) from None
         finally:
             record.close()
         for job in jobs:
             job.checkpoints.wait()
-    seconds = time.monotonic() - began
     reached = unstack(state) if together else [state]
     for job, single in zip(jobs, reached, strict=True):
-        note_training(
-            job.workdir,
-            {
-                "from_step": start,
-                "to_step": int(single.step),
-                "seconds": round(seconds, 1),
-                "runs_together": len(jobs),
-                "command": report.command(),
-                **report.environment(),
-            },
+        if int(single.step) == job.steps:
+            note(job, job.steps, weights=digest(single.params))
+    return reached, [already + time.monotonic() - began for already in spent]
+
+
+def digest(params: Any) -> str:
+    """Names the very numbers of a network's parameters."""
+    sha = hashlib.sha256()
+    for leaf in jax.device_get(jax.tree.leaves(params)):
+        sha.update(np.ascontiguousarray(leaf).tobytes())
+    return sha.hexdigest()[:16]
+
+
+def weights(workdir: pathlib.Path, steps: int) -> str | None:
+    """`digest` of the parameters of a run that is trained to `steps`, None if it is not, or nobody has noted it yet."""
+    segments = read_training(workdir)
+    done = bool(segments) and segments[-1]["to_step"] == steps and (workdir / "checkpoints" / str(steps)).is_dir()
+    return segments[-1].get("weights") if done else None
+
+
+def note_weights(job: Job) -> None:
+    """Makes up for a process that was killed between the last checkpoint and the note of what it holds."""
+    if job.step == job.steps and weights(job.workdir, job.steps) is None:
+        segments = read_training(job.workdir)
+        last = (
+            segments[-1] if segments else {"from_step": 0, "seconds": 0.0, "runs_together": 1, **report.environment()}
         )
-    return reached, [already + seconds for already in spent]
+        note_training(job.workdir, {**last, "to_step": job.steps, "weights": digest(job.restore().params)})
 
 
 def _watch(job: Job, state: TrainState) -> dict[str, float]:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import tqdm
 
+from e2sad_jax.attacks._loops import platform
 from e2sad_jax.errors import NonFiniteError
 from e2sad_jax.workdir import write_text
 
@@ -77,10 +78,8 @@ class Recorder:
     """Takes each step's metrics from the device when they are ready, never before.
 
     They go to the bar, every `log_every` steps to `metrics.jsonl` and TensorBoard. A value that is not finite ends the
-    run. The device may run ahead of the host by `LAG` steps, or by one dispatch if that has more.
+    run. The device may run ahead of the host by `lag` steps, or by one dispatch if that has more.
     """
-
-    LAG = 64
 
     def __init__(
         self,
@@ -94,6 +93,8 @@ class Recorder:
         """Opens the files of one run, or of the P runs of a population."""
         import tensorboardX
 
+        # Far enough that an accelerator never waits; on the CPU steps are long, and who stops a run would wait for all.
+        self.lag = 2 if platform() == "cpu" else 64
         self._workdirs = workdirs
         self._files: list[TextIO] = []
         self._boards = []
@@ -141,7 +142,7 @@ class Recorder:
             stream.close()
 
     def _too_far(self) -> bool:
-        return len(self._pending) > 1 and sum(count for _, _, count in self._pending) > self.LAG
+        return len(self._pending) > 1 and sum(count for _, _, count in self._pending) > self.lag
 
     def _take(self) -> None:
         last, on_device, count = self._pending.popleft()
@@ -155,7 +156,7 @@ class Recorder:
                 wrong = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
                 if wrong:
                     where = f" of {self._workdirs[member].name}" if members > 1 else ""
-                    raise NonFiniteError(f"step {step}{where}: {', '.join(wrong)}")
+                    raise NonFiniteError(f"step {step}{where}: {', '.join(wrong)}", member)
         now = time.monotonic()
         if self._mark is None:
             self._mark = (last, now)

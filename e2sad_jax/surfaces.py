@@ -33,7 +33,7 @@ def directions(
     Args:
       x: images `[N, ...]`, floating point.
       x_adv: adversarial images, same shape.
-      key: random key for g2; not needed with `towards`.
+      key: random key for g2, or one for each image; not needed with `towards`.
       towards: a displacement of the same shape, say e2SAD's second step, whose orthogonal part is to be g2.
 
     Returns:
@@ -59,7 +59,8 @@ def directions(
         g2 = jnp.where(real, rest * jnp.sqrt(length / jnp.where(real, size, 1)), 0)
     elif key is not None:
         # Pixels that moved, in random order: the first half keeps its sign, the second half turns.
-        draw = jnp.where(g1 != 0, jax.random.uniform(key, g1.shape), 2.0)
+        keys = _ball.per_image_keys("directions", key, n)
+        draw = jnp.where(g1 != 0, jax.vmap(lambda k: jax.random.uniform(k, g1.shape[1:]))(keys), 2.0)
         place = jnp.argsort(jnp.argsort(draw, axis=-1), axis=-1)
         half = (jnp.abs(g1) > 0).sum(-1, keepdims=True) // 2
         g2 = jnp.where(place < half, g1, jnp.where(place < 2 * half, -g1, 0))

@@ -25,7 +25,9 @@ from e2sad_jax.defenses._types import LogitsFn, Parts
 from e2sad_jax.losses import soft_labels
 from e2sad_jax.transforms import TRANSFORMS, Transform
 
-VARIED = ("alpha", "lam", "eps1", "eps2")  # settings in which the runs of a population may differ, beside the seed
+# Settings in which the runs of a population may differ, beside the seed. Not alpha: as a traced number it would keep XLA
+# from merging the attack's backward pass with the training one.
+VARIED = ("lam", "eps1", "eps2")
 STEPS_PER_DISPATCH = 64  # on accelerators; each is too short there for the host to start them one by one
 
 LossFn = Callable[[LogitsFn, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Parts]]

@@ -22,11 +22,20 @@ LOCK = ".lock"
 TRAINING = "training.json"
 
 
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file atomically: whoever reads it sees the old content or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may write the same file
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file atomically: whoever reads it sees the old text or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """`write_bytes` of a text in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -63,19 +72,31 @@ def open_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> Ite
                 raise WorkdirError(
                     f"{workdir} is not empty and holds no config.json: not a workdir; choose another --workdir"
                 )
-            lock = stack.enter_context(open(workdir / LOCK, "a", encoding="utf-8"))
+            stack.enter_context(locked(workdir))
         except OSError as error:
             raise _unusable(workdir, error) from error
+        check_workdir(workdir, config, dataset)
+        yield
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes out of a folder that is there already, where the file system has locks.
+
+    Raises:
+      BusyError: if another process has it.
+      OSError: if the folder cannot be written.
+    """
+    with open(folder / LOCK, "a", encoding="utf-8") as lock:
         if fcntl is not None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it when the process ends
             except BlockingIOError as error:
                 raise BusyError(
-                    f"another process is at work in {workdir}; wait for it to end, or choose another --workdir"
+                    f"another process is at work in {folder}; wait for it to end, or choose another --workdir"
                 ) from error
             except OSError:
                 pass  # a file system without locks
-        check_workdir(workdir, config, dataset)
         yield
 
 
@@ -83,7 +104,7 @@ def _foreign(path: pathlib.Path) -> bool:
     """Whether a file shows that a folder without config.json is not one that a start of ours left unfinished."""
     if path.name == "checkpoints":
         return not path.is_dir() or any(path.iterdir())
-    return path.name not in (LOCK, ".config.json.tmp")
+    return path.name not in (LOCK, "config.json") and not path.name.startswith(".config.json.")
 
 
 def _unusable(workdir: pathlib.Path, error: OSError) -> WorkdirError:
@@ -121,17 +142,28 @@ def write_config(workdir: pathlib.Path, config: Config, dataset: Dataset) -> Non
 
 
 def note_training(workdir: pathlib.Path, segment: Mapping[str, Any]) -> None:
-    """Adds to training.json what one process did: steps, seconds, hardware, versions, commit."""
-    write_json(workdir / TRAINING, [*read_training(workdir), dict(segment)])
+    """Writes into training.json what one process did, from `from_step` to `to_step`, on what and when.
+
+    What earlier processes did after `from_step` was lost with them and is left out.
+    """
+    begun = segment["from_step"]
+    earlier = [{**s, "to_step": min(s["to_step"], begun)} for s in read_training(workdir) if s["from_step"] < begun]
+    write_json(workdir / TRAINING, [*earlier, dict(segment)])
 
 
 def read_training(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The segments in which a run was trained, oldest first; empty where nothing readable says so."""
+    """The segments in which a run was trained, oldest first; empty where nothing readable says so.
+
+    Each has `from_step`, `to_step`, `seconds`, `runs_together`, `command`, what `report.environment` says, and the last
+    one of a finished run `weights`, the digest of its parameters.
+    """
     try:
         segments = json.loads((workdir / TRAINING).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    return [s for s in segments if isinstance(s, dict)] if isinstance(segments, list) else []
+    needed = {"from_step", "to_step", "seconds", "runs_together"}
+    right = isinstance(segments, list) and all(isinstance(s, dict) and needed <= set(s) for s in segments)
+    return segments if right else []
 
 
 def read_config(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:

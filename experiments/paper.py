@@ -4,33 +4,30 @@ python -m experiments.paper --table=all --figure=all --scale=small
 """
 
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
 
 from e2sad_jax.errors import ConfigError
+from e2sad_jax.reproduction import plan
 from experiments import common
 
 FLAGS = flags.FLAGS
-CHOICES: Mapping[str, tuple[str, ...]] = {
-    "table": ("1", "2", "3", "all"),
-    "figure": ("2", "3", "4", "all"),
-    "study": ("second_step", "lam", "alpha", "labels", "all"),
-}
+KINDS = ("table", "figure", "study")
 
 
 def define_flags() -> None:
     """Defines the flags, as the main module's own: `--help` lists those."""
     own: dict[str, Any] = {"module_name": sys.argv[0]}
-    for name, choices in CHOICES.items():
-        text = f"{name} to reproduce; of {', '.join(choices)}, several with commas; none of the three: everything"
-        flags.DEFINE_list(name, [], text, **own)
-    text = "full: the paper's settings to the letter; small: the same models with fewer steps, for a laptop"
-    flags.DEFINE_string("scale", "small", f"{text}; one of full, small", **own)
-    flags.DEFINE_integer(
-        "seeds", 0, "seeds of each model; at least 1, or 0: 1 in tables and figures, 3 in studies", **own
+    for kind in KINDS:
+        choices = ", ".join([*plan.NAMES[kind], "all"])
+        text = f"{kind} to reproduce; of {choices}, several with commas; none of the three: everything"
+        flags.DEFINE_list(kind, [], text, **own)
+    text = (
+        "full: the paper's settings to the letter; small: the same models, narrower and with fewer steps, for a laptop"
     )
+    flags.DEFINE_string("scale", "small", f"{text}; one of full, small", **own)
+    flags.DEFINE_integer("seeds", 0, "seeds of each model; at least 1, or 0: 1 in tables, 3 in studies", **own)
     text = (
         "files to use instead of the data sets: grey images stand for MNIST, RGB images for SVHN; several with commas"
     )
@@ -40,26 +37,25 @@ def define_flags() -> None:
     flags.DEFINE_string("results", "results", "where tables and figures go, in a folder of the scale's name", **own)
     text = "stop cleanly before so many minutes have passed; at least 0, 0: no limit"
     flags.DEFINE_float("time_budget_minutes", 0.0, text, **own)
-    text = "runs that train in one step; at least 1, or 0: 1 on the CPU, 8 on accelerators"
+    text = "runs that train in one step; at least 1, or 0: 1 on the CPU, 8 on accelerators if that is faster there"
     flags.DEFINE_integer("together", 0, text, **own)
     text = "what the layers compute in; one of float32, tf32, bf16"
     flags.DEFINE_string("precision", "float32", text, **own)
 
 
-def _chosen(name: str) -> tuple[str, ...]:
-    choices, chosen = CHOICES[name], tuple(FLAGS[name].value or ())
-    for value in chosen:
-        if value not in choices:
-            raise ConfigError(f"--{name}={value}: must be of {', '.join(choices)}")
-    return choices[:-1] if "all" in chosen else tuple(value for value in choices if value in chosen)
+def _chosen(kind: str) -> list[plan.Item]:
+    """The items of a kind that its flag names, in the paper's order."""
+    names, given = plan.NAMES[kind], FLAGS[kind].value or ()
+    for name in given:
+        if name not in (*names, "all"):
+            raise ConfigError(f"--{kind}={name}: must be of {', '.join(names)}, all")
+    return [plan.Item(kind, name) for name in names if name in given or "all" in given]
 
 
 def _run() -> None:
-    from e2sad_jax.reproduction import plan
-
-    asked = {name: _chosen(name) for name in CHOICES}
-    if not any(asked.values()):
-        asked = {name: choices[:-1] for name, choices in CHOICES.items()}
+    items = [item for kind in ("table", "study", "figure") for item in _chosen(kind)]
+    if not items:
+        items = [plan.Item(kind, name) for kind in ("table", "study", "figure") for name in plan.NAMES[kind]]
     if FLAGS.scale not in plan.SCALES:
         raise ConfigError(f"--scale={FLAGS.scale}: must be one of {', '.join(plan.SCALES)}")
     for name in ("seeds", "time_budget_minutes", "together"):
@@ -68,9 +64,7 @@ def _run() -> None:
     from e2sad_jax.reproduction import runner  # after the flags are known to be right: this brings Orbax along
 
     request = runner.Request(
-        tables=asked["table"],
-        figures=asked["figure"],
-        studies=asked["study"],
+        items=items,
         scale=plan.SCALES[FLAGS.scale],
         seeds=FLAGS.seeds,
         data=tuple(FLAGS.data),

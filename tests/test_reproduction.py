@@ -18,10 +18,12 @@ from e2sad_jax import jobs, paper, train
 from e2sad_jax.errors import BusyError, ConfigError, DataError, NonFiniteError, OutOfTimeError, Stopped, WorkdirError
 from e2sad_jax.evaluate import SUITES
 from e2sad_jax.reproduction import outcomes, page, plan, runner, tables
-from e2sad_jax.workdir import open_workdir, write_config
+from e2sad_jax.reproduction.clock import Clock
+from e2sad_jax.workdir import open_workdir, read_training, write_config
 
+LABELS, LAM = plan.Item("study", "labels"), plan.Item("study", "lam")
 SHORT = {"ifgsm": 2, "pgd": 2}
-TINY = {"model": "digits_cnn", "steps": 3, "batch_size": 8, "checkpoint_every": 2, "attack_steps": 2}
+TINY = {"model": "digits_cnn", "steps": 2, "batch_size": 8, "checkpoint_every": 2, "attack_steps": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +47,12 @@ def quick(monkeypatch, unoptimized):
 
     def measure(configs, *args):
         steps = {runner.cost.key(config): step for config in configs}
-        about = {"date": "today", "hardware": "none", "jax": "0"}
-        return {"steps": steps, "rounds": 7, "command": "c", "environment": about}
+        about = {"date": "today", "hardware": "none", "jax": "0", "commit": None}
+        return {"steps": steps, "rounds": 7, "load": None, "command": "c", "environment": about}
 
-    monkeypatch.setattr(runner.cost, "measure", measure)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.cost, "measure", measure)
+        yield
 
 
 def save_images(path: pathlib.Path, size: int, channels: int) -> str:
@@ -63,19 +67,17 @@ def save_images(path: pathlib.Path, size: int, channels: int) -> str:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("data")
-    return save_images(folder / "grey.npz", 8, 1), save_images(folder / "part_of_svhn.npz", 16, 3)
+    return save_images(folder / "grey.npz", 8, 1), save_images(folder / "part_of_svhn.npz", 8, 3)
 
 
 @pytest.fixture
 def ask(files, tmp_path):
     """A reproduction at a scale of a few steps, of the files above, in a folder of the test's own."""
-    scale = plan.Scale(
-        "tiny", {**TINY, "eval_examples": 15}, {**TINY, "model": "svhn_cnn"}, restarts=2, grid=3, surface_images=10
-    )
+    scale = plan.Scale("tiny", {**TINY, "eval_examples": 15}, TINY, restarts=2, grid=3, surface_images=10)
 
-    def ask(**what):
+    def ask(*items, **what):
         request = {"data": files, "scale": scale, "workdir": str(tmp_path / "runs"), **what}
-        return runner.Reproduction(runner.Request(results=str(tmp_path / "results"), **request))
+        return runner.Reproduction(runner.Request(items, results=str(tmp_path / "results"), **request))
 
     return ask
 
@@ -177,8 +179,8 @@ def test_the_papers_black_box_table(shared):
 
 
 def test_tables_and_figures_from_start_to_report(ask, trained, tmp_path):
-    everything = {"tables": ("1", "2", "3"), "figures": ("2", "3", "4"), "studies": ("labels",), "seeds": 1}
-    reproduction = ask(**everything)
+    everything = [plan.Item(kind, name) for kind in ("table", "figure") for name in plan.NAMES[kind]]
+    reproduction = ask(*everything, LABELS, seeds=1)
     written = reproduction.run()
     runs = [c.workdir for c, _ in trained]
     assert len(runs) == len(set(runs)) == 10 + 4 + 1, "each once, shared by all that need it"
@@ -189,12 +191,14 @@ def test_tables_and_figures_from_start_to_report(ask, trained, tmp_path):
     # Table 1: our numbers are those of the outcomes, the paper's beside them, the difference between them.
     lines = lines_of(folder / "table1.csv")
     assert len(lines) == 10 * 6
-    entries = {e.key: e for e in reproduction.entries("table 1")}
+    entries = {e.key: e for e in reproduction.entries(plan.TABLE_1)}
     for line in lines:
         entry = entries[line["model"], line["label"]]
-        (attack,) = [a for a in plan.suite("1", reproduction.scale) if a.name == line["name"]]
-        seeds = [reproduction.outcome(c, attack).accuracy for c in reproduction.configs(entry, "table 1")]
-        assert float(line["ours"]) == pytest.approx(np.mean(seeds), abs=1e-6)
+        (attack,) = [a for a in plan.TABLE_1.suite(reproduction.scale) if a.name == line["name"]]
+        (config,) = reproduction.configs(entry, plan.TABLE_1)
+        known = reproduction.known(config, attack)
+        correct = known.outcomes[0].prediction == reproduction.test_set(config)[1]
+        assert float(line["ours"]) == pytest.approx(np.mean(correct), abs=1e-6)
         expected = entry.paper.get(attack.name)
         assert line["paper"] == ("" if expected is None else str(expected))
         assert line["difference"] == "", "these are not the paper's images"
@@ -248,7 +252,8 @@ def test_tables_and_figures_from_start_to_report(ask, trained, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "evaluate", None)
         patch.setattr(runner, "transfer", None)
-        ask(**{**everything, "tables": ("1",), "figures": (), "studies": ()}).run()
+        patch.setattr(runner.figures, "_figure_4", None)
+        ask(*everything[:2], *everything[3:], seeds=1).run()
     assert trained == []
     assert {p.name: p.read_text() for p in folder.glob("table*.csv")} == before
     assert (folder / "report.html").read_text().count("data:image/png;base64,") == 4
@@ -271,7 +276,7 @@ class Tags(html.parser.HTMLParser):
 
 def test_stopped_anywhere_it_goes_on_without_doing_anything_twice(ask, trained, monkeypatch, tmp_path):
     """Time runs out again and again, at each place where it may; in the end the tables are those of one go."""
-    whole = ask(studies=("labels",), seeds=1, workdir=str(tmp_path / "whole"))
+    whole = ask(LABELS, seeds=1, workdir=str(tmp_path / "whole"))
     whole.run()
     expected = lines_of(whole.results / "study_labels.csv")
     trained.clear()
@@ -292,9 +297,9 @@ def test_stopped_anywhere_it_goes_on_without_doing_anything_twice(ask, trained, 
             looks += 1
             return -1 if looks > patience else 0
 
-        monkeypatch.setattr(runner._Clock, "stop", stop)
+        monkeypatch.setattr(runner.Clock, "stop", stop)
         try:
-            ask(studies=("labels",), seeds=1).run()
+            ask(LABELS, seeds=1).run()
             break
         except OutOfTimeError as error:
             said, exit_code = str(error), error.exit_code
@@ -313,31 +318,39 @@ def test_stopped_anywhere_it_goes_on_without_doing_anything_twice(ask, trained, 
 
 
 def test_ctrl_c_is_its_own_exit_code(ask, monkeypatch):
-    monkeypatch.setattr(runner._Clock, "stop", lambda clock: 2)
+    monkeypatch.setattr(runner.Clock, "stop", lambda clock: 2)
     with pytest.raises(Stopped, match="0 of 2 models are trained and attacked; left: e2sad hard seed 0") as caught:
-        ask(studies=("labels",), seeds=1).run()
+        ask(LABELS, seeds=1).run()
     assert caught.value.exit_code == 130
 
 
-def test_the_budget_ends_before_its_time(ask, monkeypatch):
-    """A tenth of a short budget is kept in reserve."""
-    reproduction = ask(studies=("labels",), time_budget_minutes=1.0)
-    clock = runner._Clock(reproduction, lambda: 0)
-    now = [reproduction._began]
-    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
-    now[0] += 53
-    assert clock.stop() == 0
-    now[0] += 2
-    assert clock.stop() == -1
+def test_the_budget_ends_before_its_time(monkeypatch):
+    """A tenth of a short budget is kept in reserve, more if there was a longer time between two looks at the clock."""
+    now = [100.0]
+    monkeypatch.setattr("e2sad_jax.reproduction.clock.time.monotonic", lambda: now[0])
+
+    def stops(*times):
+        now[0] = 100.0
+        clock = Clock(lambda: 0, 1.0, 100.0)
+        codes = []
+        for seconds in times:
+            now[0] = 100.0 + seconds
+            codes.append(clock.stop())
+        return codes
+
+    assert stops(*range(0, 60, 5)) == [0] * 11 + [-1]
+    assert stops(1, 21, 35, 39, 41) == [0, 0, 0, 0, -1], "what took 20 seconds may take them again"
+    assert Clock(lambda: 0, 0.0, -1e9).stop() == 0, "no budget, no end"
+    assert Clock(lambda: 15, 1.0, 100.0).stop() == 15
 
 
 def test_together_is_what_it_is_alone(ask, trained, tmp_path):
     results = {}
     for together in (1, 3):
-        r = ask(studies=("lam",), seeds=1, together=together, workdir=str(tmp_path / f"runs{together}"))
+        r = ask(LAM, seeds=1, together=together, workdir=str(tmp_path / f"runs{together}"))
         r.run()
         results[together] = [r.classifier(c).params for c in r.runs]
-        segments = [runner.tables.read_training(pathlib.Path(c.workdir))[0]["runs_together"] for c in r.runs]
+        segments = [read_training(pathlib.Path(c.workdir))[0]["runs_together"] for c in r.runs]
         assert segments == ([1] * 5 if together == 1 else [3, 3, 3, 2, 2])
     for a, b in zip(results[1], results[3], strict=True):
         # As a whole: where a gradient is nearly zero, Adam turns rounding into a step of its own size.
@@ -345,7 +358,7 @@ def test_together_is_what_it_is_alone(ask, trained, tmp_path):
 
 
 def test_a_run_that_another_process_has_is_waited_for(ask, monkeypatch):
-    reproduction = ask(studies=("labels",), seeds=1)
+    reproduction = ask(LABELS, seeds=1)
     config = reproduction.runs[0]
     dataset, workdir = reproduction.dataset_of(config), pathlib.Path(config.workdir)
     waited = []
@@ -355,18 +368,19 @@ def test_a_run_that_another_process_has_is_waited_for(ask, monkeypatch):
     with pytest.raises(BusyError), jobs.open_job(config, dataset):
         pass
 
-    def wait(clock, why):
-        waited.append([reproduction.trained(c) for c in reproduction.runs])
+    def wait(clock, why, seconds):
+        waited.append([reproduction.finished(c) for c in reproduction.runs])
         if len(waited) == 2:
             other.__exit__(None, None, None)
 
-    monkeypatch.setattr(runner._Clock, "wait", wait)
+    monkeypatch.setattr(runner.Clock, "wait", wait)
     reproduction.run()
     assert waited == [[False, True]] * 2, "meanwhile the other one was trained"
-    assert reproduction.trained(config)
+    assert reproduction.finished(config)
 
 
-def test_one_that_diverges_does_not_keep_the_others(ask, monkeypatch):
+def test_one_that_diverges_does_not_keep_the_others(ask, trained, monkeypatch):
+    """Whether they train together or alone; what does not need it is written."""
     real = train.training_loss
 
     def breaking(config, bounds):
@@ -380,16 +394,37 @@ def test_one_that_diverges_does_not_keep_the_others(ask, monkeypatch):
 
     monkeypatch.setattr(train, "training_loss", breaking)
     for together in (5, 1):
-        reproduction = ask(studies=("lam",), seeds=1, together=together)
-        with pytest.raises(NonFiniteError, match=r"step 1: .*loss=inf.*all other models are done") as caught:
+        reproduction = ask(LAM, plan.FIGURE_3, seeds=1, together=together)
+        with pytest.raises(NonFiniteError, match=r"step 1: .*loss=inf.*not need them is done") as caught:
             reproduction.run()
         assert caught.value.exit_code == 3
-        assert [reproduction.trained(c) for c in reproduction.runs] == [True] * 4 + [False]
-        assert not any(reproduction.missing(c) for c in reproduction.runs[:4])
+        assert [reproduction.finished(c) for c in reproduction.runs] == [True] * 4 + [False]
+        assert {p.name for p in reproduction.results.glob("*.png")} == {"figure3.png"}
+    tried = [(pathlib.Path(c.workdir).name, start) for c, start in trained]
+    assert len(tried) == 5 + 1 + 4 + 1, "together; the lost one, and the others together; in the second go the lost one"
+
+
+def test_busy_runs_are_waited_for_also_when_another_one_diverges(ask, monkeypatch):
+    reproduction, looks, waits = ask(LAM, seeds=1), [], []
+
+    def group(self, group):
+        looks.append(group[0].lam)
+        if group[0].lam > 2:
+            raise NonFiniteError("step 1: loss=inf")
+        if len(waits) < 3:
+            raise BusyError("another process is at work")
+
+    monkeypatch.setattr(runner.Reproduction, "_group", group)
+    monkeypatch.setattr(runner.Clock, "wait", lambda *args: waits.append(1))
+    monkeypatch.setattr(runner.Reproduction, "_write", lambda self: [])
+    with pytest.raises(NonFiniteError):
+        reproduction.run()
+    assert len(waits) == 3
+    assert len(looks) <= 5 + 4 * 4
 
 
 def test_a_full_disk_leaves_what_is_finished(ask, trained, monkeypatch):
-    reproduction = ask(studies=("labels",), seeds=1)
+    reproduction = ask(LABELS, seeds=1)
     write, written = outcomes.write_json, []
 
     def full(path, value):
@@ -403,7 +438,7 @@ def test_a_full_disk_leaves_what_is_finished(ask, trained, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             reproduction.run()
     assert len(trained) == 2
-    again = ask(studies=("labels",), seeds=1)
+    again = ask(LABELS, seeds=1)
     again.run()
     assert len(trained) == 2, "no model was trained again"
 
@@ -412,30 +447,30 @@ def test_a_full_disk_leaves_what_is_finished(ask, trained, monkeypatch):
 
 
 def test_a_workdir_of_another_version_or_run_is_refused_before_anything_is_trained(ask, trained):
-    reproduction = ask(studies=("labels",), seeds=1)
+    reproduction = ask(LABELS, seeds=1)
     workdir = pathlib.Path(reproduction.runs[1].workdir)
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text('{"format": 99}')
     with pytest.raises(WorkdirError, match="has format 99, this version reads 1; choose another --workdir"):
-        ask(studies=("labels",), seeds=1)
+        ask(LABELS, seeds=1)
     assert trained == []
     (workdir / "config.json").unlink()
-    ask(studies=("labels",), seeds=1)
+    ask(LABELS, seeds=1)
 
 
 def test_data_that_does_not_fit_is_refused(ask, files, tmp_path):
     five = save_images(tmp_path / "five.npz", 16, 5)
     with pytest.raises(ConfigError, match="images have 5 channels; 1 stands for MNIST, 3 for SVHN"):
-        ask(tables=("1",), data=(five,))
+        ask(plan.TABLE_1, data=(five,))
     with pytest.raises(ConfigError, match="grey stands for mnist already"):
-        ask(tables=("1",), data=(files[0], files[0]))
+        ask(plan.TABLE_1, data=(files[0], files[0]))
     with pytest.raises(DataError, match=r"nowhere\.npz"):
-        ask(tables=("1",), data=("nowhere.npz",))
+        ask(plan.TABLE_1, data=("nowhere.npz",))
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_damaged_outcome_is_made_anew_and_a_damaged_table_named(ask, tmp_path):
-    reproduction = ask(studies=("labels",), seeds=1)
+    reproduction = ask(LABELS, seeds=1)
     reproduction.run()
     config = reproduction.runs[0]
     attack = reproduction.attacks[config][1]
@@ -443,9 +478,9 @@ def test_a_damaged_outcome_is_made_anew_and_a_damaged_table_named(ask, tmp_path)
     good = path.read_text()
     for bad in ("", good[:100], good.replace("predictions", "prediction"), '{"predictions": [[1, 2]]}', "[1]", "null"):
         path.write_text(bad)
-        assert ask(studies=("labels",), seeds=1).missing(config) == [attack]
-    ask(studies=("labels",), seeds=1).run()
-    assert path.read_text() == good
+        assert ask(LABELS, seeds=1).missing(config) == [attack]
+    ask(LABELS, seeds=1).run()
+    assert json.loads(path.read_text())["predictions"] == json.loads(good)["predictions"]
     (reproduction.results / "study_labels.json").write_text("{}")
     with pytest.raises(WorkdirError, match=r"cannot read .*study_labels\.json.*delete it"):
         page.write(reproduction.results)

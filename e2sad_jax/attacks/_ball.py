@@ -99,3 +99,14 @@ def input_gradient(loss_fn: LossFn, x: jax.Array) -> jax.Array:
         return losses.sum()
 
     return jax.grad(total)(x)
+
+
+def per_image_keys(name: str, key: jax.Array, n: int) -> jax.Array:
+    """One key per image, `[n]`, from one key or from n."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # a raw uint32 key of the older jax.random.PRNGKey
+    if key.shape == (n,):
+        return key
+    if key.shape != ():
+        raise ValueError(f"{name}: key has shape {key.shape}; it must be one key, or one for each of the {n} images")
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))

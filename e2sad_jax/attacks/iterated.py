@@ -122,7 +122,7 @@ def pgd(
         step_size = 2.5 * eps / steps
     else:
         _ball.check_number("pgd", "step_size", step_size, positive=True)
-    keys = _per_image_keys(key, x.shape[0])
+    keys = _ball.per_image_keys("pgd", key, x.shape[0])
     limits = _ball.box(x, eps, bounds)
 
     def attempt(restart: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -148,17 +148,6 @@ def pgd(
         )
 
     return jax.lax.stop_gradient(_loops.repeat(restarts - 1, keep_worse, attempt(0))[0])
-
-
-def _per_image_keys(key: jax.Array, n: int) -> jax.Array:
-    """One key per image, `[n]`, from one key or from n."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)  # a raw uint32 key of the older jax.random.PRNGKey
-    if key.shape == (n,):
-        return key
-    if key.shape != ():
-        raise ValueError(f"pgd: key has shape {key.shape}; it must be one key, or one for each of the {n} images")
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
 
 
 def _uniform(keys: jax.Array, like: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import pathlib
 import statistics
 import time
@@ -51,23 +52,25 @@ def measure(
       configs: settings of runs on the same data.
       image_shape: (H, W, C).
       num_classes: number of classes K.
-      cache: folder for what was measured; found again there for the same steps, hardware and versions.
+      cache: folder for what was measured; found again there for the same steps, hardware, versions and commit.
       progress: called with what is measured next.
 
     Returns:
-      `steps`: for each `key`: `flops` and `flops_natural` (in natural steps), `milliseconds` (median), `fastest`,
-      `slowest`, `time_natural` (median ratio). `environment`, `command`: of the measurement.
+      `steps`: for each `key`: `flops` and `flops_natural` (in natural steps; None where JAX was told to leave the CPU
+      out), `milliseconds` (median), `fastest`, `slowest`, `time_natural` (median ratio). `load`: processes that the
+      machine was running beforehand, None where it does not tell. `environment`, `command`: of the measurement.
     """
     natural = _natural(configs[0])
     kinds = {key(c): c for c in [natural, *configs]}
     environment = report.environment()
-    who = {k: environment[k] for k in ("hardware", "jax", "jaxlib")}
+    who = {k: environment[k] for k in ("hardware", "jax", "jaxlib", "commit")}
     digest = hashlib.sha256(json.dumps([sorted(kinds), image_shape, num_classes, who]).encode()).hexdigest()[:12]
     path = cache / f"cost-{digest}.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         pass
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     times = _times(kinds, image_shape, num_classes, progress)
     steps: dict[str, Any] = {}
     for name, config in kinds.items():
@@ -81,9 +84,10 @@ def measure(
             "slowest": 1e3 * max(own),
             "time_natural": statistics.median(a / b for a, b in zip(own, reference, strict=True)),
         }
+    reference_flops = steps[key(natural)]["flops"]
     for step in steps.values():
-        step["flops_natural"] = step["flops"] / steps[key(natural)]["flops"]
-    result = {"steps": steps, "rounds": ROUNDS, "command": report.command(), "environment": environment}
+        step["flops_natural"] = step["flops"] / reference_flops if reference_flops else None
+    result = {"steps": steps, "rounds": ROUNDS, "load": load, "command": report.command(), "environment": environment}
     cache.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     return result
@@ -99,8 +103,12 @@ def _natural(config: Config) -> Config:
     )
 
 
-def _flops(config: Config, image_shape: tuple[int, ...], num_classes: int) -> float:
-    with jax.default_device(jax.devices("cpu")[0]):
+def _flops(config: Config, image_shape: tuple[int, ...], num_classes: int) -> float | None:
+    try:
+        cpu = jax.devices("cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names others only
+        return None
+    with jax.default_device(cpu):
         return train.step_flops(config, image_shape, num_classes)
 
 
@@ -116,34 +124,48 @@ def _times(
         progress(f"time {name}")
         timers[name] = _timer(config, image_shape, num_classes)
     times: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(ROUNDS):
+    for i in range(ROUNDS):
+        progress(f"round {i + 1} of {ROUNDS}")
         for name, timer in timers.items():
             times[name].append(timer())
     return times
 
 
-def _timer(config: Config, image_shape: tuple[int, ...], num_classes: int) -> Callable[[], float]:
-    """A function that trains for at least `SECONDS` and returns the seconds of one step."""
+def faster_together(config: Config, image_shape: tuple[int, ...], num_classes: int, runs: int) -> bool:
+    """Whether this device trains `runs` runs of a kind faster in one step than one after another: both are tried."""
+    one = _timer(config, image_shape, num_classes)
+    together = _timer(config, image_shape, num_classes, runs)
+    pairs = [(one(), together()) for _ in range(3)]
+    return statistics.median(b / a for a, b in pairs) < runs
+
+
+def _timer(
+    config: Config, image_shape: tuple[int, ...], num_classes: int, runs: int | None = None
+) -> Callable[[], float]:
+    """A function that trains for at least `SECONDS` and returns the seconds of one step, of `runs` runs together."""
     at_once = 1 if platform() == "cpu" else train.STEPS_PER_DISPATCH
     model = models.create(config.model, num_classes, image_shape, config.precision)
-    step = train.make_train_step(config, model, num_classes, TRANSFORMS[config.transform], steps=at_once)
+    step = train.make_train_step(
+        config, model, num_classes, TRANSFORMS[config.transform], population=runs is not None, steps=at_once
+    )
     rng = np.random.default_rng(0)
     n = max(IMAGES, config.batch_size)
-    images, labels, order = jax.device_put(
-        (
-            rng.integers(0, 256, (n, *image_shape), np.uint8),
-            rng.integers(0, num_classes, n, np.int32),
-            np.concatenate([rng.permutation(n), rng.permutation(n)]).astype(np.int32),
-        )
-    )
-    counted = [jax.device_put(np.int32(at_once))] if at_once > 1 else []
+    order = np.concatenate([rng.permutation(n), rng.permutation(n)]).astype(np.int32)
     state = train.init_state(config, model, image_shape)
+    extra: list[Any] = []
+    if runs is not None:
+        order = np.tile(order, (runs, 1))
+        state, extra = train.stack([state] * runs), [{}]
+    if at_once > 1:
+        extra.append(np.int32(at_once))
+    batches = (rng.integers(0, 256, (n, *image_shape), np.uint8), rng.integers(0, num_classes, n, np.int32), order)
+    arguments = [*jax.device_put(batches), *jax.device_put(extra)]
 
     def run(dispatches: int) -> float:
         nonlocal state
         began = time.perf_counter()
         for _ in range(dispatches):
-            state, _ = step(state, images, labels, order, *counted)
+            state, _ = step(state, *arguments)
         jax.block_until_ready(state)
         return (time.perf_counter() - began) / (dispatches * at_once)
 

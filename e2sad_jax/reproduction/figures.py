@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,61 +14,76 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e2sad_jax import attacks, losses, models, report, surfaces
+from e2sad_jax import attacks, losses, models, surfaces
+from e2sad_jax.attacks._loops import platform
 from e2sad_jax.config import Config
 from e2sad_jax.evaluate import Attack, perturb
 from e2sad_jax.progress import Bar
-from e2sad_jax.reproduction import illustration, plan
-from e2sad_jax.transforms import TRANSFORMS
-from e2sad_jax.workdir import write_json, write_text
+from e2sad_jax.reproduction import illustration, plan, tables
+from e2sad_jax.reproduction.plan import Item
+from e2sad_jax.transforms import TRANSFORMS, Transform
+from e2sad_jax.workdir import write_bytes, write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from e2sad_jax.reproduction.runner import Reproduction
 
+Drawn = tuple[Any, dict[str, Any], list[dict[str, Any]]]  # a figure, its text for the report, its numbers for the CSV
 SEEN_BY = (Attack("FGSM 0.3", "fgsm", 0.3, 1), plan.TRANSFER)  # Figure 4a and 4b
-BATCH = {"cpu": 32, "other": 250}  # images whose surfaces are computed at once
+BATCH = {"cpu": 32}  # images whose surfaces are computed at once; elsewhere:
+BATCH_ELSEWHERE = 250
+VERSION = 1  # of the surfaces: to be raised when a change of the code changes them
 
 
-def write(r: Reproduction, number: str) -> list[pathlib.Path]:
-    """Draws figure "2", "3" or "4" and writes the numbers behind it.
+def write(r: Reproduction, item: Item) -> list[pathlib.Path]:
+    """Draws a figure and writes the numbers behind it; one that was drawn of the same models before is left as it is.
 
     Args:
       r: with the trained models that the figure needs.
-      number: of the paper's figure.
+      item: Figure 2, 3 or 4.
 
     Returns:
-      The files written: figureN.png, .csv and .json.
+      Its files: a picture, .csv and .json.
     """
-    return {"2": _figure_2, "3": _figure_3, "4": _figure_4}[number](r)
-
-
-def _save(
-    r: Reproduction,
-    number: str,
-    figure: Figure,
-    text: Mapping[str, Any],
-    records: Sequence[Mapping[str, Any]],
-) -> list[pathlib.Path]:
-    """Writes a figure with its caption, setting and provenance, and its curves or surfaces as CSV."""
-    paths = [r.results / f"figure{number}.{ending}" for ending in ("png", "csv", "json")]
+    configs = [entry.config for entry in r.entries(item)]
+    drawn_of = {
+        "version": VERSION,
+        "weights": [r.weights(config) for config in configs],
+        "data": [r.dataset_of(config).sha256 for config in configs],
+        "scale": [r.scale.grid, r.scale.surface_images, plan.FIGURE_3_IMAGES],
+    }
+    paths = [r.results / f"{item.file}.{ending}" for ending in ("png", "csv", "json")]
+    if configs and _drawn_of(paths) == drawn_of:
+        return paths
+    draw = {plan.FIGURE_2: _figure_2, plan.FIGURE_3: _figure_3, plan.FIGURE_4: _figure_4}[item]
+    figure, text, records = draw(r)
+    if configs:
+        figure.suptitle(text["setting"], fontsize=8)
     save_picture(paths[0], figure)
     lines = io.StringIO()
     writer = csv.DictWriter(lines, list(records[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
     write_text(paths[1], lines.getvalue())
-    about = {"command": report.command(), **report.environment(), "seeds": "0"}
-    write_json(paths[2], {**text, "picture": paths[0].name, "provenance": about})
+    about = tables.about(configs, seeds=[0] if configs else [])
+    write_json(paths[2], {**text, "picture": paths[0].name, "drawn_of": drawn_of, "provenance": about})
     return paths
+
+
+def _drawn_of(paths: Sequence[pathlib.Path]) -> Any:
+    """What the figure in these files was drawn of, None if one of them is missing or cannot be read."""
+    try:
+        return json.loads(paths[2].read_text(encoding="utf-8"))["drawn_of"] if all(p.exists() for p in paths) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def save_picture(path: pathlib.Path, figure: Figure) -> None:
     """Writes a PNG whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    write_bytes(path, content.getvalue())
 
 
 def _new(width: float, height: float) -> Figure:
@@ -79,7 +95,7 @@ def _new(width: float, height: float) -> Figure:
 # Figure 2.
 
 
-def _figure_2(r: Reproduction) -> list[pathlib.Path]:
+def _figure_2(r: Reproduction) -> Drawn:
     curves, points = illustration.compute()
     figure = _new(10, 4.6)
     left, right = figure.subplots(1, 2, sharex=True)
@@ -147,55 +163,53 @@ def _figure_2(r: Reproduction) -> list[pathlib.Path]:
             curves.x, curves.probabilities, curves.loss, curves.change, curves.entropy, strict=True
         )
     ]
-    return _save(r, "2", figure, text, records)
+    return figure, text, records
 
 
 # Figures 3 and 4.
 
 
-def _model_functions(
-    config: Config, logits_fn: Callable[[jax.Array], jax.Array], labels: jax.Array, classes: int
-) -> Any:
+def _loss(
+    logits_fn: Callable[[jax.Array], jax.Array], labels: jax.Array, classes: int
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """The true classes as one-hot targets, and the loss that the surfaces show."""
     y = losses.soft_labels(labels, classes, 0.0)
-
-    def loss_fn(z: jax.Array) -> jax.Array:
-        return losses.cross_entropy(logits_fn(z), y)
-
-    return y, loss_fn, TRANSFORMS[config.transform]
+    return y, lambda z: losses.cross_entropy(logits_fn(z), y)
 
 
 @functools.lru_cache(maxsize=8)
-def _surface_of_batch(model: Any, config: Config, attack: Attack, grid: int, classes: int) -> Callable[..., jax.Array]:
+def _surface_of_batch(
+    model: Any, transform: Transform, attack: Attack, grid: int, classes: int
+) -> Callable[..., jax.Array]:
     """The jitted `(params, images, labels, index) -> losses [T, T, N]` around images, as `attack` sees them."""
 
     @jax.jit
     def batch(params: Any, images: jax.Array, labels: jax.Array, index: jax.Array) -> jax.Array:
         logits_fn = models.logits_fn(model, params)
-        y, loss_fn, transform = _model_functions(config, logits_fn, labels, classes)
+        y, loss_fn = _loss(logits_fn, labels, classes)
         x = transform.apply(images)
         x_adv = perturb(attack, logits_fn, x, y, bounds=transform.bounds, index=index)
-        g1, g2 = surfaces.directions(x, x_adv, jax.random.fold_in(jax.random.key(0), index[0]))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), index)
+        g1, g2 = surfaces.directions(x, x_adv, keys)  # keys of the images' own: no matter what is computed at once
         t = jnp.linspace(0, plan.SURFACE_SPAN, grid)
         return surfaces.loss_surface(loss_fn, x, g1, g2, t, t)
 
     return batch
 
 
-def _figure_4(r: Reproduction) -> list[pathlib.Path]:
-    entries, grid = r.entries("figure 4"), r.scale.grid
+def _figure_4(r: Reproduction) -> Drawn:
+    entries, grid = r.entries(plan.FIGURE_4), r.scale.grid
     dataset = r.dataset_of(entries[0].config)
     n = min(r.scale.surface_images or len(dataset.x_test), len(dataset.x_test))
-    batch_size = min(n, BATCH.get(jax.default_backend(), BATCH["other"]))
+    batch_size = min(n, BATCH.get(platform(), BATCH_ELSEWHERE))
     t = np.linspace(0, plan.SURFACE_SPAN, grid)
     means: dict[tuple[str, str], np.ndarray] = {}
     with Bar("loss surfaces", len(SEEN_BY) * len(entries) * n, "images") as bar:
         for entry in entries:
-            (config,) = r.configs(entry, "figure 4")[:1]
+            (config,) = r.configs(entry, plan.FIGURE_4)
             classifier = r.classifier(config)
             for attack in SEEN_BY:
-                compute = _surface_of_batch(
-                    classifier.model, plan.without_run(config), attack, grid, dataset.num_classes
-                )
+                compute = _surface_of_batch(classifier.model, classifier.transform, attack, grid, dataset.num_classes)
                 total = np.zeros((grid, grid))
                 for first in range(0, n, batch_size):
                     index = np.arange(first, first + batch_size)
@@ -246,7 +260,7 @@ def _figure_4(r: Reproduction) -> list[pathlib.Path]:
         for i in range(grid)
         for k in range(grid)
     ]
-    return _save(r, "4", figure, text, records)
+    return figure, text, records
 
 
 def _mesh(axes: Any, t: np.ndarray, values: np.ndarray, top: float) -> None:
@@ -258,31 +272,41 @@ def _mesh(axes: Any, t: np.ndarray, values: np.ndarray, top: float) -> None:
     axes.view_init(elev=25, azim=-130)
 
 
-def _figure_3(r: Reproduction) -> list[pathlib.Path]:
-    (entry,) = r.entries("figure 3")
+def _two_steps(
+    config: Config, logits_fn: Callable[[jax.Array], jax.Array], x: jax.Array, y: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The first and second points of Algorithm 1, as training finds them: with its own labels."""
+    bounds = TRANSFORMS[config.transform].bounds
+    first = attacks.fgsm(lambda z: losses.cross_entropy(logits_fn(z), y), x, eps=config.eps1, bounds=bounds)
+    clip = bounds if config.clip_second else None
+    return first, attacks.second_step(logits_fn, first, eps=config.eps2, objective=config.second_step, bounds=clip)
+
+
+def _figure_3(r: Reproduction) -> Drawn:
+    (entry,) = r.entries(plan.FIGURE_3)
     config = entry.config
     dataset, classifier = r.dataset_of(config), r.classifier(config)
     n = min(plan.FIGURE_3_IMAGES, len(dataset.x_test))
     t = np.linspace(0, plan.SURFACE_SPAN, r.scale.grid)
-    c = plan.without_run(config)
+    transform = classifier.transform
 
     @jax.jit
     def compute(params: Any, images: jax.Array, labels: jax.Array, index: jax.Array) -> Any:
         logits_fn = models.logits_fn(classifier.model, params)
-        y, loss_fn, transform = _model_functions(c, logits_fn, labels, dataset.num_classes)
+        y, loss_fn = _loss(logits_fn, labels, dataset.num_classes)
         x = transform.apply(images)
-        first = attacks.fgsm(loss_fn, x, eps=c.eps1, bounds=transform.bounds)
-        second = attacks.second_step(logits_fn, first, eps=c.eps2)
+        first, second = _two_steps(config, logits_fn, x, losses.soft_labels(labels, dataset.num_classes, config.delta))
         iterated = perturb(plan.TRANSFER, logits_fn, x, y, bounds=transform.bounds, index=index)
         g1, g2 = surfaces.directions(x, iterated, towards=second - first)
         surface = surfaces.loss_surface(loss_fn, x, g1, g2, jnp.asarray(t, jnp.float32), jnp.asarray(t, jnp.float32))
         places = [(*surfaces.coordinates(z - x, g1, g2), loss_fn(z)) for z in (x, first, second)]
         return surface, jnp.array([[a.mean(), b.mean(), loss.mean()] for a, b, loss in places])
 
-    batch_size = min(n, BATCH.get(jax.default_backend(), BATCH["other"]))
+    batch_size = min(n, BATCH.get(platform(), BATCH_ELSEWHERE))
     parts = []
     for first in range(0, n, batch_size):
         index = np.arange(first, min(first + batch_size, n))
+        r.check()
         parts.append((len(index), *compute(classifier.params, dataset.x_test[index], dataset.y_test[index], index)))
     total = sum(np.asarray(surface, np.float64).sum(-1) for _, surface, _ in parts)
     points = sum(count * np.asarray(places, np.float64) for count, _, places in parts) / n
@@ -302,8 +326,9 @@ def _figure_3(r: Reproduction) -> list[pathlib.Path]:
         "setting": f"{r.describe(config)}; a minibatch of the first {n} test images",
         "caption": (
             "Loss of the trained e2SAD model (cross-entropy with the true class, summed over the minibatch) at "
-            "x + t1 g1 + t2 g2, with the points that e2SAD's two steps reach (blue). g1 is the sign of what IFGSM with 30 "
-            "steps adds; g2 is the part of the second step that is orthogonal to g1, for each image, as long as g1. The "
+            "x + t1 g1 + t2 g2, with the points that e2SAD's two steps reach in training, on soft labels (blue). g1 is the "
+            "sign of what IFGSM with 30 steps adds; g2 is the part of the second step that is orthogonal to g1, for each "
+            "image, as long as g1. The "
             "paper leaves g2 open. The points do not lie in the plane: they are drawn where they project to, on average, "
             "at the height of their own loss."
         ),
@@ -317,7 +342,7 @@ def _figure_3(r: Reproduction) -> list[pathlib.Path]:
         for i in range(len(t))
         for k in range(len(t))
     ]
-    return _save(r, "3", figure, text, records)
+    return figure, text, records
 
 
 # Studies.
@@ -346,6 +371,6 @@ def study(path: pathlib.Path, table: Mapping[str, Any]) -> None:
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("accuracy")
     axes.set_ylim(0, 1.02)
-    axes.set_title(table["title"], fontsize=10)
+    axes.set_title(f"{table['title']}\n{table['setting']}", fontsize=8)
     figure.legend(fontsize=8, loc="outside right upper")
     save_picture(path, figure)

@@ -52,7 +52,7 @@ class Point:
 
 def logits_fn(x: jax.Array) -> jax.Array:
     """The classifier: inputs `[N, 1]` to logits `[N, 3]`."""
-    return jnp.exp(-((x - jnp.array(INPUTS, x.dtype)) ** 2) / (2 * WIDTH**2)) @ jnp.array(_weights(), x.dtype)
+    return jnp.exp(-((x - jnp.array([INPUTS], x.dtype)) ** 2) / (2 * WIDTH**2)) @ jnp.array(_weights(), x.dtype)
 
 
 def _weights() -> np.ndarray:

@@ -5,14 +5,17 @@ import hashlib
 import json
 import pathlib
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from e2sad_jax import report
 from e2sad_jax.evaluate import Attack, Outcome
 from e2sad_jax.workdir import write_json
 
 FOLDER = "evaluations"
+VERSION = 1  # of the attacks: to be raised when a change of the code changes what they do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,39 +23,50 @@ class Tested:
     """What was attacked: with it an outcome is only found again for the same question.
 
     Attributes:
-      step: training steps of the attacked run.
+      weights: digest of the attacked run's parameters (`jobs.digest`).
       sha256: of the data set.
       examples: test images, the first ones.
       seed: of the random starts.
+      targets: digests of the parameters of those that the images were shown to, if not to the attacked run itself.
     """
 
-    step: int
+    weights: str
     sha256: str
     examples: int
     seed: int
+    targets: tuple[str, ...] = ()
 
 
-def path_of(workdir: pathlib.Path, attack: Attack, tested: Tested, **more: Any) -> pathlib.Path:
+class Known(NamedTuple):
+    """Outcomes, one for each model that was asked, and on what, when and by which command they were made."""
+
+    outcomes: list[Outcome]
+    provenance: Mapping[str, Any]
+
+
+def path_of(workdir: pathlib.Path, attack: Attack, tested: Tested) -> pathlib.Path:
     """Where an outcome is kept: the attack's name for people, a digest of everything for the program."""
-    question = {**dataclasses.asdict(attack), **dataclasses.asdict(tested), **more}
+    question = {"version": VERSION, **dataclasses.asdict(attack), **dataclasses.asdict(tested)}
     digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:12]
     return workdir / FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', attack.name.lower())}-{digest}.json"
 
 
-def read(path: pathlib.Path, labels: np.ndarray) -> list[Outcome] | None:
-    """The outcomes in a file, one for each model that was asked; None if there is none that can be read."""
+def read(path: pathlib.Path, labels: np.ndarray) -> Known | None:
+    """What a file holds; None if there is none that can be read."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["predictions"]
-        predictions = [np.array(row, np.int32) for row in rows]
+        values = json.loads(path.read_text(encoding="utf-8"))
+        predictions = [np.array(row, np.int32) for row in values["predictions"]]
+        provenance = dict(values["provenance"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     if not predictions or any(p.shape != labels.shape for p in predictions):
         return None
-    return [Outcome(p == labels, p) for p in predictions]
+    return Known([Outcome(p == labels, p) for p in predictions], provenance)
 
 
 def write(path: pathlib.Path, attack: Attack, tested: Tested, outcomes: list[Outcome]) -> None:
     """Keeps outcomes, whole or not at all."""
     path.parent.mkdir(exist_ok=True)
     values = {"attack": dataclasses.asdict(attack), "tested": dataclasses.asdict(tested)}
-    write_json(path, {**values, "predictions": [o.prediction.tolist() for o in outcomes]})
+    about = {"command": report.command(), **report.environment()}
+    write_json(path, {**values, "provenance": about, "predictions": [o.prediction.tolist() for o in outcomes]})

@@ -1,7 +1,7 @@
 """What is to be reproduced: scales, and the models behind each table, figure and study."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from e2sad_jax import paper
@@ -9,9 +9,11 @@ from e2sad_jax.attacks import OBJECTIVES
 from e2sad_jax.config import Config
 from e2sad_jax.evaluate import SUITES, Attack
 
-TABLES = ("1", "2", "3")
-FIGURES = ("2", "3", "4")
-STUDIES = ("second_step", "lam", "alpha", "labels")
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "table": ("1", "2", "3"),
+    "figure": ("2", "3", "4"),
+    "study": ("second_step", "lam", "alpha", "labels"),
+}
 LAMBDAS = (0.03, 0.1, 0.3, 1.0, 3.0)
 ALPHAS = (0.2, 0.4, 0.6, 0.8)
 STUDY_SEEDS = 3
@@ -50,16 +52,16 @@ class Scale:
         )
         if config.precision != "float32":
             text += f", layers in {config.precision}"
-        own = self.svhn if config.transform == "standardize" else self.mnist
-        if own:
-            whole = "20 epochs" if own is self.svhn else "30,000 steps"
+        if self.name != "full":
+            whole = "20 epochs" if config.data == "svhn" else "30,000 steps"
             width = ", twice the width" if config.model == "digits_cnn" else ""
             text += f" (the paper: {whole} of 256{width}, all test images)"
         return text
 
 
 SCALES: Mapping[str, Scale] = {
-    "full": Scale("full", {}, {"epochs": 20.0}, restarts=10, grid=41, surface_images=0),
+    # Checkpoints further apart: at an accelerator's speed 500 steps are a second.
+    "full": Scale("full", {"checkpoint_every": 2_000}, {"epochs": 20.0}, restarts=10, grid=41, surface_images=0),
     "small": Scale(
         "small",
         {"model": "digits_cnn", "steps": 2_000, "batch_size": 64, "eval_examples": 1_000},
@@ -69,6 +71,48 @@ SCALES: Mapping[str, Scale] = {
         surface_images=256,
     ),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One table, figure or study.
+
+    Attributes:
+      kind: a key of `NAMES`.
+      name: one of its names.
+    """
+
+    kind: str
+    name: str
+
+    @property
+    def file(self) -> str:
+        """The name of its files, without an ending."""
+        return f"{self.kind}_{self.name}" if self.kind == "study" else f"{self.kind}{self.name}"
+
+    def entries(self, scale: Scale, common: Mapping[str, Any]) -> list["Entry"]:
+        """Its models; `common` are settings of them all."""
+        if self.kind == "study":
+            return study(self.name, scale, common)
+        return _ENTRIES[self.kind, self.name](scale, common)
+
+    def suite(self, scale: Scale) -> tuple[Attack, ...]:
+        """The attacks of a white-box table or of a study: the paper's, then PGD with random starts. Else none."""
+        if self.kind == "figure" or self == TABLE_2:
+            return ()
+        attacks = SUITES["svhn" if self == TABLE_3 else "mnist"]
+        if self.kind == "study":
+            return attacks
+        *own, pgd = attacks
+        return *own, dataclasses.replace(pgd, name=f"PGD-40, {scale.restarts} restarts", restarts=scale.restarts)
+
+    def seeds(self, asked: int) -> int:
+        """How many seeds of each model it shows, if `asked` for that many (0: as many as usual)."""
+        return 1 if self.kind == "figure" else asked or (STUDY_SEEDS if self.kind == "study" else 1)
+
+
+TABLE_1, TABLE_2, TABLE_3 = (Item("table", name) for name in NAMES["table"])
+FIGURE_2, FIGURE_3, FIGURE_4 = (Item("figure", name) for name in NAMES["figure"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,26 +209,28 @@ def _e2sad_setting() -> Mapping[str, Any]:
     return next(c.setting for c in paper.COLUMNS if (c.table, c.name) == ("Table 1", "e2SAD"))
 
 
-def suite(item: str, scale: Scale) -> tuple[Attack, ...]:
-    """The attacks of a table ("1", "3") or of a study: the paper's, then PGD with random starts."""
-    attacks = SUITES["svhn" if item == "3" else "mnist"]
-    if item not in TABLES:
-        return attacks
-    *own, pgd = attacks
-    return *own, dataclasses.replace(pgd, name=f"PGD-40, {scale.restarts} restarts", restarts=scale.restarts)
+_ENTRIES: Mapping[tuple[str, str], Callable[[Scale, Mapping[str, Any]], list[Entry]]] = {
+    ("table", "1"): table_1,
+    ("table", "2"): table_2,
+    ("table", "3"): table_3,
+    ("figure", "2"): lambda scale, common: [],
+    ("figure", "3"): figure_3,
+    ("figure", "4"): figure_4,
+}
 
 
-def unique(configs: Iterable[Config]) -> list[Config]:
-    """Without repetitions, in order: a run's identity is its configuration."""
-    return list({(c.data, c.digest()): c for c in configs}.values())
+def all_entries(data: str, scale: Scale, common: Mapping[str, Any]) -> list[Entry]:
+    """Every model on "mnist" or "svhn" that anything may ask for."""
+    items = [TABLE_3] if data == "svhn" else [TABLE_1, *(Item("study", name) for name in NAMES["study"])]
+    return [entry for item in items for entry in item.entries(scale, common)]
 
 
-def work(config: Config, training_images: int) -> float:
-    """Estimated cost of training, in images through a natural step of Table 4's network: for the time left."""
+def work(config: Config, steps: int) -> float:
+    """Estimated cost of training steps, in images through a natural step of Table 4's network: for the time left."""
     gradients = {"natural": 1.0, "fgsm": 2.0, "hamm": 3.0, "e2sad": 3.35}.get(
         config.defense, 2 + 0.7 * config.attack_steps
     )
-    return config.total_steps(training_images) * config.batch_size * gradients * _width(config)
+    return steps * config.batch_size * gradients * _width(config)
 
 
 def attack_work(config: Config, attacks: Sequence[Attack], images: int) -> float:
@@ -194,8 +240,3 @@ def attack_work(config: Config, attacks: Sequence[Attack], images: int) -> float
 
 def _width(config: Config) -> float:
     return {"digits_cnn": 0.3, "svhn_cnn": 2.5}.get(config.model, 1.0)
-
-
-def without_run(config: Config) -> Config:
-    """The settings without what only says which run it is: programs that are compiled for one serve all alike."""
-    return dataclasses.replace(config, seed=0, data="mnist", data_dir="", workdir="", defense="natural")

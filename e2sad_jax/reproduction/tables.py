@@ -13,24 +13,28 @@ from typing import TYPE_CHECKING, Any
 
 from e2sad_jax import paper, report
 from e2sad_jax.config import Config
-from e2sad_jax.evaluate import Attack
+from e2sad_jax.errors import WorkdirError
 from e2sad_jax.reproduction import cost, figures, plan
-from e2sad_jax.reproduction.plan import Entry
+from e2sad_jax.reproduction.outcomes import Known
+from e2sad_jax.reproduction.plan import Entry, Item
 from e2sad_jax.workdir import read_config, read_training, write_json, write_text
 
 if TYPE_CHECKING:
     from e2sad_jax.reproduction.runner import Reproduction
 
 TITLES = {
-    "table 1": "Table 1: accuracy under white-box attacks, MNIST",
-    "table 2": "Table 2: accuracy under black-box attacks, MNIST",
-    "table 3": "Table 3: accuracy under white-box attacks, SVHN",
-    "second_step": "Study: what the second step differentiates",
-    "lam": "Study: the weight lambda of the dissimilarity",
-    "alpha": "Study: the weight alpha of the clean loss",
-    "labels": "Study: soft against hard labels",
+    "table1": "Table 1: accuracy under white-box attacks",
+    "table2": "Table 2: accuracy under black-box attacks",
+    "table3": "Table 3: accuracy under white-box attacks",
+    "study_second_step": "Study: what the second step differentiates",
+    "study_lam": "Study: the weight lambda of the dissimilarity",
+    "study_alpha": "Study: the weight alpha of the clean loss",
+    "study_labels": "Study: soft against hard labels",
 }
+NAMES_OF_DATA = {"mnist": "MNIST", "svhn": "SVHN"}
 COST = ("FLOPs of a step", "time of a step")
+NOT_IN_PAPER = "not in the paper"
+BUSY = 0.5  # load above which a measured time is not to be trusted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,29 +116,61 @@ def markdown(table: Mapping[str, Any]) -> str:
 
 
 def provenance(p: Mapping[str, Any]) -> str:
-    """Command, hardware, date, versions and commit in a sentence."""
+    """Where the numbers come from, in a few sentences: training, attacks, and the command that wrote them down."""
+    parts = [f"{what} on {p[what.lower()]}." for what in ("Trained", "Attacked") if p.get(what.lower())]
+    seeds = f" Seeds: {p['seeds']}." if p.get("seeds") else ""
     return (
-        f"Written {p['date']} by `{p['command']}` on {p['hardware']}; Python {p['python']}, JAX {p['jax']}, Flax "
-        f"{p['flax']}, optax {p['optax']}; commit {p['commit']}. Seeds: {p['seeds']}."
+        " ".join([*parts, ""])
+        + f"Written {p['date']} by `{p['command']}` on {p['hardware']}; Python {p['python']}, JAX {p['jax']}, Flax "
+        + f"{p['flax']}, optax {p['optax']}; commit {p['commit']}.{seeds}"
     )
 
 
-def write(reproduction: Reproduction, item: str) -> list[pathlib.Path]:
+def where(environments: Sequence[Mapping[str, Any]]) -> str:
+    """Hardware, versions, commits and days of several processes, each said once."""
+
+    def each(name: str, length: int | None = None) -> str:
+        values = dict.fromkeys(str(e.get(name, "unknown"))[:length] for e in environments)
+        return " and ".join(values)
+
+    return f"{each('hardware')}, JAX {each('jax')}, commit {each('commit', 7)}, {each('date', 10)}"
+
+
+def about(
+    configs: Sequence[Config] = (), attacked: Sequence[Mapping[str, Any]] = (), seeds: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Provenance of what is written now.
+
+    Args:
+      configs: the runs that it shows.
+      attacked: provenance of the outcomes that it shows.
+      seeds: of the runs.
+    """
+    segments = [segment for config in configs for segment in read_training(pathlib.Path(config.workdir))]
+    return {
+        "command": report.command(),
+        **report.environment(),
+        "trained": where(segments) if segments else "",
+        "attacked": where(attacked) if attacked else "",
+        "seeds": ", ".join(map(str, seeds)),
+    }
+
+
+def write(r: Reproduction, item: Item) -> list[pathlib.Path]:
     """Writes one table or study; for a study a picture too.
 
     Args:
-      reproduction: with all outcomes that the table needs.
-      item: "table 1", "table 2", "table 3", or a study's name.
+      r: with all outcomes that the table needs.
+      item: the table or study.
 
     Returns:
       The files written.
     """
-    builder = _black_box if item == "table 2" else _white_box
-    table, records = builder(reproduction, item)
-    name = item.replace(" ", "") if item.startswith("table") else f"study_{item}"
-    written = save(reproduction.results, name, table, records)
-    if item in plan.STUDIES:
-        path = reproduction.results / f"{name}.png"
+    builder = _black_box if item == plan.TABLE_2 else _white_box
+    table, records = builder(r, item)
+    written = save(r.results, item.file, table, records)
+    if item.kind == "study":
+        path = r.results / f"{item.file}.png"
         figures.study(path, table)
         written.append(path)
     return written
@@ -155,144 +191,178 @@ def save(
     return paths
 
 
-def _white_box(r: Reproduction, item: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _white_box(r: Reproduction, item: Item) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A row for each model, a column for each attack, then the cost of training."""
-    number = item.partition(" ")[2]
-    entries, suite = r.entries(item), plan.suite(number or item, r.scale)
+    entries, suite = r.entries(item), item.suite(r.scale)
     config = entries[0].config
-    comparable = r.is_paper_data(config)
-    costs = r.costs([entry.config for entry in entries])
-
-    def cell(entry: Entry, attack: Attack) -> Cell:
-        accuracies = [_known(r.outcome(c, attack)).accuracy for c in r.configs(entry, item)]
-        return Cell(accuracies, entry.paper.get(attack.name), comparable)
-
+    comparable, costs = r.is_paper_data(config), r.costs(config)
     rows: list[list[Any]] = []
     records: list[dict[str, Any]] = []
+    attacked = []
     for entry in entries:
         step = costs["steps"][cost.key(entry.config)]
         row: list[Any] = [entry.name, entry.label]
         for attack in suite:
-            values = cell(entry, attack).values()
-            row.append(values)
+            found = [_there(r.known(c, attack)) for c in r.configs(entry, item)]
+            attacked += [known.provenance for known in found]
+            accuracies = [known.outcomes[0].accuracy for known in found]
+            cell = Cell(accuracies, entry.paper.get(attack.name), comparable).values()
+            row.append(cell)
             records.append(
                 {
+                    **_where(r, config),
                     "model": entry.name,
                     "label": entry.label,
                     **dataclasses.asdict(attack),
-                    **_flat(values),
-                    **{k: round(step[k], 4) for k in ("flops_natural", "time_natural", "milliseconds")},
+                    "in_paper": attack.name in entry.paper,
+                    **_flat(cell),
+                    **{k: _rounded(step[k]) for k in ("flops_natural", "time_natural", "milliseconds")},
                 }
             )
-        spent = f"{step['time_natural']:.2f} ({step['milliseconds']:.3g} ms)"
-        rows.append([*row, f"{step['flops_natural']:.2f}", spent])
-    first, last = suite[0], suite[-1]
-    notes = [
-        "In brackets: the paper's accuracy, and ours minus the paper's."
-        if comparable
-        else f"{r.dataset_of(config).name} is not the paper's data set: the paper's accuracies, in brackets, are no "
-        "measure for ours, and no difference is given."
-    ]
-    if not any(entry.paper for entry in entries):
-        notes = []
-    notes += [
-        f"{last.name}: eps {last.eps:.3g}, {last.steps} steps of {last.step_size:.3g} from a random start, the worst of "
-        f"{last.restarts} for each image. The paper does not have it. Its own IFGSM takes steps of eps/k from the clean "
-        "image and is weak: it never turns back at the edge of the ball.",
-        _sampling(r, entries, item, first.name),
-        f"Cost: {COST[0]} by XLA's count and {COST[1]}, as multiples of a natural step, both at this batch size; median "
-        f"of {costs['rounds']} rounds in which all steps were timed in turn. {provenance_of_cost(costs)}",
-    ]
-    if item in ("second_step", "lam", "alpha", "labels"):
-        notes.append(
-            "All but the named setting as in Table 1: alpha 0.6, lambda 0.1, eps1 0.3, eps2 0.1, second step `total`."
+        rows.append(
+            [*row, _times(step["flops_natural"]), f"{step['time_natural']:.2f} ({step['milliseconds']:.3g} ms)"]
         )
-    header = ["model", "labels", *(attack.name for attack in suite), *COST]
-    return _table(r, item, config, header, rows, notes, names=2), records
+    last = suite[-1]
+    start = "a random start" if last.restarts == 1 else f"random starts, the worst of {last.restarts} for each image"
+    notes = [
+        *_compared(r, entries, comparable),
+        f"{last.name}: eps {last.eps:.3g}, {last.steps} steps of {last.step_size:.3g} from {start}. The paper does not "
+        "have it. Its own IFGSM takes steps of eps/k from the clean image and is weak: it never turns back at the edge of "
+        "the ball.",
+        _sampling(r, entries, item),
+        f"Cost of a training step at batch {config.batch_size}, in natural steps: {COST[0]} by XLA's count, {COST[1]} as "
+        f"the median of {costs['rounds']} rounds in which all were timed in turn. {provenance_of_cost(costs)}",
+    ]
+    if item.kind == "study":
+        notes.append(
+            "All but the named setting as in Table 1: alpha 0.6, lambda 0.1, eps1 0.3, eps2 0.1, second step `total`, soft "
+            "labels."
+        )
+    in_paper = {name for entry in entries for name in entry.paper}
+    header = ["model", "labels"]
+    header += [a.name if a.name in in_paper or not in_paper else f"{a.name} ({NOT_IN_PAPER})" for a in suite]
+    return _table(r, item, config, [*header, *COST], rows, notes, attacked), records
 
 
-def _black_box(r: Reproduction, item: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _black_box(r: Reproduction, item: Item) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A row for each substitute, a column for each target."""
     entries = r.entries(item)
+    config = entries[0].config
     by_seed = list(zip(*(r.configs(entry, item) for entry in entries), strict=True))
-    costs = r.costs([entry.config for entry in entries])
+    costs, comparable = r.costs(config), r.is_paper_data(config)
+    steps = [costs["steps"][cost.key(entry.config)] for entry in entries]
     rows: list[list[Any]] = []
     records: list[dict[str, Any]] = []
+    attacked = []
     for i, substitute in enumerate(entries):
         row: list[Any] = [substitute.name, substitute.label]
+        found = [_there(r.known(configs[i], plan.TRANSFER, configs)) for configs in by_seed]
+        attacked += [known.provenance for known in found]
         for k, target in enumerate(entries):
-            accuracies = [_known(r.transferred(configs[i], configs))[k].accuracy for configs in by_seed]
-            value = Cell(
-                accuracies,
-                paper.transfer(substitute.key, target.key),
-                r.is_paper_data(substitute.config),
-                white_box=i == k,
-            ).values()
-            row.append(value)
-            step = costs["steps"][cost.key(target.config)]
+            in_paper = paper.transfer(substitute.key, target.key)
+            accuracies = [known.outcomes[k].accuracy for known in found]
+            cell = Cell(accuracies, in_paper, comparable, white_box=i == k).values()
+            row.append(cell)
             records.append(
                 {
+                    **_where(r, config),
                     "substitute": substitute.name,
                     "substitute_label": substitute.label,
                     "target": target.name,
                     "target_label": target.label,
-                    **_flat(value),
                     "white_box": i == k,
-                    "target_flops_natural": round(step["flops_natural"], 4),
+                    **_flat(cell),
+                    "target_flops_natural": _rounded(steps[k]["flops_natural"]),
+                    "target_time_natural": _rounded(steps[k]["time_natural"]),
                 }
             )
         rows.append(row)
-    for k, (name, format_) in enumerate([("flops_natural", "{:.2f}"), ("time_natural", "{:.2f}")]):
-        steps = [costs["steps"][cost.key(entry.config)][name] for entry in entries]
-        rows.append([f"{COST[k]} of the target", "", *(format_.format(value) for value in steps)])
+    for title, name in zip(COST, ("flops_natural", "time_natural"), strict=True):
+        rows.append([f"{title}, target", "", *(_times(step[name]) for step in steps)])
     header = ["substitute", "labels", *(f"{e.name}, {e.label}" for e in entries)]
     notes = [
         "Rows: the model for which IFGSM (eps 0.3, 30 steps of 0.01) made the images; columns: the model that met them. "
-        "Bold: white-box, the two are the same. In brackets: the paper's accuracy, and ours minus the paper's.",
+        "Bold: white-box, the two are the same.",
+        *_compared(r, entries, comparable),
         "The paper leaves e2SAD and FGSM 0.4 out as substitutes. Its first e2SAD value, 0.868, is unclear in the scan.",
-        _sampling(r, entries, item, "the table"),
-        f"Cost: as multiples of a natural step. {provenance_of_cost(costs)}",
+        _sampling(r, entries, item),
+        f"Cost of a training step at batch {config.batch_size}, in natural steps. {provenance_of_cost(costs)}",
     ]
-    return _table(r, item, entries[0].config, header, rows, notes, names=2), records
+    return _table(r, item, config, header, rows, notes, attacked), records
+
+
+def _compared(r: Reproduction, entries: Sequence[Entry], comparable: bool) -> list[str]:
+    """What stands in brackets, and what it is worth."""
+    if not any(entry.paper for entry in entries):
+        return []
+    if not comparable:
+        name = r.dataset_of(entries[0].config).name
+        return [
+            f"{name} is not the paper's data set: the paper's accuracies, in brackets, are no measure for ours, and no "
+            "difference is given."
+        ]
+    text = "In brackets: the paper's accuracy, and ours minus the paper's."
+    if r.scale.name != "full":
+        text += " Ours had less training and a smaller network, so the difference is not that of the methods."
+    return [text]
+
+
+def _there(known: Known | None) -> Known:
+    if known is None:
+        raise RuntimeError("a table is written when all of its outcomes are known")
+    return known
+
+
+def _times(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2f}"
+
+
+def _where(r: Reproduction, config: Config) -> dict[str, Any]:
+    """Scale and data, for every line of a CSV."""
+    dataset, trained = r.dataset_of(config), f"{config.epochs:g} epochs" if config.epochs else f"{config.steps} steps"
+    return {
+        "scale": r.scale.name,
+        "data": dataset.name,
+        "network": config.model,
+        "training": f"{trained} of {config.batch_size}",
+        "test_images": r.examples(config),
+    }
 
 
 def provenance_of_cost(costs: Mapping[str, Any]) -> str:
-    e = costs["environment"]
-    return f"Measured {e['date']} on {e['hardware']}, JAX {e['jax']}, by `{costs['command']}`."
+    """On what, when and by which command the cost was measured, and whether the machine had other work."""
+    e, load = costs["environment"], costs["load"]
+    text = f"Measured {e['date']} on {e['hardware']}, JAX {e['jax']}, commit {str(e['commit'])[:7]}, by `{costs['command']}`"
+    return text + (f"; the machine's load was {load:.1f} beforehand." if load is not None and load > BUSY else ".")
 
 
-def _sampling(r: Reproduction, entries: Sequence[Entry], item: str, what: str) -> str:
-    n = r.tested(entries[0].config).examples
-    seeds = r.seeds(item.partition(" ")[0])
+def _sampling(r: Reproduction, entries: Sequence[Entry], item: Item) -> str:
+    n, seeds = r.examples(entries[0].config), r.seeds(item)
     text = f"{n:,} test images: an accuracy has a standard error of up to {math.sqrt(0.25 / n):.3f}."
     return f"Mean ± standard deviation over {seeds} seeds. {text}" if seeds > 1 else f"One seed. {text}"
 
 
 def _table(
     r: Reproduction,
-    item: str,
+    item: Item,
     config: Config,
     header: list[str],
     rows: list[list[Any]],
     notes: list[str],
-    names: int,
+    attacked: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    seeds = r.seeds(item.partition(" ")[0])
+    name = r.dataset_of(config).name
+    runs = [c for entry in r.entries(item) for c in r.configs(entry, item)]
     return {
-        "title": TITLES[item],
+        "title": f"{TITLES[item.file]}, {NAMES_OF_DATA.get(name, name)}",
         "setting": r.describe(config),
         "header": header,
-        "names": names,
-        "digits": 3 if r.tested(config).examples < 10_000 else 4,
+        "names": 2,
+        "digits": 3 if r.examples(config) < 10_000 else 4,
         "rows": rows,
         "notes": notes,
-        "provenance": about(", ".join(str(seed) for seed in range(seeds))),
+        "provenance": about(runs, attacked, range(r.seeds(item))),
     }
-
-
-def about(seeds: str) -> dict[str, Any]:
-    """Command, environment and seeds, to stand beside what is written now."""
-    return {"command": report.command(), **report.environment(), "seeds": seeds}
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -300,51 +370,55 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**{k: values[k] for k in ("ours", "spread", "paper", "difference")}, "seeds": seeds}
 
 
-def _known(value: Any) -> Any:
-    assert value is not None, "written after everything is known"
-    return value
-
-
 def write_models(r: Reproduction) -> list[pathlib.Path]:
-    """Writes models.json, .csv and .md: how each run of this scale was trained, on what, when, by which command."""
-    rows, records = [], []
+    """Writes models.json, .csv and .md: how each finished run of this scale was trained, on what, when."""
+    records = []
     for path in sorted(r.root.glob("*/config.json")):
+        try:
+            config, dataset = read_config(path.parent)
+        except WorkdirError:
+            continue  # not of this plan: its own folder was looked at before anything began
         segments = read_training(path.parent)
-        if not segments:
+        if not segments or "weights" not in segments[-1]:
             continue
-        config, dataset = read_config(path.parent)
+        ours = config.defense == "e2sad"
         seconds = sum(s["seconds"] / s["runs_together"] for s in segments)
-        record = {
-            "run": path.parent.name,
-            "data": dataset["name"],
-            "defense": config.defense,
-            "labels": "soft" if config.soft_label else "hard",
-            "eps1": round(config.eps1, 4),
-            "lambda": config.lam if config.defense == "e2sad" else "",
-            "alpha": config.alpha if config.defense not in ("natural", "pgd") else "",
-            "second step": config.second_step if config.defense == "e2sad" else "",
-            "seed": config.seed,
-            "batch": config.batch_size,
-            "steps": segments[-1]["to_step"],
-            "minutes": round(seconds / 60, 2),
-            "goes": len(segments),
-            "hardware": "; ".join(dict.fromkeys(s["hardware"] for s in segments)),
-            "trained": segments[-1]["date"],
-            "commit": ", ".join(dict.fromkeys(str(s["commit"])[:7] for s in segments)),
-        }
-        records.append(record)
-        rows.append([str(value) for value in record.values()])
+        records.append(
+            {
+                "run": path.parent.name,
+                "scale": r.scale.name,
+                "data": dataset["name"],
+                "defense": config.defense,
+                "labels": "soft" if config.soft_label else "hard",
+                "eps1": round(config.eps1, 4),
+                "lambda": config.lam if ours else "",
+                "alpha": config.alpha if config.defense not in ("natural", "pgd") else "",
+                "second step": config.second_step if ours else "",
+                "seed": config.seed,
+                "network": config.model,
+                "precision": config.precision,
+                "batch": config.batch_size,
+                "steps": segments[-1]["to_step"],
+                "minutes": round(seconds / 60, 2),
+                "goes": len(segments),
+                "hardware": "; ".join(dict.fromkeys(s["hardware"] for s in segments)),
+                "trained": segments[-1]["date"],
+                "commit": ", ".join(dict.fromkeys(str(s["commit"])[:7] for s in segments)),
+            }
+        )
+    if not records:
+        return []
     table = {
         "title": "Models",
-        "setting": f"{r.scale.name} scale: every run behind the tables and figures",
+        "setting": f"{r.scale.name} scale: every finished run in {r.root}",
         "header": list(records[0]),
         "names": 1,
         "digits": 3,
-        "rows": rows,
+        "rows": [[str(value) for value in record.values()] for record in records],
         "notes": [
             "minutes: training time with checkpoints and their validation, shared equally by runs that trained together. "
             "It depends on what else the machine did; compare the cost columns of the tables instead.",
         ],
-        "provenance": about(", ".join(dict.fromkeys(str(record["seed"]) for record in records))),
+        "provenance": about(),
     }
     return save(r.results, "models", table, records)
