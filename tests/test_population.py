@@ -183,3 +183,28 @@ def test_one_that_diverges_is_named(tiny, tmp_path, monkeypatch):
     members = [config_of(), config_of(lam=9.0)]
     with pytest.raises(NonFiniteError, match=r"step 1 of run1: .*loss=inf"):
         train_all(members, tiny, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("defense", "second_step"),
+    [("natural", "total"), ("fgsm", "total"), ("ifgsm", "total"), ("pgd", "total"), ("hamm", "total"),
+     ("e2sad", "noise"), ("e2sad", "random"), ("e2sad", "loss")],
+)  # fmt: skip
+def test_every_defense_trains_in_a_population(defense, second_step, tiny):
+    """Two seeds and two budgets: losses of every step as alone, random numbers of the attacks included."""
+    common = dict(defense=defense, second_step=second_step, steps=3, attack_steps=2)
+    members = [config_of(seed=1, **common), config_of(seed=2, eps1=0.05, **common)]
+    model = models.create("digits_cnn", 3, tiny.image_shape)
+    state, rows = train.stack([train.init_state(c, model, tiny.image_shape) for c in members]), []
+    train.fit(
+        members,
+        model,
+        tiny,
+        state,
+        steps=3,
+        record=lambda step, metrics, count: rows.append(np.asarray(metrics["loss"])),
+        checkpoint=lambda *a: None,
+    )
+    for i, config in enumerate(members):
+        _, metrics = alone(config, tiny)
+        assert [r[i] for r in rows] == pytest.approx([float(m["loss"]) for m in metrics], rel=1e-4)

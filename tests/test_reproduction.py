@@ -8,17 +8,22 @@ import json
 import os
 import pathlib
 import re
+import subprocess
+import sys
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from e2sad_jax import jobs, paper, train
 from e2sad_jax.errors import BusyError, ConfigError, DataError, NonFiniteError, OutOfTimeError, Stopped, WorkdirError
-from e2sad_jax.evaluate import SUITES
-from e2sad_jax.reproduction import outcomes, page, plan, runner, tables
+from e2sad_jax.evaluate import SUITES, Attack, transfer
+from e2sad_jax.reproduction import cost, illustration, outcomes, page, plan, runner, tables
 from e2sad_jax.reproduction.clock import Clock
+from e2sad_jax.transforms import Transform
 from e2sad_jax.workdir import open_workdir, read_training, write_config
 
 LABELS, LAM = plan.Item("study", "labels"), plan.Item("study", "lam")
@@ -46,13 +51,11 @@ def quick(monkeypatch, unoptimized):
     step = {"flops_natural": 2.0, "time_natural": 3.0, "milliseconds": 4.0}
 
     def measure(configs, *args):
-        steps = {runner.cost.key(config): step for config in configs}
+        steps = {cost.key(config): step for config in configs}
         about = {"date": "today", "hardware": "none", "jax": "0", "commit": None}
         return {"steps": steps, "rounds": 7, "load": None, "command": "c", "environment": about}
 
-    with monkeypatch.context() as patch:
-        patch.setattr(runner.cost, "measure", measure)
-        yield
+    monkeypatch.setattr(runner, "cost", types.SimpleNamespace(key=cost.key, measure=measure))
 
 
 def save_images(path: pathlib.Path, size: int, channels: int) -> str:
@@ -493,3 +496,146 @@ def test_a_cell():
     assert tables.text(tables.Cell([0.5], paper=0.25, comparable=False).values(), 4) == ("0.5000", "0.2500")
     assert tables.text(tables.Cell([0.5]).values(), 3) == ("0.500", "")
     assert tables.text("natural", 3) == ("natural", "")
+
+
+# What it measures and illustrates.
+
+
+def test_the_two_steps_of_figure_2_part_ways():
+    """The caption's claims, from the attacks themselves; the slope of Eq. 7 also by finite differences."""
+    curves, points = illustration.compute()
+    clean, first, red, yellow = points.values()
+    assert [p.predicted for p in (clean, first, red, yellow)] == [1, 1, 1, 2]
+    assert red.loss > yellow.loss > first.loss > clean.loss
+    assert (first.x, red.x, yellow.x) == pytest.approx((0.3, 0.2, 0.4))
+    assert yellow.change == max(p.change for p in points.values())
+    assert abs(first.change_slope) < 1e-4 < abs(red.change_slope)
+    assert np.argmin(curves.change) == np.argmin(abs(curves.x - first.x)), "the curve is lowest at the first point"
+    h = 1e-3
+    for point in (first, red, yellow):
+        near = np.interp([point.x - h, point.x + h], curves.x, curves.change)
+        assert (near[1] - near[0]) / (2 * h) == pytest.approx(point.change_slope, abs=0.3)
+    np.testing.assert_allclose(curves.probabilities.sum(-1), 1, rtol=1e-5)
+    at = [np.interp(0.4, curves.x, p) for p in curves.probabilities.T]
+    assert at == pytest.approx([0.45, 0.52, 0.03], abs=0.005)
+
+
+def test_surfaces_of_a_trained_model(ask):
+    """Figures 3 and 4 are surfaces: not flat, the clean loss at the origin, attacked points above it."""
+    reproduction = ask(plan.FIGURE_3)
+    reproduction.run()
+    config = reproduction.entries(plan.FIGURE_3)[0].config
+    images, labels = reproduction.datasets["mnist"].x_test, reproduction.datasets["mnist"].y_test
+    p = np.asarray(reproduction.classifier(config)(images), np.float64)
+    clean = -np.log(p[np.arange(len(labels)), labels])
+    rows = lines_of(reproduction.results / "figure3.csv")
+    surface = np.array([float(row["summed_loss"]) for row in rows]).reshape(3, 3)
+    assert surface[0, 0] == pytest.approx(clean.sum(), rel=1e-4)
+    assert surface[2, 0] > surface[1, 0] > surface[0, 0], "the loss rises along IFGSM's direction"
+    assert np.ptp(surface[1]) > 1e-3, "and changes across it"
+    points = json.loads((reproduction.results / "figure3.json").read_text())["table"]["rows"]
+    (_, *origin), (_, *first), (_, *second) = points
+    assert origin[:2] == ["0.000", "0.000"]
+    assert float(first[2]) > float(origin[2])
+    assert float(second[1]) > float(first[1]) + 0.03, "the second step leaves g1, along g2"
+
+
+def test_black_box_by_hand():
+    """Three linear classifiers of one pixel: images made for one meet the others; rows and columns are not swapped."""
+
+    class Linear:
+        def apply(self, w, x):
+            return jnp.concatenate([x[:, 0, 0], -x[:, 0, 0]], -1) * w
+
+    model = Linear()
+    transform = Transform("as it is", lambda images: images, (-1.0, 1.0))
+    images = np.array([0.5, 0.2, -0.4, -0.1], np.float32).reshape(4, 1, 1, 1)
+    labels = np.array([0, 0, 1, 1])
+    one, backwards = jnp.float32(1), jnp.float32(-1)
+    attack = Attack("FGSM", "fgsm", 0.3, 1)
+
+    def ask(substitute, *targets, **kwargs):
+        results = transfer(
+            (model, substitute), [(model, t) for t in targets], images, labels, attack, transform=transform,
+            num_classes=2, **kwargs,
+        )  # fmt: skip
+        return [r.correct.tolist() for r in results]
+
+    # For `one` an image moves by 0.3 towards zero: those nearer than that cross it. `backwards` is wrong on all clean
+    # images, and right on those that crossed.
+    own, other = ask(one, one, backwards)
+    assert own == [True, False, True, False]
+    assert other == [False, True, False, True]
+    # Images made for `backwards` move away from zero.
+    assert ask(backwards, one, backwards) == [[True] * 4, [False] * 4]
+    assert ask(one, one, backwards, batch_size=3) == [own, other]
+    steps = []
+    ask(one, one, batch_size=3, progress=lambda name, gradients: steps.append(gradients))
+    assert steps == [3, 1]
+
+
+def test_cost_is_measured_beside_a_natural_step_and_found_again(tmp_path):
+    configs = [
+        e.config for e in plan.table_1(plan.Scale("t", TINY, TINY, 1, 3, 1), {}) if e.name in ("FGSM 0.3", "e2SAD")
+    ]
+    told = []
+    measured = cost.measure(configs, (8, 8, 1), 10, tmp_path, told.append)
+    steps = measured["steps"]
+    natural, fgsm, e2sad = (
+        steps[f"{name}, digits_cnn, batch 8, float32{rest}"]
+        for name, rest in (("natural", ""), ("fgsm", ""), ("e2sad", ", total"))
+    )
+    assert natural["flops_natural"] == natural["time_natural"] == 1.0
+    assert 1.5 < fgsm["flops_natural"] < e2sad["flops_natural"] < 5
+    for step in steps.values():
+        assert 0 < step["fastest"] <= step["milliseconds"] <= step["slowest"]
+    assert len(told) >= 3
+    told.clear()
+    assert cost.measure(configs, (8, 8, 1), 10, tmp_path, told.append) == measured
+    assert told == [], "found again"
+    assert cost.faster_together(configs[0], (8, 8, 1), 10, 3) in (True, False)
+
+
+def test_differences_are_shown_for_the_papers_data_alone(ask, monkeypatch):
+    monkeypatch.setattr(runner.Reproduction, "is_paper_data", lambda self, config: True)
+    reproduction = ask(plan.TABLE_3)
+    reproduction.run()
+    lines = lines_of(reproduction.results / "table3.csv")
+    for line in lines:
+        if line["paper"]:
+            assert float(line["difference"]) == pytest.approx(float(line["ours"]) - float(line["paper"]), abs=1e-6)
+    assert sum(bool(line["paper"]) for line in lines) == 20
+    assert {line["in_paper"] for line in lines if line["name"].startswith("PGD")} == {"False"}
+    text = (reproduction.results / "table3.md").read_text()
+    assert "ours minus the paper's. Ours had less training" in text
+    assert "PGD-40, 2 restarts (not in the paper)" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--table=4"], 2, "--table=4: must be of 1, 2, 3, all"),
+        (["--figure=1"], 2, "--figure=1: must be of 2, 3, 4, all"),
+        (["--study=eps"], 2, "--study=eps: must be of second_step, lam, alpha, labels, all"),
+        (["--scale=huge"], 2, "--scale=huge: must be one of full, small"),
+        (["--seeds=-1"], 2, "--seeds=-1: must be at least 0"),
+        (["--time_budget_minutes=nan"], 2, "--time_budget_minutes=nan: must be at least 0"),
+        (["--table=1", "--precision=fp8"], 2, "--precision=fp8: must be one of float32, tf32, bf16"),
+        (["--table=1", "--data=nowhere.npz"], 2, "nowhere.npz"),
+    ],
+)
+def test_the_command_refuses_what_it_does_not_know(flags, code, words, tmp_path):
+    paths = [f"--workdir={tmp_path / 'w'}", f"--results={tmp_path / 'r'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.paper", *paths, *flags],
+        cwd=pathlib.Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == code
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
