@@ -1,7 +1,9 @@
 """What the documentation shows runs as it stands."""
 
+import csv
 import doctest
 import importlib
+import json
 import pathlib
 import pkgutil
 import re
@@ -39,6 +41,7 @@ def test_flags_in_commands_exist(page):
     from e2sad_jax.config import Config
 
     known = set(Config.__dataclass_fields__) | {
+        *("table", "figure", "study", "scale", "seeds", "time_budget_minutes", "results"),  # experiments.paper
         "baseline",
         "describe",
         "help",
@@ -59,3 +62,20 @@ def test_examples_in_docstrings_print_what_they_say():
         assert result.failed == 0, info.name
         ran += result.attempted
     assert ran >= 5
+
+
+def test_every_accuracy_that_the_page_on_the_paper_quotes_stands_in_a_table():
+    """Three decimals are ours, four the paper's; CSV and JSON of the small scale hold what is quoted."""
+    ours, theirs = set(), set()
+    for path in (ROOT / "results" / "small").glob("*.csv"):
+        for line in csv.DictReader(path.read_text().splitlines()):
+            ours |= {f"{float(line[name]):.3f}" for name in ("ours", "spread") if line.get(name)}
+            ours |= {f"{float(seed):.3f}" for seed in line["seeds"].split()} if line.get("seeds") else set()
+            theirs |= {f"{float(line['paper']):.4f}"} if line.get("paper") else set()
+    for path in (ROOT / "results" / "small").glob("figure*.json"):
+        rows = json.loads(path.read_text())["table"]["rows"]
+        ours |= {cell for row in rows for cell in row if re.fullmatch(r"\d+\.\d{3}", cell)}
+    text = (ROOT / "docs" / "paper.md").read_text()
+    quoted = re.findall(r"(?<![\d.])\d+\.\d{3,4}(?!\d)", text)
+    assert len(quoted) > 30
+    assert [q for q in quoted if q not in (ours if len(q.split(".")[1]) == 3 else theirs)] == []

@@ -40,7 +40,7 @@ def standard_promotion():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, unoptimized):
-    """Attacks of two steps under the names of the long ones; costs that are made up."""
+    """Attacks of two steps under the names of the long ones, no validation, costs that are made up."""
 
     def short(attack):
         return dataclasses.replace(attack, steps=min(attack.steps, SHORT.get(attack.kind, attack.steps)))
@@ -48,6 +48,7 @@ def quick(monkeypatch, unoptimized):
     monkeypatch.setattr(plan, "SUITES", {name: tuple(map(short, suite)) for name, suite in SUITES.items()})
     monkeypatch.setattr(plan, "TRANSFER", short(plan.TRANSFER))
     monkeypatch.setattr(runner, "POLL", 0.0)
+    monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": 0.0})
     step = {"flops_natural": 2.0, "time_natural": 3.0, "milliseconds": 4.0}
 
     def measure(configs, *args):
@@ -495,6 +496,7 @@ def test_a_cell():
     assert tables.text(tables.Cell([0.5], paper=0.25).values(), 3) == ("0.500", "0.2500, +0.250")
     assert tables.text(tables.Cell([0.5], paper=0.25, comparable=False).values(), 4) == ("0.5000", "0.2500")
     assert tables.text(tables.Cell([0.5]).values(), 3) == ("0.500", "")
+    assert tables.text(tables.Cell([0.5], paper=0.5001).values(), 3) == ("0.500", "0.5001, +0.000")
     assert tables.text("natural", 3) == ("natural", "")
 
 

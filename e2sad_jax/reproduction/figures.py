@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import pathlib
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ def write(r: Reproduction, item: Item) -> list[pathlib.Path]:
     draw = {plan.FIGURE_2: _figure_2, plan.FIGURE_3: _figure_3, plan.FIGURE_4: _figure_4}[item]
     figure, text, records = draw(r)
     if configs:
-        figure.suptitle(text["setting"], fontsize=8)
+        figure.suptitle(_wrapped(text["setting"], figure), fontsize=8)
     save_picture(paths[0], figure)
     lines = io.StringIO()
     writer = csv.DictWriter(lines, list(records[0]), lineterminator="\n")
@@ -84,6 +85,11 @@ def save_picture(path: pathlib.Path, figure: Figure) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
     write_bytes(path, content.getvalue())
+
+
+def _wrapped(text: str, figure: Figure) -> str:
+    """Broken into lines that fit the figure's width at font size 8."""
+    return textwrap.fill(text, int(figure.get_figwidth() * 15))
 
 
 def _new(width: float, height: float) -> Figure:
@@ -267,7 +273,8 @@ def _mesh(axes: Any, t: np.ndarray, values: np.ndarray, top: float) -> None:
     """A surface over (t1, t2) as a mesh."""
     t1, t2 = np.meshgrid(t, t, indexing="ij")
     axes.plot_surface(t1, t2, values, cmap="viridis", vmin=0, vmax=top, lw=0.2, edgecolor="black", alpha=0.8)
-    axes.set(xlabel="t1", ylabel="t2", zlim=(0, top), xlim=(0, t[-1]), ylim=(0, t[-1]))
+    ticks = np.linspace(0, t[-1], 3)
+    axes.set(xlabel="t1", ylabel="t2", zlim=(0, top), xlim=(0, t[-1]), ylim=(0, t[-1]), xticks=ticks, yticks=ticks)
     axes.tick_params(labelsize=7)
     axes.view_init(elev=25, azim=-130)
 
@@ -371,6 +378,6 @@ def study(path: pathlib.Path, table: Mapping[str, Any]) -> None:
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("accuracy")
     axes.set_ylim(0, 1.02)
-    axes.set_title(f"{table['title']}\n{table['setting']}", fontsize=8)
+    figure.suptitle(f"{table['title']}\n{_wrapped(table['setting'], figure)}", fontsize=8)
     figure.legend(fontsize=8, loc="outside right upper")
     save_picture(path, figure)

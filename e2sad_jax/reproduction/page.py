@@ -24,13 +24,13 @@ h1 { line-height: 1.2; } h2 { margin: 3rem 0 .3rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .86rem; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; vertical-align: top; }
-th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; }
+th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; max-width: 8rem; }
 .name { text-align: left; }
 .paper { display: block; color: #666; font-size: .76rem; }
 .white { background: #fdf1d8; font-weight: 600; }
 .apart { border-left: 2px solid #888; }
 img { max-width: 100%; height: auto; }
-nav a { margin-right: 1rem; white-space: nowrap; }
+nav a { display: inline-block; margin-right: 1rem; }
 li, .about { font-size: .88rem; } .about { color: #555; overflow-wrap: anywhere; }
 code { overflow-wrap: anywhere; }
 """
@@ -61,7 +61,8 @@ def write(folder: pathlib.Path) -> pathlib.Path:
             raise WorkdirError(
                 f"cannot read {path}: {type(error).__name__}: {error}; delete it, and the same command writes it anew"
             ) from error
-        links.append(f'<a href="#{name}">{_text(title.split(":")[0] if name in FIGURES else title)}</a>')
+        kind, _, rest = title.partition(": ")
+        links.append(f'<a href="#{name}">{_text(rest if kind == "Study" else kind)}</a>')
         sections.append(f'<section id="{name}"><h2>{_text(title)}</h2>{body}</section>')
     text = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -93,7 +93,7 @@ def text(cell: Mapping[str, Any] | str, digits: int) -> tuple[str, str]:
         return ours, ""
     beside = f"{cell['paper']:.4f}"
     if cell["difference"] is not None:
-        beside += f", {cell['difference']:+.{digits}f}"
+        beside += f", {round(cell['difference'], digits) + 0.0:+.{digits}f}"  # never -0.000
     return ours, beside
 
 
@@ -298,10 +298,10 @@ def _compared(r: Reproduction, entries: Sequence[Entry], comparable: bool) -> li
     if not comparable:
         name = r.dataset_of(entries[0].config).name
         return [
-            f"{name} is not the paper's data set: the paper's accuracies, in brackets, are no measure for ours, and no "
-            "difference is given."
+            f"{name} is not the paper's data set: the paper's accuracies, in brackets or in grey, are no measure for ours, "
+            "and no difference is given."
         ]
-    text = "In brackets: the paper's accuracy, and ours minus the paper's."
+    text = "In brackets or in grey: the paper's accuracy, and ours minus the paper's."
     if r.scale.name != "full":
         text += " Ours had less training and a smaller network, so the difference is not that of the methods."
     return [text]
