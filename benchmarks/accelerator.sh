@@ -16,11 +16,14 @@ mnist=${3:-}
 svhn=${4:-}
 python=${PYTHON:-python}
 
+diverged=0
+
 run() { # flags: one command in the time that is left; what is finished already costs little
-    local left=$((end - SECONDS))
+    local left=$((end - SECONDS)) code=0
     if ((left < 60)); then exit 4; fi
     "$python" -m experiments.paper --scale=full --workdir="$folder" \
-        --time_budget_minutes="$((left / 60)).$((left % 60 * 10 / 60))" "$@"
+        --time_budget_minutes="$((left / 60)).$((left % 60 * 10 / 60))" "$@" || code=$?
+    if ((code == 3)); then diverged=3; elif ((code)); then exit "$code"; fi
 }
 
 "$python" -c 'import jax; print(jax.__version__, jax.devices())'
@@ -31,3 +34,4 @@ if [ -n "$svhn" ]; then run --data="$svhn" --table=3; fi
 run --data="$mnist" --study=lam,labels,alpha
 # The whole of Table 1 in bfloat16, beside the above: its accuracy and its time.
 run --data="$mnist" --table=1 --precision=bf16 --results="$folder/bf16"
+exit "$diverged"

@@ -112,11 +112,19 @@ def train_together(jobs: Sequence[Job], interrupted: Callable[[], int]) -> None:
     """Trains runs of one population (`train.population_key`) to `steps`, each with checkpoints in its own workdir.
 
     Those that are behind, because a process was killed while it saved them, catch up first.
+
+    Raises:
+      NonFiniteError: if one of them diverged; `member` is its place in `jobs`.
     """
     steps = jobs[0].steps
     while not interrupted() and (behind := min(job.step for job in jobs)) < steps:
         ahead = [job.step for job in jobs if job.step > behind]
-        _train([job for job in jobs if job.step == behind], min([*ahead, steps]), interrupted)
+        last = [job for job in jobs if job.step == behind]
+        try:
+            _train(last, min([*ahead, steps]), interrupted)
+        except NonFiniteError as error:
+            error.member = jobs.index(last[error.member])
+            raise
 
 
 def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> tuple[list[TrainState], list[float]]:

@@ -161,7 +161,7 @@ def read_training(workdir: pathlib.Path) -> list[dict[str, Any]]:
         segments = json.loads((workdir / TRAINING).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    needed = {"from_step", "to_step", "seconds", "runs_together"}
+    needed = {"from_step", "to_step", "seconds", "runs_together", "hardware", "date", "commit"}
     right = isinstance(segments, list) and all(isinstance(s, dict) and needed <= set(s) for s in segments)
     return segments if right else []
 

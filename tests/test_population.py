@@ -181,8 +181,31 @@ def test_one_that_diverges_is_named(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "training_loss", breaking)
     members = [config_of(), config_of(lam=9.0)]
-    with pytest.raises(NonFiniteError, match=r"step 1 of run1: .*loss=inf"):
+    with pytest.raises(NonFiniteError, match=r"step 1 of run1: .*loss=inf") as caught:
         train_all(members, tiny, tmp_path)
+    assert caught.value.member == 1
+
+
+def test_one_that_diverges_while_it_catches_up_is_named_by_its_place_among_all(tiny, tmp_path, monkeypatch):
+    members = [config_of(seed=seed) for seed in (1, 2, 3)]
+    train_all(members[:2], tiny, tmp_path, steps=4)  # the third is left behind
+    real, key = (
+        train.training_loss,
+        train.init_state(members[2], models.create("digits_cnn", 3, tiny.image_shape), tiny.image_shape).key,
+    )
+
+    def breaking(config, bounds):
+        def loss_fn(f, x, y, k):
+            loss, parts = real(config, bounds)(f, x, y, k)
+            third = (jax.random.key_data(k) == jax.random.key_data(jax.random.fold_in(key, 1))).all()
+            return jax.numpy.where(third, jax.numpy.nan, loss), parts
+
+        return loss_fn
+
+    monkeypatch.setattr(train, "training_loss", breaking)
+    with pytest.raises(NonFiniteError, match=r"step 2: .*loss=nan") as caught:
+        train_all(members, tiny, tmp_path)
+    assert caught.value.member == 2
 
 
 @pytest.mark.parametrize(

@@ -49,12 +49,12 @@ def quick(monkeypatch, unoptimized):
     monkeypatch.setattr(plan, "TRANSFER", short(plan.TRANSFER))
     monkeypatch.setattr(runner, "POLL", 0.0)
     monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": 0.0})
-    step = {"flops_natural": 2.0, "time_natural": 3.0, "milliseconds": 4.0}
+    step = {"flops_natural": 2.0, "time_natural": 3.0, "milliseconds": 4.0, "fastest": 4.0, "slowest": 5.0}
 
     def measure(configs, *args):
         steps = {cost.key(config): step for config in configs}
         about = {"date": "today", "hardware": "none", "jax": "0", "commit": None}
-        return {"steps": steps, "rounds": 7, "load": None, "command": "c", "environment": about}
+        return {"steps": steps, "rounds": 7, "command": "c", "environment": about}
 
     monkeypatch.setattr(runner, "cost", types.SimpleNamespace(key=cost.key, measure=measure))
 
@@ -232,6 +232,10 @@ def test_tables_and_figures_from_start_to_report(ask, trained, tmp_path):
         assert {"command", "hardware", "date", "jax", "commit", "seeds"} <= set(content["provenance"])
         if (folder / f"{name}.md").exists():
             assert "tiny scale: " in (folder / f"{name}.md").read_text()
+    for path in folder.glob("*.csv"):
+        if path.name != "figure2.csv":  # the same at every scale
+            assert {line["scale"] for line in lines_of(path)} == {"tiny"}
+            assert {line["data"] for line in lines_of(path)} <= {"grey", "part_of_svhn"}
     lines = lines_of(folder / "figure4.csv")
     assert len(lines) == 2 * 4 * 9
     origins = {(m["model"], m["mean_loss"]) for m in lines if float(m["t1"]) == float(m["t2"]) == 0}
@@ -343,7 +347,7 @@ def test_the_budget_ends_before_its_time(monkeypatch):
         return codes
 
     assert stops(*range(0, 60, 5)) == [0] * 11 + [-1]
-    assert stops(1, 21, 35, 39, 41) == [0, 0, 0, 0, -1], "what took 20 seconds may take them again"
+    assert stops(1, 31, 44, 46) == [0, 0, 0, -1], "what took long may take long again, up to a quarter of the budget"
     assert Clock(lambda: 0, 0.0, -1e9).stop() == 0, "no budget, no end"
     assert Clock(lambda: 15, 1.0, 100.0).stop() == 15
 
@@ -486,8 +490,9 @@ def test_a_damaged_outcome_is_made_anew_and_a_damaged_table_named(ask, tmp_path)
     ask(LABELS, seeds=1).run()
     assert json.loads(path.read_text())["predictions"] == json.loads(good)["predictions"]
     (reproduction.results / "study_labels.json").write_text("{}")
-    with pytest.raises(WorkdirError, match=r"cannot read .*study_labels\.json.*delete it"):
-        page.write(reproduction.results)
+    text = page.write(reproduction.results).read_text()
+    assert "study_labels.json cannot be read (KeyError" in text
+    assert 'id="models"' in text, "the rest is there"
 
 
 def test_a_cell():
@@ -595,7 +600,11 @@ def test_cost_is_measured_beside_a_natural_step_and_found_again(tmp_path):
     told.clear()
     assert cost.measure(configs, (8, 8, 1), 10, tmp_path, told.append) == measured
     assert told == [], "found again"
-    assert cost.faster_together(configs[0], (8, 8, 1), 10, 3) in (True, False)
+    answer = cost.faster_together(configs[0], (8, 8, 1), 10, 3, tmp_path)
+    (path,) = tmp_path.glob("together-*.json")
+    assert json.loads(path.read_text())["faster"] is answer
+    path.write_text(json.dumps({"faster": not answer}))
+    assert cost.faster_together(configs[0], (8, 8, 1), 10, 3, tmp_path) is not answer, "found again"
 
 
 def test_differences_are_shown_for_the_papers_data_alone(ask, monkeypatch):

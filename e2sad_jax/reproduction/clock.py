@@ -39,7 +39,7 @@ class Clock:
         self._longest, self._looked = max(self._longest, now - self._looked), now
         if number := self._interrupted():
             return number
-        margin = max(min(MARGIN, self._budget / 10), min(self._longest, self._budget / 2))
+        margin = max(min(MARGIN, self._budget / 10), min(self._longest, 2 * MARGIN, self._budget / 4))
         return -1 if self._budget and now - self._began > self._budget - margin else 0
 
     def check(self) -> None:

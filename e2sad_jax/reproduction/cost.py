@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import pathlib
 import statistics
 import time
@@ -57,8 +56,8 @@ def measure(
 
     Returns:
       `steps`: for each `key`: `flops` and `flops_natural` (in natural steps; None where JAX was told to leave the CPU
-      out), `milliseconds` (median), `fastest`, `slowest`, `time_natural` (median ratio). `load`: processes that the
-      machine was running beforehand, None where it does not tell. `environment`, `command`: of the measurement.
+      out), `milliseconds` (median), `fastest`, `slowest`, `time_natural` (median ratio). `environment`, `command`: of the
+      measurement.
     """
     natural = _natural(configs[0])
     kinds = {key(c): c for c in [natural, *configs]}
@@ -70,7 +69,6 @@ def measure(
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         pass
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     times = _times(kinds, image_shape, num_classes, progress)
     steps: dict[str, Any] = {}
     for name, config in kinds.items():
@@ -87,7 +85,7 @@ def measure(
     reference_flops = steps[key(natural)]["flops"]
     for step in steps.values():
         step["flops_natural"] = step["flops"] / reference_flops if reference_flops else None
-    result = {"steps": steps, "rounds": ROUNDS, "load": load, "command": report.command(), "environment": environment}
+    result = {"steps": steps, "rounds": ROUNDS, "command": report.command(), "environment": environment}
     cache.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     return result
@@ -131,12 +129,34 @@ def _times(
     return times
 
 
-def faster_together(config: Config, image_shape: tuple[int, ...], num_classes: int, runs: int) -> bool:
-    """Whether this device trains `runs` runs of a kind faster in one step than one after another: both are tried."""
-    one = _timer(config, image_shape, num_classes)
-    together = _timer(config, image_shape, num_classes, runs)
-    pairs = [(one(), together()) for _ in range(3)]
-    return statistics.median(b / a for a, b in pairs) < runs
+def faster_together(
+    config: Config, image_shape: tuple[int, ...], num_classes: int, runs: int, cache: pathlib.Path
+) -> bool:
+    """Whether this device trains `runs` runs of a kind faster in one step than one after another.
+
+    Both are tried, once: the answer is kept in `cache` for this kind, hardware and version. Runs that do not fit into the
+    device's memory together are not faster.
+    """
+    environment = report.environment()
+    question = [key(config), image_shape, num_classes, runs, environment["hardware"], environment["jaxlib"]]
+    path = cache / f"together-{hashlib.sha256(json.dumps(question).encode()).hexdigest()[:12]}.json"
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))["faster"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    try:
+        one = _timer(config, image_shape, num_classes)
+        together = _timer(config, image_shape, num_classes, runs)
+        ratios = [b / a for a, b in [(one(), together()) for _ in range(3)]]
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        ratios = [math.inf]
+    ratio = statistics.median(ratios)
+    cache.mkdir(parents=True, exist_ok=True)
+    about = {"kind": key(config), "runs": runs, "time_of_one_step": ratio if math.isfinite(ratio) else None}
+    write_json(path, {**about, "faster": ratio < runs, **environment})
+    return ratio < runs
 
 
 def _timer(

@@ -60,6 +60,7 @@ def write(r: Reproduction, item: Item) -> list[pathlib.Path]:
     draw = {plan.FIGURE_2: _figure_2, plan.FIGURE_3: _figure_3, plan.FIGURE_4: _figure_4}[item]
     figure, text, records = draw(r)
     if configs:
+        records = [{**tables.scale_and_data(r, configs[0]), **record} for record in records]
         figure.suptitle(_wrapped(text["setting"], figure), fontsize=8)
     save_picture(paths[0], figure)
     lines = io.StringIO()

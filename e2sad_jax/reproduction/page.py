@@ -4,10 +4,10 @@ import base64
 import html
 import json
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from e2sad_jax.errors import WorkdirError
 from e2sad_jax.reproduction import tables
 from e2sad_jax.workdir import write_text
 
@@ -43,10 +43,7 @@ def write(folder: pathlib.Path) -> pathlib.Path:
       folder: `results/<scale>`.
 
     Returns:
-      The page.
-
-    Raises:
-      WorkdirError: if a file of the folder cannot be read.
+      The page. A file that cannot be read is left out, and the page says so.
     """
     sections, links = [], []
     for name in (*TABLES[:-1], *FIGURES, TABLES[-1]):
@@ -57,10 +54,11 @@ def write(folder: pathlib.Path) -> pathlib.Path:
             content = json.loads(path.read_text(encoding="utf-8"))
             body = _figure(content, folder) if name in FIGURES else _table(content, folder / f"{name}.png")
             title = content["title"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WorkdirError(
-                f"cannot read {path}: {type(error).__name__}: {error}; delete it, and the same command writes it anew"
-            ) from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why = f"{path.name} cannot be read ({type(error).__name__}: {error}) and is left out here"
+            print(f"{path}: {why}", file=sys.stderr)
+            sections.append(f"<section><p><strong>{_text(why)}.</strong></p></section>")
+            continue
         kind, _, rest = title.partition(": ")
         links.append(f'<a href="#{name}">{_text(rest if kind == "Study" else kind)}</a>')
         sections.append(f'<section id="{name}"><h2>{_text(title)}</h2>{body}</section>')

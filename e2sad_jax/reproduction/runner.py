@@ -200,8 +200,10 @@ class Reproduction:
         by_seed = zip(*(self.configs(entry, plan.TABLE_2) for entry in self.entries(plan.TABLE_2)), strict=True)
         return [(substitute, list(targets)) for targets in by_seed for substitute in targets]
 
-    def missing_transfers(self) -> list[tuple[Config, list[Config]]]:
-        return [(s, targets) for s, targets in self.transfers() if self.known(s, plan.TRANSFER, targets) is None]
+    def _possible_transfers(self) -> list[tuple[Config, list[Config]]]:
+        """Those that are not known yet, and need no run that diverged."""
+        possible = [(s, targets) for s, targets in self.transfers() if not self._failed.keys() & targets]
+        return [(s, targets) for s, targets in possible if self.known(s, plan.TRANSFER, targets) is None]
 
     def classifier(self, config: Config) -> checkpoint.Classifier:
         """A trained run, from its last checkpoint."""
@@ -225,9 +227,8 @@ class Reproduction:
             try:
                 self._train_and_attack()
                 with self._alone():
-                    for substitute, targets in self.missing_transfers():
-                        if not self._failed.keys() & targets:
-                            self._transfer(substitute, targets)
+                    for substitute, targets in self._possible_transfers():
+                        self._transfer(substitute, targets)
                     written = self._write()
             except Interruption:
                 raise self._stopped() from None
@@ -242,7 +243,7 @@ class Reproduction:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keeps other processes of this plan from doing the same, and from disturbing the clock of a measurement."""
+        """Keeps other processes from measuring costs and writing results at the same time; they may still train."""
         self.root.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             while True:
@@ -275,6 +276,7 @@ class Reproduction:
                     groups.extendleft([[lost], [config for config in group if config != lost]])
                 else:
                     self._failed[group[0]] = str(error)
+                    print(f"{_describe(group[0])} diverged: {error}", file=sys.stderr, flush=True)
 
     def _groups(self) -> list[list[Config]]:
         """Runs that train together, in the order of the plan; finished ones alone."""
@@ -293,7 +295,8 @@ class Reproduction:
             return self.request.together or 1
         dataset, runs = self.dataset_of(kind[0]), min(TOGETHER, len(kind))
         self.check()
-        faster = cost.faster_together(kind[0], dataset.image_shape, dataset.num_classes, runs)
+        cache = self.root / "cost"
+        faster = cost.faster_together(kind[0], dataset.image_shape, dataset.num_classes, runs, cache)
         print(f"{cost.key(kind[0])}: {runs} runs in one step are {'' if faster else 'not '}faster", file=sys.stderr)
         return runs if faster else 1
 
@@ -392,7 +395,7 @@ class Reproduction:
 
     def _announce(self, what: str, group: Sequence[Config]) -> None:
         left = sum(map(self._work_left, self.runs))
-        left += sum(plan.attack_work(s, [plan.TRANSFER], self.examples(s)) for s, _ in self.missing_transfers())
+        left += sum(plan.attack_work(s, [plan.TRANSFER], self.examples(s)) for s, _ in self._possible_transfers())
         done = sum(map(self.finished, self.runs))
         names = ", ".join(_describe(config) for config in group)
         self._clock.announce(f"{what} {names}", done, len(self.runs), left)
@@ -406,11 +409,13 @@ class Reproduction:
         return left + plan.attack_work(config, self.missing(config), self.examples(config))
 
     def _stopped(self) -> Stopped | OutOfTimeError:
-        left = [_describe(config) for config in self.runs if not self.finished(config)]
-        if transfers := len(self.missing_transfers()):
+        left = [_describe(config) for config in self.runs if not self.finished(config) and config not in self._failed]
+        if transfers := len(self._possible_transfers()):
             left.append(f"{transfers} of {len(self.transfers())} rows of Table 2")
         what = f"{sum(map(self.finished, self.runs))} of {len(self.runs)} models are trained and attacked"
         what += "; left: " + ", ".join(left or ["tables and figures"])
+        if self._failed:
+            what += "; diverged: " + ", ".join(map(_describe, self._failed))
         again = f"Everything is saved in {self.root}. The same command goes on from there:\n  {report.command()}"
         number = self._clock.stop()
         if number > 0:

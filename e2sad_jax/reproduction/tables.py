@@ -34,7 +34,6 @@ TITLES = {
 NAMES_OF_DATA = {"mnist": "MNIST", "svhn": "SVHN"}
 COST = ("FLOPs of a step", "time of a step")
 NOT_IN_PAPER = "not in the paper"
-BUSY = 0.5  # load above which a measured time is not to be trusted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +209,7 @@ def _white_box(r: Reproduction, item: Item) -> tuple[dict[str, Any], list[dict[s
             row.append(cell)
             records.append(
                 {
-                    **_where(r, config),
+                    **scale_and_data(r, config),
                     "model": entry.name,
                     "label": entry.label,
                     **dataclasses.asdict(attack),
@@ -265,7 +264,7 @@ def _black_box(r: Reproduction, item: Item) -> tuple[dict[str, Any], list[dict[s
             row.append(cell)
             records.append(
                 {
-                    **_where(r, config),
+                    **scale_and_data(r, config),
                     "substitute": substitute.name,
                     "substitute_label": substitute.label,
                     "target": target.name,
@@ -317,7 +316,7 @@ def _times(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.2f}"
 
 
-def _where(r: Reproduction, config: Config) -> dict[str, Any]:
+def scale_and_data(r: Reproduction, config: Config) -> dict[str, Any]:
     """Scale and data, for every line of a CSV."""
     dataset, trained = r.dataset_of(config), f"{config.epochs:g} epochs" if config.epochs else f"{config.steps} steps"
     return {
@@ -330,10 +329,11 @@ def _where(r: Reproduction, config: Config) -> dict[str, Any]:
 
 
 def provenance_of_cost(costs: Mapping[str, Any]) -> str:
-    """On what, when and by which command the cost was measured, and whether the machine had other work."""
-    e, load = costs["environment"], costs["load"]
+    """On what, when and by which command the cost was measured, and how far the rounds were apart."""
+    e = costs["environment"]
+    spread = max(step["slowest"] / step["fastest"] - 1 for step in costs["steps"].values())
     text = f"Measured {e['date']} on {e['hardware']}, JAX {e['jax']}, commit {str(e['commit'])[:7]}, by `{costs['command']}`"
-    return text + (f"; the machine's load was {load:.1f} beforehand." if load is not None and load > BUSY else ".")
+    return f"{text}; the slowest round of a step took up to {spread:.0%} more than its fastest."
 
 
 def _sampling(r: Reproduction, entries: Sequence[Entry], item: Item) -> str:
