@@ -18,7 +18,7 @@ TABLES = (
 FIGURES = ("figure2", "figure3", "figure4")
 STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 76rem; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 90rem; margin: 0 auto; padding: 1rem; }
 h1 { line-height: 1.2; } h2 { margin: 3rem 0 .3rem; }
 .setting { font-weight: 600; color: #8a3b00; margin: .2rem 0 .8rem; }
 .scroll { overflow-x: auto; }
