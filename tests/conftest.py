@@ -16,7 +16,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
+import numpy as np
 import pytest
+
+from e2sad_jax import data
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -47,3 +50,14 @@ def unoptimized() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> data.Dataset:
+    """Three easily told classes of 50 and 50 images of 8x8: bright rows, bright columns, noise."""
+    n, rng = 50, np.random.default_rng(0)
+    labels = rng.integers(0, 3, 2 * n).astype(np.int32)
+    images = rng.integers(0, 120, (2 * n, 8, 8, 1)).astype(np.uint8)
+    images[labels == 1, 2:4] = 250
+    images[labels == 2, :, 2:4] = 250
+    return data.Dataset("tiny", "", images[:n], labels[:n], images[n:], labels[n:], num_classes=3, source_sha256={})

@@ -167,3 +167,33 @@ def test_divergence_ends_with_exit_code_3_and_what_to_do(images, tmp_path):
     assert code == 3
     assert re.search(r"mnist: step \d+: .*loss=(nan|inf).*Try a lower --learning_rate", err)
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--table=4"], 2, "--table=4: must be of 1, 2, 3, all"),
+        (["--figure=1"], 2, "--figure=1: must be of 2, 3, 4, all"),
+        (["--study=eps"], 2, "--study=eps: must be of second_step, lam, alpha, labels, all"),
+        (["--scale=huge"], 2, "--scale=huge: must be one of full, small"),
+        (["--seeds=-1"], 2, "--seeds=-1: must be at least 0"),
+        (["--time_budget_minutes=nan"], 2, "--time_budget_minutes=nan: must be at least 0"),
+        (["--table=1", "--precision=fp8"], 2, "--precision=fp8: must be one of float32, tf32, bf16"),
+        (["--table=1", "--data=nowhere.npz"], 2, "nowhere.npz"),
+    ],
+)
+def test_the_papers_command_refuses_what_it_does_not_know(flags, code, words, tmp_path):
+    paths = [f"--workdir={tmp_path / 'w'}", f"--results={tmp_path / 'r'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.paper", *paths, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == code
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from e2sad_jax import data, jobs, models, train
+from e2sad_jax import jobs, models, train
 from e2sad_jax.config import Config
 from e2sad_jax.errors import NonFiniteError
 from e2sad_jax.workdir import read_training, write_config
@@ -22,16 +22,6 @@ def standard_promotion():
     """Optax's Adam mixes float and int32."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-@pytest.fixture(scope="module")
-def tiny() -> data.Dataset:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 2 * N).astype(np.int32)
-    images = rng.integers(0, 120, (2 * N, 8, 8, 1)).astype(np.uint8)
-    images[labels == 1, 2:4] = 250
-    images[labels == 2, :, 2:4] = 250
-    return data.Dataset("tiny", "", images[:N], labels[:N], images[N:], labels[N:], num_classes=3, source_sha256={})
 
 
 def config_of(**changes) -> Config:

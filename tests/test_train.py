@@ -38,18 +38,6 @@ def tiny_config(**changes) -> Config:
     return Config(**{**settings, "log_every": 2, **changes})
 
 
-@pytest.fixture(scope="module")
-def tiny() -> data.Dataset:
-    """Three easily told classes of 8x8 images: bright rows, bright columns, noise."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 2 * N).astype(np.int32)
-    images = rng.integers(0, 120, (2 * N, 8, 8, 1)).astype(np.uint8)
-    images[labels == 1, 2:4] = 250
-    images[labels == 2, :, 2:4] = 250
-    arrays = images[:N], labels[:N], images[N:], labels[N:]
-    return data.Dataset("tiny", "", *arrays, num_classes=3, source_sha256={})
-
-
 @pytest.fixture
 def no_evaluation(monkeypatch, tiny):
     """`run.run` up to the end of training: the data set above, no attacks after it."""
