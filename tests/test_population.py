@@ -18,8 +18,9 @@ N = 50
 
 
 @pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's Adam mixes float and int32."""
+def standard_promotion(monkeypatch, unoptimized):
+    """Optax's Adam mixes float and int32. Checkpoints are not attacked here: that takes longer than the training."""
+    monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": 0.0})
     with jax.numpy_dtype_promotion("standard"):
         yield
 
