@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import io
 import json
@@ -23,7 +22,7 @@ from e2sad_jax.progress import Bar
 from e2sad_jax.reproduction import illustration, plan, tables
 from e2sad_jax.reproduction.plan import Item
 from e2sad_jax.transforms import TRANSFORMS, Transform
-from e2sad_jax.workdir import write_bytes, write_json, write_text
+from e2sad_jax.workdir import write_bytes, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,11 +62,7 @@ def write(r: Reproduction, item: Item) -> list[pathlib.Path]:
         records = [{**tables.scale_and_data(r, configs[0]), **record} for record in records]
         figure.suptitle(_wrapped(text["setting"], figure), fontsize=8)
     save_picture(paths[0], figure)
-    lines = io.StringIO()
-    writer = csv.DictWriter(lines, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    write_text(paths[1], lines.getvalue())
+    tables.write_csv(paths[1], records)
     about = tables.about(configs, seeds=[0] if configs else [])
     write_json(paths[2], {**text, "picture": paths[0].name, "drawn_of": drawn_of, "provenance": about})
     return paths

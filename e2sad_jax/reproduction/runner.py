@@ -14,7 +14,7 @@ from e2sad_jax.attacks._loops import platform
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
 from e2sad_jax.errors import BusyError, ConfigError, NonFiniteError, OutOfTimeError, Stopped
-from e2sad_jax.evaluate import Attack, evaluate, transfer
+from e2sad_jax.evaluate import Attack, transfer
 from e2sad_jax.reproduction import cost, figures, outcomes, page, plan, tables
 from e2sad_jax.reproduction.clock import Clock, Interruption
 from e2sad_jax.reproduction.outcomes import Known, Tested
@@ -323,20 +323,8 @@ class Reproduction:
                     self._attack(job, params, attack)
 
     def _attack(self, job: jobs.Job, params: Any, attack: Attack) -> None:
-        images, labels = self.test_set(job.config)
-        with self._clock.bar(attack.name, len(images) * attack.gradients()) as progress:
-            outcome = evaluate(
-                job.model,
-                params,
-                images,
-                labels,
-                [attack],
-                transform=job.transform,
-                num_classes=job.dataset.num_classes,
-                batch_size=job.config.eval_batch_size,
-                seed=job.config.seed,
-                progress=progress,
-            )[attack.name]
+        with self._clock.bar(attack.name, self.examples(job.config) * attack.gradients()) as progress:
+            outcome = jobs.attack(job, params, jobs.tested(job), [attack], progress=progress)[attack.name]
         tested = self.tested(job.config)
         assert tested is not None
         outcomes.write(outcomes.path_of(job.workdir, attack, tested), attack, tested, [outcome])

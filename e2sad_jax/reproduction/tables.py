@@ -175,17 +175,22 @@ def write(r: Reproduction, item: Item) -> list[pathlib.Path]:
     return written
 
 
-def save(
-    folder: pathlib.Path, name: str, table: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
-) -> list[pathlib.Path]:
-    """Writes a table as NAME.json, NAME.csv (one line for each number of the table) and NAME.md."""
+def write_csv(path: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Writes records, all with the same names, whole or not at all."""
     lines = io.StringIO()
     writer = csv.DictWriter(lines, list(records[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
+    write_text(path, lines.getvalue())
+
+
+def save(
+    folder: pathlib.Path, name: str, table: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> list[pathlib.Path]:
+    """Writes a table as NAME.json, NAME.csv (one line for each number of the table) and NAME.md."""
     paths = [folder / f"{name}.{ending}" for ending in ("json", "csv", "md")]
     write_json(paths[0], {**table, "records": list(records)})
-    write_text(paths[1], lines.getvalue())
+    write_csv(paths[1], records)
     write_text(paths[2], markdown(table))
     return paths
 

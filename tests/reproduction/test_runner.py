@@ -25,13 +25,13 @@ def test_stopped_anywhere_it_goes_on_without_doing_anything_twice(
     expected = lines_of(whole.results / "study_labels.csv")
     trained.clear()
 
-    attacked, evaluate = [], runner.evaluate
+    attacked, evaluate = [], jobs.evaluate
 
     def counting(*args, **kwargs):
         attacked.append(args[4][0].name)
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(runner, "evaluate", counting)
+    monkeypatch.setattr(jobs, "evaluate", counting)
     goes, patience = 0, 0
     while goes < 60:
         goes, looks = goes + 1, 0

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from e2sad_jax import jobs
 from e2sad_jax.evaluate import Attack, transfer
 from e2sad_jax.reproduction import cost, illustration, plan, runner, tables
 from e2sad_jax.transforms import Transform
@@ -89,7 +90,7 @@ def test_tables_and_figures_from_start_to_report(ask, trained, tmp_path, labels,
     before = {p.name: p.read_text() for p in folder.glob("table*.csv")}
     trained.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "evaluate", None)
+        patch.setattr(jobs, "evaluate", None)
         patch.setattr(runner, "transfer", None)
         patch.setattr(runner.figures, "_figure_4", None)
         ask(*everything[:2], *everything[3:], seeds=1).run()
