@@ -1,9 +1,10 @@
 """The paper's networks (Tables 4 and 5) and a narrow one for small images, as Flax Linen modules.
 
 They take images `[N, H, W, C]` and return logits `[N, num_classes]`, float32 at least; the softmax of the paper's
-tables is left to the losses.
+tables is left to the losses. Pooling comes before ReLU: the same numbers and gradients, with a quarter of the ReLUs.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -11,8 +12,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from e2sad_jax.attacks._loops import platform
+from e2sad_jax import layers
+from e2sad_jax._tracing import platform
 from e2sad_jax.errors import DataError
+
+Conv = functools.partial(nn.Conv, conv_general_dilated=layers.conv_general_dilated)
 
 
 class MnistCNN(nn.Module):
@@ -39,8 +43,7 @@ class MnistCNN(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kwargs = {"dtype": self.dtype, "precision": self.precision}
         for features in self.features:
-            x = nn.relu(nn.Conv(features, (5, 5), padding=2, **kwargs)(x))
-            x = max_pool(x)
+            x = nn.relu(max_pool(Conv(features, (5, 5), padding=2, **kwargs)(x)))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(self.hidden, **kwargs)(x))
         return _logits(nn.Dense(self.num_classes, **kwargs)(x))
@@ -65,11 +68,9 @@ class SvhnCNN(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kwargs = {"padding": "VALID", "dtype": self.dtype, "precision": self.precision}
         first, second, third = self.features
-        x = nn.relu(nn.Conv(first, (5, 5), **kwargs)(x))
-        x = nn.relu(nn.Conv(second, (5, 5), **kwargs)(x))
-        x = max_pool(x)
-        x = nn.relu(nn.Conv(third, (3, 3), **kwargs)(x))
-        x = max_pool(x)
+        x = nn.relu(Conv(first, (5, 5), **kwargs)(x))
+        x = nn.relu(max_pool(Conv(second, (5, 5), **kwargs)(x)))
+        x = nn.relu(max_pool(Conv(third, (3, 3), **kwargs)(x)))
         x = x.reshape(x.shape[0], -1)
         del kwargs["padding"]
         x = nn.relu(nn.Dense(self.hidden, **kwargs)(x))

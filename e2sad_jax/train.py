@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from e2sad_jax import defenses, models
-from e2sad_jax.attacks._loops import platform
+from e2sad_jax._tracing import platform, straight_line
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
 from e2sad_jax.defenses._types import LogitsFn, Parts
@@ -203,10 +203,18 @@ def population_key(config: Config) -> Config:
 
 
 def step_flops(config: Config, image_shape: Sequence[int], num_classes: int) -> float:
-    """FLOPs of one training step by XLA's own count for the first device; compiled, not run.
+    """FLOPs of one training step by XLA's own count, of a program without loops; compiled, not run."""
+    return step_counts(config, image_shape, num_classes)["flops"]
 
-    Loops are counted as one turn of their body, so the number is right only for attacks that are unrolled: on the CPU
-    all are.
+
+def step_counts(config: Config, image_shape: Sequence[int], num_classes: int) -> dict[str, float]:
+    """FLOPs and bytes of one training step by XLA's own count; compiled, not run.
+
+    XLA counts a loop as one turn of its body. So the program that it counts is another than the one that training runs:
+    attacks unrolled, convolutions by XLA's own operation.
+
+    Returns:
+      `flops`, and `bytes` that its operations read and write.
     """
     model = models.create(config.model, num_classes, image_shape, config.precision)
     step = make_train_step(config, model, num_classes, TRANSFORMS[config.transform])
@@ -219,7 +227,9 @@ def step_flops(config: Config, image_shape: Sequence[int], num_classes: int) -> 
             epoch_order(jax.random.key(0), jnp.zeros((), jnp.uint32), n),
         )
     )
-    return float(step.lower(*shapes).compile().cost_analysis()["flops"])  # type: ignore[attr-defined]
+    with straight_line():
+        counts = step.lower(*shapes).compile().cost_analysis()  # type: ignore[attr-defined]
+    return {"flops": float(counts["flops"]), "bytes": float(counts["bytes accessed"])}
 
 
 def fit(

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from e2sad_jax import attacks, defenses, losses
+from e2sad_jax import attacks, defenses, layers, losses
+from e2sad_jax._tracing import straight_line
 from e2sad_jax.attacks import _loops
 
 N, SHAPE, HIDDEN, K = 8, (3, 4, 1), 16, 3
@@ -157,8 +158,8 @@ def test_one_key_draws_alike_on_one_device_and_four(name):
 @quick
 @pytest.mark.parametrize("name", ["ifgsm", "pgd", "pgd_from_x", "pgd_restarts"])
 @pytest.mark.parametrize("per_image", [False, True])
-def test_compiled_loop_equals_the_unrolled_one(name, per_image, monkeypatch):
-    """Accelerators get one loop, CPUs the steps one after another; also differentiated, as a defense does."""
+def test_compiled_loop_equals_the_unrolled_one(name, per_image):
+    """Also differentiated, as a defense does."""
     f, x = plain(draw()), images(N)
     key = jax.random.split(KEY, N) if per_image else KEY
 
@@ -168,10 +169,10 @@ def test_compiled_loop_equals_the_unrolled_one(name, per_image, monkeypatch):
 
         return jax.jit(attack)(x), str(jax.make_jaxpr(attack)(x))
 
-    unrolled, jaxpr = run()
+    with straight_line():
+        unrolled, jaxpr = run()
     assert "scan" not in jaxpr
     assert "while" not in jaxpr
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     looped, jaxpr = run()
     assert "scan" in jaxpr or "while" in jaxpr
     close(looped, unrolled, x)
@@ -186,6 +187,29 @@ def test_repeat(platform, monkeypatch):
     for times in (0, 1, 5):
         got = _loops.repeat(times, lambda i, v: 10 * v + i, jnp.int32(1))
         assert int(got) == int("1" + "".join(str(i) for i in range(times)))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("convolution", ["XLA's", "ours", "none"])
+def test_only_xlas_convolutions_on_the_cpu_are_not_put_into_a_loop(convolution, platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    w, settings = jnp.ones((3, 3, 1, 1)), ((1, 1), ((1, 1), (1, 1)), None, None, ("NHWC", "HWIO", "NHWC"))
+
+    @jax.checkpoint  # a program inside the program is looked into too
+    def step(z: jax.Array) -> jax.Array:
+        match convolution:
+            case "XLA's":
+                return jax.lax.conv_general_dilated(z, w, *settings)
+            case "ours":
+                return layers.conv_general_dilated(z, w, *settings)
+        return jnp.tanh(z)
+
+    def both(z: jax.Array) -> jax.Array:
+        return _loops.repeat(3, lambda i, z: step(z), z) + _loops.each(jnp.arange(3.0), lambda a: step(a * z)).sum(0)
+
+    jaxpr = str(jax.make_jaxpr(both)(jnp.ones((2, 5, 5, 1))))
+    loops = 0 if (convolution, platform) == ("XLA's", "cpu") else 2
+    assert jaxpr.count("scan[") + jaxpr.count("while[") == loops
 
 
 # --- frameworks

@@ -1,28 +1,24 @@
-"""What platform a program is made for, and how an attack repeats its step there."""
+"""How an attack repeats its step on the platform that its program is made for."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from e2sad_jax._tracing import platform as platform
+from e2sad_jax._tracing import straight
+
 T = TypeVar("T")
 
 
-def platform() -> str:
-    """Where the program that is being traced will run: "cpu", "gpu" or "tpu"."""
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # a Device, a platform's name, or None
-    return getattr(device, "platform", device) or jax.default_backend()
-
-
 def repeat(times: int, body: Callable[[int | jax.Array, T], T], init: T) -> T:
-    """`body(times - 1, ... body(1, body(0, init)))`, unrolled on the CPU and one compiled loop elsewhere.
+    """`body(times - 1, ... body(1, body(0, init)))`, one compiled loop where that costs nothing, otherwise unrolled.
 
-    XLA's CPU backend runs convolutions inside a compiled loop two to four times slower than outside one, while the
-    unrolled graph of a 40-step attack compiles in seconds; accelerators have no such penalty and prefer the small
-    graph.
+    XLA's CPU backend runs its own convolutions two to four times slower inside a compiled loop than outside one; those
+    of `e2sad_jax.layers` not.
     """
-    if platform() != "cpu":
+    if _loops_well(body, 0, init):
         return jax.lax.fori_loop(0, times, body, init)
     value = init
     for i in range(times):
@@ -31,7 +27,13 @@ def repeat(times: int, body: Callable[[int | jax.Array, T], T], init: T) -> T:
 
 
 def each(values: jax.Array, body: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """`body` of each of `values`, stacked: unrolled on the CPU, one compiled loop elsewhere, as `repeat`."""
-    if platform() != "cpu":
+    """`body` of each of `values`, stacked: one compiled loop or unrolled, as `repeat`."""
+    if _loops_well(body, values[0]):
         return jax.lax.map(body, values)
     return jnp.stack([body(values[i]) for i in range(values.shape[0])])
+
+
+def _loops_well(body: Callable[..., Any], *arguments: Any) -> bool:
+    if straight():
+        return False
+    return platform() != "cpu" or "conv_general_dilated" not in str(jax.make_jaxpr(body)(*arguments))

@@ -1,0 +1,229 @@
+"""Convolutions of the CPU against XLA's own, SciPy's and finite differences; which form is chosen where."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.signal
+from jax.test_util import check_grads
+
+from e2sad_jax import layers, models
+from e2sad_jax._tracing import straight_line
+
+# batch, height, width, channels, filters, kernel, padding: the paper's layers, narrowed; odd and uneven ones.
+SHAPES = {
+    "Table 4, first": (5, 28, 28, 1, 8, (5, 5), ((2, 2), (2, 2))),
+    "Table 4, second": (6, 14, 14, 8, 12, (5, 5), ((2, 2), (2, 2))),
+    "Table 5, first": (4, 32, 32, 3, 8, (5, 5), ((0, 0), (0, 0))),
+    "Table 5, third": (19, 12, 12, 9, 16, (3, 3), ((0, 0), (0, 0))),
+    "uneven": (7, 9, 13, 6, 5, (3, 4), ((1, 0), (0, 2))),
+    "as large as the image": (3, 5, 4, 7, 2, (5, 4), ((0, 0), (0, 0))),
+    "padding beyond the kernel": (3, 6, 5, 6, 3, (2, 3), ((3, 1), (0, 4))),
+    "one by one": (33, 6, 6, 5, 4, (1, 1), ((0, 0), (0, 0))),
+    "one image": (1, 12, 10, 2, 3, (3, 3), ((1, 1), (1, 1))),
+}
+
+
+@pytest.fixture(autouse=True)
+def every_size(monkeypatch):
+    """Small convolutions take the CPU's form too, in chunks that do not divide all of the batches above."""
+    monkeypatch.setattr(layers, "SMALL", 0)
+    monkeypatch.setattr(layers, "CHUNK_IMAGES", 4)
+
+
+def example(name: str, dtype=np.float64):
+    n, height, width, channels, filters, kernel, padding = SHAPES[name]
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(n, height, width, channels)), rng.normal(size=(*kernel, channels, filters))
+    return jnp.asarray(x, dtype), jnp.asarray(w, dtype), padding
+
+
+def xla(x, w, padding):
+    return jax.lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_convolution_and_both_gradients_are_those_of_xla(name):
+    with jax.enable_x64(True):
+        x, w, padding = example(name)
+        y, back = jax.vjp(jax.jit(lambda x, w: layers.conv(x, w, padding=padding)), x, w)
+        y_xla, back_xla = jax.vjp(lambda x, w: xla(x, w, padding), x, w)
+        g = jnp.asarray(np.random.default_rng(1).normal(size=y.shape))
+        for ours, theirs in zip((y, *back(g)), (y_xla, *back_xla(g)), strict=True):
+            assert ours.dtype == jnp.float64
+            np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["uneven", "Table 5, first"])
+def test_convolution_is_scipys(name):
+    with jax.enable_x64(True):
+        x, w, padding = example(name)
+        padded = np.pad(x, ((0, 0), *padding, (0, 0)))
+        expected = [
+            [
+                sum(scipy.signal.correlate2d(image[..., c], w[..., c, f], "valid") for c in range(w.shape[2]))
+                for f in range(2)
+            ]
+            for image in padded
+        ]
+        y = layers.conv(x, w, padding=padding)
+    np.testing.assert_allclose(y[..., :2], np.moveaxis(expected, 1, -1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["uneven", "one image", "padding beyond the kernel"])
+def test_derivatives_of_every_kind_are_those_of_finite_differences(name):
+    """Forward and reverse, and their derivatives again: Hamm's penalty and gradient alignment need them."""
+    with jax.enable_x64(True):
+        x, w, padding = example(name)
+        ours = jax.jit(functools.partial(layers.conv, padding=padding))
+        check_grads(ours, (x, w), order=2, modes=("fwd", "rev"), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["Table 4, first", "Table 4, second", "Table 5, first"])
+def test_float32_is_as_near_to_the_truth_as_xla_is(name):
+    x, w, padding = example(name, np.float32)
+    with jax.enable_x64(True):
+        x64, w64, _ = example(name)
+        x64, w64 = x64.astype(jnp.float32).astype(jnp.float64), w64.astype(jnp.float32).astype(jnp.float64)
+        y64, back64 = jax.vjp(lambda x, w: xla(x, w, padding), x64, w64)
+        g = np.random.default_rng(1).normal(size=y64.shape).astype(np.float32)
+        truth = [np.asarray(a) for a in (y64, *back64(jnp.asarray(g, jnp.float64)))]
+    for function, allowed in (
+        (functools.partial(layers.conv, padding=padding), 3e-6),
+        (lambda x, w: xla(x, w, padding), 3e-6),
+    ):
+        y, back = jax.vjp(function, x, w)
+        for value, true in zip((y, *back(jnp.asarray(g))), truth, strict=True):
+            assert value.dtype == jnp.float32
+            assert np.abs(value - true).max() <= allowed * np.abs(true).max()
+
+
+def test_vmap_over_images_kernels_or_both():
+    with jax.enable_x64(True):
+        x, w, padding = example("uneven")
+        xs, ws = jnp.stack([x, 2 * x, -x]), jnp.stack([w, w + 1, -w])
+        both = lambda conv, x, w: jax.value_and_grad(lambda x, w: (conv(x, w) ** 2).sum(), (0, 1))(x, w)  # noqa: E731
+        ours = functools.partial(both, functools.partial(layers.conv, padding=padding))
+        theirs = functools.partial(both, lambda x, w: xla(x, w, padding))
+        for axes, arguments in (((0, 0), (xs, ws)), ((None, 0), (x, ws)), ((1, None), (jnp.moveaxis(xs, 0, 1), w))):
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=1e-10),
+                jax.vmap(ours, axes)(*arguments),
+                jax.vmap(theirs, axes)(*arguments),
+            )
+
+
+def loops_in(function, *arguments, **kwargs) -> int:
+    return jax.jit(function, **kwargs).lower(*arguments).as_text().count("stablehlo.while")
+
+
+def test_the_form_is_that_of_the_platform_and_the_number_of_devices():
+    x, w, padding = example("Table 4, second", np.float32)
+    function = functools.partial(layers.conv, padding=padding)
+    assert loops_in(function, x, w) == 1
+    with straight_line():
+        assert loops_in(lambda x, w: function(x, w), x, w) == 0, "to be counted"
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    on_two = jax.jit(lambda x, w: function(x, w), in_shardings=(rows, whole)).lower(x, w)
+    assert "stablehlo.while" not in on_two.as_text(), "a loop over the images would gather them"
+    np.testing.assert_allclose(
+        on_two.compile()(jax.device_put(x, rows), jax.device_put(w, whole)), function(x, w), rtol=1e-5, atol=1e-4
+    )
+    for platform in ("cuda", "tpu"):
+        exported = jax.export.export(jax.jit(lambda x, w: function(x, w)), platforms=[platform])(x, w)
+        text = exported.mlir_module()
+        assert "stablehlo.while" not in text
+        assert text.count("stablehlo.convolution") == 1, "XLA's own"
+
+
+def test_small_convolutions_are_left_to_xla(monkeypatch):
+    x, w, padding = example("uneven", np.float32)
+    monkeypatch.setattr(layers, "SMALL", 1 << 30)
+    gradients = jax.grad(lambda x, w: layers.conv(x, w, padding=padding).sum(), (0, 1))
+    assert loops_in(gradients, x, w) == 0
+
+
+def general(x, w, **changes):
+    settings = dict(window_strides=(1, 1), padding=((1, 1), (0, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    settings |= changes
+    ours = layers.conv_general_dilated(x, w, **settings)
+    strides, padding = settings.pop("window_strides"), settings.pop("padding")
+    np.testing.assert_allclose(
+        ours, jax.lax.conv_general_dilated(x, w, strides, padding, **settings), rtol=1e-5, atol=1e-5
+    )
+    return "conv_kernel" in str(
+        jax.make_jaxpr(jax.grad(lambda w: layers.conv_general_dilated(x, w, strides, padding, **settings).sum()))(w)
+    )
+
+
+def test_what_this_module_does_not_cover_goes_to_jax():
+    x, w, _ = example("uneven", np.float32)
+    assert general(x, w)
+    assert general(x, w, padding="SAME")
+    assert general(x, w, padding="VALID")
+    for changes in (
+        {"window_strides": (2, 1)},
+        {"lhs_dilation": (2, 1)},
+        {"rhs_dilation": (1, 2)},
+        {"padding": ((-1, 0), (0, 0))},
+    ):
+        assert not general(x, w, **changes), changes
+    assert not general(x, w[:, :, :2, :3], feature_group_count=3)
+    assert not general(x.transpose(0, 3, 1, 2), w, dimension_numbers=("NCHW", "HWIO", "NCHW"))
+    assert not general(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+    assert not general(x[:, 0], w[0], window_strides=(1,), padding=((1, 1),), dimension_numbers=("NWC", "WIO", "NWC"))
+
+
+@pytest.mark.parametrize(("x", "w"), [((2, 8, 8, 3), (3, 3, 4, 5)), ((2, 4, 4, 3), (5, 5, 3, 2))])
+def test_shapes_that_do_not_fit_are_refused(x, w):
+    with pytest.raises(ValueError, match=r"does not fit images of shape"):
+        layers.conv(jnp.zeros(x), jnp.zeros(w), padding=((0, 0), (0, 0)))
+
+
+def test_inside_shard_map_it_is_jaxs_own_and_right():
+    x, w, padding = example("Table 4, second", np.float32)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+
+    def gradient(x, w):
+        return jax.grad(
+            lambda w: (
+                layers.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")) ** 2
+            ).sum()
+        )(w)
+
+    sharded = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=(rows, whole), out_specs=whole))
+    np.testing.assert_allclose(sharded(x, w), gradient(x, w), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["mnist_cnn", "svhn_cnn"])
+def test_a_network_and_its_gradients_are_those_of_plain_layers(name, monkeypatch):
+    """The whole of Table 4 and 5: logits, parameter gradients, input gradient, and the gradient of a gradient's norm."""
+    shape = (28, 28, 1) if name == "mnist_cnn" else (32, 32, 3)
+    x = jax.random.uniform(jax.random.key(1), (3, *shape))
+
+    def quantities():
+        model = (
+            models.SvhnCNN(features=(4, 6, 8), hidden=16)
+            if name == "svhn_cnn"
+            else models.MnistCNN(features=(4, 8), hidden=16)
+        )
+        params = model.init(jax.random.key(0), x)
+
+        def loss(params, x):
+            return jax.nn.logsumexp(model.apply(params, x) ** 2, axis=-1).sum()
+
+        def penalty(params):
+            return jnp.sqrt((jax.grad(loss, 1)(params, x) ** 2).sum())
+
+        return jax.jit(lambda p, x: (model.apply(p, x), jax.grad(loss, (0, 1))(p, x), jax.grad(penalty)(p)))(params, x)
+
+    ours = quantities()
+    monkeypatch.setattr(models, "Conv", models.nn.Conv)
+    monkeypatch.setattr(models, "platform", lambda: "gpu")  # XLA's own pooling too
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(quantities()), strict=True):
+        assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max()
