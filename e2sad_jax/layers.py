@@ -132,7 +132,7 @@ def _kernel_gradient(x: jax.Array, g: jax.Array, *, size: tuple[int, int], **kwa
 # The same as matrix products.
 
 
-def _cpu_conv(x: jax.Array, w: jax.Array, *, padding: Padding, precision: Any) -> jax.Array:
+def _cpu_conv(x: jax.Array, w: jax.Array, *, padding: Padding, precision: Any, forward: bool = True) -> jax.Array:
     def of(x: jax.Array) -> jax.Array:
         patches = _patches(x, w.shape[:2], padding)
         return jnp.einsum("nhwk,kf->nhwf", patches, w.reshape(-1, w.shape[3]), precision=precision)
@@ -140,10 +140,8 @@ def _cpu_conv(x: jax.Array, w: jax.Array, *, padding: Padding, precision: Any) -
     y = jax.eval_shape(functools.partial(_conv, padding=padding, precision=precision), x, w)
     if _products(y, w) < SMALL:
         return _conv(x, w, padding=padding, precision=precision)
-    chunk = _chunk(y, w)
-    many, rest = _split(x, chunk)
-    done = jax.lax.map(of, many).reshape(-1, *y.shape[1:])
-    return jnp.concatenate([done, of(rest)]) if len(rest) else done
+    # XLA would keep memory full of zeros for all convolutions of a size, and copy it for each; not this.
+    return _by_chunks(of, x, _chunk(y, w), filler=x[0, 0, 0, 0] if forward else 0.0)
 
 
 def _cpu_input_gradient(
@@ -157,12 +155,15 @@ def _cpu_input_gradient(
         channels > FEW_CHANNELS and max(above, below) < kh and max(left, right) < kw
     ):  # a convolution with the kernel turned
         around = ((kh - 1 - above, kh - 1 - below), (kw - 1 - left, kw - 1 - right))
-        return _cpu_conv(g, w[::-1, ::-1].swapaxes(2, 3), padding=around, precision=precision)
-    # The patches' gradients, added up where the patches overlap.
-    c = jnp.einsum("nhwf,kf->nhwk", g, w.reshape(-1, w.shape[3]), precision=precision)
-    c = _overlap(c.reshape(*c.shape[:3], kh, kw * channels), 1)
-    c = _overlap(c.reshape(*c.shape[:3], kw, channels), 2)
-    return c[:, above : above + size[0], left : left + size[1]]
+        return _cpu_conv(g, w[::-1, ::-1].swapaxes(2, 3), padding=around, precision=precision, forward=False)
+
+    def of(g: jax.Array) -> jax.Array:  # the patches' gradients, added up where the patches overlap
+        c = jnp.einsum("nhwf,kf->nhwk", g, w.reshape(-1, w.shape[3]), precision=precision)
+        c = _overlap(c.reshape(*c.shape[:3], kh, kw * channels), 1)
+        c = _overlap(c.reshape(*c.shape[:3], kw, channels), 2)
+        return c[:, above : above + size[0], left : left + size[1]]
+
+    return _by_chunks(of, g, _chunk(g, w))
 
 
 def _cpu_kernel_gradient(
@@ -217,6 +218,17 @@ def _chunk(y: Any, w: Any) -> int:
     patch = y.shape[1] * y.shape[2] * w.size // w.shape[3] * y.dtype.itemsize
     most = max(1, min(y.shape[0], CHUNK_IMAGES, CHUNK_BYTES // patch))
     return next((n for n in range(most, most // 2, -1) if y.shape[0] % n == 0), most)
+
+
+def _by_chunks(
+    of: Callable[[jax.Array], jax.Array], x: jax.Array, chunk: int, filler: jax.typing.ArrayLike = 0.0
+) -> jax.Array:
+    """`of(x)`, `chunk` images at a time; `filler` is what the result's memory holds until then."""
+    many, rest = _split(x, chunk)
+    shape = jax.eval_shape(of, many[0]).shape
+    begin = jnp.broadcast_to(jnp.asarray(filler, x.dtype), (len(many), *shape))
+    done = jax.lax.fori_loop(0, len(many), lambda i, y: y.at[i].set(of(many[i])), begin).reshape(-1, *shape[1:])
+    return jnp.concatenate([done, of(rest)]) if len(rest) else done
 
 
 def _split(x: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:

@@ -339,7 +339,8 @@ def step_flops(defense: str, **settings: Any) -> float:
         ("fgsm", {}, 1.9, 2.05),
         ("e2sad", {}, 3.0, 3.4),
         ("hamm", {}, 2.5, 3.1),
-        ("ifgsm", {"attack_steps": 2}, 2.5, 3.4),
+        ("ifgsm", {"attack_steps": 1}, 1.9, 2.7),
+        ("ifgsm", {"attack_steps": 5}, 4.5, 5.5),
     ],
 )
 def test_cost_in_natural_steps(defense, settings, low, high):
