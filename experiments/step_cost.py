@@ -68,4 +68,4 @@ def _run() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    common.launch(_run, "nothing else was changed")
+    common.launch(_run, "the same command measures anew", resumes=False)

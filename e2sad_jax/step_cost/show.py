@@ -9,6 +9,7 @@ from e2sad_jax.step_cost.request import OURS
 Row = Mapping[str, Any]
 NAMES = {"natural": "natural", "fgsm": "FGSM", "ifgsm": "IFGSM", "pgd": "PGD", "hamm": "Hamm", "e2sad": "e2SAD"}
 COLORS = {OURS: "#1f4e99", "torch": "#d1495b", "torch.compile": "#e8963a", "art": "#6a994e"}
+MARKS = {"fgsm": ("FGSM", "s", 7), "e2sad": ("e2SAD", "*", 15)}
 TARGET = (2.0, 0.7)  # FLOPs of IFGSM-k training in natural steps are at most 2 + 0.7 k
 
 
@@ -155,62 +156,76 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
-    """Draws time and FLOPs against the steps of the attack, in natural steps of ours; e2SAD and FGSM are marked.
+    """Draws time and FLOPs against the steps of the attack, in natural steps of ours; FGSM and e2SAD are marked.
 
     Args:
       path: PNG to write.
       result: what `measure` returns; its first precision is drawn.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     precision = result["rows"][0]["precision"]
     rows = [row for row in result["rows"] if row["precision"] == precision]
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(f"{heading(result)}, {precision}", fontsize=12)
     left, right = figure.subplots(1, 2)
-    _panel(left, rows, "time_our_natural", "Time", spread=True)
+    _panel(left, rows, "time_our_natural", "Time")
     _panel(right, [row for row in rows if row["by"] == OURS], "flops_natural", "FLOPs, by XLA's count")
-    left.set_ylabel("natural training steps (of e2sad_jax)")
-    e = result["environment"]
-    figure.supxlabel(f"{e['hardware']}; {e['date']}; JAX {e['jax']}", fontsize=8, color="0.4")
+    left.set_ylabel(f"natural training steps of {OURS}")
+    shown = dict.fromkeys(row["by"] for row in rows if row["milliseconds"])
+    marks: list[Any] = [Line2D([], [], marker="o", ms=4, color=COLORS[by], label=f"IFGSM, {by}") for by in shown]
+    for text, marker, size in MARKS.values():
+        marks.append(Line2D([], [], marker=marker, ms=size, mec="white", color="0.35", ls="", label=text))
+    marks.append(Line2D([], [], ls="--", lw=1, color="0.55", label="bound on IFGSM's FLOPs: 2 + 0.7 k"))
+    figure.legend(handles=marks, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=130)
     temporary.replace(path)
 
 
-def _panel(ax: Any, rows: Sequence[Row], field: str, title: str, *, spread: bool = False) -> None:
-    """Lines of IFGSM by library; FGSM at one step of attack and e2SAD at two."""
-    top = 0
+def _panel(ax: Any, rows: Sequence[Row], field: str, title: str) -> None:
+    """Lines of IFGSM by library, their quartiles shaded; FGSM at one step of attack and e2SAD at two."""
+    from matplotlib.ticker import NullLocator
+
+    top, ticks_at = 2, {1, 2}
     for by in dict.fromkeys(row["by"] for row in rows):
         own = [row for row in rows if row["by"] == by and row[field] is not None]
-        color, ours = COLORS[by], by == OURS
-        line = [row for row in own if row["defense"] == "ifgsm"]
-        if line:
-            steps, values = [row["attack_steps"] for row in line], [row[field] for row in line]
-            top = max(top, *steps)
-            ax.plot(steps, values, "o-", color=color, ms=4, lw=1.8, label=f"IFGSM-k, {by}", zorder=3)
-            if spread:
-                low, high = zip(*(_quartiles(row) for row in line), strict=True)
+        color = COLORS[by]
+        if line := [row for row in own if row["defense"] == "ifgsm"]:
+            steps = [row["attack_steps"] for row in line]
+            top, ticks_at = max(top, *steps), ticks_at | set(steps)
+            ax.plot(steps, [row[field] for row in line], "o-", color=color, ms=4, lw=1.8, zorder=3)
+            if field == "time_our_natural":
+                low, high = zip(*map(_quartiles, line), strict=True)
                 ax.fill_between(steps, low, high, color=color, alpha=0.18, lw=0)
-        for defense, gradients, marker in (("fgsm", 1, "s"), ("e2sad", 2, "*")):
-            for row in own:
-                if row["defense"] == defense:
-                    text = f"{NAMES[defense]}, {by}: {row[field]:.2f}"
-                    size = 15 if marker == "*" else 7
-                    ax.plot(
-                        gradients, row[field], marker, color=color, ms=size, mec="white", mew=0.8, label=text, zorder=4
-                    )
-                    if ours and defense == "e2sad":
-                        ax.axhline(row[field], color=color, lw=0.8, ls=":", zorder=1)
-    if field == "flops_natural" and top:
-        ax.plot([1, top], [TARGET[0] + TARGET[1] * k for k in (1, top)], "--", color="0.55", lw=1, label="2 + 0.7 k")
-    ax.axhline(1, color="0.6", lw=0.8)
-    ax.text(0.99, 1, "natural", transform=ax.get_yaxis_transform(), ha="right", va="bottom", fontsize=8, color="0.4")
-    ax.set(title=title, xlabel="gradient steps k of the training attack", xlim=(0, max(top, 2) * 1.04))
-    ax.set_ylim(bottom=0)
-    ax.grid(alpha=0.25)
+        for row in own:
+            if row["defense"] in MARKS:
+                gradients = 1 if row["defense"] == "fgsm" else 2
+                _, marker, size = MARKS[row["defense"]]
+                ax.plot(gradients, row[field], marker, color=color, ms=size, mec="white", mew=0.8, zorder=4)
+                if by == OURS and row["defense"] == "e2sad":
+                    _level(ax, row[field], f"e2SAD {row[field]:.2f}", color)
+    if field == "flops_natural":
+        ax.plot(
+            *zip(*((k, TARGET[0] + TARGET[1] * k) for k in range(1, top + 1)), strict=True), "--", color="0.55", lw=1
+        )
+    _level(ax, 1, "natural", "0.5")
+    ax.set(title=title, xlabel="gradient steps k of the training attack", xscale="log", yscale="log")
+    ax.set_xlim(0.85, top * 1.5)
+    for axis, ticks in ((ax.xaxis, sorted(ticks_at)), (ax.yaxis, [a * 10**b for b in range(4) for a in (1, 2, 5)])):
+        low, high = axis.get_view_interval()
+        axis.set_ticks([tick for tick in ticks if low <= tick <= high])
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
+    ax.grid(alpha=0.2)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=8, loc="upper left", frameon=False)
+
+
+def _level(ax: Any, value: float, text: str, color: str) -> None:
+    ax.axhline(value, color=color, lw=0.9, ls=":", zorder=1)
+    place = ax.get_yaxis_transform()
+    ax.text(0.995, value, text, transform=place, ha="right", va="bottom", fontsize=8.5, color=color)
 
 
 def _quartiles(row: Row) -> tuple[float, float]:
