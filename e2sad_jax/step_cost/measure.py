@@ -59,7 +59,7 @@ def measure(request: Request, write: Callable[[dict[str, Any]], None]) -> dict[s
             timers = _build(request, rows, ceilings, bar)
 
             def failed(key: Any, error: Exception) -> None:
-                if key[0] == CEILING:
+                if not isinstance(key, Kind):
                     raise error
                 _fail(rows[key], error)
 

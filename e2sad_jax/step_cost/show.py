@@ -9,6 +9,7 @@ from e2sad_jax.step_cost.request import OURS
 Row = Mapping[str, Any]
 NAMES = {"natural": "natural", "fgsm": "FGSM", "ifgsm": "IFGSM", "pgd": "PGD", "hamm": "Hamm", "e2sad": "e2SAD"}
 COLORS = {OURS: "#1f4e99", "torch": "#d1495b", "torch.compile": "#e8963a", "art": "#6a994e"}
+WIDTH = 120  # of a terminal
 MARKS = {"fgsm": ("FGSM", "s", 7), "e2sad": ("e2SAD", "*", 15)}
 TARGET = (2.0, 0.7)  # FLOPs of IFGSM-k training in natural steps are at most 2 + 0.7 k
 
@@ -131,8 +132,9 @@ def text(result: Mapping[str, Any]) -> str:
     headings, lines = _cells(result)
     columns = [[*pair, *(line[i] for line in lines)] for i, pair in enumerate(headings)]
     widths = [max(map(len, column)) for column in columns]
+    gap = "  " if sum(widths) + 2 * len(widths) <= WIDTH else " "
     table = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        gap.join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in zip(*columns, strict=True)
     ]
     rule = "-" * max(map(len, table))
@@ -140,7 +142,7 @@ def text(result: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in shown)
 
 
-def _wrapped(lines: Sequence[str], width: int = 120) -> list[str]:
+def _wrapped(lines: Sequence[str], width: int = WIDTH) -> list[str]:
     import textwrap
 
     return [part for line in lines for part in textwrap.wrap(line, width, break_on_hyphens=False)]

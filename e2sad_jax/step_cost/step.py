@@ -139,7 +139,7 @@ def timer(run: Callable[[int], None], seconds: float, at_once: int = 1) -> Timer
         return (time.perf_counter() - began) / (dispatches * at_once)
 
     run(1)
-    dispatches = math.ceil(seconds / max(block(1) * at_once, 1e-9))
+    dispatches = max(1, math.ceil(seconds / max(block(1) * at_once, 1e-9)))
 
     def timed() -> float:
         run(1)
