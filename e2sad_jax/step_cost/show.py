@@ -109,9 +109,18 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         )
     compared = [row for row in rows if row.get("losses")]
     if compared:
-        apart = max(abs(b / a - 1) for row in compared for a, b in zip(row["our_losses"], row["losses"], strict=True))
-        steps = len(compared[0]["losses"])
-        lines.append(f"Losses of the first {steps} steps, from equal parameters, were equal to {apart:.0e} first.")
+        apart = [
+            max(abs(theirs / ours - 1) for ours, theirs in zip(*both, strict=True))
+            for both in zip(
+                zip(*(row["our_losses"] for row in compared), strict=True),
+                zip(*(row["losses"] for row in compared), strict=True),
+                strict=True,
+            )
+        ]
+        lines.append(
+            "Before, from equal parameters, the losses of the first steps were ours to "
+            f"{', '.join(f'{a:.0e}' for a in apart)}."
+        )
     said: dict[str, list[str]] = {}
     for row in rows:
         for text in filter(None, (row["note"], row["error"] and f"failed: {row['error']}")):

@@ -195,11 +195,13 @@ KIND = Kind("torch", "fgsm", 0, "float32")
 
 
 def test_a_peer_with_other_losses_is_refused():
-    measure.check_losses(KIND, [2.5, 2.4], [2.5, 2.4 * (1 + 1e-6)])
-    with pytest.raises(measure.PeerError, match=r"fgsm: torch has loss 2.4024 in step 2 where ours is 2.4;"):
-        measure.check_losses(KIND, [2.5, 2.4], [2.5, 2.4024])
-    with pytest.raises(measure.PeerError):
-        measure.check_losses(KIND, [2.5], [float("nan")])
+    ours = [2.5, 2.4, 2.0]
+    measure.check_losses(KIND, ours, [2.5 * (1 + 1e-5), 2.401, 2.001])
+    with pytest.raises(measure.PeerError, match=r"fgsm: torch has loss 2.42 in step 2 where ours is 2.4;"):
+        measure.check_losses(KIND, ours, [2.5, 2.42, 2.0])
+    for wrong in (2.501, float("nan")):
+        with pytest.raises(measure.PeerError, match="in step 1"):
+            measure.check_losses(KIND, ours, [wrong, 2.4, 2.0])
 
 
 def test_a_peer_stands_below_ours(made_up, monkeypatch, tmp_path, capsys):

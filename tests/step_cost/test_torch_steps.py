@@ -26,7 +26,7 @@ def ours():
     def of(defense):
         if defense not in found:
             step = Step(dataclasses.replace(CONFIG, defense=defense), SHAPE, 10)
-            found[defense] = (step.parameters(), step.losses(measure.COMPARED))
+            found[defense] = (step.parameters(), step.losses(3))
         return found[defense]
 
     return of
@@ -36,7 +36,8 @@ def check(config, ours, change=lambda step: None):
     parameters, losses = ours
     step = pytorch.TorchStep(config, SHAPE, 10, parameters)
     change(step)
-    measure.check_losses(Kind("torch", config.defense, 0, "float32"), losses, step.losses(measure.COMPARED))
+    # So small a network departs less in three steps than `measure.TOLERANCES` allow.
+    measure.check_losses(Kind("torch", config.defense, 0, "float32"), losses, step.losses(3), (2e-5,) * 3)
 
 
 @pytest.mark.usefixtures("unoptimized")
