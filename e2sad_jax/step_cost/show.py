@@ -185,10 +185,13 @@ def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
     _panel(right, [row for row in rows if row["by"] == OURS], "flops_natural", "FLOPs, by XLA's count")
     left.set_ylabel(f"natural training steps of {OURS}")
     shown = dict.fromkeys(row["by"] for row in rows if row["milliseconds"])
-    marks: list[Any] = [Line2D([], [], marker="o", ms=4, color=COLORS[by], label=f"IFGSM, {by}") for by in shown]
+    lines = any(row["defense"] == "ifgsm" for row in rows)
+    marker, text = ("o", "IFGSM, ") if lines else ("", "")
+    marks: list[Any] = [Line2D([], [], marker=marker, ms=4, color=COLORS[by], label=text + by) for by in shown]
     for text, marker, size in MARKS.values():
         marks.append(Line2D([], [], marker=marker, ms=size, mec="white", color="0.35", ls="", label=text))
-    marks.append(Line2D([], [], ls="--", lw=1, color="0.55", label="bound on IFGSM's FLOPs: 2 + 0.7 k"))
+    if lines:
+        marks.append(Line2D([], [], ls="--", lw=1, color="0.55", label="bound on IFGSM's FLOPs: 2 + 0.7 k"))
     figure.legend(handles=marks, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=130)
@@ -199,13 +202,13 @@ def _panel(ax: Any, rows: Sequence[Row], field: str, title: str) -> None:
     """Lines of IFGSM by library, their quartiles shaded; FGSM at one step of attack and e2SAD at two."""
     from matplotlib.ticker import NullLocator
 
-    top, ticks_at = 2, {1, 2}
+    top, ticks_at, iterated = 2, {1, 2}, False
     for by in dict.fromkeys(row["by"] for row in rows):
         own = [row for row in rows if row["by"] == by and row[field] is not None]
         color = COLORS[by]
         if line := [row for row in own if row["defense"] == "ifgsm"]:
             steps = [row["attack_steps"] for row in line]
-            top, ticks_at = max(top, *steps), ticks_at | set(steps)
+            top, ticks_at, iterated = max(top, *steps), ticks_at | set(steps), True
             ax.plot(steps, [row[field] for row in line], "o-", color=color, ms=4, lw=1.8, zorder=3)
             if field == "time_our_natural":
                 low, high = zip(*map(_quartiles, line), strict=True)
@@ -217,7 +220,7 @@ def _panel(ax: Any, rows: Sequence[Row], field: str, title: str) -> None:
                 ax.plot(gradients, row[field], marker, color=color, ms=size, mec="white", mew=0.8, zorder=4)
                 if by == OURS and row["defense"] == "e2sad":
                     _level(ax, row[field], f"e2SAD {row[field]:.2f}", color)
-    if field == "flops_natural":
+    if field == "flops_natural" and iterated:
         ax.plot(
             *zip(*((k, TARGET[0] + TARGET[1] * k) for k in range(1, top + 1)), strict=True), "--", color="0.55", lw=1
         )
