@@ -41,14 +41,19 @@ def main(
     launch(lambda: _run(suite, by_defense), "the workdir's last checkpoint is safe")
 
 
-def launch(run: Callable[[], None], saved: str) -> None:
+def launch(run: Callable[[], None], saved: str, *, resumes: bool = True) -> None:
     """Parses the flags and calls `run`; what goes wrong is one line and an exit code.
 
     Args:
       run: the experiment.
       saved: what a failure of the system leaves whole.
+      resumes: whether the same command goes on from there.
     """
-    app.run(lambda argv: _guarded(run, saved), flags_parser=_parse)
+    failed, interrupted = saved, saved
+    if resumes:
+        failed = f"{saved}, and the same command goes on from there"
+        interrupted = "the same command goes on from the last checkpoint"
+    app.run(lambda argv: _guarded(run, failed, interrupted), flags_parser=_parse)
 
 
 def define_flags(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[str, Any]], baseline: str) -> None:
@@ -120,7 +125,7 @@ def _run(suite: str, by_defense: Mapping[str, Mapping[str, Any]]) -> None:
         run.run_beside(configs, suite)
 
 
-def _guarded(run: Callable[[], None], saved: str) -> None:
+def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
     try:
         run()
         sys.stdout.flush()
@@ -128,11 +133,9 @@ def _guarded(run: Callable[[], None], saved: str) -> None:
         _fail(str(error), error.exit_code)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # if it was standard output that failed, not again at the exit
-        _fail(f"{error}; {saved}, and the same command goes on from there", 1)
+        _fail(f"{error}; {failed}", 1)
     except KeyboardInterrupt:
-        print(
-            f"{_program()}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True
-        )
+        print(f"{_program()}: interrupted; {interrupted}", file=sys.stderr, flush=True)
         os._exit(130)  # not through the teardown of threads that the second Ctrl-C cut short
 
 

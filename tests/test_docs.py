@@ -42,6 +42,7 @@ def test_flags_in_commands_exist(page):
 
     known = set(Config.__dataclass_fields__) | {
         *("table", "figure", "study", "scale", "seeds", "time_budget_minutes", "results"),  # experiments.paper
+        *("image_size", "rounds", "seconds", "peer", "steps_per_dispatch"),  # experiments.step_cost
         "baseline",
         "describe",
         "help",

@@ -55,7 +55,7 @@ def test_declared_dependencies_are_those_that_the_constraints_pin():
     }
     for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
         assert re.split(r"[><=\[]", requirement)[0].lower().replace("-", "_") in pinned, requirement
-    assert {"dev", "cuda", "tpu"} == set(project["optional-dependencies"])
+    assert {"dev", "bench", "cuda", "tpu"} == set(project["optional-dependencies"])
 
 
 def test_version_is_one():

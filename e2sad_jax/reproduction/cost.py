@@ -5,22 +5,19 @@ import json
 import math
 import pathlib
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from e2sad_jax import models, report, train
-from e2sad_jax.attacks._loops import platform
+from e2sad_jax import report
 from e2sad_jax.config import Config
-from e2sad_jax.transforms import TRANSFORMS
+from e2sad_jax.step_cost import counts
+from e2sad_jax.step_cost.step import Step, in_turn
 from e2sad_jax.workdir import write_json
 
 ROUNDS = 7
 SECONDS = 0.1  # a timing is of so many steps that it takes at least this long
-IMAGES = 1024  # to take batches from
 
 
 def key(config: Config) -> str:
@@ -73,7 +70,7 @@ def measure(
     steps: dict[str, Any] = {}
     for name, config in kinds.items():
         progress(f"count {name}")
-        flops = _flops(config, image_shape, num_classes)
+        flops = counts.flops(config, image_shape, num_classes)
         own, reference = times[name], times[key(natural)]
         steps[name] = {
             "flops": flops,
@@ -101,15 +98,6 @@ def _natural(config: Config) -> Config:
     )
 
 
-def _flops(config: Config, image_shape: tuple[int, ...], num_classes: int) -> float | None:
-    try:
-        cpu = jax.devices("cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS names others only
-        return None
-    with jax.default_device(cpu):
-        return train.step_flops(config, image_shape, num_classes)
-
-
 def _times(
     kinds: Mapping[str, Config],
     image_shape: tuple[int, ...],
@@ -120,13 +108,14 @@ def _times(
     timers = {}
     for name, config in kinds.items():
         progress(f"time {name}")
-        timers[name] = _timer(config, image_shape, num_classes)
-    times: dict[str, list[float]] = {name: [] for name in kinds}
-    for i in range(ROUNDS):
-        progress(f"round {i + 1} of {ROUNDS}")
-        for name, timer in timers.items():
-            times[name].append(timer())
-    return times
+        timers[name] = Step(config, image_shape, num_classes).timer(SECONDS)
+
+    def told(i: int, name: str) -> None:
+        if name == next(iter(timers)):
+            progress(f"round {i + 1} of {ROUNDS}")
+
+    rounds = list(in_turn(timers, ROUNDS, progress=told))
+    return {name: [seconds[name] for seconds in rounds] for name in kinds}
 
 
 def faster_together(
@@ -145,8 +134,8 @@ def faster_together(
     except (OSError, ValueError, KeyError, TypeError):
         pass
     try:
-        one = _timer(config, image_shape, num_classes)
-        together = _timer(config, image_shape, num_classes, runs)
+        one = Step(config, image_shape, num_classes).timer(SECONDS)
+        together = Step(config, image_shape, num_classes, runs=runs).timer(SECONDS)
         ratios = [b / a for a, b in [(one(), together()) for _ in range(3)]]
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -157,38 +146,3 @@ def faster_together(
     about = {"kind": key(config), "runs": runs, "time_of_one_step": ratio if math.isfinite(ratio) else None}
     write_json(path, {**about, "faster": ratio < runs, **environment})
     return ratio < runs
-
-
-def _timer(
-    config: Config, image_shape: tuple[int, ...], num_classes: int, runs: int | None = None
-) -> Callable[[], float]:
-    """A function that trains for at least `SECONDS` and returns the seconds of one step, of `runs` runs together."""
-    at_once = 1 if platform() == "cpu" else train.STEPS_PER_DISPATCH
-    model = models.create(config.model, num_classes, image_shape, config.precision)
-    step = train.make_train_step(
-        config, model, num_classes, TRANSFORMS[config.transform], population=runs is not None, steps=at_once
-    )
-    rng = np.random.default_rng(0)
-    n = max(IMAGES, config.batch_size)
-    order = np.concatenate([rng.permutation(n), rng.permutation(n)]).astype(np.int32)
-    state = train.init_state(config, model, image_shape)
-    extra: list[Any] = []
-    if runs is not None:
-        order = np.tile(order, (runs, 1))
-        state, extra = train.stack([state] * runs), [{}]
-    if at_once > 1:
-        extra.append(np.int32(at_once))
-    batches = (rng.integers(0, 256, (n, *image_shape), np.uint8), rng.integers(0, num_classes, n, np.int32), order)
-    arguments = [*jax.device_put(batches), *jax.device_put(extra)]
-
-    def run(dispatches: int) -> float:
-        nonlocal state
-        began = time.perf_counter()
-        for _ in range(dispatches):
-            state, _ = step(state, *arguments)
-        jax.block_until_ready(state)
-        return (time.perf_counter() - began) / (dispatches * at_once)
-
-    run(1)  # compiles
-    dispatches = math.ceil(SECONDS / (run(2) * at_once))
-    return lambda: run(dispatches)

@@ -1,0 +1,242 @@
+"""Measures the steps of all defenses side by side in one process."""
+
+import contextlib
+import math
+import os
+import signal
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+
+from e2sad_jax import report
+from e2sad_jax.attacks._loops import platform
+from e2sad_jax.errors import Error, Stopped
+from e2sad_jax.progress import Bar
+from e2sad_jax.step_cost import counts, peers
+from e2sad_jax.step_cost.request import NUM_CLASSES, OURS, Kind, Request
+from e2sad_jax.step_cost.step import Step, Timer, in_turn, timer
+
+FORMAT = 1  # of step_cost.json
+# How far, of itself, a peer's loss may be from ours in each step that is compared before anything is timed. Both compute in
+# float32 and sum in another order. A pixel whose gradient is smaller than that error may be attacked the other way, which
+# barely moves the first loss. It moves the parameters, though, for Adam's first updates are as long for a tiny gradient
+# as for a large one: our own step, begun with parameters that are off by 1e-7, is off by 1e-3 in the second and third.
+# Another eps, weight or label shows in the first loss, another optimiser or order of batches in those after.
+TOLERANCES = (5e-5, 5e-3, 5e-3)
+CEILING = "ceiling"
+
+Rows = dict[Kind, dict[str, Any]]
+
+
+class PeerError(Error):
+    """Another library's step does something else than ours: what it costs says nothing."""
+
+
+def measure(request: Request, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Builds every step, times them in turn, and sums up.
+
+    A step that fails says so in its row; the others stay. On Ctrl-C what was measured until then is still written.
+
+    Args:
+      request: what to measure.
+      write: called with the result when there is one.
+
+    Returns:
+      What step_cost.json holds (docs/step_cost.md).
+
+    Raises:
+      PeerError: if a peer's losses are not ours.
+      Stopped: after Ctrl-C.
+    """
+    rows: Rows = {kind: _row(kind) for kind in request.kinds()}
+    rounds: list[dict[Any, float]] = []
+    ceilings: dict[str, float] = {}
+    interrupted = False
+    with Bar("step cost", len(rows) + request.rounds * (len(rows) + len(set(request.precision))), "timings") as bar:
+        try:
+            timers = _build(request, rows, ceilings, bar)
+
+            def failed(key: Any, error: Exception) -> None:
+                if not isinstance(key, Kind):
+                    raise error
+                _fail(rows[key], error)
+
+            for one in in_turn(
+                timers, request.rounds, progress=lambda i, key: bar.update(1, f"round {i + 1}"), failed=failed
+            ):
+                rounds.append(one)
+        except KeyboardInterrupt:
+            interrupted = True
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "settings": {
+            **{name: getattr(request, name) for name in ("batch_size", "model", "rounds", "seconds")},
+            "image_shape": list(request.image_shape),
+            "steps_per_dispatch": next(
+                (r["steps_per_dispatch"] for r in rows.values() if r["steps_per_dispatch"]), None
+            ),
+        },
+        "rounds_done": len(rounds),
+        "ceiling": {
+            precision: {"flops": flops, "flops_per_second": flops / min(seconds), "seconds": seconds}
+            for precision, flops in ceilings.items()
+            if (seconds := [r[CEILING, precision] for r in rounds])
+        },
+        "rows": list(rows.values()),
+        "device_peak_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+        "command": report.command(),
+        "environment": {**report.environment(), **_peer_versions(request)},
+    }
+    summarise(rows, rounds, result["ceiling"], request.batch_size)
+    if rounds:
+        write(result)
+    if interrupted:
+        kept = f"the {len(rounds)} rounds that were done are in {request.results}" if rounds else "nothing was written"
+        raise Stopped(f"interrupted; {kept}", signal.SIGINT)
+    return result
+
+
+def _row(kind: Kind) -> dict[str, Any]:
+    return {
+        "name": kind.name,
+        "by": kind.by,
+        "defense": kind.defense,
+        "attack_steps": kind.attack_steps or None,
+        "precision": kind.precision,
+        "error": None,
+        "note": "",
+        "steps_per_dispatch": None,
+        "compile_seconds": None,
+        "flops": None,
+        "bytes_accessed": None,
+        "peak_bytes": None,
+    }
+
+
+def _build(request: Request, rows: Rows, ceilings: dict[str, float], bar: Bar) -> dict[Any, Timer]:
+    """A warm timer of each step, and of the product that is the ceiling, which opens each round."""
+    timers: dict[Any, Timer] = {}
+    for precision in dict.fromkeys(request.precision):
+        timers[CEILING, precision], ceilings[precision] = counts.product(precision)
+    parameters: Any = None
+    losses: dict[tuple[str, int], list[float]] = {}
+    for kind, row in rows.items():
+        bar.update(1, f"{kind.name} by {kind.by}: compile and warm up")
+        try:
+            if kind.by == OURS:
+                step = _ours(request, kind)
+                row.update(
+                    steps_per_dispatch=step.at_once,
+                    compile_seconds=step.compile_seconds,
+                    peak_bytes=counts.peak_bytes(step.compiled),
+                )
+                parameters = step.parameters()
+                if request.peer and kind.precision == "float32":
+                    losses[kind.defense, kind.attack_steps] = step.losses(len(TOLERANCES))
+                timers[kind] = step.timer(request.seconds)
+                config = request.config(kind)
+                row["flops"] = counts.flops(config, request.image_shape, NUM_CLASSES)
+                row["bytes_accessed"] = counts.bytes_accessed(config, request.image_shape, NUM_CLASSES)
+            elif (kind.defense, kind.attack_steps) not in losses:
+                row["note"] = "not measured without ours"
+            else:
+                timers[kind] = _peer(request, kind, row, parameters, losses[kind.defense, kind.attack_steps])
+        except Error:
+            raise
+        except Exception as error:
+            timers.pop(kind, None)
+            _fail(row, error)
+    return timers
+
+
+def _ours(request: Request, kind: Kind) -> Step:
+    """The one place where a step of ours is built."""
+    return Step(request.config(kind), request.image_shape, NUM_CLASSES, steps_per_dispatch=request.steps_per_dispatch)
+
+
+def _peer(request: Request, kind: Kind, row: dict[str, Any], parameters: Any, losses: Sequence[float]) -> Timer:
+    """A warm timer of a peer's step, after it has shown that its losses are ours."""
+    with peers.time_limit(peers.COMPILE_SECONDS) if kind.by == "torch.compile" else contextlib.nullcontext():
+        step = peers.build(kind.by, request.config(kind), request.image_shape, NUM_CLASSES, parameters)
+        theirs = step.losses(len(TOLERANCES))
+        if theirs is not None:
+            check_losses(kind, losses, theirs)
+            row["losses"], row["our_losses"] = theirs, list(losses)
+        row.update(note=step.note, compile_seconds=step.compile_seconds)
+        return timer(step.run, request.seconds)
+
+
+def check_losses(
+    kind: Kind, ours: Sequence[float], theirs: Sequence[float], tolerances: Sequence[float] = TOLERANCES
+) -> None:
+    """Makes sure that two steps that began with equal parameters do the same.
+
+    Raises:
+      PeerError: naming the first step whose losses differ by more than its share in `tolerances`.
+    """
+    for i, (a, b, tolerance) in enumerate(zip(ours, theirs, tolerances, strict=True)):
+        if not math.isclose(a, b, rel_tol=tolerance):
+            raise PeerError(
+                f"{kind.name}: {kind.by} has loss {b:.7g} in step {i + 1} where ours is {a:.7g}; they may differ by "
+                f"{tolerance:g} of it, so these are not the same steps and are not compared"
+            )
+
+
+def _fail(row: dict[str, Any], error: Exception) -> None:
+    """Notes in a row why its step has no times."""
+    if isinstance(error, peers.NotOfferedError):
+        row["note"] = str(error)
+        return
+    text = str(error).strip().splitlines()
+    row["error"] = f"{type(error).__name__}: {text[0] if text else 'no message'}"[:200]
+    if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
+        row["error"] = f"out of memory; {row['error']}"
+
+
+def summarise(rows: Rows, rounds: Sequence[Mapping[Any, float]], ceiling: Mapping[str, Any], batch_size: int) -> None:
+    """Fills in what follows from the seconds of each round; ratios are medians over the rounds, each within its round."""
+
+    def ratio(kind: Kind, other: Kind) -> float | None:
+        pairs = [r[kind] / r[other] for r in rounds if kind in r and other in r]
+        return statistics.median(pairs) if pairs else None
+
+    for kind, row in rows.items():
+        seconds = [r[kind] for r in rounds if kind in r]
+        natural = Kind(kind.by, "natural", 0, kind.precision)
+        ours = Kind(OURS, kind.defense, kind.attack_steps, kind.precision)
+        row["seconds"] = seconds
+        times = dict.fromkeys(("milliseconds", "fastest", "lower_quartile", "upper_quartile", "slowest"))
+        row |= times
+        middle = statistics.median(seconds) if seconds else None
+        if middle is not None:
+            low, _, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * seconds
+            values = (middle, min(seconds), low, high, max(seconds))
+            row |= {name: 1e3 * value for name, value in zip(times, values, strict=True)}
+        row["images_per_second"] = batch_size / middle if middle else None
+        row["flops_per_second"] = row["flops"] / middle if middle and row["flops"] else None
+        most = ceiling.get(kind.precision)
+        share = row["flops_per_second"] / most["flops_per_second"] if most and row["flops_per_second"] else None
+        row["share_of_ceiling"] = share
+        row["time_natural"] = ratio(kind, natural)
+        row["time_our_natural"] = ratio(kind, Kind(OURS, "natural", 0, kind.precision))
+        row["time_ifgsm_30"] = ratio(kind, Kind(kind.by, "ifgsm", 30, kind.precision))
+        row["time_float32"] = ratio(kind, Kind(kind.by, kind.defense, kind.attack_steps, "float32"))
+        row["ours_over_peer"] = ratio(ours, kind) if kind.by != OURS else None
+        flops = (rows.get(natural) or {}).get("flops")
+        row["flops_natural"] = row["flops"] / flops if flops and row["flops"] else None
+
+
+def _peer_versions(request: Request) -> dict[str, str]:
+    """Versions of the peers' packages, and with how many threads PyTorch computes."""
+    shipped = dict.fromkeys(peers.SHIPPED_BY[p] for name in request.peer for p in peers.PACKAGES[name])
+    versions = {name: metadata.version(name) for name in shipped}
+    if not versions:
+        return {}
+    import torch
+
+    threads = f"torch {torch.get_num_threads()} (OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}), JAX {os.cpu_count()}"
+    threads = threads if platform() == "cpu" else ""
+    return versions | ({"threads": threads} if threads else {})

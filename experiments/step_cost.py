@@ -1,0 +1,71 @@
+"""What a training step of each defense costs here: time, FLOPs, memory; other libraries beside it.
+
+python -m experiments.step_cost --defense=natural,fgsm,e2sad --peer=torch
+"""
+
+import sys
+from typing import Any
+
+from absl import flags
+
+from e2sad_jax.errors import ConfigError
+from experiments import common
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags, as the main module's own: `--help` lists those."""
+    from e2sad_jax.step_cost.request import DEFAULT_ATTACK_STEPS, DEFAULT_DEFENSES
+
+    own: dict[str, Any] = {"module_name": sys.argv[0]}
+    text = "defenses; of natural, fgsm, ifgsm, pgd, hamm, e2sad, several with commas; natural is always measured"
+    flags.DEFINE_list("defense", list(DEFAULT_DEFENSES), text, **own)
+    text = "gradient steps of ifgsm and pgd, each a row; at least 1, several with commas"
+    flags.DEFINE_list("attack_steps", list(map(str, DEFAULT_ATTACK_STEPS)), text, **own)
+    flags.DEFINE_integer("batch_size", 256, "images a step; at least 1", **own)
+    flags.DEFINE_string("model", "mnist_cnn", "network; one of mnist_cnn, svhn_cnn, digits_cnn", **own)
+    flags.DEFINE_integer("image_size", 0, "height and width of the images, 0: those of the model's data set", **own)
+    text = "what the layers compute in; of float32, tf32, bf16, several with commas"
+    flags.DEFINE_list("precision", ["float32"], text, **own)
+    flags.DEFINE_integer("rounds", 7, "rounds in which all steps are timed in turn; at least 1", **own)
+    flags.DEFINE_float("seconds", 0.1, "least time of one timing, in steps as many as that takes; at least 0", **own)
+    text = "other libraries to measure beside ours, in float32; of torch, art, several with commas; empty: none"
+    flags.DEFINE_list("peer", [], text, **own)
+    text = "steps that the host starts at once; at least 1, or 0: what training takes here, 1 on the CPU, else 64"
+    flags.DEFINE_integer("steps_per_dispatch", 0, text, **own)
+    flags.DEFINE_string("results", "runs/step_cost", "folder for step_cost.md, .json and .png", **own)
+
+
+def _attack_steps() -> tuple[int, ...]:
+    try:
+        return tuple(map(int, FLAGS.attack_steps))
+    except ValueError:
+        given = ",".join(FLAGS.attack_steps)
+        raise ConfigError(f"--attack_steps={given}: must be whole numbers, several with commas, as 1,10,30") from None
+
+
+def _run() -> None:
+    from e2sad_jax.step_cost import run
+    from e2sad_jax.step_cost.request import Request
+
+    run.run(
+        Request(
+            defense=tuple(FLAGS.defense),
+            attack_steps=_attack_steps(),
+            batch_size=FLAGS.batch_size,
+            model=FLAGS.model,
+            image_size=FLAGS.image_size,
+            precision=tuple(FLAGS.precision),
+            rounds=FLAGS.rounds,
+            seconds=FLAGS.seconds,
+            peer=tuple(FLAGS.peer),
+            steps_per_dispatch=FLAGS.steps_per_dispatch,
+            results=FLAGS.results,
+        )
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    common.launch(_run, "the same command measures anew", resumes=False)
