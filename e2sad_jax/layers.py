@@ -20,7 +20,7 @@ from e2sad_jax import _tracing
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
-CHUNK_BYTES = 5 << 19  # of patches at a time: what the caches of a core hold
+CHUNK_BYTES = 5 << 19  # of patches: what a core's caches hold
 CHUNK_IMAGES = 16
 FEW_CHANNELS = 4
 SMALL = 1 << 24  # multiplications: below, XLA's own is fast enough, and sooner compiled
@@ -141,7 +141,7 @@ def _cpu_conv(x: jax.Array, w: jax.Array, *, padding: Padding, precision: Any, f
     if _products(y, w) < SMALL:
         return _conv(x, w, padding=padding, precision=precision)
     # XLA would keep memory full of zeros for all convolutions of a size, and copy it for each; not this.
-    return _by_chunks(of, x, _chunk(y, w), filler=x[0, 0, 0, 0] if forward else 0.0)
+    return _by_chunks(of, x, _turn(y, w), filler=x[0, 0, 0, 0] if forward else 0.0)
 
 
 def _cpu_input_gradient(
@@ -163,7 +163,7 @@ def _cpu_input_gradient(
         c = _overlap(c.reshape(*c.shape[:3], kw, channels), 2)
         return c[:, above : above + size[0], left : left + size[1]]
 
-    return _by_chunks(of, g, _chunk(g, w))
+    return _by_chunks(of, g, _turn(g, w))
 
 
 def _cpu_kernel_gradient(
@@ -182,10 +182,16 @@ def _cpu_kernel_gradient(
             return jnp.einsum("nhwf,nhwk->fk", g, patches, precision=precision)
         return jnp.einsum("nhwk,nhwf->kf", patches, g, precision=precision)
 
-    chunk = _chunk(g, w)
-    (xs, x_rest), (gs, g_rest) = _split(x, chunk), _split(g, chunk)
+    turn = _turn(g, w)
+    (xs, x_rest), (gs, g_rest) = _split(x, turn), _split(g, turn)
+
+    def add(total: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        for x, g in zip(*map(_halves, pair), strict=True):
+            total += of(x, g)
+        return total, None
+
     zeros = jnp.zeros((w.size // shape[3], shape[3]), g.dtype)
-    total, _ = jax.lax.scan(lambda sum, pair: (sum + of(*pair), None), zeros.T if turned else zeros, (xs, gs))
+    total, _ = jax.lax.scan(add, zeros.T if turned else zeros, (xs, gs))
     if len(x_rest):
         total += of(x_rest, g_rest)
     return (total.T if turned else total).reshape(shape)
@@ -213,27 +219,37 @@ def _products(y: Any, w: Any) -> int:
     return y.size * w.size // w.shape[3]
 
 
-def _chunk(y: Any, w: Any) -> int:
-    """Images at a time: one that divides the batch if it is not much smaller than what the cache would hold."""
-    patch = y.shape[1] * y.shape[2] * w.size // w.shape[3] * y.dtype.itemsize
-    most = max(1, min(y.shape[0], CHUNK_IMAGES, CHUNK_BYTES // patch))
+def _turn(y: Any, w: Any) -> int:
+    """Images that a turn of a loop takes: twice what a cache holds, of a number that divides the batch if one is near."""
+    patches = y.shape[1] * y.shape[2] * w.size // w.shape[3] * y.dtype.itemsize
+    most = max(1, min(y.shape[0], 2 * CHUNK_IMAGES, 2 * CHUNK_BYTES // patches))
     return next((n for n in range(most, most // 2, -1) if y.shape[0] % n == 0), most)
 
 
+def _split(x: jax.Array, turn: int) -> tuple[jax.Array, jax.Array]:
+    whole = len(x) // turn * turn
+    return x[:whole].reshape(-1, turn, *x.shape[1:]), x[whole:]
+
+
+def _halves(x: jax.Array) -> list[jax.Array]:
+    """Two chunks, so that the patches of one can be cut while another core cuts the other's."""
+    middle = (len(x) + 1) // 2
+    return [part for part in (x[:middle], x[middle:]) if len(part)]
+
+
 def _by_chunks(
-    of: Callable[[jax.Array], jax.Array], x: jax.Array, chunk: int, filler: jax.typing.ArrayLike = 0.0
+    of: Callable[[jax.Array], jax.Array], x: jax.Array, turn: int, filler: jax.typing.ArrayLike = 0.0
 ) -> jax.Array:
-    """`of(x)`, `chunk` images at a time; `filler` is what the result's memory holds until then."""
-    many, rest = _split(x, chunk)
+    """`of(x)`, `turn` images at a time; `filler` is what the result's memory holds until then."""
+    many, rest = _split(x, turn)
     shape = jax.eval_shape(of, many[0]).shape
     begin = jnp.broadcast_to(jnp.asarray(filler, x.dtype), (len(many), *shape))
-    done = jax.lax.fori_loop(0, len(many), lambda i, y: y.at[i].set(of(many[i])), begin).reshape(-1, *shape[1:])
+
+    def put(i: jax.Array, y: jax.Array) -> jax.Array:
+        return y.at[i].set(jnp.concatenate([of(part) for part in _halves(many[i])]))
+
+    done = jax.lax.fori_loop(0, len(many), put, begin).reshape(-1, *shape[1:])
     return jnp.concatenate([done, of(rest)]) if len(rest) else done
-
-
-def _split(x: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-    whole = len(x) // chunk * chunk
-    return x[:whole].reshape(-1, chunk, *x.shape[1:]), x[whole:]
 
 
 def _define(primitive: Primitive, xla: Callable[..., jax.Array], cpu: Callable[..., jax.Array]) -> None:
