@@ -88,13 +88,15 @@ class Checkpoints:
                 "same command goes on from there"
             ) from error
 
-    def restore(self, like: TrainState, step: int | None = None) -> TrainState:
+    def restore(
+        self, like: TrainState, step: int | None = None, place: jax.sharding.Sharding | None = None
+    ) -> TrainState:
         """The state of `step`, the last one by default.
 
         Args:
-          like: a state of the same configuration, or its shapes (`jax.eval_shape`). The result lies on the default
-            device.
+          like: a state of the same configuration, or its shapes (`jax.eval_shape`).
           step: a step that was kept.
+          place: where the result lies, whatever it was saved from; None for the default device.
 
         Raises:
           WorkdirError: if there is no such checkpoint, or it cannot be read or fits another network.
@@ -102,7 +104,7 @@ class Checkpoints:
         step = self.last_step if step is None else step
         if step is None:
             raise WorkdirError(f"{self.folder} holds no checkpoint yet")
-        place = jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
+        place = place or jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
         stored = jax.eval_shape(_storable, like)
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), stored)
         try:

@@ -58,6 +58,7 @@ class Config:
     delta: float = _setting(0.25, "mass that soft labels give to the wrong classes", above=0, upper=0.999)
     seed: int = _setting(0, "seed of initialisation, order and attacks", lower=0, upper=2**32 - 1)
     precision: str = _setting("float32", "what the layers compute in", choices=("float32", "tf32", "bf16"))
+    devices: int = _setting(1, "devices to split each batch over, 0: all", lower=0, identity=False)
     validation_examples: int = _setting(
         0, "training images held out to choose the best checkpoint, 0: watch 500 of the training images", lower=0
     )

@@ -53,6 +53,12 @@ class NonFiniteError(Error, ArithmeticError):
         self.member = member
 
 
+class LostProcessError(Error):
+    """Another process of the run is gone; its message names the checkpoint to go on from."""
+
+    exit_code = 5
+
+
 class Stopped(Error):
     """The run was interrupted after a checkpoint; its message says how to go on."""
 

@@ -8,8 +8,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from e2sad_jax import attacks, models
+from e2sad_jax import attacks, models, sharding
 from e2sad_jax.losses import cross_entropy, soft_labels
 from e2sad_jax.transforms import Transform
 
@@ -98,6 +99,7 @@ def evaluate(
     batch_size: int = 250,
     seed: int = 0,
     progress: Callable[[str, int], None] = lambda name, gradients: None,
+    mesh: Mesh | None = None,
 ) -> dict[str, Outcome]:
     """Runs each attack of `suite` on every image and keeps what became of it.
 
@@ -116,6 +118,7 @@ def evaluate(
       batch_size: images at once.
       seed: seed of the random starts.
       progress: called with an attack's name and the gradients taken per image, times images, since the last call.
+      mesh: devices to split batches over that they divide; `params` must lie whole on each of them.
 
     Returns:
       An `Outcome` for each attack, by name, `[N]`.
@@ -129,7 +132,8 @@ def evaluate(
         for first in range(0, n, batch_size):
             index = np.arange(first, first + batch_size)
             rows = np.minimum(index, n - 1)  # the padding repeats the last image
-            predictions.append(attack_batch(params, images[rows], labels[rows], index, np.uint32(seed)))
+            batch = sharding.split_batch(mesh, (images[rows], labels[rows], index))
+            predictions.append(attack_batch(params, *batch, np.uint32(seed)))
             count = min(batch_size, n - first)
             if len(predictions) > 1:  # one batch behind, so that the device never waits for the host
                 predictions[-2].block_until_ready()

@@ -15,12 +15,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from e2sad_jax import models, report
+from e2sad_jax import models, report, sharding
 from e2sad_jax.checkpoint import Checkpoints
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
-from e2sad_jax.errors import ConfigError, NonFiniteError, WorkdirError
+from e2sad_jax.errors import ConfigError, LostProcessError, NonFiniteError, WorkdirError
 from e2sad_jax.evaluate import Attack, Outcome, evaluate
 from e2sad_jax.progress import Bar, Recorder
 from e2sad_jax.train import TrainState, fit, init_state, stack, unstack
@@ -49,6 +50,7 @@ class Job:
       steps: training steps in all.
       workdir: its folder, locked.
       checkpoints: those in it.
+      mesh: the devices it runs on, None for one.
     """
 
     config: Config
@@ -59,6 +61,7 @@ class Job:
     steps: int
     workdir: pathlib.Path
     checkpoints: Checkpoints
+    mesh: Mesh | None
 
     @property
     def transform(self) -> Transform:
@@ -70,22 +73,31 @@ class Job:
         return self.checkpoints.last_step or 0
 
     def init_state(self) -> TrainState:
-        return init_state(self.config, self.model, self.dataset.image_shape)
+        state = init_state(self.config, self.model, self.dataset.image_shape)
+        return state if self.mesh is None else sharding.replicate(self.mesh, state)
 
     def restore(self) -> TrainState:
-        """The state of the last checkpoint."""
-        return self.checkpoints.restore(jax.eval_shape(self.init_state))
+        """The state of the last checkpoint, whatever number of devices wrote it."""
+        shapes = jax.eval_shape(lambda: init_state(self.config, self.model, self.dataset.image_shape))
+        return self.checkpoints.restore(shapes, place=None if self.mesh is None else sharding.whole(self.mesh))
 
 
 @contextlib.contextmanager
 def open_job(config: Config, dataset: Dataset) -> Iterator[Job]:
-    """Checks everything about a run and opens its workdir; a refused run changes nothing there."""
+    """Checks everything about a run and opens its workdir; a refused run changes nothing there.
+
+    Of several processes the first alone locks and writes; all read.
+    """
     model = models.create(config.model, dataset.num_classes, dataset.image_shape, config.precision)
     train_set, watched = hold_out(dataset, config)
     steps = config.total_steps(len(train_set.x_train))
     _check_sizes(config, train_set, steps)
+    mesh = sharding.mesh(config.devices, config.batch_size)
     workdir = workdir_of(config)
-    with open_workdir(workdir, config, dataset), Checkpoints(workdir) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        if sharding.is_first():
+            stack.enter_context(open_workdir(workdir, config, dataset))
+        checkpoints = stack.enter_context(Checkpoints(workdir))
         start = checkpoints.last_step or 0
         if start and not config.resume:
             raise WorkdirError(
@@ -93,7 +105,7 @@ def open_job(config: Config, dataset: Dataset) -> Iterator[Job]:
             )
         if start > steps:
             raise ConfigError(f"--steps={steps}: {workdir} is at step {start:,} already; it must be at least that")
-        yield Job(config, dataset, train_set, watched, model, steps, workdir, checkpoints)
+        yield Job(config, dataset, train_set, watched, model, steps, workdir, checkpoints, mesh)
 
 
 def train(job: Job, interrupted: Callable[[], int]) -> tuple[TrainState, float]:
@@ -133,7 +145,8 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
     config, start = first.config, first.step
     if start:
         states, spent = [job.restore() for job in jobs], [job.checkpoints.seconds(start) for job in jobs]
-        print(f"Going on from step {start:,} in {', '.join(str(job.workdir) for job in jobs)}", file=sys.stderr)
+        if sharding.is_first():
+            print(f"Going on from step {start:,} in {', '.join(str(job.workdir) for job in jobs)}", file=sys.stderr)
     else:
         states, spent = [job.init_state() for job in jobs], [0.0 for _ in jobs]
     began = time.monotonic()
@@ -141,9 +154,14 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
     probe = first.watched.x_test[: config.eval_batch_size]
     title = f"train {config.defense} on {first.train_set.name}" + (f", {len(jobs)} together" if together else "")
 
-    with Bar(title, steps, "steps", initial=start) as bar:
+    with Bar(title, steps, "steps", initial=start, silent=not sharding.is_first()) as bar:
         record = Recorder(
-            [job.workdir for job in jobs], bar, start=start, log_every=config.log_every, batch_size=config.batch_size
+            [job.workdir for job in jobs],
+            bar,
+            start=start,
+            log_every=config.log_every,
+            batch_size=config.batch_size,
+            silent=not sharding.is_first(),
         )
 
         def checkpoint(step: int, state: TrainState) -> None:
@@ -152,11 +170,11 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
             with jax.transfer_guard("allow"):
                 singles = unstack(state) if together else [state]
                 for i, (job, single) in enumerate(zip(jobs, singles, strict=True)):
-                    if not np.isfinite(logits(single.params, probe)).all():
+                    if not np.isfinite(logits(sharding.local(single.params), probe)).all():
                         where = f" in {job.workdir.name}" if together else ""
                         raise NonFiniteError(f"step {step}{where}: its update left logits that are not finite", i)
                 for i, (job, single) in enumerate(zip(jobs, singles, strict=True)):
-                    if interrupted():  # who stops a run does not wait for an attack
+                    if sharding.agreed(interrupted()):  # who stops a run does not wait for an attack
                         metrics = {"score": UNJUDGED}
                     else:
                         metrics = _watch(job, single)
@@ -167,8 +185,12 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
             record.restart_clock()
 
         def note(job: Job, step: int, **more: Any) -> None:
+            if not sharding.is_first():
+                return
             seconds = round(time.monotonic() - began, 1)
             segment = {"from_step": start, "to_step": step, "seconds": seconds, "runs_together": len(jobs)}
+            if first.mesh is not None:
+                more = {"devices": first.mesh.size, "processes": jax.process_count(), **more}
             note_training(job.workdir, {**segment, "command": report.command(), **report.environment(), **more})
 
         state = stack(states) if together else states[0]
@@ -182,7 +204,8 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
                 steps=steps,
                 record=record,
                 checkpoint=checkpoint,
-                stop=lambda: bool(interrupted()),
+                stop=lambda: bool(sharding.agreed(interrupted())),
+                mesh=first.mesh,
             )
         except NonFiniteError as error:
             for job in jobs:
@@ -194,6 +217,17 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
                 "--precision=float32, with another --workdir",
                 error.member,
             ) from None
+        except jax.errors.JaxRuntimeError as error:
+            if not sharding.several():
+                raise
+            last = first.checkpoints.last_step
+            kept = (
+                f"the checkpoint of step {last:,} is whole in {first.workdir}" if last else "there is no checkpoint yet"
+            )
+            raise LostProcessError(
+                f"another of the {jax.process_count()} processes was lost after step {bar.done:,} "
+                f"({str(error).strip().splitlines()[0][:200]}); {kept}. Start all of them again to go on from there"
+            ) from error
         finally:
             record.close()
         for job in jobs:
@@ -234,10 +268,12 @@ def _watch(job: Job, state: TrainState) -> dict[str, float]:
     """Clean and robust accuracy on the watched images, and the score that orders checkpoints by robust, then by clean."""
     eps = job.config.eps1
     suite = [Attack("clean", "clean"), Attack("robust", "pgd", eps, 10, eps / 4 or None)]
+    if not sharding.is_first():
+        return sharding.from_first({"clean": 0.0, "robust": 0.0, "score": 0.0})
     outcomes = attack(job, state.params, job.watched, suite)
     clean, robust = (int(outcomes[name].correct.sum()) for name in ("clean", "robust"))
     n = len(job.watched.x_test)
-    return {"clean": clean / n, "robust": robust / n, "score": robust + clean / (n + 1)}
+    return sharding.from_first({"clean": clean / n, "robust": robust / n, "score": robust + clean / (n + 1)})
 
 
 def tested(job: Job) -> Dataset:
@@ -247,7 +283,10 @@ def tested(job: Job) -> Dataset:
 
 
 def attack(job: Job, params: Any, tested: Dataset, suite: Sequence[Attack], **kwargs: Any) -> dict[str, Outcome]:
-    """`evaluate` on the test set of `tested`, as the run's settings say."""
+    """`evaluate` on the test set of `tested`, as the run's settings say, on all of this process's devices."""
+    mesh = job.mesh
+    if sharding.several():  # the others wait
+        mesh, params = None, sharding.local(params)
     return evaluate(
         job.model,
         params,
@@ -258,6 +297,7 @@ def attack(job: Job, params: Any, tested: Dataset, suite: Sequence[Attack], **kw
         num_classes=tested.num_classes,
         batch_size=job.config.eval_batch_size,
         seed=job.config.seed,
+        mesh=mesh,
         **kwargs,
     )
 

@@ -26,12 +26,22 @@ MEASURED = 0.2  # seconds: what is shorter may be a burst of steps that were rea
 class Bar:
     """A progress bar at a terminal; elsewhere a plain line now and then, at least `interval` seconds apart."""
 
-    def __init__(self, title: str, total: int, unit: str, *, initial: int = 0, interval: float = 30.0):
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        unit: str,
+        *,
+        initial: int = 0,
+        interval: float = 30.0,
+        silent: bool = False,
+    ):
+        self._silent = silent
         self.title, self.total, self.unit, self.done = title, total, unit, initial
         self._initial, self._start, self._interval = initial, time.monotonic(), interval
         self._last_line = self._start - interval + 2  # the first line comes soon
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not silent:
             known = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # some pseudo terminals have no size
             width = {"dynamic_ncols": True} if known else {"ncols": 100, "nrows": 24}
             self._bar = tqdm.tqdm(desc=title, total=total, unit=f" {unit}", initial=initial, smoothing=0.1, **width)
@@ -42,6 +52,8 @@ class Bar:
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(amount)
+        elif self._silent:
+            return
         elif time.monotonic() - self._last_line >= self._interval or self.done >= self.total:
             self._last_line = time.monotonic()
             elapsed = self._last_line - self._start
@@ -89,8 +101,9 @@ class Recorder:
         start: int,
         log_every: int,
         batch_size: int,
+        silent: bool = False,
     ):
-        """Opens the files of one run, or of the P runs of a population."""
+        """Opens the files of one run, or of the P runs of a population; a silent one writes none."""
         import tensorboardX
 
         # Far enough that an accelerator never waits; on the CPU steps are long, and who stops a run would wait for all.
@@ -98,7 +111,7 @@ class Recorder:
         self._workdirs = workdirs
         self._files: list[TextIO] = []
         self._boards = []
-        for workdir in workdirs:
+        for workdir in () if silent else workdirs:
             _drop_lines_after(workdir / METRICS, start)
             self._files.append((workdir / METRICS).open("a", encoding="utf-8"))
             self._boards.append(tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1, flush_secs=30))
@@ -126,6 +139,8 @@ class Recorder:
 
     def write(self, step: int, values: dict[str, float], member: int = 0) -> None:
         """Writes one line of values, numbers on the host, for a step of one run."""
+        if not self._files:
+            return
         self._files[member].write(json.dumps({"step": step, **values}) + "\n")
         self._files[member].flush()
         for name, value in values.items():
@@ -146,7 +161,7 @@ class Recorder:
 
     def _take(self) -> None:
         last, on_device, count = self._pending.popleft()
-        members = len(self._files)
+        members = len(self._workdirs)
         # [count, P] each, whatever was counted at once.
         metrics = {k: np.asarray(v).reshape(-1, members)[:count] for k, v in jax.device_get(on_device).items()}
         for i in range(count):

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from e2sad_jax import data, jobs, models, plots, report
+from e2sad_jax import data, jobs, models, plots, report, sharding
 from e2sad_jax.config import Config
 from e2sad_jax.errors import ConfigError, Stopped
 from e2sad_jax.evaluate import SUITES, Attack, Outcome
@@ -22,7 +22,7 @@ def run(config: Config, suite: str) -> dict[str, Any]:
       suite: attacks to evaluate with, a key of `evaluate.SUITES`.
 
     Returns:
-      What `results.json` holds.
+      What `results.json` holds; empty in all processes but the first.
 
     Raises:
       DataError, ConfigError, WorkdirError: before anything is trained.
@@ -42,7 +42,8 @@ def _run_all(configs: Sequence[Config], suite: str) -> list[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(jobs.open_job(config, dataset)) for config in configs]
         for job in opened:  # now that none of them is refused
-            write_config(job.workdir, job.config, dataset)
+            if sharding.is_first():
+                write_config(job.workdir, job.config, dataset)
         return [_train_and_report(job, SUITES[suite]) for job in opened]
 
 
@@ -50,8 +51,10 @@ def _train_and_report(job: Job, suite: Sequence[Attack]) -> dict[str, Any]:
     config, dataset = job.config, job.dataset
     with jobs.interruptible() as interrupted:
         state, seconds = jobs.train(job, interrupted)
-        if interrupted():
-            raise _stopped(job, int(state.step), interrupted())
+        if told := sharding.agreed(interrupted()):
+            raise _stopped(job, int(state.step), told)
+    if not sharding.is_first():
+        return {}
     outcomes = _evaluate(job, state, suite)
     results = report.build(
         config,
@@ -67,7 +70,7 @@ def _train_and_report(job: Job, suite: Sequence[Attack]) -> dict[str, Any]:
         job.workdir / "examples.png",
         config,
         job.model,
-        state.params,
+        sharding.local(state.params),
         dataset.x_test,
         dataset.y_test,
         title=f"{dataset.name}, {config.defense}, {job.steps:,} steps: predicted class (probability)",
@@ -110,7 +113,9 @@ def run_beside(configs: Sequence[Config], suite: str) -> None:
     }.items():
         if len(set(values)) < len(values):
             raise ConfigError(f"--{what}={values[-1]}: runs beside each other must each have another one")
-    results = {r["config"]["defense"]: r for r in _run_all(configs, suite)}
+    results = {r["config"]["defense"]: r for r in _run_all(configs, suite) if r}
+    if not sharding.is_first():
+        return
     config = configs[-1]
     workdir = workdir_of(config)
     write_text(workdir / "results.md", report.markdown(results))

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from e2sad_jax import defenses, models
+from e2sad_jax import defenses, models, sharding
 from e2sad_jax._tracing import platform, straight_line
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
@@ -122,6 +123,7 @@ def make_train_step(
     *,
     population: bool = False,
     steps: int = 1,
+    mesh: Mesh | None = None,
 ) -> TrainStep:
     """The jitted step of the configured defense, `(state, images, labels, order) -> (state, metrics)`.
 
@@ -139,6 +141,7 @@ def make_train_step(
         `metrics` are `[P]`.
       steps: at most so many steps in one dispatch. Above 1 there is a last argument `count`, int32: how many this time.
         All of them must begin in the same epoch. `metrics` have a leading axis `steps`, of which `count` are filled.
+      mesh: devices to split each batch over (`sharding.mesh`); all arguments lie whole on each of them.
     """
     tx = optimizer(config)
     delta = config.delta if config.soft_label else 0.0
@@ -154,7 +157,10 @@ def make_train_step(
         loss_of = training_loss(c, transform.bounds)
         offset = state.step.astype(jnp.uint32) * config.batch_size % images.shape[0]
         batch = jax.lax.dynamic_slice_in_dim(order, offset, config.batch_size)
-        x, y = transform.apply(images[batch]), soft_labels(labels[batch], num_classes, delta)
+        rows = images[batch], labels[batch]
+        if mesh is not None:
+            rows = jax.lax.with_sharding_constraint(rows, sharding.split(mesh))
+        x, y = transform.apply(rows[0]), soft_labels(rows[1], num_classes, delta)
         key = jax.random.fold_in(state.key, state.step)
 
         def loss_fn(params: Any) -> tuple[jax.Array, Parts]:
@@ -167,8 +173,9 @@ def make_train_step(
         return state, {"loss": loss, "grad_norm": optax.tree.norm(gradients), **parts}
 
     step: TrainStep = jax.vmap(train_step, in_axes=(0, None, None, 0, 0)) if population else train_step
+    placed: dict[str, Any] = {} if mesh is None else {"out_shardings": sharding.whole(mesh)}
     if steps == 1:
-        return jax.jit(step, donate_argnums=0)
+        return jax.jit(step, donate_argnums=0, **placed)
 
     def train_steps(state: TrainState, *arguments: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         *data, count = arguments
@@ -182,7 +189,7 @@ def make_train_step(
 
         return jax.lax.fori_loop(0, count, body, (state, metrics))
 
-    return jax.jit(train_steps, donate_argnums=0)
+    return jax.jit(train_steps, donate_argnums=0, **placed)
 
 
 def stack(states: Sequence[TrainState]) -> TrainState:
@@ -243,6 +250,7 @@ def fit(
     checkpoint: Callable[[int, TrainState], None],
     stop: Callable[[], bool] = lambda: False,
     steps_per_dispatch: int | None = None,
+    mesh: Mesh | None = None,
 ) -> TrainState:
     """Trains from `state` to step `steps`, or until `stop()`.
 
@@ -259,6 +267,7 @@ def fit(
       stop: asked after every dispatch; True ends the loop, after a last checkpoint.
       steps_per_dispatch: steps that the host starts at once; None for 1 on the CPU, where convolutions in compiled
         loops are slow, and `STEPS_PER_DISPATCH` elsewhere.
+      mesh: devices to train on, where that is more than the default one. `state` must lie whole on each of them.
 
     Returns:
       The state reached.
@@ -268,30 +277,31 @@ def fit(
     batch_size = c.batch_size
     at_once = steps_per_dispatch or (1 if platform() == "cpu" else STEPS_PER_DISPATCH)
     train_step = make_train_step(
-        c, model, dataset.num_classes, TRANSFORMS[c.transform], population=population, steps=at_once
+        c, model, dataset.num_classes, TRANSFORMS[c.transform], population=population, steps=at_once, mesh=mesh
     )
-    images, labels = jax.device_put((dataset.x_train, dataset.y_train))
+    put = functools.partial(sharding.replicate, mesh)
+    images, labels = put((dataset.x_train, dataset.y_train))
     n = len(dataset.x_train)
-    keys = [jax.random.fold_in(jax.random.key(c.seed), 1) for c in configs]
+    keys = put([jax.random.fold_in(jax.random.key(c.seed), 1) for c in configs])
     order_of = functools.partial(epoch_order, keys[0], n=n)
     extra: list[Any] = []
     if population:
         order_of = functools.partial(_orders, jnp.stack(keys), n=n)
         varied = [name for name in VARIED if len({getattr(c, name) for c in configs}) > 1]
-        extra = [{name: jnp.array([getattr(c, name) for c in configs], jnp.float32) for name in varied}]
+        extra = [put({name: np.array([getattr(c, name) for c in configs], np.float32) for name in varied})]
     step, epoch, order = int(state.step[0] if population else state.step), -1, jnp.zeros(0, jnp.int32)
     with jax.transfer_guard("disallow"):
         while step < steps:
             if step * batch_size // n != epoch:
                 epoch = step * batch_size // n
-                order = order_of(epoch=jax.device_put(np.uint32(epoch)))
+                order = order_of(epoch=put(np.uint32(epoch)))
             count = min(
                 at_once,
                 steps - step,
                 c.checkpoint_every - step % c.checkpoint_every,
                 -(-((epoch + 1) * n - step * batch_size) // batch_size),  # those that begin in this epoch
             )
-            counted = [jax.device_put(np.int32(count))] if at_once > 1 else []
+            counted = [put(np.int32(count))] if at_once > 1 else []
             state, metrics = train_step(state, images, labels, order, *extra, *counted)
             step += count
             record(step, metrics, count)

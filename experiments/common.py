@@ -11,7 +11,7 @@ from absl import app, flags, logging
 
 from e2sad_jax import config as config_lib
 from e2sad_jax.config import Config
-from e2sad_jax.errors import ConfigError, Error
+from e2sad_jax.errors import ConfigError, Error, LostProcessError
 
 FLAGS = flags.FLAGS
 DEFINE: Mapping[type, Callable[..., Any]] = {
@@ -69,6 +69,14 @@ def define_flags(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[s
     choices = ", ".join(config_lib.DEFENSES)
     text = f"defense to train and show beside it; one of {choices}; empty: none"
     flags.DEFINE_string("baseline", baseline, text, module_name=sys.argv[0])
+    flags.DEFINE_string(
+        "coordinator",
+        "",
+        "several processes: HOST:PORT of the first; auto: found on a cluster or TPU pod",
+        module_name=sys.argv[0],
+    )
+    flags.DEFINE_integer("process_id", -1, "several processes: this one's number, from 0", module_name=sys.argv[0])
+    flags.DEFINE_integer("num_processes", 0, "several processes: how many", module_name=sys.argv[0])
     flags.DEFINE_bool("describe", False, "print the network's layers and stop", module_name=sys.argv[0])
 
 
@@ -117,7 +125,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def _run(suite: str, by_defense: Mapping[str, Mapping[str, Any]]) -> None:
     configs = read_configs(by_defense)
-    from e2sad_jax import run  # after the flags are known to be right: this brings Orbax along
+    from e2sad_jax import run, sharding  # after the flags are known to be right: this brings Orbax along
+
+    sharding.connect(FLAGS.coordinator, FLAGS.process_id, FLAGS.num_processes)
 
     if FLAGS.describe:
         print(run.describe(configs[-1]))
@@ -129,6 +139,9 @@ def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
     try:
         run()
         sys.stdout.flush()
+    except LostProcessError as error:
+        print(f"{_program()}: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)  # an orderly end would wait for the process that is gone
     except Error as error:
         _fail(str(error), error.exit_code)
     except OSError as error:

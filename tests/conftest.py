@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 # Before JAX starts: several devices, so that nothing may rely on there being one.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 # Programs that several tests compile, in processes of their own too, are compiled once per worker (JAX does not write
 # entries atomically); nothing is kept for the next time.

@@ -129,7 +129,7 @@ def unsharded(name: str) -> jax.Array:
 @pytest.mark.parametrize(("how", "loops"), [("shard_map", "cpu"), ("shard_map", "gpu"), ("sharding", "cpu")])
 def test_four_devices_equal_one(name, how, loops, monkeypatch):
     """With a key per image; the two objectives with one key for the batch draw alike on every shard."""
-    assert len(jax.devices()) == 4
+    assert len(jax.devices()) >= 4
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     f, x, keys = plain(draw()), images(N), jax.random.split(KEY, N)
     want = unsharded(name)

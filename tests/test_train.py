@@ -205,10 +205,10 @@ def test_interrupted_in_the_last_step_is_not_forgotten(no_evaluation, tmp_path, 
         Checkpoints.restore
     )  # the same while the finished run is read back; and a repeat within a second counts once
 
-    def interrupted_restore(self, like):
+    def interrupted_restore(self, like, **kwargs):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-        return restore(self, like)
+        return restore(self, like, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "restore", interrupted_restore)

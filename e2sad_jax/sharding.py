@@ -1,0 +1,184 @@
+"""One run on several devices, and on several hosts: the mesh, and what lies where on it.
+
+Parameters, optimiser state and the data set lie whole on each device; the batch is split over the mesh's one axis, "data".
+The program is that of one device, jitted; XLA splits it and adds up the gradients. So the batch, its order and all random
+numbers are those of one device too.
+"""
+
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from e2sad_jax.errors import ConfigError
+
+AXIS = "data"
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
+PATIENCE = 24 * 3600  # seconds that processes which have nothing left to do wait for the first, which evaluates
+
+
+def connect(coordinator: str = "", process_id: int = -1, num_processes: int = 0) -> None:
+    """Makes this process one of several that train together; nothing if none of the arguments is given.
+
+    Must come before anything is computed. Each process must be started with the same settings.
+
+    Args:
+      coordinator: HOST:PORT of process 0, reached by all; "auto" to let JAX find all three on a cluster (Slurm, MPI,
+        Kubernetes) or a TPU pod.
+      process_id: this process's number, from 0.
+      num_processes: how many there are.
+
+    Raises:
+      ConfigError: if the three do not fit together or the others cannot be reached.
+    """
+    if not coordinator:
+        if process_id >= 0 or num_processes > 0:
+            raise ConfigError(
+                "--coordinator=: must be HOST:PORT of process 0 if --process_id or --num_processes is given"
+            )
+        return
+    arguments: dict[str, Any] = {}
+    if coordinator != "auto":
+        if ":" not in coordinator:
+            raise ConfigError(f"--coordinator={coordinator}: must be HOST:PORT of process 0, or auto")
+        if num_processes < 1:
+            raise ConfigError(f"--num_processes={num_processes}: must be at least 1")
+        if not 0 <= process_id < num_processes:
+            raise ConfigError(f"--process_id={process_id}: must be in [0, {num_processes - 1}], below --num_processes")
+        arguments = {
+            "coordinator_address": coordinator,
+            "num_processes": num_processes,
+            "process_id": process_id,
+        }
+    try:
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"--coordinator={coordinator}: cannot join the other processes: {first}; start all of them, with one address "
+            "that all can reach"
+        ) from error
+
+
+def several() -> bool:
+    """Whether other processes take part."""
+    return jax.process_count() > 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and reports."""
+    return jax.process_index() == 0
+
+
+def mesh(devices: int, batch_size: int) -> Mesh | None:
+    """The mesh of a run.
+
+    Args:
+      devices: how many devices to use; 0 for all. Several processes must use all.
+      batch_size: images a step, over all devices.
+
+    Returns:
+      None for one device of one process: nothing needs to be placed then.
+
+    Raises:
+      ConfigError: if there are not so many devices, or they do not divide the batch.
+    """
+    there = jax.devices()
+    if devices > len(there):
+        kind = there[0].platform
+        more = "; on the CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N" if kind == "cpu" else ""
+        raise ConfigError(f"--devices={devices}: must be at most {len(there)}, the {kind} devices that JAX sees{more}")
+    if several() and devices not in (0, len(there)):
+        raise ConfigError(
+            f"--devices={devices}: must be 0 or {len(there)}, all devices of the {jax.process_count()} processes"
+        )
+    n = devices or len(there)
+    if batch_size % n:
+        below, above = batch_size // n * n, -(-batch_size // n) * n
+        sizes = f"{below} or {above}" if below else str(above)
+        raise ConfigError(f"--batch_size={batch_size}: must be a multiple of the {n} devices; the next are {sizes}")
+    return Mesh(np.asarray(there[:n]), (AXIS,), axis_types=(AxisType.Auto,)) if n > 1 else None
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """The same on each device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split(mesh: Mesh) -> NamedSharding:
+    """The first axis split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def replicate(mesh: Mesh | None, tree: Any) -> Any:
+    """Puts arrays, the same in each process, on every device of the mesh; on the default device without one."""
+    if mesh is None:
+        return jax.device_put(tree)
+    return jax.tree.map(functools.partial(_everywhere, whole(mesh)), tree)
+
+
+def _everywhere(place: NamedSharding, array: Any) -> jax.Array:
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        impl = jax.random.key_impl(array)
+        return jax.random.wrap_key_data(_everywhere(place, jax.random.key_data(array)), impl=impl)
+    if place.is_fully_addressable:
+        return jax.device_put(array, place)
+    with jax.transfer_guard("allow"):
+        value = np.asarray(array)
+        return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
+
+
+def split_batch(mesh: Mesh | None, batch: Any) -> Any:
+    """Splits arrays of one batch over the mesh if it divides them; whole on each device otherwise."""
+    if mesh is None:
+        return batch
+    fits = len(jax.tree.leaves(batch)[0]) % mesh.size == 0
+    return jax.device_put(batch, split(mesh) if fits else whole(mesh))
+
+
+def local(tree: Any) -> Any:
+    """The copy that this process has of arrays that are the same on each device, on its first one."""
+    return jax.tree.map(_first_copy, tree)
+
+
+def _first_copy(array: jax.Array) -> jax.Array:
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_first_copy(jax.random.key_data(array)), impl=jax.random.key_impl(array))
+    return array.addressable_data(0)
+
+
+def agreed(number: int) -> int:
+    """The largest of all processes' numbers: what one of them was told, all do. Waits for all."""
+    if not several():
+        return number
+    with jax.transfer_guard("allow"):
+        return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
+def from_first(values: dict[str, float]) -> dict[str, float]:
+    """The first process's values, in all of them. Waits for it."""
+    if not several():
+        return values
+    with jax.transfer_guard("allow"):
+        told = multihost_utils.broadcast_one_to_all(np.asarray(list(values.values()), np.float32))
+    return dict(zip(values, np.asarray(told).tolist(), strict=True))
+
+
+def collective_bytes(program: jax.stages.Compiled) -> dict[str, int]:
+    """What a compiled program exchanges between devices: bytes of the results of each kind of collective operation.
+
+    Operations inside of a loop count once.
+    """
+    total: dict[str, int] = {}
+    for shapes, kind in re.findall(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", program.as_text() or ""):
+        for dtype, bits, sizes in re.findall(r"(pred|[a-z]+?)(\d*)\[([\d,]*)\]", shapes):
+            each = 1 if dtype == "pred" else int(bits) // 8
+            total[kind] = total.get(kind, 0) + each * math.prod(int(n) for n in sizes.split(",") if n)
+    return total
