@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from e2sad_jax import config as config_lib
 from e2sad_jax.config import Config
 from e2sad_jax.errors import ConfigError, Error, LostProcessError
+from experiments import watched
 
 FLAGS = flags.FLAGS
 DEFINE: Mapping[type, Callable[..., Any]] = {
@@ -127,6 +128,8 @@ def _run(suite: str, by_defense: Mapping[str, Mapping[str, Any]]) -> None:
     configs = read_configs(by_defense)
     from e2sad_jax import run, sharding  # after the flags are known to be right: this brings Orbax along
 
+    if FLAGS.coordinator and not watched.is_watched():
+        watched.run_again(configs[-1].workdir)
     sharding.connect(FLAGS.coordinator, FLAGS.process_id, FLAGS.num_processes)
 
     if FLAGS.describe:
