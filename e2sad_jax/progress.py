@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import tqdm
 
-from e2sad_jax.attacks._loops import platform
+from e2sad_jax._tracing import platform
 from e2sad_jax.errors import NonFiniteError
 from e2sad_jax.workdir import write_text
 

@@ -24,6 +24,7 @@ def define_flags() -> None:
     text = "gradient steps of ifgsm and pgd, each a row; at least 1, several with commas"
     flags.DEFINE_list("attack_steps", list(map(str, DEFAULT_ATTACK_STEPS)), text, **own)
     flags.DEFINE_integer("batch_size", 256, "images a step; at least 1", **own)
+    flags.DEFINE_integer("devices", 1, "devices to split each batch over; at least 1, or 0: all", **own)
     flags.DEFINE_string("model", "mnist_cnn", "network; one of mnist_cnn, svhn_cnn, digits_cnn", **own)
     flags.DEFINE_integer("image_size", 0, "height and width of the images, 0: those of the model's data set", **own)
     text = "what the layers compute in; of float32, tf32, bf16, several with commas"
@@ -54,6 +55,7 @@ def _run() -> None:
             defense=tuple(FLAGS.defense),
             attack_steps=_attack_steps(),
             batch_size=FLAGS.batch_size,
+            devices=FLAGS.devices,
             model=FLAGS.model,
             image_size=FLAGS.image_size,
             precision=tuple(FLAGS.precision),

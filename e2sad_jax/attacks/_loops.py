@@ -6,8 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from e2sad_jax._tracing import platform as platform
-from e2sad_jax._tracing import straight
+from e2sad_jax._tracing import platform, straight
 
 T = TypeVar("T")
 

@@ -70,7 +70,8 @@ def measure(
     steps: dict[str, Any] = {}
     for name, config in kinds.items():
         progress(f"count {name}")
-        flops = counts.flops(config, image_shape, num_classes)
+        counted = counts.counts(config, image_shape, num_classes)
+        flops = counted["flops"] if counted else None
         own, reference = times[name], times[key(natural)]
         steps[name] = {
             "flops": flops,

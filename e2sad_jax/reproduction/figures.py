@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax import attacks, losses, models, surfaces
-from e2sad_jax.attacks._loops import platform
+from e2sad_jax._tracing import platform
 from e2sad_jax.config import Config
 from e2sad_jax.evaluate import Attack, perturb
 from e2sad_jax.progress import Bar

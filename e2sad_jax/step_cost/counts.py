@@ -1,56 +1,27 @@
 """What XLA counts of a step's work, and the most work that this device does in a second."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from e2sad_jax import models, train
-from e2sad_jax.attacks._loops import platform
+from e2sad_jax._tracing import platform
 from e2sad_jax.config import Config
 from e2sad_jax.step_cost.step import Timer
-from e2sad_jax.transforms import TRANSFORMS
 
 CPU_PRODUCT, PRODUCT = 2048, 8192  # rows of the square matrices whose product is the ceiling
 
 
-def flops(config: Config, image_shape: tuple[int, ...], num_classes: int) -> float | None:
-    """FLOPs of a step (`train.step_flops`) by the CPU's program, where no loop hides an attack's steps from XLA's count.
-
-    None where JAX was told to leave the CPU out.
-    """
-    return _on_cpu(lambda: train.step_flops(config, image_shape, num_classes))
-
-
-def bytes_accessed(config: Config, image_shape: tuple[int, ...], num_classes: int) -> float | None:
-    """Bytes that the operations of the CPU's program read and write, by XLA's count, caches left aside; None as `flops`."""
-
-    def count() -> float:
-        model = models.create(config.model, num_classes, image_shape, config.precision)
-        step: Any = train.make_train_step(config, model, num_classes, TRANSFORMS[config.transform])
-        n = config.batch_size
-        shapes = jax.eval_shape(
-            lambda: (
-                train.init_state(config, model, image_shape),
-                jnp.zeros((n, *image_shape), jnp.uint8),
-                jnp.zeros(n, jnp.int32),
-                train.epoch_order(jax.random.key(0), jnp.zeros((), jnp.uint32), n),
-            )
-        )
-        return float(step.lower(*shapes).compile().cost_analysis()["bytes accessed"])
-
-    return _on_cpu(count)
-
-
-def _on_cpu(count: Callable[[], float]) -> float | None:
+def counts(config: Config, image_shape: tuple[int, ...], num_classes: int) -> dict[str, float] | None:
+    """`train.step_counts` for the CPU, whatever the step runs on; None where JAX was told to leave the CPU out."""
     try:
         cpu = jax.devices("cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS names others only
         return None
     with jax.default_device(cpu):
-        return count()
+        return train.step_counts(config, image_shape, num_classes)
 
 
 def peak_bytes(compiled: Any) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from e2sad_jax import report
-from e2sad_jax.attacks._loops import platform
+from e2sad_jax._tracing import platform
 from e2sad_jax.errors import Error, Stopped
 from e2sad_jax.progress import Bar
 from e2sad_jax.step_cost import counts, peers
@@ -73,7 +73,7 @@ def measure(request: Request, write: Callable[[dict[str, Any]], None]) -> dict[s
     result: dict[str, Any] = {
         "format": FORMAT,
         "settings": {
-            **{name: getattr(request, name) for name in ("batch_size", "model", "rounds", "seconds")},
+            **{name: getattr(request, name) for name in ("batch_size", "model", "devices", "rounds", "seconds")},
             "image_shape": list(request.image_shape),
             "steps_per_dispatch": next(
                 (r["steps_per_dispatch"] for r in rows.values() if r["steps_per_dispatch"]), None
@@ -137,9 +137,8 @@ def _build(request: Request, rows: Rows, ceilings: dict[str, float], bar: Bar) -
                 if request.peer and kind.precision == "float32":
                     losses[kind.defense, kind.attack_steps] = step.losses(len(TOLERANCES))
                 timers[kind] = step.timer(request.seconds)
-                config = request.config(kind)
-                row["flops"] = counts.flops(config, request.image_shape, NUM_CLASSES)
-                row["bytes_accessed"] = counts.bytes_accessed(config, request.image_shape, NUM_CLASSES)
+                if counted := counts.counts(request.config(kind), request.image_shape, NUM_CLASSES):
+                    row.update(flops=counted["flops"], bytes_accessed=counted["bytes"])
             elif (kind.defense, kind.attack_steps) not in losses:
                 row["note"] = "not measured without ours"
             else:

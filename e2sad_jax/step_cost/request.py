@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from e2sad_jax import models
+from e2sad_jax import models, sharding
 from e2sad_jax.config import DEFENSES, Config
 from e2sad_jax.errors import ConfigError, DataError
 from e2sad_jax.step_cost import peers
@@ -50,6 +50,7 @@ class Request:
     defense: tuple[str, ...] = DEFAULT_DEFENSES
     attack_steps: tuple[int, ...] = DEFAULT_ATTACK_STEPS
     batch_size: int = 256
+    devices: int = 1
     model: str = "mnist_cnn"
     image_size: int = 0
     precision: tuple[str, ...] = ("float32",)
@@ -68,7 +69,13 @@ class Request:
         if not self.attack_steps or min(self.attack_steps) < 1:
             given = ",".join(map(str, self.attack_steps))
             raise ConfigError(f"--attack_steps={given}: must be at least 1 each; several with commas, as 1,10,30")
-        for flag, lower in (("batch_size", 1), ("rounds", 1), ("image_size", 0), ("steps_per_dispatch", 0)):
+        for flag, lower in (
+            ("batch_size", 1),
+            ("rounds", 1),
+            ("devices", 0),
+            ("image_size", 0),
+            ("steps_per_dispatch", 0),
+        ):
             if getattr(self, flag) < lower:
                 raise ConfigError(f"--{flag}={getattr(self, flag)}: must be at least {lower}")
         if not (math.isfinite(self.seconds) and self.seconds >= 0):
@@ -82,6 +89,11 @@ class Request:
             models.create(self.model, NUM_CLASSES, self.image_shape)
         except DataError as error:
             raise ConfigError(f"--image_size={self.image_size}: {error}") from error
+        sharding.mesh(self.devices, self.batch_size)  # refuses what does not fit
+        if self.peer and self.devices != 1:
+            raise ConfigError(
+                f"--devices={self.devices}: must be 1 for --peer={','.join(self.peer)}, which has but one"
+            )
         for name in self.peer:
             peers.check_installed(name)
 
@@ -109,6 +121,7 @@ class Request:
             defense=kind.defense,
             model=self.model,
             batch_size=self.batch_size,
+            devices=self.devices,
             precision=kind.precision,
             attack_steps=kind.attack_steps or 1,
         )

@@ -1,6 +1,7 @@
 """One training step as it is timed: compiled, warm, its data on the device; and the rounds in which steps take turns."""
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,8 +11,8 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from e2sad_jax import models, train
-from e2sad_jax.attacks._loops import platform
+from e2sad_jax import models, sharding, train
+from e2sad_jax._tracing import platform
 from e2sad_jax.config import Config
 from e2sad_jax.transforms import TRANSFORMS
 
@@ -78,9 +79,16 @@ class Step:
         """
         self.config = config
         self.at_once = steps_per_dispatch or (1 if platform() == "cpu" else train.STEPS_PER_DISPATCH)
+        mesh = sharding.mesh(config.devices, config.batch_size)
         model = models.create(config.model, num_classes, image_shape, config.precision)
         step: Any = train.make_train_step(
-            config, model, num_classes, TRANSFORMS[config.transform], population=runs is not None, steps=self.at_once
+            config,
+            model,
+            num_classes,
+            TRANSFORMS[config.transform],
+            population=runs is not None,
+            steps=self.at_once,
+            mesh=mesh,
         )
         images, labels, order = data(image_shape, num_classes, config.batch_size)
         self._state = train.init_state(config, model, image_shape)
@@ -88,8 +96,10 @@ class Step:
         if runs is not None:
             order = np.tile(order, (runs, 1))
             self._state, extra = train.stack([self._state] * runs), [{}]
-        self._arguments = [*jax.device_put((images, labels, order)), *jax.device_put(extra)]
-        self._all = jax.device_put([np.int32(self.at_once)]) if self.at_once > 1 else []
+        self._put = functools.partial(sharding.replicate, mesh)
+        self._state = self._put(self._state)
+        self._arguments = [*self._put((images, labels, order)), *self._put(extra)]
+        self._all = self._put([np.int32(self.at_once)]) if self.at_once > 1 else []
         with no_compilation_cache():
             began = time.perf_counter()
             self.compiled = step.lower(self._state, *self._arguments, *self._all).compile()
@@ -110,7 +120,7 @@ class Step:
         losses: list[float] = []
         while len(losses) < steps:
             count = min(self.at_once, steps - len(losses))
-            counted = jax.device_put([np.int32(count)]) if self.at_once > 1 else []
+            counted = self._put([np.int32(count)]) if self.at_once > 1 else []
             self._state, metrics = self.compiled(self._state, *self._arguments, *counted)
             losses += np.ravel(metrics["loss"])[:count].tolist()
         return losses

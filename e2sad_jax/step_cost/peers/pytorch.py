@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from e2sad_jax import models
-from e2sad_jax.attacks._loops import platform
+from e2sad_jax._tracing import platform
 from e2sad_jax.config import Config
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.step_cost.step import data
