@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What is to be run on an accelerator: the paper's tables and studies at full scale. Stops cleanly after a time, and goes
+# What is to be run on an accelerator: the cost of a step, a timed e2SAD run, and the paper's tables and studies at full
+# scale. Stops cleanly after a time, and goes
 # on when called again with the same folder.
 #
 #   benchmarks/accelerator.sh [MINUTES] [FOLDER] [MNIST] [SVHN]
@@ -26,7 +27,24 @@ run() { # flags: one command in the time that is left; what is finished already 
     if ((code == 3)); then diverged=3; elif ((code)); then exit "$code"; fi
 }
 
+train() { # flags: one run from start to report, stopped cleanly when time is up
+    local left=$((end - SECONDS)) code=0
+    if ((left < 60)); then exit 4; fi
+    timeout --signal=TERM "$left" "$python" -m experiments.mnist --data="$mnist" "$@" || code=$?
+    if ((code == 124 || code == 143)); then exit 4; elif ((code)); then exit "$code"; fi
+}
+
 "$python" -c 'import jax; print(jax.__version__, jax.devices())'
+# What a step costs, in each precision, beside PyTorch where it is installed; once.
+if [ ! -e "$folder/step_cost/step_cost.json" ]; then
+    peer=$("$python" -c 'import importlib.util as u; print("torch" if u.find_spec("torch") else "")')
+    XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" -m experiments.step_cost --precision=float32,tf32,bf16 --peer="$peer" \
+        --results="$folder/step_cost"
+fi
+# Is e2SAD done in a minute? And what does bfloat16 gain and cost? (training.json, results.md)
+for precision in float32 bf16; do
+    train --defense=e2sad --precision="$precision" --workdir="$folder/e2sad-$precision"
+done
 run --data="$mnist" --table=1,2
 run --data="$mnist" --study=second_step
 run --data="$mnist" --figure=all

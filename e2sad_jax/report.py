@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "hardware": f"{device.device_kind} ({device.platform})"  # a run uses one device
+        "hardware": f"{device.device_kind} ({device.platform})"  # its settings say how many
         if device.platform != "cpu"
         else f"CPU, {os.cpu_count()} cores, {_cpu_name()}",
         "python": platform.python_version(),

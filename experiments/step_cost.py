@@ -31,7 +31,7 @@ def define_flags() -> None:
     flags.DEFINE_list("precision", ["float32"], text, **own)
     flags.DEFINE_integer("rounds", 7, "rounds in which all steps are timed in turn; at least 1", **own)
     flags.DEFINE_float("seconds", 0.1, "least time of one timing, in steps as many as that takes; at least 0", **own)
-    text = "other libraries to measure beside ours, in float32; of torch, art, several with commas; empty: none"
+    text = "what to measure beside ours, in float32; of xla, torch, art, several with commas; empty: none"
     flags.DEFINE_list("peer", [], text, **own)
     text = "steps that the host starts at once; at least 1, or 0: what training takes here, 1 on the CPU, else 64"
     flags.DEFINE_integer("steps_per_dispatch", 0, text, **own)

@@ -8,7 +8,7 @@ from e2sad_jax.step_cost.request import OURS
 
 Row = Mapping[str, Any]
 NAMES = {"natural": "natural", "fgsm": "FGSM", "ifgsm": "IFGSM", "pgd": "PGD", "hamm": "Hamm", "e2sad": "e2SAD"}
-COLORS = {OURS: "#1f4e99", "torch": "#d1495b", "torch.compile": "#e8963a", "art": "#6a994e"}
+COLORS = {OURS: "#1f4e99", "xla": "#7a7a7a", "torch": "#d1495b", "torch.compile": "#e8963a", "art": "#6a994e"}
 WIDTH = 120  # of a terminal
 MARKS = {"fgsm": ("FGSM", "s", 7), "e2sad": ("e2SAD", "*", 15)}
 TARGET = (2.0, 0.7)  # FLOPs of IFGSM-k training in natural steps are at most 2 + 0.7 k

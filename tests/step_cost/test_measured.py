@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from e2sad_jax import layers
 from e2sad_jax.config import Config
 from e2sad_jax.errors import ConfigError, Stopped
 from e2sad_jax.step_cost import counts, measure, peers, run, show
@@ -344,3 +345,15 @@ def test_the_widest_table_fits_a_terminal(made_up):
         row |= {"time_natural": 31.25, "time_ifgsm_30": 0.123, "ours_over_peer": 12.25, "flops": 123.4e9}
         row |= {"bytes_accessed": 123.4e9, "peak_bytes": 12345e6, "share_of_ceiling": 0.5, "flops_natural": 29.6}
     assert max(map(len, show.text(result).splitlines())) <= 120
+
+
+def test_the_step_by_xla_is_ours_without_loops_and_computes_the_same(monkeypatch):
+    monkeypatch.setattr(layers, "SMALL", 0)
+    config = Config(defense="ifgsm", attack_steps=2, model="digits_cnn", batch_size=4)
+    with jax.numpy_dtype_promotion("standard"):
+        ours = Step(config, (8, 8, 1), 10)
+        theirs = peers.build("xla", config, (8, 8, 1), 10, ours.parameters())
+        assert " while(" in ours.compiled.as_text()
+        assert " while(" not in theirs._step.compiled.as_text()
+        assert " convolution(" in theirs._step.compiled.as_text()
+        np.testing.assert_allclose(ours.losses(2), theirs.losses(2), rtol=1e-3)

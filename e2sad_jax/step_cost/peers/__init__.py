@@ -1,4 +1,4 @@
-"""The same steps by other libraries. None of them is imported unless it is asked for."""
+"""The same steps by others: plain XLA, other libraries. None of those is imported unless it is asked for."""
 
 import contextlib
 import importlib.util
@@ -12,8 +12,8 @@ from e2sad_jax.config import Config
 from e2sad_jax.errors import ConfigError
 
 # What `--peer` may name, and the rows that each has.
-VARIANTS = {"torch": ("torch", "torch.compile"), "art": ("art",)}
-PACKAGES = {"torch": ("torch",), "art": ("torch", "art")}
+VARIANTS = {"xla": ("xla",), "torch": ("torch", "torch.compile"), "art": ("art",)}
+PACKAGES: dict[str, tuple[str, ...]] = {"xla": (), "torch": ("torch",), "art": ("torch", "art")}
 SHIPPED_BY = {"torch": "torch", "art": "adversarial-robustness-toolbox"}
 COMPILE_SECONDS = 300.0  # that torch.compile may take for one step
 
@@ -67,6 +67,10 @@ def build(by: str, config: Config, image_shape: tuple[int, ...], num_classes: in
     Raises:
       NotOfferedError: if the library has no such defense.
     """
+    if by == "xla":
+        from e2sad_jax.step_cost.peers import xla
+
+        return xla.XlaStep(config, image_shape, num_classes)
     # PyTorch's threads spin while they wait, and where other work wants the cores that makes it up to three times slower.
     # Read when its OpenMP is loaded, so this is early enough unless someone else imported it.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

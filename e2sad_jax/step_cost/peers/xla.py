@@ -1,0 +1,21 @@
+"""Our own step as XLA has it on the CPU without `e2sad_jax.layers`: its convolutions, and attacks unrolled for them."""
+
+from e2sad_jax._tracing import straight_line
+from e2sad_jax.config import Config
+from e2sad_jax.step_cost.step import Step
+
+
+class XlaStep:
+    """A peer's step (`peers.PeerStep`), from the parameters that ours begins with."""
+
+    def __init__(self, config: Config, image_shape: tuple[int, ...], num_classes: int):
+        with straight_line():
+            self._step = Step(config, image_shape, num_classes)
+        self.note = ""
+        self.compile_seconds: float | None = self._step.compile_seconds
+
+    def run(self, steps: int) -> None:
+        self._step.run(steps)
+
+    def losses(self, steps: int) -> list[float] | None:
+        return self._step.losses(steps)
