@@ -31,7 +31,7 @@ train() { # flags: one run from start to report, stopped cleanly when time is up
     local left=$((end - SECONDS)) code=0
     if ((left < 60)); then exit 4; fi
     timeout --signal=TERM "$left" "$python" -m experiments.mnist --data="$mnist" "$@" || code=$?
-    if ((code == 124 || code == 143)); then exit 4; elif ((code)); then exit "$code"; fi
+    if ((code == 124 || code == 143)); then exit 4; elif ((code == 3)); then diverged=3; elif ((code)); then exit "$code"; fi
 }
 
 "$python" -c 'import jax; print(jax.__version__, jax.devices())'
@@ -39,7 +39,7 @@ train() { # flags: one run from start to report, stopped cleanly when time is up
 if [ ! -e "$folder/step_cost/step_cost.json" ]; then
     peer=$("$python" -c 'import importlib.util as u; print("torch" if u.find_spec("torch") else "")')
     XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" -m experiments.step_cost --precision=float32,tf32,bf16 --peer="$peer" \
-        --results="$folder/step_cost"
+        --results="$folder/step_cost" || true # a step that failed says so in its row
 fi
 # Is e2SAD done in a minute? And what does bfloat16 gain and cost? (training.json, results.md)
 for precision in float32 bf16; do

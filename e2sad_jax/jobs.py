@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 import signal
@@ -97,6 +98,7 @@ def open_job(config: Config, dataset: Dataset) -> Iterator[Job]:
     with contextlib.ExitStack() as stack:
         if sharding.is_first():
             stack.enter_context(open_workdir(workdir, config, dataset))
+        sharding.check_same(json.dumps([config.identity(), steps, config.checkpoint_every, dataset.sha256]))
         checkpoints = stack.enter_context(Checkpoints(workdir))
         start = checkpoints.last_step or 0
         if start and not config.resume:
@@ -218,15 +220,15 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
                 error.member,
             ) from None
         except jax.errors.JaxRuntimeError as error:
-            if not sharding.several():
-                raise
+            if not sharding.several() or "RESOURCE_EXHAUSTED" in str(error) or "INVALID_ARGUMENT" in str(error):
+                raise  # nobody else's fault
             last = first.checkpoints.last_step
             kept = (
                 f"the checkpoint of step {last:,} is whole in {first.workdir}" if last else "there is no checkpoint yet"
             )
             raise LostProcessError(
                 f"another of the {jax.process_count()} processes was lost after step {bar.done:,} "
-                f"({str(error).strip().splitlines()[0][:200]}); {kept}. Start all of them again to go on from there"
+                f"({str(error).strip()[:200]}); {kept}. Start all of them again to go on from there"
             ) from error
         finally:
             record.close()

@@ -102,6 +102,8 @@ def conv(x: jax.Array, w: jax.Array, *, padding: Sequence[tuple[int, int]], prec
         raise ValueError(
             f"conv: a kernel of shape {w.shape} does not fit images of shape {x.shape} with padding {(rows, columns)}"
         )
+    if precision is None:
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # of now, not of the lowering
     return conv_p.bind(x, w, padding=(rows, columns), precision=precision)
 
 

@@ -54,6 +54,7 @@ def _train_and_report(job: Job, suite: Sequence[Attack]) -> dict[str, Any]:
         if told := sharding.agreed(interrupted()):
             raise _stopped(job, int(state.step), told)
     if not sharding.is_first():
+        sharding.meet()  # the first evaluates
         return {}
     outcomes = _evaluate(job, state, suite)
     results = report.build(
@@ -76,6 +77,7 @@ def _train_and_report(job: Job, suite: Sequence[Attack]) -> dict[str, Any]:
         title=f"{dataset.name}, {config.defense}, {job.steps:,} steps: predicted class (probability)",
         num_classes=dataset.num_classes,
     )
+    sharding.meet()
     return results
 
 

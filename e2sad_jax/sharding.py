@@ -6,8 +6,10 @@ numbers are those of one device too.
 """
 
 import functools
+import itertools
 import math
 import re
+import zlib
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ AXIS = "data"
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
 PATIENCE = 24 * 3600  # seconds that processes which have nothing left to do wait for the first, which evaluates
+_meetings = itertools.count()
 
 
 def connect(coordinator: str = "", process_id: int = -1, num_processes: int = 0) -> None:
@@ -57,8 +60,9 @@ def connect(coordinator: str = "", process_id: int = -1, num_processes: int = 0)
             "num_processes": num_processes,
             "process_id": process_id,
         }
+    jax.config.update("jax_enable_preemption_service", False)  # its handler would keep SIGTERM from ours
     try:
-        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=PATIENCE)
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT)
     except (RuntimeError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
@@ -152,6 +156,33 @@ def _first_copy(array: jax.Array) -> jax.Array:
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_first_copy(jax.random.key_data(array)), impl=jax.random.key_impl(array))
     return array.addressable_data(0)
+
+
+def check_same(what: str) -> None:
+    """Makes sure that all processes were given the same.
+
+    Raises:
+      ConfigError: if not.
+    """
+    if several():
+        with jax.transfer_guard("allow"):
+            digests = multihost_utils.process_allgather(np.uint32(zlib.crc32(what.encode())))
+        others = [i for i, digest in enumerate(digests.tolist()) if digest != digests[0]]
+        if others:
+            raise ConfigError(
+                f"--process_id={', '.join(map(str, others))}: other settings or other data than --process_id=0; start all "
+                "processes with the same flags and the same files"
+            )
+
+
+def meet() -> None:
+    """Waits until all processes are here, for hours if need be."""
+    if several():
+        from jax._src import distributed  # JAX has no public barrier with a time limit of one's own
+
+        number, client = next(_meetings), distributed.global_state.client
+        assert client is not None
+        client.wait_at_barrier(f"e2sad_jax_{number}", timeout_in_ms=1000 * PATIENCE)
 
 
 def agreed(number: int) -> int:

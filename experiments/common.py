@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -11,10 +12,11 @@ from absl import app, flags, logging
 
 from e2sad_jax import config as config_lib
 from e2sad_jax.config import Config
-from e2sad_jax.errors import ConfigError, Error, LostProcessError
+from e2sad_jax.errors import ConfigError, Error, LostProcessError, NonFiniteError, Stopped
 from experiments import watched
 
 FLAGS = flags.FLAGS
+_connected = False  # to other processes of the same run
 DEFINE: Mapping[type, Callable[..., Any]] = {
     bool: flags.DEFINE_bool,
     int: flags.DEFINE_integer,
@@ -131,6 +133,8 @@ def _run(suite: str, by_defense: Mapping[str, Mapping[str, Any]]) -> None:
     if FLAGS.coordinator and not watched.is_watched():
         watched.run_again(configs[-1].workdir)
     sharding.connect(FLAGS.coordinator, FLAGS.process_id, FLAGS.num_processes)
+    global _connected
+    _connected = bool(FLAGS.coordinator)
 
     if FLAGS.describe:
         print(run.describe(configs[-1]))
@@ -142,10 +146,11 @@ def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
     try:
         run()
         sys.stdout.flush()
-    except LostProcessError as error:
-        print(f"{_program()}: {error}", file=sys.stderr, flush=True)
-        os._exit(error.exit_code)  # an orderly end would wait for the process that is gone
     except Error as error:
+        # With other processes an orderly end waits for all, which is right only for what happens to all.
+        if isinstance(error, LostProcessError) or (_connected and not isinstance(error, (Stopped, NonFiniteError))):
+            print(f"{_program()}: {error}", file=sys.stderr, flush=True)
+            os._exit(error.exit_code)
         _fail(str(error), error.exit_code)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # if it was standard output that failed, not again at the exit
@@ -153,6 +158,12 @@ def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
     except KeyboardInterrupt:
         print(f"{_program()}: interrupted; {interrupted}", file=sys.stderr, flush=True)
         os._exit(130)  # not through the teardown of threads that the second Ctrl-C cut short
+    except Exception:
+        if not _connected:
+            raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _program() -> str:

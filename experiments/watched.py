@@ -44,7 +44,7 @@ def run_again(workdir: str) -> NoReturn:
     def pass_on(number: int, frame: Any) -> None:
         child.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, pass_on)
     code = child.wait()
     if code == -signal.SIGABRT:
@@ -52,8 +52,8 @@ def run_again(workdir: str) -> NoReturn:
         steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
         kept = f"the checkpoint of step {max(steps):,} is whole in {folder.parent}" if steps else "no checkpoint yet"
         raise LostProcessError(
-            f"JAX ended this process because another one of the run was lost (above is what it says); {kept}. Start all of "
-            "them again to go on from there"
+            f"JAX ended this process, most likely because another one of the run was lost (above is what it says); {kept}. "
+            "Start all of them again to go on from there"
         )
     sys.stdout.flush()
     os._exit(code if code >= 0 else 128 - code)

@@ -169,7 +169,9 @@ def test_processes_that_cannot_find_each_other_are_refused(arguments, message):
 # --- two processes
 
 
-def start(processes: int, data: pathlib.Path, workdir: pathlib.Path, *flags: str) -> list[subprocess.Popen]:
+def start(
+    processes: int, data: pathlib.Path, workdir: pathlib.Path, *flags: str, second: tuple[str, ...] = ()
+) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -185,7 +187,7 @@ def start(processes: int, data: pathlib.Path, workdir: pathlib.Path, *flags: str
     together = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"] if processes > 1 else []
     return [
         subprocess.Popen(
-            [*command, *together, *([f"--process_id={i}"] if together else [])],
+            [*command, *together, *([f"--process_id={i}"] if together else []), *(second if i else ())],
             cwd=pathlib.Path(__file__).parents[1],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -258,3 +260,26 @@ def test_a_lost_process_ends_the_others_with_a_word_and_a_checkpoint(lost, npz, 
     last = output.splitlines()[-1]
     assert re.search(r"another .* lost .*the checkpoint of step [\d,]+ is whole in", last), output
     assert e2sad_jax.load(tmp_path / "w").step >= 20
+
+
+@pytest.mark.parametrize("trouble", ["settings", "workdir", "loss"])
+def test_trouble_in_one_or_both_processes_ends_both(trouble, npz, tmp_path):
+    """And none waits for another that will not come."""
+    flags, second = ("--steps=60",), ()
+    if trouble == "settings":
+        second = ("--seed=1",)
+    elif trouble == "workdir":
+        (tmp_path / "w").mkdir()
+        (tmp_path / "w" / "thesis.txt").write_text("precious")
+    else:
+        flags = (*flags, "--learning_rate=1e30")
+    (first, said), (other, _) = finish(start(2, npz, tmp_path / "w", *flags, second=second), 100)
+    expected = {
+        "settings": (2, "--process_id=1: other settings or other data than --process_id=0"),
+        "workdir": (2, "is not empty and holds no config.json"),
+        "loss": (3, "is not finite"),
+    }
+    code, words = expected[trouble]
+    assert first == code, said
+    assert words in said or (trouble == "loss" and "loss=nan" in said), said
+    assert other in (code, 5)

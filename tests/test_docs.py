@@ -14,7 +14,12 @@ import pytest
 import e2sad_jax
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks" / "scaling.md",
+    ROOT / "results" / "README.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -43,6 +48,7 @@ def test_flags_in_commands_exist(page):
     known = set(Config.__dataclass_fields__) | {
         *("table", "figure", "study", "scale", "seeds", "time_budget_minutes", "results"),  # experiments.paper
         *("image_size", "rounds", "seconds", "peer", "steps_per_dispatch"),  # experiments.step_cost
+        *("coordinator", "process_id", "num_processes"),
         "baseline",
         "describe",
         "help",
@@ -80,3 +86,21 @@ def test_every_accuracy_that_the_page_on_the_paper_quotes_stands_in_a_table():
     quoted = re.findall(r"(?<![\d.])\d+\.\d{3,4}(?!\d)", text)
     assert len(quoted) > 30
     assert [q for q in quoted if q not in (ours if len(q.split(".")[1]) == 3 else theirs)] == []
+
+
+def test_the_readmes_speeds_are_those_of_the_results():
+    rows = json.loads((ROOT / "results" / "step_cost" / "step_cost.json").read_text())["rows"]
+    by = {(row["name"], row["by"]): row for row in rows}
+    shown = re.findall(r"^\| (\S+) \| (.*) \|$", (ROOT / "README.md").read_text().split("## Speed")[1], re.M)
+    shown = [(name, cells.split(" | ")) for name, cells in shown if (name, "e2sad_jax") in by]
+    assert {"natural", "fgsm", "e2sad", "ifgsm-30"} <= {name for name, _ in shown}
+    for name, cells in shown:
+        ours = by[name, "e2sad_jax"]
+        assert cells == [
+            f"{ours['milliseconds']:,.0f}",
+            f"{ours['images_per_second']:,.0f}",
+            f"{ours['time_natural']:.2f}",
+            f"{ours['flops_natural']:.2f}",
+            f"{by[name, 'xla']['ours_over_peer']:.2f}",
+            f"{by[name, 'torch']['ours_over_peer']:.2f}",
+        ], name

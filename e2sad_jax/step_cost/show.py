@@ -104,8 +104,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     ]
     if any(row["ours_over_peer"] for row in rows):
         lines.append(
-            "Rows below one of ours are the same step by another library; their ratios to natural and IFGSM-30 are to "
-            "their own. ours / peer below 1: ours is faster. Both use all cores."
+            "Rows below one of ours are others' for the same defense; their ratios to natural and IFGSM-30 are to their "
+            "own. ours / peer below 1: ours is faster. All use all cores."
         )
     compared = [row for row in rows if row.get("losses")]
     if compared:

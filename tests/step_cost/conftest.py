@@ -59,7 +59,6 @@ def made_up(monkeypatch):
             return timed
 
     monkeypatch.setattr(measure, "_ours", Step)
-    monkeypatch.setattr(counts, "flops", lambda config, *_: 1e9 * (1 + config.attack_steps))
-    monkeypatch.setattr(counts, "bytes_accessed", lambda *_: 1e9)
+    monkeypatch.setattr(counts, "counts", lambda config, *_: {"flops": 1e9 * (1 + config.attack_steps), "bytes": 1e9})
     monkeypatch.setattr(counts, "product", lambda precision: (lambda: 0.5, 4e9))
     return asked, raised

@@ -30,14 +30,14 @@ TIMES = ("milliseconds", "fastest", "lower_quartile", "upper_quartile", "slowest
 def measured():
     """Natural training and IFGSM, really compiled and timed, though briefly."""
     request = Request(
-        defense=("ifgsm",), attack_steps=(1, 2, 3), model="digits_cnn", batch_size=8, rounds=3, seconds=0.0
+        defense=("ifgsm",), attack_steps=(2, 3, 4), model="digits_cnn", batch_size=8, rounds=3, seconds=0.0
     )
     with jax.numpy_dtype_promotion("standard"):
         return measure.measure(request, lambda result: None)
 
 
 def test_numbers_of_a_row_fit_together(measured):
-    assert [row["name"] for row in measured["rows"]] == ["natural", "ifgsm-1", "ifgsm-2", "ifgsm-3"]
+    assert [row["name"] for row in measured["rows"]] == ["natural", "ifgsm-2", "ifgsm-3", "ifgsm-4"]
     most = measured["ceiling"]["float32"]
     assert most["flops_per_second"] == most["flops"] / min(most["seconds"])
     natural = measured["rows"][0]
@@ -207,7 +207,7 @@ def test_a_peer_with_other_losses_is_refused():
 
 def test_a_peer_stands_below_ours(made_up, monkeypatch, tmp_path, capsys):
     class Peer:
-        note, compile_seconds = "as it is", None
+        note, compile_seconds, at_once = "as it is", None, 1
 
         def __init__(self, by):
             self.by = by
@@ -253,7 +253,7 @@ def test_a_peer_stands_below_ours(made_up, monkeypatch, tmp_path, capsys):
         ({"precision": ("half",)}, "--precision=half: must be of float32, tf32, bf16"),
         ({"rounds": 0}, "--rounds=0: must be at least 1"),
         ({"seconds": float("nan")}, "--seconds=nan: must be finite and at least 0"),
-        ({"peer": ("keras",)}, "--peer=keras: must be of torch, art"),
+        ({"peer": ("keras",)}, "--peer=keras: must be of xla, torch, art"),
         ({"peer": ("torch",), "precision": ("bf16",)}, "--precision=bf16: must have float32 in it for --peer=torch"),
         ({"steps_per_dispatch": -1}, "--steps_per_dispatch=-1: must be at least 0"),
     ],
@@ -327,7 +327,7 @@ def test_from_the_command_to_its_files(tmp_path):
         assert words in table
     result = json.loads((tmp_path / "step_cost.json").read_text())
     assert result["settings"] == {
-        **{"batch_size": 8, "model": "digits_cnn", "rounds": 2, "seconds": 0.001},
+        **{"batch_size": 8, "model": "digits_cnn", "devices": 1, "rounds": 2, "seconds": 0.001},
         **{"image_shape": [8, 8, 1], "steps_per_dispatch": 1},
     }
     assert {"jax", "hardware", "date", "commit"} <= set(result["environment"])

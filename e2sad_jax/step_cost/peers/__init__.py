@@ -24,12 +24,14 @@ class PeerStep(Protocol):
     Attributes:
       note: what differs from ours, empty for nothing.
       compile_seconds: what its compiler took, None without one.
+      at_once: steps in a dispatch.
     """
 
     note: str
     compile_seconds: float | None
+    at_once: int
 
-    def run(self, steps: int) -> None:
+    def run(self, dispatches: int) -> None:
         """Trains, and waits for the end."""
 
     def losses(self, steps: int) -> list[float] | None:
@@ -54,7 +56,14 @@ def check_installed(name: str) -> None:
             )
 
 
-def build(by: str, config: Config, image_shape: tuple[int, ...], num_classes: int, parameters: Any) -> PeerStep:
+def build(
+    by: str,
+    config: Config,
+    image_shape: tuple[int, ...],
+    num_classes: int,
+    parameters: Any,
+    steps_per_dispatch: int = 0,
+) -> PeerStep:
     """The step of one of `VARIANTS`.
 
     Args:
@@ -63,6 +72,7 @@ def build(by: str, config: Config, image_shape: tuple[int, ...], num_classes: in
       image_shape: (H, W, C).
       num_classes: number of classes K.
       parameters: Flax variables to start from.
+      steps_per_dispatch: of plain XLA; 0 for the platform's own.
 
     Raises:
       NotOfferedError: if the library has no such defense.
@@ -70,7 +80,7 @@ def build(by: str, config: Config, image_shape: tuple[int, ...], num_classes: in
     if by == "xla":
         from e2sad_jax.step_cost.peers import xla
 
-        return xla.XlaStep(config, image_shape, num_classes)
+        return xla.XlaStep(config, image_shape, num_classes, steps_per_dispatch)
     # PyTorch's threads spin while they wait, and where other work wants the cores that makes it up to three times slower.
     # Read when its OpenMP is loaded, so this is early enough unless someone else imported it.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

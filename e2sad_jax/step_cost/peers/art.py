@@ -51,6 +51,7 @@ class ArtStep:
                     classifier, eps_step=size, max_iter=c.attack_steps, num_random_init=1, verbose=False, **own
                 )
         self._fit = classifier.fit if c.defense == "natural" else AdversarialTrainer(classifier, attack, ratio).fit
+        self.at_once = 1
         self.note = "batches come from the host"
         if ratio < 1 and c.defense != "natural":
             self.note += (
@@ -63,10 +64,10 @@ class ArtStep:
         soft[np.arange(len(labels)), labels] = 1 - c.delta
         self._soft, self._batch_size, self._step = soft, c.batch_size, 0
 
-    def run(self, steps: int) -> None:
+    def run(self, dispatches: int) -> None:
         """Trains on so many batches, and waits for the end."""
-        rows = np.concatenate([self._data.batch(self._step + i, self._batch_size) for i in range(steps)])
-        self._step += steps
+        rows = np.concatenate([self._data.batch(self._step + i, self._batch_size) for i in range(dispatches)])
+        self._step += dispatches
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
             self._fit(self._images[rows], self._soft[rows], batch_size=self._batch_size, nb_epochs=1)
         pytorch.wait()

@@ -107,6 +107,7 @@ class TorchStep:
 
         # In PyTorch convolutions on GPUs are rounded to TF32 unless told not to; what is compared is float32.
         torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = True  # the fastest of its algorithms, as XLA looks for
         torch.set_float32_matmul_precision("highest")
         self._torch, self._cross_entropy, self._config = torch, F.cross_entropy, config
         self._net = network(config, image_shape, num_classes, parameters)
@@ -129,10 +130,11 @@ class TorchStep:
         np.fill_diagonal(soft, 1 - delta)
         self._soft = torch.tensor(soft, device=place)
         self._step = 0
+        self.at_once = 1
 
-    def run(self, steps: int) -> None:
+    def run(self, dispatches: int) -> None:
         """Trains, and waits for the end."""
-        for _ in range(steps):
+        for _ in range(dispatches):
             self._train()
         wait()
 
@@ -158,8 +160,9 @@ class TorchStep:
         self._step += 1
         return loss
 
-    def _backward(self, loss: Any) -> Any:
-        loss.backward()
+    def _backward(self, loss: Any, *more: Any) -> Any:
+        """Gradients in the parameters, and in `more`, alone."""
+        loss.backward(inputs=[*self._net.parameters(), *more])
         return loss.detach()
 
     def _gradient(self, z: Any, y: Any) -> Any:
@@ -169,7 +172,7 @@ class TorchStep:
     def _clean(self, x: Any, y: Any) -> tuple[Any, Any]:
         """The weighted clean loss, differentiated in parameters and images at once, and the images' gradient."""
         x = x.requires_grad_()
-        loss = self._backward(self._config.alpha * self._cross_entropy(self._net(x), y))
+        loss = self._backward(self._config.alpha * self._cross_entropy(self._net(x), y), x)
         return loss, x.grad
 
     def _first_point(self, x: Any, y: Any) -> tuple[Any, Any]:
@@ -221,7 +224,6 @@ class TorchStep:
         x_adv2 = (x_adv + c.eps2 * gradient.sign()).detach()
         dissimilarity = self._cross_entropy(self._net(x_adv2), logits.softmax(1))
         adversarial = self._cross_entropy(logits, y)
-        # The images need no gradient any more, but autograd would still find it on the way through `logits`.
         return loss + self._backward((1 - c.alpha) * adversarial + c.lam * dissimilarity)
 
 
