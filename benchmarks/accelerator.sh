@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # What is to be run on an accelerator: the cost of a step, a timed e2SAD run, and the paper's tables and studies at full
-# scale. Stops cleanly after a time, and goes
-# on when called again with the same folder.
+# scale. Stops cleanly after a time, and goes on when called again with the same folder.
 #
 #   benchmarks/accelerator.sh [MINUTES] [FOLDER] [MNIST] [SVHN]
 #

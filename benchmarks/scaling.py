@@ -10,8 +10,9 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
+import jax.numpy as jnp
 
-from e2sad_jax import report, sharding
+from e2sad_jax import models, report, sharding
 from e2sad_jax.config import Config
 from e2sad_jax.step_cost import counts
 from e2sad_jax.step_cost.step import Step
@@ -19,20 +20,20 @@ from e2sad_jax.step_cost.step import Step
 SHAPE, CLASSES = (28, 28, 1), 10
 DEFENSES = ("natural", "fgsm", "hamm", "e2sad")
 CHIPS = 256
-# A chip of the plan, from its maker's data sheet (TPU v5e): peak in bfloat16, and one way over all its links.
+# A chip of the plan, TPU v5e (https://cloud.google.com/tpu/docs/v5e): peak in bfloat16, one way over all its links.
 PEAK, LINKS = 197e12, 200e9
-SHARE = (
-    0.3  # of the peak that these small convolutions are taken to reach: an assumption, to be replaced by a measurement
-)
+SHARE = 0.3  # of the peak: an assumption, to be replaced by a measurement
 
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
-    parameters = 3_274_634
+    batch = Config().batch_size
+    shapes = jax.eval_shape(models.create("mnist_cnn", CLASSES, SHAPE).init, jax.random.key(0), jnp.zeros((1, *SHAPE)))
+    parameters, largest = models.count_parameters(shapes), max(leaf.size for leaf in jax.tree.leaves(shapes))
     print("# Scaling\n")
     print(INTRODUCTION)
     print("## Measured: bytes of collectives in a step\n")
-    print("Batch 256. Each entry is the sum of the results of a device's collective operations.\n")
+    print(f"Batch {batch}. Each entry is the sum of the results of a device's collective operations.\n")
     print("| defense | devices | images a device | all-reduce, MB | in parameters' bytes | other collectives, MB |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     sent = {}
@@ -43,7 +44,7 @@ def main() -> None:
             reduced = kinds.pop("all-reduce", 0)
             sent[defense] = reduced
             print(
-                f"| {defense} | {devices} | {256 // devices} | {reduced / 1e6:.2f} | {reduced / (4 * parameters):.2f} | "
+                f"| {defense} | {devices} | {batch // devices} | {reduced / 1e6:.2f} | {reduced / (4 * parameters):.2f} | "
                 f"{sum(kinds.values()) / 1e6:.2f} |",
                 flush=True,
             )
@@ -52,19 +53,22 @@ def main() -> None:
     print(PLAN)
     print("| defense | GFLOP an image | bytes a chip and step, MB | of which needed | images a chip at the crossing |")
     print("| --- | ---: | ---: | ---: | ---: |")
+    crossings: list[float] = []
     for defense in DEFENSES:
         counted = counts.counts(Config(defense=defense), SHAPE, CLASSES)
         assert counted is not None
-        per_image = counted["flops"] / 256
+        per_image = counted["flops"] / batch
         ring = 2 * (CHIPS - 1) / CHIPS
         least = ring * 4 * parameters
         as_compiled = ring * sent[defense]
         crossing = [(moved / LINKS) * SHARE * PEAK / per_image for moved in (least, as_compiled)]
+        crossings += crossing
         print(
             f"| {defense} | {per_image / 1e9:.3f} | {as_compiled / 1e6:.1f} | {least / 1e6:.1f} | "
             f"{crossing[0]:,.0f} (one sum) to {crossing[1]:,.0f} (as compiled here) |"
         )
-    print(CONCLUSION)
+    low, high = (CHIPS * images for images in (min(crossings), max(crossings)))
+    print(CONCLUSION.format(low=low, high=high, share=largest / parameters, checkpoint=3 * 4 * parameters / 1e6))
     e = report.environment()
     print(f"`{report.command()}`, {e['date']}, {e['hardware']}; JAX {e['jax']}; commit {e['commit']}.")
 
@@ -81,20 +85,20 @@ XLA's passes for accelerators include one that adds first and sends once; whethe
 """
 
 PLAN = f"""\
-For a chip of {PEAK / 1e12:.0f} TFLOP/s (bfloat16) with {LINKS / 1e9:.0f} GB/s to its neighbours (the data sheet's numbers of
-a TPU v5e), of which these small convolutions reach {SHARE:.0%} (an assumption). A ring moves 2 (n - 1) / n times the bytes of a
-sum through each chip. Compute grows with the images of a chip, the bytes do not; below the batch in the last column the
-links decide, above it the chip. FLOPs are XLA's count.
+For a chip of {PEAK / 1e12:.0f} TFLOP/s (bfloat16) with {LINKS / 1e9:.0f} GB/s to its neighbours
+([TPU v5e](https://cloud.google.com/tpu/docs/v5e)), of which these small convolutions reach {SHARE:.0%} (an assumption). A ring
+moves 2 (n - 1) / n times the bytes of a sum through each chip. Compute grows with the images of a chip, the bytes do not;
+below the batch in the last column the links decide, above it the chip. FLOPs are XLA's count.
 """
 
-CONCLUSION = f"""
-So {CHIPS} chips pay for a global batch of tens of thousands of images, far beyond what Table 4's network needs: MNIST is one
-or two of such batches. They are better spent on as many runs side by side, one a chip, which send nothing. For a larger
-network the same arithmetic holds with its own two numbers: bytes of the parameters, and FLOPs an image; convolutions do
-more FLOPs a parameter, so the crossing comes earlier. 98 % of Table 4's parameters stand in one dense layer.
+CONCLUSION = """
+So with so many chips the links decide up to a global batch of {low:,.0f} to {high:,.0f} images, far beyond what Table 4's
+network needs: MNIST has 60,000. They are better spent on as many runs side by side, one a chip, which send nothing.
+For a larger network the same arithmetic holds with its own two numbers: bytes of the parameters, and FLOPs an image; convolutions do
+more FLOPs a parameter, so the crossing comes earlier. {share:.0%} of Table 4's parameters stand in one dense layer.
 
 Every host reads the whole data set and cuts the same batch, so nothing has to be fed over the network; hosts agree once a
-dispatch on whether one was told to stop (4 bytes), and the first writes the checkpoint (39 MB with Adam's moments).
+dispatch on whether one was told to stop, and the first writes the checkpoint ({checkpoint:.0f} MB with Adam's moments).
 """
 
 

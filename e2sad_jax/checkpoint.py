@@ -16,7 +16,7 @@ from absl import logging
 
 from e2sad_jax import models
 from e2sad_jax.config import Config
-from e2sad_jax.errors import CheckpointError, DataError, WorkdirError
+from e2sad_jax.errors import CheckpointError, DataError, WorkdirError, first_line
 from e2sad_jax.train import TrainState, init_state
 from e2sad_jax.transforms import TRANSFORMS, Transform
 from e2sad_jax.workdir import read_config
@@ -84,7 +84,7 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds, those of the thread that writes among them
             raise CheckpointError(
-                f"cannot write a checkpoint in {self.folder}: {_first_line(error)}; what was saved before stays, and the "
+                f"cannot write a checkpoint in {self.folder}: {first_line(error)}; what was saved before stays, and the "
                 "same command goes on from there"
             ) from error
 
@@ -111,7 +111,7 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that it cannot be used
             raise WorkdirError(
-                f"cannot read the checkpoint {self.folder / str(step)}: {_first_line(error)}; if no run is at work there, "
+                f"cannot read the checkpoint {self.folder / str(step)}: {first_line(error)}; if no run is at work there, "
                 "delete that folder to go on from an earlier one or from the start"
             ) from error
         for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(restored), strict=True):
@@ -131,10 +131,6 @@ def _only_errors() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _score(metrics: Mapping[str, float]) -> float:

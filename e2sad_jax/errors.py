@@ -5,6 +5,11 @@ it as one line and exit with `exit_code`, so no traceback hides it.
 """
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line of at most 300 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 class Error(Exception):
     """Base of every error that this package raises for a reason its user can mend."""
 

@@ -22,7 +22,7 @@ from e2sad_jax import models, report, sharding
 from e2sad_jax.checkpoint import Checkpoints
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
-from e2sad_jax.errors import ConfigError, LostProcessError, NonFiniteError, WorkdirError
+from e2sad_jax.errors import ConfigError, LostProcessError, NonFiniteError, WorkdirError, first_line
 from e2sad_jax.evaluate import Attack, Outcome, evaluate
 from e2sad_jax.progress import Bar, Recorder
 from e2sad_jax.train import TrainState, fit, init_state, stack, unstack
@@ -74,8 +74,7 @@ class Job:
         return self.checkpoints.last_step or 0
 
     def init_state(self) -> TrainState:
-        state = init_state(self.config, self.model, self.dataset.image_shape)
-        return state if self.mesh is None else sharding.replicate(self.mesh, state)
+        return sharding.replicate(self.mesh, init_state(self.config, self.model, self.dataset.image_shape))
 
     def restore(self) -> TrainState:
         """The state of the last checkpoint, whatever number of devices wrote it."""
@@ -228,7 +227,7 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
             )
             raise LostProcessError(
                 f"another of the {jax.process_count()} processes was lost after step {bar.done:,} "
-                f"({str(error).strip()[:200]}); {kept}. Start all of them again to go on from there"
+                f"({first_line(error)}); {kept}. Start all of them again to go on from there"
             ) from error
         finally:
             record.close()
@@ -270,11 +269,10 @@ def _watch(job: Job, state: TrainState) -> dict[str, float]:
     """Clean and robust accuracy on the watched images, and the score that orders checkpoints by robust, then by clean."""
     eps = job.config.eps1
     suite = [Attack("clean", "clean"), Attack("robust", "pgd", eps, 10, eps / 4 or None)]
-    if not sharding.is_first():
-        return sharding.from_first({"clean": 0.0, "robust": 0.0, "score": 0.0})
-    outcomes = attack(job, state.params, job.watched, suite)
-    clean, robust = (int(outcomes[name].correct.sum()) for name in ("clean", "robust"))
-    n = len(job.watched.x_test)
+    clean, robust, n = 0, 0, len(job.watched.x_test)
+    if sharding.is_first():
+        outcomes = attack(job, state.params, job.watched, suite)
+        clean, robust = (int(outcomes[name].correct.sum()) for name in ("clean", "robust"))
     return sharding.from_first({"clean": clean / n, "robust": robust / n, "score": robust + clean / (n + 1)})
 
 

@@ -1,5 +1,6 @@
 """Pictures of a run."""
 
+import io
 import pathlib
 from typing import Any
 
@@ -12,6 +13,7 @@ from e2sad_jax import attacks, models
 from e2sad_jax.config import Config
 from e2sad_jax.losses import cross_entropy, soft_labels
 from e2sad_jax.transforms import TRANSFORMS
+from e2sad_jax.workdir import write_bytes
 
 
 def examples(
@@ -100,6 +102,11 @@ def examples(
                     color="black" if guess == label else "crimson",
                 )
         line[0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    save(path, figure, dpi=120)
+
+
+def save(path: pathlib.Path, figure: Any, *, dpi: int) -> None:
+    """Writes a figure as PNG, whole or not at all."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=dpi)
+    write_bytes(path, content.getvalue())

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from e2sad_jax.errors import ConfigError
+from e2sad_jax.errors import ConfigError, first_line
 
 AXIS = "data"
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -64,10 +64,9 @@ def connect(coordinator: str = "", process_id: int = -1, num_processes: int = 0)
     try:
         jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT)
     except (RuntimeError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"--coordinator={coordinator}: cannot join the other processes: {first}; start all of them, with one address "
-            "that all can reach"
+            f"--coordinator={coordinator}: cannot join the other processes: {first_line(error)}; start all of them, with one "
+            "address that all can reach"
         ) from error
 
 

@@ -243,6 +243,11 @@ def step_counts(config: Config, image_shape: Sequence[int], num_classes: int) ->
     return {"flops": float(counts["flops"]), "bytes": float(counts["bytes accessed"])}
 
 
+def steps_at_once() -> int:
+    """Steps that the host starts at once where nothing else is asked for."""
+    return 1 if platform() == "cpu" else STEPS_PER_DISPATCH
+
+
 def fit(
     config: Config | Sequence[Config],
     model: nn.Module,
@@ -269,8 +274,8 @@ def fit(
         leading axis `steps_per_dispatch` where that is above 1.
       checkpoint: called every `checkpoint_every` steps, and at the end.
       stop: asked after every dispatch; True ends the loop, after a last checkpoint.
-      steps_per_dispatch: steps that the host starts at once; None for 1 on the CPU, where convolutions in compiled
-        loops are slow, and `STEPS_PER_DISPATCH` elsewhere.
+      steps_per_dispatch: steps that the host starts at once; None for 1 on the CPU, where each is long, and
+        `STEPS_PER_DISPATCH` elsewhere.
       mesh: devices to train on, where that is more than the default one. `state` must lie whole on each of them.
 
     Returns:
@@ -279,7 +284,7 @@ def fit(
     configs = [config] if isinstance(config, Config) else list(config)
     population, c = not isinstance(config, Config), configs[0]
     batch_size = c.batch_size
-    at_once = steps_per_dispatch or (1 if platform() == "cpu" else STEPS_PER_DISPATCH)
+    at_once = steps_per_dispatch or steps_at_once()
     train_step = make_train_step(
         c, model, dataset.num_classes, TRANSFORMS[c.transform], population=population, steps=at_once, mesh=mesh
     )

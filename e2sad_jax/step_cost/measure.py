@@ -13,7 +13,7 @@ import jax
 
 from e2sad_jax import report
 from e2sad_jax._tracing import platform
-from e2sad_jax.errors import Error, Stopped
+from e2sad_jax.errors import Error, Stopped, first_line
 from e2sad_jax.progress import Bar
 from e2sad_jax.step_cost import counts, peers
 from e2sad_jax.step_cost.request import NUM_CLASSES, OURS, Kind, Request
@@ -23,7 +23,7 @@ FORMAT = 1  # of step_cost.json
 # How far, of itself, a peer's loss may be from ours in each step that is compared before anything is timed. Both compute in
 # float32 and sum in another order. A pixel whose gradient is smaller than that error may be attacked the other way, which
 # barely moves the first loss. It moves the parameters, though, for Adam's first updates are as long for a tiny gradient
-# as for a large one: our own step, begun with parameters that are off by 1e-7, is off by 1e-3 in the second and third.
+# as for a large one, so the second and third depart further.
 # So this catches another step, not a slightly other one; on a small network, where less comes together, the tests hold
 # PyTorch's losses to 2e-5 in all three.
 TOLERANCES = (5e-5, 5e-3, 5e-3)
@@ -192,8 +192,7 @@ def _fail(row: dict[str, Any], error: Exception) -> None:
     if isinstance(error, peers.NotOfferedError):
         row["note"] = str(error)
         return
-    text = str(error).strip().splitlines()
-    row["error"] = f"{type(error).__name__}: {text[0] if text else 'no message'}"[:200]
+    row["error"] = f"{type(error).__name__}: {first_line(error)}"[:200]
     if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
         row["error"] = f"out of memory; {row['error']}"
 

@@ -1,9 +1,11 @@
 """The measured cost as a table for a terminal, as markdown, and as a plot against the steps of the attack."""
 
 import pathlib
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from e2sad_jax import plots
 from e2sad_jax.step_cost.request import OURS
 
 Row = Mapping[str, Any]
@@ -152,8 +154,6 @@ def text(result: Mapping[str, Any]) -> str:
 
 
 def _wrapped(lines: Sequence[str], width: int = WIDTH) -> list[str]:
-    import textwrap
-
     return [part for line in lines for part in textwrap.wrap(line, width, break_on_hyphens=False)]
 
 
@@ -193,9 +193,7 @@ def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
     if lines:
         marks.append(Line2D([], [], ls="--", lw=1, color="0.55", label="bound on IFGSM's FLOPs: 2 + 0.7 k"))
     figure.legend(handles=marks, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=130)
-    temporary.replace(path)
+    plots.save(path, figure, dpi=130)
 
 
 def _panel(ax: Any, rows: Sequence[Row], field: str, title: str) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from e2sad_jax import models, sharding, train
-from e2sad_jax._tracing import platform
 from e2sad_jax.config import Config
 from e2sad_jax.transforms import TRANSFORMS
 
@@ -78,7 +77,7 @@ class Step:
           steps_per_dispatch: steps that the host starts at once; 0 for what `train.fit` takes here.
         """
         self.config = config
-        self.at_once = steps_per_dispatch or (1 if platform() == "cpu" else train.STEPS_PER_DISPATCH)
+        self.at_once = steps_per_dispatch or train.steps_at_once()
         mesh = sharding.mesh(config.devices, config.batch_size)
         model = models.create(config.model, num_classes, image_shape, config.precision)
         step: Any = train.make_train_step(

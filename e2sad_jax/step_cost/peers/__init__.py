@@ -81,7 +81,7 @@ def build(
         from e2sad_jax.step_cost.peers import xla
 
         return xla.XlaStep(config, image_shape, num_classes, steps_per_dispatch)
-    # PyTorch's threads spin while they wait, and where other work wants the cores that makes it up to three times slower.
+    # PyTorch's threads spin while they wait, and where other work wants the cores that slows all down.
     # Read when its OpenMP is loaded, so this is early enough unless someone else imported it.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if by == "art":
