@@ -95,7 +95,8 @@ CONCLUSION = """
 So with so many chips the links decide up to a global batch of {low:,.0f} to {high:,.0f} images, far beyond what Table 4's
 network needs: MNIST has 60,000. They are better spent on as many runs side by side, one a chip, which send nothing.
 For a larger network the same arithmetic holds with its own two numbers: bytes of the parameters, and FLOPs an image;
-convolutions do more FLOPs a parameter, so the crossing comes earlier. {share:.0%} of Table 4's parameters stand in one dense layer.
+convolutions do more FLOPs a parameter, so the crossing comes earlier. {share:.0%} of Table 4's
+parameters stand in one dense layer.
 
 Every host reads the whole data set and cuts the same batch, so nothing has to be fed over the network; hosts agree once a
 dispatch on whether one was told to stop, and the first writes the checkpoint ({checkpoint:.0f} MB with Adam's moments).
