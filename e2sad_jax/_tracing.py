@@ -1,10 +1,13 @@
 """What the program that is being traced is for: its platform, and whether it is run or only counted."""
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 _state = threading.local()
 
@@ -29,3 +32,21 @@ def straight_line() -> Iterator[None]:
 def straight() -> bool:
     """Whether a program without loops is asked for."""
     return getattr(_state, "straight", False)
+
+
+def jit(function: Callable[..., Any], **settings: Any) -> Any:
+    """`jax.jit` of a whole program, one that is not called by another: with compiler options for its platform."""
+    options = _cpu_options() if platform() == "cpu" and not straight() else {}
+    return jax.jit(function, compiler_options=options, **settings)
+
+
+@functools.cache
+def _cpu_options() -> dict[str, str]:
+    # XLA's CPU backend has YNNPACK for matrix products, sums and convolutions. The last take up to twice as long there as
+    # in its own Eigen kernels (`experiments.step_cost --peer=xla`), so all but those.
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
+    try:
+        jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:  # an XLA that knows no such option
+        return {}
+    return options

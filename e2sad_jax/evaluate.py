@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from e2sad_jax import attacks, models, sharding
+from e2sad_jax._tracing import jit
 from e2sad_jax.losses import cross_entropy, soft_labels
 from e2sad_jax.transforms import Transform
 
@@ -146,9 +147,9 @@ def evaluate(
 @functools.lru_cache(maxsize=32)
 def _attack_batch(model: nn.Module, attack: Attack, transform: Transform, num_classes: int) -> Callable[..., jax.Array]:
     """The jitted `(params, images, labels, index, seed) -> predicted classes`, compiled once for all models alike."""
-    make = _make_batch(model, attack, transform, num_classes)
+    make = _making(model, attack, transform, num_classes)
 
-    @jax.jit
+    @jit
     def attack_batch(params: Any, *batch: Any) -> jax.Array:
         return models.logits_fn(model, params)(make(params, *batch)).argmax(-1)
 
@@ -203,9 +204,13 @@ def transfer(
 
 @functools.lru_cache(maxsize=32)
 def _make_batch(model: nn.Module, attack: Attack, transform: Transform, num_classes: int) -> Callable[..., jax.Array]:
-    """The jitted `(params, images, labels, index, seed) -> adversarial network inputs`."""
+    """`_making`, jitted."""
+    return jit(_making(model, attack, transform, num_classes))
 
-    @jax.jit
+
+def _making(model: nn.Module, attack: Attack, transform: Transform, num_classes: int) -> Callable[..., jax.Array]:
+    """`(params, images, labels, index, seed) -> adversarial network inputs`."""
+
     def make(params: Any, images: jax.Array, labels: jax.Array, index: jax.Array, seed: jax.Array) -> jax.Array:
         x, y = transform.apply(images), soft_labels(labels, num_classes, 0.0)
         return perturb(attack, models.logits_fn(model, params), x, y, bounds=transform.bounds, index=index, seed=seed)
@@ -215,7 +220,7 @@ def _make_batch(model: nn.Module, attack: Attack, transform: Transform, num_clas
 
 @functools.lru_cache(maxsize=32)
 def _predict(model: nn.Module) -> Callable[..., jax.Array]:
-    return jax.jit(lambda params, x: models.logits_fn(model, params)(x).argmax(-1))
+    return jit(lambda params, x: models.logits_fn(model, params)(x).argmax(-1))
 
 
 def perturb(

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from e2sad_jax import models, report, sharding
+from e2sad_jax._tracing import jit
 from e2sad_jax.checkpoint import Checkpoints
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
@@ -151,7 +152,7 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
     else:
         states, spent = [job.init_state() for job in jobs], [0.0 for _ in jobs]
     began = time.monotonic()
-    logits = jax.jit(lambda params, images: models.logits_fn(first.model, params)(first.transform.apply(images)))
+    logits = jit(lambda params, images: models.logits_fn(first.model, params)(first.transform.apply(images)))
     probe = first.watched.x_test[: config.eval_batch_size]
     title = f"train {config.defense} on {first.train_set.name}" + (f", {len(jobs)} together" if together else "")
 

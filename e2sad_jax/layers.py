@@ -1,10 +1,10 @@
 """Convolutions that are fast on the CPU too.
 
-XLA's CPU backend takes its time over convolutions: over their gradients, over those with few channels, and over all that
-stand in a compiled loop. As matrix products with patches of a few images at a time, which stay in the cache, they are faster
-(`experiments.step_cost --peer=xla`). So a convolution, its input gradient and its kernel gradient are primitives here,
-lowered to that form on the CPU and to XLA's own operation everywhere else. All three are bilinear and the transposes of
-one another, so derivatives of every order are made of these three again.
+XLA's CPU backend has a fast kernel for plain convolutions only: images [N, H, W, C], kernels [kh, kw, C, F], nothing turned
+round. It brings the gradients of others into that form, but not in a compiled loop, and its kernel is slow where there are
+few output channels, as in the input gradient of a first layer. So a convolution, its input gradient and its kernel gradient
+are primitives here, lowered to plain convolutions on the CPU and to XLA's own operation everywhere else. All three are
+bilinear and the transposes of one another, so derivatives of every order are made of these three again.
 """
 
 import functools
@@ -20,10 +20,7 @@ from e2sad_jax import _tracing
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
-CHUNK_BYTES = 5 << 19  # of patches: what a core's caches hold
-CHUNK_IMAGES = 16
 FEW_CHANNELS = 4
-SMALL = 1 << 24  # multiplications: below, XLA's own is fast enough, and sooner compiled
 
 
 def conv_general_dilated(
@@ -131,126 +128,37 @@ def _kernel_gradient(x: jax.Array, g: jax.Array, *, size: tuple[int, int], **kwa
     return jax.linear_transpose(lambda w: _conv(x, w, **kwargs), w)(g)[0]
 
 
-# The same as matrix products.
-
-
-def _cpu_conv(x: jax.Array, w: jax.Array, *, padding: Padding, precision: Any, forward: bool = True) -> jax.Array:
-    def of(x: jax.Array) -> jax.Array:
-        patches = _patches(x, w.shape[:2], padding)
-        return jnp.einsum("nhwk,kf->nhwf", patches, w.reshape(-1, w.shape[3]), precision=precision)
-
-    y = jax.eval_shape(functools.partial(_conv, padding=padding, precision=precision), x, w)
-    if _products(y, w) < SMALL:
-        return _conv(x, w, padding=padding, precision=precision)
-    # XLA would keep memory full of zeros for all convolutions of a size, and copy it for each; not this.
-    return _by_chunks(of, x, _turn(y, w), filler=x[0, 0, 0, 0] if forward else 0.0)
+# The same in those forms that XLA's CPU backend hands to its fast kernels, in a compiled loop too: images [N, H, W, C],
+# kernels [kh, kw, C, F], nothing turned round.
 
 
 def _cpu_input_gradient(
     g: jax.Array, w: jax.Array, *, size: tuple[int, int], padding: Padding, precision: Any
 ) -> jax.Array:
     kh, kw, channels, _ = w.shape
-    if _products(g, w) < SMALL:
-        return _input_gradient(g, w, size=size, padding=padding, precision=precision)
     (above, below), (left, right) = padding
-    if channels > FEW_CHANNELS and max(above, below) < kh and max(left, right) < kw:
-        # A convolution with the kernel turned round.
-        around = ((kh - 1 - above, kh - 1 - below), (kw - 1 - left, kw - 1 - right))
-        return _cpu_conv(g, w[::-1, ::-1].swapaxes(2, 3), padding=around, precision=precision, forward=False)
-
-    def of(g: jax.Array) -> jax.Array:  # the patches' gradients, added up where the patches overlap
-        c = jnp.einsum("nhwf,kf->nhwk", g, w.reshape(-1, w.shape[3]), precision=precision)
-        c = _overlap(c.reshape(*c.shape[:3], kh, kw * channels), 1)
-        c = _overlap(c.reshape(*c.shape[:3], kw, channels), 2)
-        return c[:, above : above + size[0], left : left + size[1]]
-
-    return _by_chunks(of, g, _turn(g, w))
+    if max(above, below) >= kh or max(left, right) >= kw:
+        return _input_gradient(g, w, size=size, padding=padding, precision=precision)
+    rows, columns = (kh - 1 - above, kh - 1 - below), (kw - 1 - left, kw - 1 - right)
+    if channels > FEW_CHANNELS:  # a convolution with the kernel turned round
+        return _conv(g, w[::-1, ::-1].swapaxes(2, 3), padding=(rows, columns), precision=precision)
+    # One with few channels leaves most of the processor idle. So each row of the kernel by itself, as channels, and then
+    # their sums where they fall on the same row.
+    by_row = w[:, ::-1].transpose(1, 3, 0, 2).reshape(1, kw, w.shape[3], kh * channels)
+    y = _conv(g, by_row, padding=((0, 0), columns), precision=precision)
+    y = y.reshape(*y.shape[:3], kh, channels)
+    total = jnp.zeros((), y.dtype)
+    for i in range(kh):
+        total = total + jnp.pad(y[:, :, :, i], ((0, 0), (i, kh - 1 - i), (0, 0), (0, 0)))
+    return total[:, above : above + size[0]]
 
 
 def _cpu_kernel_gradient(
     x: jax.Array, g: jax.Array, *, size: tuple[int, int], padding: Padding, precision: Any
 ) -> jax.Array:
-    shape = (*size, x.shape[3], g.shape[3])
-    w = jax.ShapeDtypeStruct(shape, g.dtype)
-    if _products(g, w) < SMALL:
-        return _kernel_gradient(x, g, size=size, padding=padding, precision=precision)
-    # A product has to turn one of its factors round: the smaller.
-    turned = g.shape[3] < size[0] * size[1] * x.shape[3]
-
-    def of(x: jax.Array, g: jax.Array) -> jax.Array:
-        patches = _patches(x, size, padding)
-        if turned:
-            return jnp.einsum("nhwf,nhwk->fk", g, patches, precision=precision)
-        return jnp.einsum("nhwk,nhwf->kf", patches, g, precision=precision)
-
-    turn = _turn(g, w)
-    (xs, x_rest), (gs, g_rest) = _split(x, turn), _split(g, turn)
-
-    def add(total: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        for x, g in zip(*map(_halves, pair), strict=True):
-            total += of(x, g)
-        return total, None
-
-    zeros = jnp.zeros((w.size // shape[3], shape[3]), g.dtype)
-    total, _ = jax.lax.scan(add, zeros.T if turned else zeros, (xs, gs))
-    if len(x_rest):
-        total += of(x_rest, g_rest)
-    return (total.T if turned else total).reshape(shape)
-
-
-def _patches(x: jax.Array, kernel: Sequence[int], padding: Padding) -> jax.Array:
-    """`[N, H, W, C]` -> `[N, h, w, kh * kw * C]`: what a kernel sees at each place."""
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    h, w = (size - k + 1 for size, k in zip(x.shape[1:3], kernel, strict=True))
-    x = jnp.concatenate([x[:, :, j : j + w] for j in range(kernel[1])], axis=-1)
-    return jnp.concatenate([x[:, i : i + h] for i in range(kernel[0])], axis=-1)
-
-
-def _overlap(x: jax.Array, axis: int) -> jax.Array:
-    """`[N, h, w, k, C]` -> `[N, h, w, C]` with k - 1 places more along `axis`: sums over what falls on the same place."""
-    k, width = x.shape[3], [(0, 0)] * 4
-    total = jnp.zeros((), x.dtype)
-    for i in range(k):
-        width[axis] = (i, k - 1 - i)
-        total = total + jnp.pad(x[:, :, :, i], width)
-    return total
-
-
-def _products(y: Any, w: Any) -> int:
-    return y.size * w.size // w.shape[3]
-
-
-def _turn(y: Any, w: Any) -> int:
-    """Images that a turn of a loop takes: twice what a cache holds, of a number that divides the batch if one is near."""
-    patches = y.shape[1] * y.shape[2] * w.size // w.shape[3] * y.dtype.itemsize
-    most = max(1, min(y.shape[0], 2 * CHUNK_IMAGES, 2 * CHUNK_BYTES // patches))
-    return next((n for n in range(most, most // 2, -1) if y.shape[0] % n == 0), most)
-
-
-def _split(x: jax.Array, turn: int) -> tuple[jax.Array, jax.Array]:
-    whole = len(x) // turn * turn
-    return x[:whole].reshape(-1, turn, *x.shape[1:]), x[whole:]
-
-
-def _halves(x: jax.Array) -> list[jax.Array]:
-    """Two chunks, so that the patches of one can be cut while another core cuts the other's."""
-    middle = (len(x) + 1) // 2
-    return [part for part in (x[:middle], x[middle:]) if len(part)]
-
-
-def _by_chunks(
-    of: Callable[[jax.Array], jax.Array], x: jax.Array, turn: int, filler: jax.typing.ArrayLike = 0.0
-) -> jax.Array:
-    """`of(x)`, `turn` images at a time; `filler` is what the result's memory holds until then."""
-    many, rest = _split(x, turn)
-    shape = jax.eval_shape(of, many[0]).shape
-    begin = jnp.broadcast_to(jnp.asarray(filler, x.dtype), (len(many), *shape))
-
-    def put(i: jax.Array, y: jax.Array) -> jax.Array:
-        return y.at[i].set(jnp.concatenate([of(part) for part in _halves(many[i])]))
-
-    done = jax.lax.fori_loop(0, len(many), put, begin).reshape(-1, *shape[1:])
-    return jnp.concatenate([done, of(rest)]) if len(rest) else done
+    # Channels take the place of images and images that of channels.
+    y = _conv(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), padding=padding, precision=precision)
+    return y.transpose(1, 2, 0, 3)
 
 
 def _define(primitive: Primitive, xla: Callable[..., jax.Array], cpu: Callable[..., jax.Array]) -> None:
@@ -266,9 +174,7 @@ def _define(primitive: Primitive, xla: Callable[..., jax.Array], cpu: Callable[.
         return avals[0].update(shape=result.shape, dtype=result.dtype, weak_type=False)
 
     def lower_for_cpu(ctx: Any, *args: Any, **params: Any) -> Any:
-        # Shards of one batch on several devices would have to be gathered for a loop over its images.
-        devices = getattr(ctx.module_context.axis_context, "num_devices", None)
-        chosen = cpu if devices == 1 and not _tracing.straight() else xla
+        chosen = xla if _tracing.straight() else cpu
         return mlir.lower_fun(chosen, multiple_results=False)(ctx, *args, **params)
 
     def batched(args: Sequence[jax.Array], axes: Sequence[int | None], **params: Any) -> tuple[jax.Array, int]:
@@ -281,7 +187,7 @@ def _define(primitive: Primitive, xla: Callable[..., jax.Array], cpu: Callable[.
     batching.primitive_batchers[primitive] = batched
 
 
-_define(conv_p, _conv, _cpu_conv)
+_define(conv_p, _conv, _conv)
 _define(input_gradient_p, _input_gradient, _cpu_input_gradient)
 _define(kernel_gradient_p, _kernel_gradient, _cpu_kernel_gradient)
 

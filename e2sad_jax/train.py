@@ -20,7 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from e2sad_jax import defenses, models, sharding
-from e2sad_jax._tracing import platform, straight_line
+from e2sad_jax._tracing import jit, platform, straight_line
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
 from e2sad_jax.defenses._types import LogitsFn, Parts
@@ -165,8 +165,8 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
 
         def loss_fn(params: Any) -> tuple[jax.Array, Parts]:
-            # With several runs or devices convolutions are XLA's own, which the CPU does not have to find in a loop.
-            unrolled = platform() == "cpu" and (population or mesh is not None)
+            # With several runs convolutions are XLA's own, which the CPU does not have to find in a loop.
+            unrolled = platform() == "cpu" and population
             with straight_line() if unrolled else contextlib.nullcontext():
                 return loss_of(models.logits_fn(model, params), x, y, key)
 
@@ -179,7 +179,7 @@ def make_train_step(
     step: TrainStep = jax.vmap(train_step, in_axes=(0, None, None, 0, 0)) if population else train_step
     placed: dict[str, Any] = {} if mesh is None else {"out_shardings": sharding.whole(mesh)}
     if steps == 1:
-        return jax.jit(step, donate_argnums=0, **placed)
+        return jit(step, donate_argnums=0, **placed)
 
     def train_steps(state: TrainState, *arguments: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         *data, count = arguments
@@ -193,7 +193,7 @@ def make_train_step(
 
         return jax.lax.fori_loop(0, count, body, (state, metrics))
 
-    return jax.jit(train_steps, donate_argnums=0, **placed)
+    return jit(train_steps, donate_argnums=0, **placed)
 
 
 def stack(states: Sequence[TrainState]) -> TrainState:

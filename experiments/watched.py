@@ -36,7 +36,7 @@ def run_again(workdir: str) -> NoReturn:
       workdir: the run's folder, for the last word.
 
     Raises:
-      LostProcessError: if JAX aborted it.
+      LostProcessError: if JAX aborted or crashed, as it may when its peers go away.
     """
     # Module and flags as they were typed; `sys.argv` would lose "-m".
     child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env={**os.environ, PARENT: str(os.getpid())})
@@ -47,13 +47,13 @@ def run_again(workdir: str) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, pass_on)
     code = child.wait()
-    if code == -signal.SIGABRT:
+    if code in (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS):
         folder = pathlib.Path(workdir).expanduser() / "checkpoints"
         steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
         kept = f"the checkpoint of step {max(steps):,} is whole in {folder.parent}" if steps else "no checkpoint yet"
         raise LostProcessError(
-            f"JAX ended this process, most likely because another one of the run was lost (above is what it says); {kept}. "
-            "Start all of them again to go on from there"
+            f"JAX ended this process ({signal.Signals(-code).name}), most likely because another one of the run was lost or "
+            f"ended first (above is what it says); {kept}. Start all of them again to go on from there"
         )
     sys.stdout.flush()
     os._exit(code if code >= 0 else 128 - code)

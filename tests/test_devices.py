@@ -283,3 +283,26 @@ def test_trouble_in_one_or_both_processes_ends_both(trouble, npz, tmp_path):
     assert first == code, said
     assert words in said or (trouble == "loss" and "loss=nan" in said), said
     assert other in (code, 5)
+
+
+@pytest.mark.parametrize("end", [signal.SIGABRT, signal.SIGSEGV])
+def test_however_jax_ends_a_process_there_is_a_word(end, tmp_path):
+    """It aborts one whose peer was lost, and may crash when its peers end while it starts."""
+    (tmp_path / "checkpoints" / "40").mkdir(parents=True)
+    code = f"""
+import os, signal, sys
+from experiments import watched
+from e2sad_jax.errors import LostProcessError
+if watched.is_watched():
+    signal.signal({end.value}, signal.SIG_DFL)
+    os.kill(os.getpid(), {end.value})
+try:
+    watched.run_again({str(tmp_path)!r})
+except LostProcessError as error:
+    sys.exit(str(error))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True, timeout=60
+    )
+    assert f"({end.name})" in done.stderr, done.stderr
+    assert "the checkpoint of step 40 is whole in" in done.stderr

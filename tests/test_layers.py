@@ -1,6 +1,7 @@
 """Convolutions of the CPU against XLA's own, SciPy's and finite differences; which form is chosen where."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 import scipy.signal
 from jax.test_util import check_grads
 
-from e2sad_jax import layers, models
+from e2sad_jax import layers, models, sharding
 from e2sad_jax._tracing import straight_line
 
 # batch, height, width, channels, filters, kernel, padding: the paper's layers, narrowed; odd and uneven ones.
@@ -24,13 +25,6 @@ SHAPES = {
     "one by one": (33, 6, 6, 5, 4, (1, 1), ((0, 0), (0, 0))),
     "one image": (1, 12, 10, 2, 3, (3, 3), ((1, 1), (1, 1))),
 }
-
-
-@pytest.fixture(autouse=True)
-def every_size(monkeypatch):
-    """Small convolutions take the CPU's form too, in chunks that do not divide all of the batches above."""
-    monkeypatch.setattr(layers, "SMALL", 0)
-    monkeypatch.setattr(layers, "CHUNK_IMAGES", 4)
 
 
 def example(name: str, dtype=np.float64):
@@ -115,36 +109,49 @@ def test_vmap_over_images_kernels_or_both():
             )
 
 
-def loops_in(function, *arguments, **kwargs) -> int:
-    return jax.jit(function, **kwargs).lower(*arguments).as_text().count("stablehlo.while")
+def convolutions(function, *arguments) -> list[str]:
+    """The order of the axes in each convolution that JAX hands to XLA."""
+    text = jax.jit(function).lower(*arguments).as_text()
+    return re.findall(r"dim_numbers = (.*?), window", text)
 
 
-def test_the_form_is_that_of_the_platform_and_the_number_of_devices():
-    x, w, padding = example("Table 4, second", np.float32)
-    function = functools.partial(layers.conv, padding=padding)
-    assert loops_in(function, x, w) == 1
+PLAIN = "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"
+
+
+@pytest.mark.parametrize("name", ["Table 4, first", "Table 4, second", "Table 5, first"])
+def test_on_the_cpu_each_gradient_is_one_plain_convolution(name):
+    """XLA's CPU backend has fast kernels for those only, and turns others into those outside of loops only."""
+    x, w, padding = example(name, np.float32)
+
+    def gradients(x, w):
+        y, back = jax.vjp(functools.partial(layers.conv, padding=padding), x, w)
+        return back(y)
+
+    assert convolutions(gradients, x, w) == [PLAIN] * 3
+    assert "reverse = [true" not in jax.jit(gradients).lower(x, w).as_text()
     with straight_line():
-        assert loops_in(lambda x, w: function(x, w), x, w) == 0, "to be counted"
+        plain = convolutions(lambda x, w: gradients(x, w), x, w)
+    assert len(plain) == 3, plain
+    assert plain != [PLAIN] * 3, "as JAX has them"
+    for platform in ("cuda", "tpu"):
+        module = jax.export.export(jax.jit(lambda x, w: gradients(x, w)), platforms=[platform])(x, w).mlir_module()
+        assert re.findall(r"dim_numbers = (.*?), window", module) == plain
+
+
+def test_on_several_devices_only_the_kernels_gradient_is_summed():
+    x, w, padding = example("Table 4, second", np.float32)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    on_two = jax.jit(lambda x, w: function(x, w), in_shardings=(rows, whole)).lower(x, w)
-    assert "stablehlo.while" not in on_two.as_text(), "a loop over the images would gather them"
-    np.testing.assert_allclose(
-        on_two.compile()(jax.device_put(x, rows), jax.device_put(w, whole)), function(x, w), rtol=1e-5, atol=1e-4
-    )
-    for platform in ("cuda", "tpu"):
-        exported = jax.export.export(jax.jit(lambda x, w: function(x, w)), platforms=[platform])(x, w)
-        text = exported.mlir_module()
-        assert "stablehlo.while" not in text
-        assert text.count("stablehlo.convolution") == 1, "XLA's own"
 
+    def gradients(x, w):
+        y, back = jax.vjp(functools.partial(layers.conv, padding=padding), x, w)
+        return back(y)
 
-def test_small_convolutions_are_left_to_xla(monkeypatch):
-    x, w, padding = example("uneven", np.float32)
-    monkeypatch.setattr(layers, "SMALL", 1 << 30)
-    gradients = jax.grad(lambda x, w: layers.conv(x, w, padding=padding).sum(), (0, 1))
-    assert loops_in(gradients, x, w) == 0
+    compiled = jax.jit(gradients, in_shardings=(rows, whole), out_shardings=(rows, whole)).lower(x, w).compile()
+    assert sharding.collective_bytes(compiled) == {"all-reduce": w.nbytes}
+    for two, one in zip(compiled(jax.device_put(x, rows), jax.device_put(w, whole)), gradients(x, w), strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-3)
 
 
 def general(x, w, **changes):

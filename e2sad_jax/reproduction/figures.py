@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax import attacks, losses, models, surfaces
-from e2sad_jax._tracing import platform
+from e2sad_jax._tracing import jit, platform
 from e2sad_jax.config import Config
 from e2sad_jax.evaluate import Attack, perturb
 from e2sad_jax.progress import Bar
@@ -194,7 +194,7 @@ def _surface_of_batch(
 ) -> Callable[..., jax.Array]:
     """The jitted `(params, images, labels, index) -> losses [T, T, N]` around images, as `attack` sees them."""
 
-    @jax.jit
+    @jit
     def batch(params: Any, images: jax.Array, labels: jax.Array, index: jax.Array) -> jax.Array:
         logits_fn = models.logits_fn(model, params)
         y, loss_fn = _loss(logits_fn, labels, classes)
@@ -302,7 +302,7 @@ def _figure_3(r: Reproduction) -> Drawn:
     t = np.linspace(0, plan.SURFACE_SPAN, r.scale.grid)
     transform = classifier.transform
 
-    @jax.jit
+    @jit
     def compute(params: Any, images: jax.Array, labels: jax.Array, index: jax.Array) -> Any:
         logits_fn = models.logits_fn(classifier.model, params)
         y, loss_fn = _loss(logits_fn, labels, dataset.num_classes)

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 
-from e2sad_jax import layers
 from e2sad_jax.config import Config
 from e2sad_jax.errors import ConfigError, Stopped
 from e2sad_jax.step_cost import counts, measure, peers, run, show
@@ -347,8 +346,7 @@ def test_the_widest_table_fits_a_terminal(made_up):
     assert max(map(len, show.text(result).splitlines())) <= 120
 
 
-def test_the_step_by_xla_is_ours_without_loops_and_computes_the_same(monkeypatch):
-    monkeypatch.setattr(layers, "SMALL", 0)
+def test_the_step_by_xla_is_ours_without_loops_and_computes_the_same():
     config = Config(defense="ifgsm", attack_steps=2, model="digits_cnn", batch_size=4)
     with jax.numpy_dtype_promotion("standard"):
         ours = Step(config, (8, 8, 1), 10)
