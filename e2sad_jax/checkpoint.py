@@ -15,7 +15,6 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from e2sad_jax import models
-from e2sad_jax._tracing import jit
 from e2sad_jax.config import Config
 from e2sad_jax.errors import CheckpointError, DataError, WorkdirError, first_line
 from e2sad_jax.train import TrainState, init_state
@@ -164,7 +163,7 @@ class Classifier:
     transform: Transform
 
     def __post_init__(self) -> None:
-        probabilities = jit(lambda p, x: jax.nn.softmax(models.logits_fn(self.model, p)(self.transform.apply(x))))
+        probabilities = jax.jit(lambda p, x: jax.nn.softmax(models.logits_fn(self.model, p)(self.transform.apply(x))))
         object.__setattr__(self, "_probabilities", probabilities)
 
     def logits(self, x: jax.Array) -> jax.Array:

@@ -21,7 +21,14 @@ from e2sad_jax import jobs, models, run, sharding, train
 from e2sad_jax.config import DEFENSES, Config
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.transforms import TRANSFORMS
-from tests.test_train import load_state, losses, no_evaluation, standard_promotion, tiny_config  # noqa: F401
+from tests.test_train import (  # noqa: F401
+    load_state,
+    losses,
+    no_evaluation,
+    no_last_evaluation,
+    standard_promotion,
+    tiny_config,
+)
 
 STEPS = 20
 
@@ -170,15 +177,23 @@ def test_processes_that_cannot_find_each_other_are_refused(arguments, message):
 
 
 def start(
-    processes: int, data: pathlib.Path, workdir: pathlib.Path, *flags: str, second: tuple[str, ...] = ()
+    processes: int,
+    data: pathlib.Path,
+    workdir: pathlib.Path,
+    *flags: str,
+    second: tuple[str, ...] = (),
+    heartbeat: int = 0,
 ) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    module = ["-m", "experiments.mnist"]
+    if heartbeat:  # seconds, instead of the usual
+        run_it = "from experiments import common; common.main('mnist', {})"
+        module = ["-c", f"from e2sad_jax import sharding; sharding.HEARTBEAT = {heartbeat}; {run_it}"]
     command = [
         sys.executable,
-        "-m",
-        "experiments.mnist",
+        *module,
         f"--data={data}",
         f"--workdir={workdir}",
         "--model=digits_cnn",
@@ -248,7 +263,7 @@ def test_two_processes_train_as_one_and_stop_together(npz, tmp_path):
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_process_ends_the_others_with_a_word_and_a_checkpoint(lost, npz, tmp_path):
-    processes = start(2, npz, tmp_path / "w", "--steps=100000", "--checkpoint_every=20", "--log_every=1")
+    processes = start(2, npz, tmp_path / "w", "--steps=100000", "--checkpoint_every=20", "--log_every=1", heartbeat=5)
     folder, deadline = tmp_path / "w" / "checkpoints", time.monotonic() + 200
     while not any(path.name.isdigit() for path in folder.glob("*")):
         assert time.monotonic() < deadline, finish(processes, 0)
