@@ -1,4 +1,4 @@
-"""Per-example losses: soft labels, cross-entropy, dissimilarity.
+"""Per-example losses: soft labels, cross-entropy, dissimilarity; margins, for attacks alone.
 
 Every function here returns one value per example, `[N]`; who wants the batch mean of Eq. 3 and 8 takes it. Losses are
 computed in float32 at least, whatever the network computes in.
@@ -87,3 +87,105 @@ def dissimilarity(logits: jax.Array, other_logits: jax.Array) -> jax.Array:
       `[N]`.
     """
     return cross_entropy(other_logits, jax.nn.softmax(_at_least_float32(logits)))
+
+
+def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """By how much the best wrong class leads: max_{k != y} z_k - z_y; above 0 where the image is misclassified.
+
+    An attack maximises it. Unlike the cross-entropy it keeps its gradient where the softmax saturates.
+
+    Args:
+      logits: z, `[N, K]`, K at least 2.
+      labels: integer classes y in `[0, K)`, `[N]`.
+
+    Returns:
+      `[N]`.
+
+    Raises:
+      TypeError: if `labels` are not integers.
+      ValueError: if there are fewer than 2 classes, or `labels` are not `[N]`.
+
+    >>> import jax.numpy as jnp
+    >>> print(margin(jnp.array([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0]]), jnp.array([1, 0])))
+    [-1.  2.]
+
+    Reference: Carlini and Wagner, 2017, https://arxiv.org/abs/1608.04644 (f_6)
+    """
+    _check_classes("margin", logits, 2, "a single class cannot be mistaken", labels=labels)
+    logits = _at_least_float32(logits)
+    true = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    return jnp.where(true, -jnp.inf, logits).max(-1) - _pick(logits, labels)
+
+
+def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Difference of logits ratio, to be maximised: -(z_y - max_{k != y} z_k) / (z_1st - z_3rd).
+
+    z_1st, z_3rd are the highest and third-highest logits. Neither adding to nor scaling the logits changes it, so a
+    network cannot hide its gradient by large logits. Above 0 where the image is misclassified. Where the denominator is
+    no more than rounding (the three highest logits tie) 1 stands in for it, so that the gradient stays finite.
+
+    Args:
+      logits: z, `[N, K]`, K at least 3.
+      labels: integer classes y in `[0, K)`, `[N]`.
+
+    Returns:
+      `[N]`.
+
+    Raises:
+      TypeError: if `labels` are not integers.
+      ValueError: if there are fewer than 3 classes, or `labels` are not `[N]`.
+
+    Reference: Croce and Hein, 2020, https://arxiv.org/abs/2003.01690 (Eq. 6)
+    """
+    _check_classes("dlr", logits, 3, "take margin for two", labels=labels)
+    top = jax.lax.top_k(_at_least_float32(logits), 3)[0]
+    return _ratio(margin(logits, labels), top[:, 0] - top[:, 2], logits)
+
+
+def targeted_dlr(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> jax.Array:
+    """As `dlr`, towards a class: -(z_y - z_t) / (z_1st - (z_3rd + z_4th) / 2).
+
+    Args:
+      logits: z, `[N, K]`, K at least 4.
+      labels: integer classes y in `[0, K)`, `[N]`.
+      targets: integer classes t in `[0, K)`, `[N]`.
+
+    Returns:
+      `[N]`.
+
+    Raises:
+      TypeError: if `labels` or `targets` are not integers.
+      ValueError: if there are fewer than 4 classes, or `labels` or `targets` are not `[N]`.
+
+    Reference: Croce and Hein, 2020, https://arxiv.org/abs/2003.01690 (Eq. 7)
+    """
+    remedy = "take z_t - z_y itself for fewer"
+    _check_classes("targeted_dlr", logits, 4, remedy, labels=labels, targets=targets)
+    wide = _at_least_float32(logits)
+    top = jax.lax.top_k(wide, 4)[0]
+    lead = _pick(wide, targets) - _pick(wide, labels)
+    return _ratio(lead, top[:, 0] - (top[:, 2] + top[:, 3]) / 2, logits)
+
+
+def _check_classes(name: str, logits: jax.Array, classes: int, remedy: str, **integers: jax.Array) -> None:
+    if logits.ndim != 2 or logits.shape[1] < classes:
+        raise ValueError(
+            f"{name}: logits have shape {logits.shape}; it must be [N, K], K at least {classes} ({remedy})"
+        )
+    for argument, values in integers.items():
+        if not jnp.issubdtype(values.dtype, jnp.integer):
+            raise TypeError(f"{name}: {argument} are {values.dtype}; they must be integer classes of shape [N]")
+        if values.shape != logits.shape[:1]:
+            raise ValueError(
+                f"{name}: {argument} have shape {values.shape}; it must be one class per row of the logits"
+            )
+
+
+def _pick(logits: jax.Array, classes: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits, classes[:, None], axis=1)[:, 0]
+
+
+def _ratio(lead: jax.Array, spread: jax.Array, logits: jax.Array) -> jax.Array:
+    """`lead / spread`, and `lead` itself where the spread of the logits is nothing but rounding."""
+    rounding = jnp.finfo(spread.dtype).eps * jnp.abs(jax.lax.stop_gradient(_at_least_float32(logits))).max(-1)
+    return lead / jnp.where(spread > jnp.maximum(rounding, 1e-12), spread, 1)

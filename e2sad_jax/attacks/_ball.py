@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+NORMS = ("linf", "l2")
 Bounds = tuple[float, float]
 LossFn = Callable[[jax.Array], jax.Array]
 
@@ -21,6 +22,56 @@ class Box(NamedTuple):
 
     def clip(self, x: jax.Array) -> jax.Array:
         return jnp.clip(x, self.lower, self.upper)
+
+    def direction(self, gradient: jax.Array) -> jax.Array:
+        """The steepest way up, of length 1 in the ball's norm."""
+        return jnp.sign(gradient)
+
+    def noise(self, keys: jax.Array, like: jax.Array) -> jax.Array:
+        """Uniform in the ball of radius 1, `[N, ...]`, image i drawn from `keys[i]`."""
+        return jax.vmap(lambda k: jax.random.uniform(k, like.shape[1:], like.dtype, -1, 1))(keys)
+
+
+class Round(NamedTuple):
+    """As `Box`, for the l2 ball around each image, cut to the range."""
+
+    center: jax.Array
+    radius: jax.typing.ArrayLike
+    bounds: Bounds | None
+
+    def clip(self, x: jax.Array) -> jax.Array:
+        """To the ball along the radius, then to the range: the second, being nearer the image, leaves no ball."""
+        limits = jnp.finfo(x.dtype)
+        # A sum of D squares is rounded by about sqrt(D) roundings of one.
+        radius = self.radius * (1 - float(limits.eps) * (4 + math.sqrt(math.prod(x.shape[1:]))))
+        offset = x - self.center
+        offset = offset * (radius / jnp.maximum(jnp.maximum(length(offset), radius), float(limits.tiny)))
+        inside = self.center + offset
+        # Many pixels that are each rounded outwards would add up.
+        outwards = jnp.abs(inside - self.center) > jnp.abs(offset)
+        inside = jnp.where(outwards, _next(inside, self.center), inside)
+        return inside if self.bounds is None else jnp.clip(inside, *self.bounds)
+
+    def direction(self, gradient: jax.Array) -> jax.Array:
+        return unit(gradient)
+
+    def noise(self, keys: jax.Array, like: jax.Array) -> jax.Array:
+        pairs = jax.vmap(jax.random.split)(keys)
+        towards = unit(jax.vmap(lambda k: jax.random.normal(k, like.shape[1:], like.dtype))(pairs[:, 0]))
+        share = jax.vmap(lambda k: jax.random.uniform(k, (1,) * (like.ndim - 1), like.dtype))(pairs[:, 1])
+        return towards * share ** (1 / math.prod(like.shape[1:]))
+
+
+def length(x: jax.Array) -> jax.Array:
+    """l2 norm of each image, `[N, 1, ...]`."""
+    return jnp.sqrt(jnp.square(x).sum(tuple(range(1, x.ndim)), keepdims=True))
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Each image at l2 norm 1; zero stays zero."""
+    largest = jnp.abs(x).max(tuple(range(1, x.ndim)), keepdims=True)
+    x = x / jnp.where(largest > 0, largest, 1)  # the square of a saturated network's gradient would be zero
+    return x / jnp.where(largest > 0, length(x), 1)
 
 
 def check_images(name: str, x: jax.Array) -> None:
@@ -58,6 +109,16 @@ def check_bounds(name: str, bounds: Bounds | None) -> None:
         raise ValueError(f"{name}: bounds={bounds}; the lower must be below the upper one")
 
 
+def check_norm(name: str, norm: str) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"{name}: norm={norm!r}; it must be one of {', '.join(NORMS)}")
+
+
+def ball(norm: str, x: jax.Array, eps: jax.typing.ArrayLike, bounds: Bounds | None) -> Box | Round:
+    """The ball of radius `eps` around `x` in `norm`, cut to `bounds`."""
+    return box(x, eps, bounds) if norm == "linf" else Round(widen(x), eps, bounds)
+
+
 def box(x: jax.Array, eps: jax.typing.ArrayLike, bounds: Bounds | None) -> Box:
     """The l-infinity ball of radius `eps` around `x`, cut to `bounds` (`clamp` in Eq. 2)."""
     x = widen(x)
@@ -72,14 +133,21 @@ def widen(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def narrow(x: jax.Array, dtype: jnp.dtype, limits: Box) -> jax.Array:
-    """Back to the images' own dtype; where rounding left the box, one representable number back inside."""
+def narrow(x: jax.Array, dtype: jnp.dtype, limits: Box | Round) -> jax.Array:
+    """Back to the images' own dtype; where rounding left the ball, one representable number back inside."""
+    if isinstance(limits, Round):  # no pixel farther from the image than it was
+        limits = Box(jnp.minimum(x, limits.center), jnp.maximum(x, limits.center))
     result = x.astype(dtype)
     if jnp.finfo(dtype).bits >= 32:
         return result
     infinity = jnp.asarray(jnp.inf, dtype)
-    result = jnp.where(widen(result) > limits.upper, jnp.nextafter(result, -infinity), result)
-    return jnp.where(widen(result) < limits.lower, jnp.nextafter(result, infinity), result)
+    result = jnp.where(widen(result) > limits.upper, _next(result, -infinity), result)
+    return jnp.where(widen(result) < limits.lower, _next(result, infinity), result)
+
+
+def _next(x: jax.Array, towards: jax.Array) -> jax.Array:
+    """The next representable number, for which JAX has no derivative; no attack needs one."""
+    return jnp.nextafter(*jax.lax.stop_gradient((x, towards)))
 
 
 def input_gradient(loss_fn: LossFn, x: jax.Array) -> jax.Array:
@@ -88,17 +156,34 @@ def input_gradient(loss_fn: LossFn, x: jax.Array) -> jax.Array:
     Raises:
       ValueError: if `loss_fn` does not return one loss per image.
     """
+    return losses_and_gradient(loss_fn, x)[1]
 
-    def total(z: jax.Array) -> jax.Array:
-        losses = loss_fn(z)
-        if losses.shape != x.shape[:1]:
-            raise ValueError(
-                f"loss_fn returned shape {losses.shape} for {x.shape[0]} images; it must return per-example losses, "
-                f"shape ({x.shape[0]},), neither summed nor averaged"
-            )
-        return losses.sum()
 
-    return jax.grad(total)(x)
+def losses_and_gradient(loss_fn: LossFn, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `input_gradient`, the losses `[N]` before it."""
+
+    def total(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        losses = per_image("loss_fn", loss_fn, z)
+        return losses.sum(), losses
+
+    gradient, losses = jax.grad(total, has_aux=True)(x)
+    return jax.lax.stop_gradient((losses, gradient))
+
+
+def per_image(name: str, function: LossFn, x: jax.Array) -> jax.Array:
+    """`function(x)`, one value per image, as the argument `name` promises."""
+    values = function(x)
+    if values.shape != x.shape[:1]:
+        raise ValueError(
+            f"{name} returned shape {values.shape} for {x.shape[0]} images; it must return per-example losses, "
+            f"shape ({x.shape[0]},), neither summed nor averaged"
+        )
+    return values
+
+
+def broadcast(values: jax.Array, like: jax.Array) -> jax.Array:
+    """`[N]` as `[N, 1, ...]`, to stand beside images."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def per_image_keys(name: str, key: jax.Array, n: int) -> jax.Array:

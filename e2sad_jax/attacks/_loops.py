@@ -19,6 +19,28 @@ def repeat(times: int, body: Callable[[int | jax.Array, T], T], init: T) -> T:
     """
     if _loops_well(body, 0, init):
         return jax.lax.fori_loop(0, times, body, init)
+    return _unrolled(times, body, init)
+
+
+def repeat_long(times: int, body: Callable[[int | jax.Array, T], T], init: T) -> T:
+    """As `repeat`, on every platform a compiled loop: for so many rounds that unrolled they would compile for ever."""
+    return _unrolled(times, body, init) if straight() else jax.lax.fori_loop(0, times, body, init)
+
+
+def repeat_while(
+    unfinished: Callable[[T], jax.Array], times: int, body: Callable[[int | jax.Array, T], T], init: T
+) -> T:
+    """As `repeat_long`, ended early when the scalar `unfinished(value)` turns False; `body` must not change it then."""
+    if straight():
+        return _unrolled(times, body, init)
+
+    def go_on(state: tuple[jax.Array, T]) -> jax.Array:
+        return (state[0] < times) & unfinished(state[1])
+
+    return jax.lax.while_loop(go_on, lambda state: (state[0] + 1, body(*state)), (jnp.int32(0), init))[1]
+
+
+def _unrolled(times: int, body: Callable[[int | jax.Array, T], T], init: T) -> T:
     value = init
     for i in range(times):
         value = body(i, value)

@@ -16,18 +16,22 @@ def fgsm(
     x: jax.Array,
     *,
     eps: jax.typing.ArrayLike,
+    norm: str = "linf",
     bounds: _ball.Bounds | None = (0.0, 1.0),
 ) -> jax.Array:
     """Fast gradient sign method (Eq. 1; the first step of e2SAD, Eq. 6).
 
     x_adv = clip(x + eps sign(grad_x loss_fn(x)))
 
+    In the l2 ball the step is eps g / ||g||_2 with g the image's gradient.
+
     For a targeted attack negate the loss: `fgsm(lambda z: -loss_to_target(z), x, eps=0.3)`.
 
     Args:
       loss_fn: images `[N, ...]` to per-example losses `[N]`, to be maximised.
       x: images `[N, ...]`, floating point, inside `bounds`.
-      eps: l-infinity budget, at least 0, in the images' own units; 0 returns `x`.
+      eps: budget in `norm`, at least 0, in the images' own units; 0 returns `x`.
+      norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None for no clipping.
 
     Returns:
@@ -36,7 +40,7 @@ def fgsm(
 
     Raises:
       TypeError: if `x` is not floating point.
-      ValueError: if `eps` or `bounds` is out of range, or `loss_fn` does not return per-example losses.
+      ValueError: if `eps` or `bounds` is out of range, `norm` is unknown, or `loss_fn` does not return per-example losses.
 
     >>> import jax.numpy as jnp
     >>> x = jnp.array([[0.5, 0.9]])
@@ -47,9 +51,10 @@ def fgsm(
     """
     _ball.check_images("fgsm", x)
     _ball.check_number("fgsm", "eps", eps)
+    _ball.check_norm("fgsm", norm)
     _ball.check_bounds("fgsm", bounds)
-    limits = _ball.box(x, eps, bounds)
-    moved = _ball.widen(x) + eps * jnp.sign(_ball.widen(_ball.input_gradient(loss_fn, x)))
+    limits = _ball.ball(norm, x, eps, bounds)
+    moved = _ball.widen(x) + eps * limits.direction(_ball.widen(_ball.input_gradient(loss_fn, x)))
     return jax.lax.stop_gradient(_ball.narrow(limits.clip(moved), x.dtype, limits))
 
 
