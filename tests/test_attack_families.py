@@ -40,6 +40,7 @@ ATTACKS: dict[str, tuple[str, Callable[..., jax.Array]]] = {
             k, loss_of(f), x, steps=4, restarts=2, norm="l2", misclassified_fn=lambda z: loss_of(f)(z) > 0, **kw
         ),
     ),
+    "square": ("linf", lambda f, k, x, **kw: attacks.square(k, lambda z: loss_of(f)(z) - 1e6, x, queries=40, **kw)),
 }
 every_attack = pytest.mark.parametrize("name", ATTACKS)
 RANDOM = [name for name in ATTACKS if name not in ("fgsm_l2", "mi_fgsm")]

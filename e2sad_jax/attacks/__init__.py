@@ -5,10 +5,22 @@ per-example losses `[N]`, and so works with any model library, inside jit, vmap,
 
 One step: `fgsm`, `second_step`. Several: `ifgsm`, `mi_fgsm`, `pgd`, and `apgd`, which finds its own step size.
 `losses.margin`, `losses.dlr` and `losses.targeted_dlr` are losses for them, beside the cross-entropy.
+
+Without gradients: `square`.
 """
 
 from e2sad_jax.attacks.apgd import apgd
 from e2sad_jax.attacks.iterated import ifgsm, mi_fgsm, pgd
 from e2sad_jax.attacks.one_step import OBJECTIVES, fgsm, second_step
+from e2sad_jax.attacks.square import square
 
-__all__ = ["OBJECTIVES", "apgd", "fgsm", "ifgsm", "mi_fgsm", "pgd", "second_step"]
+__all__ = [
+    "OBJECTIVES",
+    "apgd",
+    "fgsm",
+    "ifgsm",
+    "mi_fgsm",
+    "pgd",
+    "second_step",
+    "square",
+]

@@ -111,7 +111,7 @@ def apgd(
     _ball.check_bounds("apgd", bounds)
     if not 0 <= rho <= 1:
         raise ValueError(f"apgd: rho={rho}; it must lie in [0, 1], the paper takes 0.75")
-    n = x.shape[0]
+    x, n = jax.lax.stop_gradient(x), x.shape[0]
     keys = _ball.per_image_keys("apgd", key, n)
     limits = _ball.ball(norm, x, eps, bounds)
     clean = _ball.widen(x)
