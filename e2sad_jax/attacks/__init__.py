@@ -6,17 +6,21 @@ per-example losses `[N]`, and so works with any model library, inside jit, vmap,
 One step: `fgsm`, `second_step`. Several: `ifgsm`, `mi_fgsm`, `pgd`, and `apgd`, which finds its own step size.
 `losses.margin`, `losses.dlr` and `losses.targeted_dlr` are losses for them, beside the cross-entropy.
 
-Without gradients: `square`.
+Without gradients: `square`. The smallest change instead of the worst within a budget, from logits and labels:
+`deepfool`, `carlini_wagner`.
 """
 
 from e2sad_jax.attacks.apgd import apgd
 from e2sad_jax.attacks.iterated import ifgsm, mi_fgsm, pgd
+from e2sad_jax.attacks.minimal import carlini_wagner, deepfool
 from e2sad_jax.attacks.one_step import OBJECTIVES, fgsm, second_step
 from e2sad_jax.attacks.square import square
 
 __all__ = [
     "OBJECTIVES",
     "apgd",
+    "carlini_wagner",
+    "deepfool",
     "fgsm",
     "ifgsm",
     "mi_fgsm",
