@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from e2sad_jax import attacks, losses
 
@@ -112,6 +113,18 @@ def test_no_neighbour_changes_an_image(name):
     np.testing.assert_allclose(attack(keys[1:3], x[1:3]), whole[1:3], rtol=0, atol=1e-5)
     alone = jax.vmap(lambda key, image: attack(key[None], image[None])[0])(keys, x)
     np.testing.assert_allclose(alone, whole, rtol=0, atol=1e-5)
+
+
+@every_attack
+def test_equal_inside_shard_map(name):
+    """Half of the images on each of two devices."""
+    x, keys, mesh = images(), jax.random.split(KEY, N), Mesh(np.array(jax.devices()[:2]), ("data",))
+
+    def attack(keys: jax.Array, x: jax.Array) -> jax.Array:
+        return ATTACKS[name][1](network, keys, x, eps=0.3)
+
+    split = jax.jit(jax.shard_map(attack, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data")))
+    np.testing.assert_allclose(split(keys, x), jitted(name)(keys, x, 0.3), rtol=0, atol=1e-5)
 
 
 @every_attack

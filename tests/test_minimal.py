@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from e2sad_jax import attacks, losses
 
@@ -181,7 +182,7 @@ def test_an_image_of_another_class_stays_as_it_is(name):
 
 @both
 def test_no_neighbour_changes_an_image(name):
-    """Any order, any part of the batch, and each image alone under vmap."""
+    """Any order, any part of the batch, half of it on each of two devices, and each image alone under vmap."""
     x, order = images(), np.random.RandomState(0).permutation(N)
     labels = network(x).argmax(1)
     attack = jitted(name)
@@ -189,6 +190,9 @@ def test_no_neighbour_changes_an_image(name):
     np.testing.assert_array_equal(whole, attack(x, labels))
     np.testing.assert_allclose(attack(x[order], labels[order]), whole[order], **close)
     np.testing.assert_allclose(attack(x[1:3], labels[1:3]), whole[1:3], **close)
+    mesh, axis = Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data")
+    split = jax.jit(jax.shard_map(attack, mesh=mesh, in_specs=axis, out_specs=axis))
+    np.testing.assert_allclose(split(x, labels), whole, **close)
     alone = jax.vmap(lambda image, label: attack(image[None], label[None])[0])(x, labels)
     np.testing.assert_allclose(alone, whole, **close)
 

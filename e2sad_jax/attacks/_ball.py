@@ -186,6 +186,11 @@ def broadcast(values: jax.Array, like: jax.Array) -> jax.Array:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def spread(values: jax.Array, like: jax.Array) -> jax.Array:
+    """A constant that inside shard_map may differ between devices where `like` may: what a loop starts from must."""
+    return jnp.where((like != like).any(), values, values)  # the type is what counts; the compiler drops the choice
+
+
 def per_image_keys(name: str, key: jax.Array, n: int) -> jax.Array:
     """One key per image, `[n]`, from one key or from n."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):

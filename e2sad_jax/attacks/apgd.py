@@ -158,14 +158,15 @@ def apgd(
             before=start.point,
             best=start,
             worst=worst.or_worse(candidate),
-            step_size=jnp.broadcast_to(jnp.asarray(2 * eps, clean.dtype).reshape(-1), (n,)),
-            rises=jnp.zeros(n, jnp.int32),
-            halved=jnp.zeros(n, bool),
+            step_size=_ball.spread(jnp.broadcast_to(jnp.asarray(2 * eps, clean.dtype).reshape(-1), (n,)), x),
+            rises=_ball.spread(jnp.zeros(n, jnp.int32), x),
+            halved=never,
             best_at_checkpoint=start.loss,
         )
         return _loops.repeat_long(steps, step, state).worst
 
-    nothing = _Worst(x, jnp.zeros(n, bool), jnp.full(n, -jnp.inf, clean.dtype))
+    never = _ball.spread(jnp.zeros(n, bool), x)
+    nothing = _Worst(x, never, _ball.spread(jnp.full(n, -jnp.inf, clean.dtype), x))
     worst = attempt(0, nothing) if restarts == 1 else _loops.repeat_long(restarts, attempt, nothing)
     return jax.lax.stop_gradient(worst.image)
 

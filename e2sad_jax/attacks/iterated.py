@@ -146,6 +146,8 @@ def pgd(
     worst end point is returned: a misclassified one before any other (a high loss alone does not fool the model), then
     the one of highest loss.
 
+    In bfloat16 and float16 an l2 result is rounded towards the image, so small changes of many pixels shrink.
+
     With `losses.margin` as its loss this is the l-infinity form of Carlini and Wagner's attack that Madry et al. use:
     `pgd(key, lambda z: losses.margin(logits_fn(z), labels), x, eps=0.3, steps=40)`.
 

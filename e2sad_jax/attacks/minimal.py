@@ -71,7 +71,8 @@ def deepfool(
         z, fooled = state
         logits, backward = jax.vjp(logits_fn, z.astype(x.dtype))
         one_hot = jnp.broadcast_to(jnp.eye(classes, dtype=logits.dtype)[:, None], (classes, *logits.shape))
-        gradients = _ball.widen(jax.vmap(lambda cotangent: backward(cotangent)[0])(one_hot))  # [K, N, ...]
+        gradients = jax.vmap(lambda cotangent: backward(cotangent)[0])(_ball.spread(one_hot, logits))
+        gradients = _ball.widen(gradients)  # [K, N, ...]
         logits, gradients = jax.lax.stop_gradient((_ball.widen(logits), gradients))
         own = jnp.take_along_axis(gradients, y.reshape(1, -1, *[1] * (x.ndim - 1)), 0)
         w = gradients - own
@@ -148,7 +149,8 @@ def carlini_wagner(
       labels: integer classes to leave, `[N]`. An image of another class stays as it is, if by `confidence`.
       steps: Adam steps for each c, at least 1. The authors run up to 10,000.
       binary_steps: number of values of c, at least 1.
-      learning_rate: Adam's, above 0.
+      learning_rate: Adam's, above 0. Where its steps are long beside the distance, one that happens to cross the boundary
+        ends the search of c too early, and a smaller one finds nearer images.
       initial_c: first c, above 0.
       confidence: margin by which the other class must lead, at least 0; higher ones transfer better.
       bounds: range of valid images; the attack needs one.
@@ -206,14 +208,14 @@ def carlini_wagner(
 
     def search(_: int | jax.Array, state: tuple[_Search, _Nearest]) -> tuple[_Search, _Nearest]:
         (c, low, high), nearest = state
-        adam = _Adam(start, jnp.zeros_like(start), jnp.zeros_like(start))
-        nearest = nearest._replace(fooled=jnp.zeros(n, bool))
+        adam = _Adam(start, *[_ball.spread(jnp.zeros_like(start), x)] * 2)
+        nearest = nearest._replace(fooled=_ball.spread(jnp.zeros(n, bool), x))
         nearest = _loops.repeat_long(steps, descend, (adam, nearest, c))[1]
         low, high = jnp.where(nearest.fooled, low, c), jnp.where(nearest.fooled, c, high)
         return _Search(jnp.where(jnp.isfinite(high), (low + high) / 2, 10 * c), low, high), nearest
 
     def filled(value: float) -> jax.Array:
-        return jnp.full(n, value, clean.dtype)
+        return _ball.spread(jnp.full(n, value, clean.dtype), x)
 
     already = jax.lax.stop_gradient(lead(x)) > confidence
     nearest = _Nearest(x, jnp.where(already, 0, filled(jnp.inf)), already)
