@@ -119,7 +119,7 @@ class Checkpoints:
                 raise WorkdirError(
                     f"the checkpoint {self.folder / str(step)} fits another network: {b.shape} for {a.shape}"
                 )
-        return restored.replace(key=jax.random.wrap_key_data(restored.key))
+        return TrainState(**{**restored, "key": jax.random.wrap_key_data(restored["key"])})
 
 
 @contextlib.contextmanager
@@ -137,9 +137,10 @@ def _score(metrics: Mapping[str, float]) -> float:
     return metrics["score"]
 
 
-def _storable(state: TrainState) -> TrainState:
-    """The state with its random key as plain numbers."""
-    return state.replace(key=jax.random.key_data(state.key))
+def _storable(state: TrainState) -> dict[str, Any]:
+    """What there is of the state, by name, its random key as plain numbers."""
+    parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {**{name: part for name, part in parts.items() if part is not None}, "key": jax.random.key_data(state.key)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,7 +12,11 @@ from e2sad_jax.attacks import OBJECTIVES
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.transforms import TRANSFORMS
 
-DEFENSES = ("natural", "fgsm", "ifgsm", "pgd", "hamm", "e2sad")
+DEFENSES = (
+    *("natural", "fgsm", "ifgsm", "pgd", "hamm", "e2sad"),
+    *("rs_fgsm", "n_fgsm", "free", "trades", "grad_align", "input_gradient"),
+)
+SCHEDULES = ("constant", "cyclic", "piecewise", "cosine")
 
 
 def _setting(
@@ -24,10 +28,15 @@ def _setting(
     above: float | None = None,
     choices: tuple[str, ...] | None = None,
     identity: bool = True,
+    later: bool = False,
 ) -> Any:
-    """A field with its range; `identity` says whether runs that differ in it are different runs."""
+    """A field with its range.
+
+    `identity` says whether runs that differ in it are different runs, `later` that there were runs before there was this
+    setting: at its default, which is what they did, it is left out of the identity, and their workdirs keep their names.
+    """
     metadata = {"help": help, "lower": lower, "upper": upper, "above": above, "choices": choices, "identity": identity}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={**metadata, "later": later})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,14 +53,32 @@ class Config:
     )
     batch_size: int = _setting(256, "images a step", lower=1)
     learning_rate: float = _setting(1e-3, "Adam's learning rate", above=0)
+    schedule: str = _setting(
+        "constant",
+        "learning rate over all steps: constant; cyclic, up from 0 and down again; piecewise, a tenth of it after each of "
+        "1/2 and 3/4; cosine, down to 0",
+        choices=SCHEDULES,
+        later=True,
+    )
     alpha: float = _setting(0.6, "weight of the clean loss", lower=0, upper=1)
     lam: float = _setting(0.1, "weight lambda of e2SAD's dissimilarity", lower=0)
     eps1: float = _setting(0.3, "l-infinity budget of the training attack (e2SAD: of its first step)", lower=0)
     eps2: float = _setting(0.1, "budget of e2SAD's second step", lower=0)
-    attack_steps: int = _setting(30, "gradient steps of the training attack (ifgsm, pgd)", lower=1)
-    attack_step_size: float = _setting(
-        0.0, "step of the training attack, 0: eps1 / attack_steps (ifgsm), 2.5 eps1 / attack_steps (pgd)", lower=0
+    eps_warmup: int = _setting(
+        0, "steps over which eps1, eps2 and attack_step_size rise from 0 in training, 0: none", lower=0, later=True
     )
+    attack_steps: int = _setting(30, "gradient steps of the training attack (ifgsm, pgd, trades)", lower=1)
+    attack_step_size: float = _setting(
+        0.0,
+        "step of the training attack, 0: eps1 / attack_steps (ifgsm), 2.5 eps1 / attack_steps (pgd, trades), "
+        "1.25 eps1 (rs_fgsm), eps1 (n_fgsm)",
+        lower=0,
+    )
+    noise: float = _setting(2.0, "N-FGSM's noise, in multiples of eps1", lower=0, later=True)
+    replays: int = _setting(8, "steps that free training takes on each batch", lower=1, later=True)
+    beta: float = _setting(6.0, "weight of TRADES' divergence", lower=0, later=True)
+    align_weight: float = _setting(0.2, "weight of GradAlign's misalignment", lower=0, later=True)
+    gradient_weight: float = _setting(1.0, "weight of input_gradient's squared norm", lower=0, later=True)
     second_step: str = _setting("total", "what e2SAD's second step differentiates", choices=OBJECTIVES)
     clip_second: bool = _setting(False, "clip e2SAD's second point to the image range")
     soft_label: bool = _setting(True, "train on soft labels, 1 - delta for the true class")
@@ -83,7 +110,12 @@ class Config:
 
     def identity(self) -> dict[str, Any]:
         """The settings that make two runs different runs."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["identity"]}
+        fields = {f.name: f for f in dataclasses.fields(self) if f.metadata["identity"]}
+        values = {name: getattr(self, name) for name in fields}
+        values = {n: v for n, v in values.items() if not fields[n].metadata["later"] or v != fields[n].default}
+        if self.schedule != "constant":  # it ends with the run, so the run's length is a part of it
+            values |= {"epochs": self.epochs} if self.epochs else {"steps": self.steps}
+        return values
 
     def digest(self) -> str:
         """Eight hexadecimal digits of the identity."""
@@ -93,8 +125,16 @@ class Config:
         """Where the run is kept if `workdir` is empty."""
         return f"runs/{pathlib.PurePath(self.data).stem}-{self.defense}-{self.digest()}"
 
+    @property
+    def steps_per_batch(self) -> int:
+        """Steps in a row that train on the same batch."""
+        return self.replays if self.defense == "free" else 1
+
     def total_steps(self, training_images: int) -> int:
-        """Steps to train: `steps`, or as many as `epochs` passes over `training_images` take."""
+        """Steps to train: `steps`, or as many as `epochs` passes over `training_images` take.
+
+        Free training takes as many and so passes over them less often: `epochs / replays` times.
+        """
         return math.ceil(self.epochs * training_images / self.batch_size) if self.epochs else self.steps
 
     @classmethod

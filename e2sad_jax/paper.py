@@ -148,6 +148,9 @@ def beside(config: Config, data: str, steps: int, full_test_set: bool) -> tuple[
         differs = [
             f"{name} {ours[name]} (paper: {value})" for name, value in column.setting.items() if ours[name] != value
         ]
+        for name, value in (("schedule", "constant"), ("eps_warmup", 0)):
+            if ours[name] != value:
+                differs.append(f"{name} {ours[name]} (paper: {value})")
         if config.validation_examples:
             differs.append(f"{config.validation_examples} training images held out (paper: 0)")
         if not full_test_set:

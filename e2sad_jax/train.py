@@ -21,9 +21,10 @@ from jax.sharding import Mesh
 
 from e2sad_jax import defenses, models, sharding
 from e2sad_jax._tracing import jit, platform, straight_line
+from e2sad_jax.attacks._ball import is_number
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
-from e2sad_jax.defenses._types import LogitsFn, Parts
+from e2sad_jax.defenses._types import Parts
 from e2sad_jax.losses import soft_labels
 from e2sad_jax.transforms import TRANSFORMS, Transform
 
@@ -32,7 +33,7 @@ from e2sad_jax.transforms import TRANSFORMS, Transform
 VARIED = ("lam", "eps1", "eps2")
 STEPS_PER_DISPATCH = 64  # on accelerators; each is too short there for the host to start them one by one
 
-LossFn = Callable[[LogitsFn, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Parts]]
+LossFn = Callable[..., tuple[jax.Array, Parts]]  # of logits_fn, x, y, key; see `training_loss`
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -43,20 +44,49 @@ class TrainState(flax.struct.PyTreeNode):
       params: the network's variables.
       opt_state: the optimiser's state.
       key: random key of the run; step t draws from `fold_in(key, t)`.
+      delta: the perturbation `[batch_size, H, W, C]` that free training keeps from step to step; None for other defenses.
     """
 
     step: jax.Array
     params: Any
     opt_state: optax.OptState
     key: jax.Array
+    delta: jax.Array | None = None
 
 
 TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # see `make_train_step`
 
 
-def optimizer(config: Config) -> optax.GradientTransformation:
-    """Adam at a constant learning rate, the paper's."""
-    return optax.adam(config.learning_rate)
+def learning_rate(config: Config, steps: int) -> float | optax.Schedule:
+    """The learning rate, constant or as a function of the updates done so far, 0 before the first of all `steps`.
+
+    * `"constant"`: the paper's;
+    * `"cyclic"`: linearly up from 0 to the configured one at steps / 2, and linearly down to 0 (Fast AT's);
+    * `"piecewise"`: a tenth of it from steps / 2 on, a hundredth from 3 steps / 4 on;
+    * `"cosine"`: (1 + cos(pi t / steps)) / 2 of it.
+    """
+    peak, half = config.learning_rate, max(1, steps // 2)
+    match config.schedule:
+        case "cyclic":
+            up, down = optax.linear_schedule(0.0, peak, half), optax.linear_schedule(peak, 0.0, steps - half)
+            return optax.join_schedules([up, down], [half])
+        case "piecewise":
+            return optax.join_schedules(
+                [optax.constant_schedule(value) for value in (peak, peak / 10, peak / 100)], [half, 3 * steps // 4]
+            )
+        case "cosine":
+            return optax.cosine_decay_schedule(peak, steps)
+    return peak
+
+
+def optimizer(config: Config, steps: int | None = None) -> optax.GradientTransformation:
+    """Adam at the configured learning rate.
+
+    Args:
+      config: the run's settings.
+      steps: all the steps of the run, over which a schedule stretches; None for `config.steps`.
+    """
+    return optax.adam(learning_rate(config, steps or config.steps))
 
 
 def init_state(config: Config, model: nn.Module, image_shape: Sequence[int]) -> TrainState:
@@ -64,12 +94,14 @@ def init_state(config: Config, model: nn.Module, image_shape: Sequence[int]) -> 
     init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
     params = jax.jit(model.init)(init_key, jnp.zeros((1, *image_shape)))
     opt_state = jax.jit(optimizer(config).init)(params)
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, key=key)
+    delta = jnp.zeros((config.batch_size, *image_shape)) if config.defense == "free" else None
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, key=key, delta=delta)
 
 
 def training_loss(config: Config, bounds: tuple[float, float]) -> LossFn:
-    """The configured defense as `(logits_fn, x, y, key) -> (loss, parts)`."""
-    c, step_size = config, config.attack_step_size or None
+    """The configured defense as `(logits_fn, x, y, key) -> (loss, parts)`; that of free training takes `delta` too."""
+    c = config
+    step_size = None if is_number(c.attack_step_size) and c.attack_step_size == 0 else c.attack_step_size
     match config.defense:
         case "natural":
             return lambda f, x, y, key: defenses.natural(f, x, y)
@@ -99,7 +131,37 @@ def training_loss(config: Config, bounds: tuple[float, float]) -> LossFn:
                 bounds=bounds,
                 key=key,
             )
+        case "rs_fgsm":
+            return lambda f, x, y, key: defenses.rs_fgsm(
+                f, x, y, key=key, eps=c.eps1, step_size=step_size, bounds=bounds
+            )
+        case "n_fgsm":
+            return lambda f, x, y, key: defenses.n_fgsm(
+                f, x, y, key=key, eps=c.eps1, noise=c.noise, step_size=step_size, bounds=bounds
+            )
+        case "free":
+            return lambda f, x, y, key, delta: defenses.free(f, x, y, delta=delta, eps=c.eps1, bounds=bounds)
+        case "trades":
+            return lambda f, x, y, key: defenses.trades(
+                f, x, y, key=key, beta=c.beta, eps=c.eps1, steps=c.attack_steps, step_size=step_size, bounds=bounds
+            )
+        case "grad_align":
+            return lambda f, x, y, key: defenses.grad_align(
+                f, x, y, key=key, weight=c.align_weight, eps=c.eps1, bounds=bounds
+            )
+        case "input_gradient":
+            return lambda f, x, y, key: defenses.input_gradient(f, x, y, weight=c.gradient_weight)
     raise ValueError(f"unknown defense {config.defense!r}")
+
+
+def _settings_at(config: Config, varied: Mapping[str, Any], step: jax.Array) -> Any:
+    """The settings as one step sees them: `varied` ones in place, and the budgets as far as they have grown."""
+    values = {**dataclasses.asdict(config), **varied}
+    if config.eps_warmup:
+        grown = jnp.minimum(step.astype(jnp.float32) / config.eps_warmup, 1)
+        for name in ("eps1", "eps2", *(["attack_step_size"] if config.attack_step_size else [])):
+            values[name] *= grown
+    return types.SimpleNamespace(**values) if varied or config.eps_warmup else config
 
 
 @functools.partial(jax.jit, static_argnames="n")
@@ -144,8 +206,7 @@ def make_train_step(
         All of them must begin in the same epoch. `metrics` have a leading axis `steps`, of which `count` are filled.
       mesh: devices to split each batch over (`sharding.mesh`); all arguments lie whole on each of them.
     """
-    tx = optimizer(config)
-    delta = config.delta if config.soft_label else 0.0
+    soft = config.delta if config.soft_label else 0.0
 
     def train_step(
         state: TrainState,
@@ -154,26 +215,32 @@ def make_train_step(
         order: jax.Array,
         settings: Mapping[str, jax.Array] = types.MappingProxyType({}),
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        c: Any = types.SimpleNamespace(**{**dataclasses.asdict(config), **settings}) if settings else config
+        c = _settings_at(config, settings, state.step)
         loss_of = training_loss(c, transform.bounds)
-        offset = state.step.astype(jnp.uint32) * config.batch_size % images.shape[0]
+        tx = optimizer(config, config.total_steps(images.shape[0]))
+        offset = state.step.astype(jnp.uint32) // config.steps_per_batch * config.batch_size % images.shape[0]
         batch = jax.lax.dynamic_slice_in_dim(order, offset, config.batch_size)
         rows = images[batch], labels[batch]
         if mesh is not None:
             rows = jax.lax.with_sharding_constraint(rows, sharding.split(mesh))
-        x, y = transform.apply(rows[0]), soft_labels(rows[1], num_classes, delta)
+        x, y = transform.apply(rows[0]), soft_labels(rows[1], num_classes, soft)
         key = jax.random.fold_in(state.key, state.step)
 
-        def loss_fn(params: Any) -> tuple[jax.Array, Parts]:
+        def loss_fn(params: Any, *delta: jax.Array) -> tuple[jax.Array, Parts]:
             # With several runs convolutions are XLA's own, which the CPU does not have to find in a loop.
             unrolled = platform() == "cpu" and population
             with straight_line() if unrolled else contextlib.nullcontext():
-                return loss_of(models.logits_fn(model, params), x, y, key)
+                return loss_of(models.logits_fn(model, params), x, y, key, *delta)
 
-        (loss, parts), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        delta = () if state.delta is None else (state.delta,)
+        (loss, parts), (gradients, *ascent) = jax.value_and_grad(
+            loss_fn, argnums=tuple(range(1 + len(delta))), has_aux=True
+        )(state.params, *delta)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        if delta:
+            state = state.replace(delta=defenses.free_ascent(*delta, *ascent, eps=c.eps1))
         return state, {"loss": loss, "grad_norm": optax.tree.norm(gradients), **parts}
 
     step: TrainStep = jax.vmap(train_step, in_axes=(0, None, None, 0, 0)) if population else train_step
@@ -301,14 +368,14 @@ def fit(
     step, epoch, order = int(state.step[0] if population else state.step), -1, jnp.zeros(0, jnp.int32)
     with jax.transfer_guard("disallow"):
         while step < steps:
-            if step * batch_size // n != epoch:
-                epoch = step * batch_size // n
+            if step // c.steps_per_batch * batch_size // n != epoch:
+                epoch = step // c.steps_per_batch * batch_size // n
                 order = order_of(epoch=put(np.uint32(epoch)))
             count = min(
                 at_once,
                 steps - step,
                 c.checkpoint_every - step % c.checkpoint_every,
-                -(-((epoch + 1) * n - step * batch_size) // batch_size),  # those that begin in this epoch
+                c.steps_per_batch * -(-(epoch + 1) * n // batch_size) - step,  # those that begin in this epoch
             )
             counted = [put(np.int32(count))] if at_once > 1 else []
             state, metrics = train_step(state, images, labels, order, *extra, *counted)

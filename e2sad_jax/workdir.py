@@ -120,7 +120,7 @@ def check_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> No
     if not (workdir / "config.json").exists():
         return
     there, dataset_there = read_config(workdir)
-    ours, theirs = config.identity(), there.identity()
+    ours, theirs = ({n: getattr(c, n) for n in {**config.identity(), **there.identity()}} for c in (config, there))
     differences = [f"--{k}: {theirs[k]} there, {v} here" for k, v in ours.items() if theirs[k] != v]
     if dataset_there["sha256"] != dataset.sha256:
         differences.append(f"data: {dataset_there['name']} there, {dataset.name} here, with other content")

@@ -5,5 +5,7 @@ python -m experiments.mnist --defense=e2sad
 
 from experiments import common
 
+TRADES = {"attack_steps": 40, "attack_step_size": 0.01}  # its paper's, for eps 0.3
+
 if __name__ == "__main__":
-    common.main("mnist", {"data": "mnist", "model": "mnist_cnn"})
+    common.main("mnist", {"data": "mnist", "model": "mnist_cnn"}, {"trades": TRADES})

@@ -3,6 +3,7 @@
 python -m experiments.svhn --defense=e2sad
 """
 
+from e2sad_jax.config import DEFENSES
 from experiments import common
 
 PAPER = {
@@ -17,7 +18,7 @@ PAPER = {
     "attack_steps": 10,
 }
 # Only e2SAD is trained on soft labels there.
-HARD = {defense: {"soft_label": False} for defense in ("natural", "fgsm", "ifgsm", "pgd", "hamm")}
+HARD = {defense: {"soft_label": False} for defense in DEFENSES if defense != "e2sad"}
 
 if __name__ == "__main__":
     common.main("svhn", PAPER, HARD)

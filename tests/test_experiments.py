@@ -58,7 +58,7 @@ def images(tmp_path_factory) -> pathlib.Path:
         (["--eps1=24"], "--eps1=24.0: must be in [0, 1.0]"),
         (["--steps=many"], "flag --steps=many"),
         (["--lambda=0.1"], "Unknown command line flag 'lambda'"),
-        (["--defense=trades"], "must be one of natural, fgsm"),
+        (["--defense=mart"], "must be one of natural, fgsm"),
         (["--baseline=best"], "--baseline=best: must be empty or one of"),
         (["e2sad"], "unexpected argument 'e2sad'"),
         (["--data=nowhere.npz"], "nowhere.npz"),

@@ -13,7 +13,7 @@ NUM_CLASSES = 10
 IMAGE_SHAPES = {"mnist_cnn": (28, 28, 1), "svhn_cnn": (32, 32, 3), "digits_cnn": (8, 8, 1)}
 DEFAULT_DEFENSES = ("natural", "fgsm", "hamm", "e2sad", "ifgsm")
 DEFAULT_ATTACK_STEPS = (1, 2, 5, 10, 20, 30, 40)
-ITERATED = ("ifgsm", "pgd")
+ITERATED = ("ifgsm", "pgd", "trades")
 OURS = "e2sad_jax"
 
 

@@ -9,7 +9,11 @@ from e2sad_jax import plots
 from e2sad_jax.step_cost.request import OURS
 
 Row = Mapping[str, Any]
-NAMES = {"natural": "natural", "fgsm": "FGSM", "ifgsm": "IFGSM", "pgd": "PGD", "hamm": "Hamm", "e2sad": "e2SAD"}
+NAMES = {
+    **{"natural": "natural", "fgsm": "FGSM", "ifgsm": "IFGSM", "pgd": "PGD", "hamm": "Hamm", "e2sad": "e2SAD"},
+    **{"rs_fgsm": "RS-FGSM", "n_fgsm": "N-FGSM", "free": "Free", "trades": "TRADES", "grad_align": "GradAlign"},
+    "input_gradient": "input gradient",
+}
 COLORS = {OURS: "#1f4e99", "xla": "#7a7a7a", "torch": "#d1495b", "torch.compile": "#e8963a", "art": "#6a994e"}
 WIDTH = 120  # of a terminal
 MARKS = {"fgsm": ("FGSM", "s", 7), "e2sad": ("e2SAD", "*", 15)}

@@ -18,7 +18,7 @@ class ArtStep:
 
     def __init__(self, config: Config, image_shape: tuple[int, ...], num_classes: int, parameters: Any):
         """Builds classifier, attack and trainer; see `peers.build`."""
-        if config.defense in ("hamm", "e2sad"):
+        if config.defense not in ("natural", "fgsm", "ifgsm", "pgd"):
             raise NotOfferedError(f"ART has no {config.defense}")
         import torch
         from art.attacks.evasion import BasicIterativeMethod, FastGradientMethod, ProjectedGradientDescent

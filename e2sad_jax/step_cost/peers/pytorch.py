@@ -14,6 +14,7 @@ from e2sad_jax import models
 from e2sad_jax._tracing import platform
 from e2sad_jax.config import Config
 from e2sad_jax.errors import ConfigError
+from e2sad_jax.step_cost.peers import NotOfferedError
 from e2sad_jax.step_cost.step import data
 
 
@@ -102,6 +103,8 @@ class TorchStep:
         compiled: bool = False,
     ):
         """Puts network, optimiser and data on the device; see `peers.build`."""
+        if not hasattr(self, f"_{config.defense}"):
+            raise NotOfferedError(f"there is no {config.defense} in PyTorch here")
         import torch
         import torch.nn.functional as F
 

@@ -1,0 +1,113 @@
+"""Single-step adversarial training with noise: Fast AT (RS-FGSM) and N-FGSM, two gradient steps each."""
+
+import jax
+import jax.numpy as jnp
+
+from e2sad_jax.attacks import _ball, pgd
+from e2sad_jax.attacks.iterated import _uniform
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts
+from e2sad_jax.losses import cross_entropy
+
+
+def rs_fgsm(
+    logits_fn: LogitsFn,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    key: jax.Array,
+    eps: jax.typing.ArrayLike = 0.3,
+    step_size: jax.typing.ArrayLike | None = None,
+    bounds: Bounds = (0.0, 1.0),
+) -> tuple[jax.Array, Parts]:
+    """Fast adversarial training: J(theta, x_adv, y) at an FGSM step from a random start.
+
+    x_adv = clamp_{x, eps}(x_0 + a sign(grad J(theta, x_0, y))),  x_0 = clip(x + U(-eps, eps))
+
+    One step of PGD with a larger step. No clean term. It may collapse: after some epochs the loss is high at FGSM's point
+    alone, and PGD breaks the model. Smaller budgets, fewer epochs or N-FGSM help.
+
+    Args:
+      logits_fn: images `[N, ...]` to logits `[N, K]`.
+      x: clean images `[N, ...]`, inside `bounds`.
+      y: target distributions `[N, K]`, hard or soft; the attack uses them too.
+      key: random key of the start.
+      eps: l-infinity budget of the attack, at least 0, in the images' own units.
+      step_size: a, above 0; None for the paper's 1.25 eps.
+      bounds: range of valid images, or None.
+
+    Returns:
+      The loss, a scalar, and its parts by name.
+
+    Raises:
+      ValueError: if a budget is out of range.
+
+    Reference: Wong et al., 2020, https://arxiv.org/abs/2001.03994
+    """
+    _ball.check_number("rs_fgsm", "eps", eps)
+
+    def J(z: jax.Array) -> jax.Array:
+        return cross_entropy(logits_fn(z), y)
+
+    step_size = 1.25 * eps if step_size is None else step_size
+    if _ball.is_number(step_size) and step_size == 0:  # eps is 0: there is nowhere to go
+        step_size = None
+    x_adv = pgd(key, J, x, eps=eps, steps=1, step_size=step_size, bounds=bounds)
+    loss = J(x_adv).mean()
+    return loss, {"adversarial": loss}
+
+
+def n_fgsm(
+    logits_fn: LogitsFn,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    key: jax.Array,
+    eps: jax.typing.ArrayLike = 0.3,
+    noise: jax.typing.ArrayLike = 2.0,
+    step_size: jax.typing.ArrayLike | None = None,
+    bounds: Bounds = (0.0, 1.0),
+) -> tuple[jax.Array, Parts]:
+    """N-FGSM training: J(theta, x_adv, y) at an FGSM step from a noisy image, without projection onto the ball.
+
+    x_adv = clip(x_0 + a sign(grad J(theta, x_0, y))),  x_0 = clip(x + U(-k eps, k eps))
+
+    Both are clipped to the image range alone, so x_adv may lie up to k eps + a from x. No clean term.
+
+    Args:
+      logits_fn: images `[N, ...]` to logits `[N, K]`.
+      x: clean images `[N, ...]`, inside `bounds`.
+      y: target distributions `[N, K]`, hard or soft; the attack uses them too.
+      key: random key of the noise.
+      eps: l-infinity budget to defend against, at least 0, in the images' own units.
+      noise: k, the noise in multiples of eps, at least 0.
+      step_size: a, above 0; None for the paper's eps.
+      bounds: range of valid images, or None.
+
+    Returns:
+      The loss, a scalar, and its parts by name.
+
+    Raises:
+      ValueError: if `noise` or a budget is out of range.
+
+    Reference: de Jorge et al., 2022, https://arxiv.org/abs/2202.01181
+    """
+    _ball.check_images("n_fgsm", x)
+    _ball.check_number("n_fgsm", "eps", eps)
+    _ball.check_number("n_fgsm", "noise", noise)
+    _ball.check_bounds("n_fgsm", bounds)
+    if step_size is None:
+        step_size = eps
+    else:
+        _ball.check_number("n_fgsm", "step_size", step_size, positive=True)
+
+    def J(z: jax.Array) -> jax.Array:
+        return cross_entropy(logits_fn(z), y)
+
+    limits = _ball.box(x, noise * eps + step_size, bounds)  # which cuts to the range alone: nothing goes farther
+    keys = _ball.per_image_keys("n_fgsm", key, x.shape[0])
+    start = limits.clip(_ball.widen(x) + noise * eps * _uniform(keys, _ball.widen(x)))
+    gradient = _ball.input_gradient(J, start.astype(x.dtype))
+    moved = limits.clip(start + step_size * jnp.sign(_ball.widen(gradient)))
+    x_adv = jax.lax.stop_gradient(_ball.narrow(moved, x.dtype, limits))
+    loss = J(x_adv).mean()
+    return loss, {"adversarial": loss}

@@ -1,0 +1,76 @@
+"""Free adversarial training: one backward pass for both the parameters and the perturbation."""
+
+import jax
+import jax.numpy as jnp
+
+from e2sad_jax.attacks import _ball
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts
+from e2sad_jax.losses import cross_entropy
+
+
+def free(
+    logits_fn: LogitsFn,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    delta: jax.Array,
+    eps: jax.typing.ArrayLike = 0.3,
+    bounds: Bounds = (0.0, 1.0),
+) -> tuple[jax.Array, Parts]:
+    """One replay of free adversarial training: J(theta, clip(x + delta), y).
+
+    Train on each batch m times in a row. Each time one backward pass gives the gradient in theta, for the optimiser, and in
+    `delta`, for `free_ascent`, whose result the next step takes, on the same batch or on the next one:
+
+        (loss, parts), (g, g_delta) = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)(params, delta)
+        delta = free_ascent(delta, g_delta, eps=eps)
+
+    A step costs a natural one. With m replays an epoch of the paper's is 1 / m of a pass over the images, so E passes' worth
+    of steps see each image E / m times, each time m steps long.
+
+    Args:
+      logits_fn: images `[N, ...]` to logits `[N, K]`.
+      x: clean images `[N, ...]`, inside `bounds`.
+      y: target distributions `[N, K]`, hard or soft.
+      delta: the perturbation so far, `[N, ...]`, float32 at least; zeros before the first step of all. Its gradient is that
+        at the perturbed image, also where that was clipped.
+      eps: l-infinity budget, at least 0, in the images' own units.
+      bounds: range of valid images, or None.
+
+    Returns:
+      The loss, a scalar, and its parts by name.
+
+    Raises:
+      ValueError: if `eps`, `bounds` or the shape of `delta` is not right.
+
+    Reference: Shafahi et al., 2019, https://arxiv.org/abs/1904.12843
+    """
+    _ball.check_images("free", x)
+    _ball.check_number("free", "eps", eps)
+    _ball.check_bounds("free", bounds)
+    if delta.shape != x.shape:
+        raise ValueError(f"free: delta has shape {delta.shape}; it must be that of the images, {x.shape}")
+    limits = _ball.box(x, eps, bounds)
+    point = _ball.narrow(limits.clip(_ball.widen(x) + delta.astype(limits.lower.dtype)), x.dtype, limits)
+    through = (delta - jax.lax.stop_gradient(delta)).astype(x.dtype)  # zeros, for the gradient
+    loss = cross_entropy(logits_fn(jax.lax.stop_gradient(point) + through), y).mean()
+    return loss, {"adversarial": loss}
+
+
+def free_ascent(delta: jax.Array, gradient: jax.Array, *, eps: jax.typing.ArrayLike) -> jax.Array:
+    """The perturbation of the next step: clip(delta + eps sign(gradient), -eps, eps).
+
+    Args:
+      delta: the perturbation, `[N, ...]`.
+      gradient: that of `free`'s loss in `delta`, `[N, ...]`.
+      eps: l-infinity budget, at least 0, in the images' own units.
+
+    Returns:
+      `[N, ...]`, of the dtype of `delta`; no gradient flows through it.
+
+    Raises:
+      ValueError: if `eps` is out of range.
+    """
+    _ball.check_number("free_ascent", "eps", eps)
+    moved = jnp.clip(delta + (eps * jnp.sign(gradient)).astype(delta.dtype), jnp.negative(eps), eps)
+    return jax.lax.stop_gradient(moved.astype(delta.dtype))

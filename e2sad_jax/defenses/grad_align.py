@@ -1,0 +1,72 @@
+"""GradAlign: FGSM training that keeps the loss's input gradient the same all over the ball."""
+
+import jax
+import jax.numpy as jnp
+
+from e2sad_jax.attacks import _ball, fgsm
+from e2sad_jax.attacks.iterated import _uniform
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight
+from e2sad_jax.losses import cross_entropy
+
+
+def grad_align(
+    logits_fn: LogitsFn,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    key: jax.Array,
+    weight: jax.typing.ArrayLike = 0.2,
+    eps: jax.typing.ArrayLike = 0.3,
+    bounds: Bounds = (0.0, 1.0),
+) -> tuple[jax.Array, Parts]:
+    """FGSM + GradAlign: J(theta, x_adv, y) + lambda / m sum_i [1 - cos(g(x_i), g(x_i + U(-eps, eps)))].
+
+    g is each image's own gradient of J, x_adv its FGSM point, without random start and held constant. Where g is the same
+    all over the ball, FGSM's point is the worst one, and FGSM training does not collapse. The regulariser is
+    differentiated through both gradients, a second derivative; an image whose gradient vanishes has none. The noisy
+    image is not clipped to the range, as in the paper's formula.
+
+    Args:
+      logits_fn: images `[N, ...]` to logits `[N, K]`, twice differentiable.
+      x: clean images `[N, ...]`, inside `bounds`.
+      y: target distributions `[N, K]`, hard or soft; the attack uses them too.
+      key: random key of the noise.
+      weight: lambda, at least 0. 0.2 is the paper's on CIFAR-10 at eps 8/255; it grows with eps.
+      eps: l-infinity budget of attack and noise, at least 0, in the images' own units.
+      bounds: range of valid images, or None.
+
+    Returns:
+      The loss, a scalar, and its parts by name, before their weights.
+
+    Raises:
+      ValueError: if `weight` or `eps` is out of range.
+
+    Reference: Andriushchenko and Flammarion, 2020, https://arxiv.org/abs/2007.02617
+    """
+    check_weight("grad_align", "weight", weight)
+
+    def J(z: jax.Array) -> jax.Array:
+        return cross_entropy(logits_fn(z), y)
+
+    x_adv = fgsm(J, x, eps=eps, bounds=bounds)
+    wide = _ball.widen(x)
+    noise = eps * _uniform(_ball.per_image_keys("grad_align", key, x.shape[0]), wide)
+    noisy = jax.lax.stop_gradient((wide + noise).astype(x.dtype))
+    adversarial = J(x_adv).mean()
+    misalignment = _misalignment(_ball.input_gradient(J, x), _ball.input_gradient(J, noisy)).mean()
+    return adversarial + weight * misalignment, {"adversarial": adversarial, "misalignment": misalignment}
+
+
+def _misalignment(first: jax.Array, second: jax.Array) -> jax.Array:
+    """1 - cos of the angle between each example's two gradients, `[N]`; 0 where one of them is zero."""
+    a, b = (_scaled(_ball.widen(g).reshape(g.shape[0], -1)) for g in (first, second))
+    squared = (a**2).sum(-1) * (b**2).sum(-1)
+    vanishes = squared == 0
+    cosine = (a * b).sum(-1) / jnp.sqrt(jnp.where(vanishes, 1, squared))
+    return jnp.where(vanishes, 0, 1 - cosine)
+
+
+def _scaled(g: jax.Array) -> jax.Array:
+    """Each row with a largest entry of 1, so that squares of tiny gradients do not underflow; no angle changes."""
+    largest = jax.lax.stop_gradient(jnp.abs(g).max(-1, keepdims=True))
+    return g / jnp.where(largest == 0, 1, largest)

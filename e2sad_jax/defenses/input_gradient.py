@@ -1,0 +1,41 @@
+"""Input-gradient regularisation: no attack, but a loss that is flat around each image."""
+
+import jax
+
+from e2sad_jax.attacks import _ball
+from e2sad_jax.defenses._types import LogitsFn, Parts, check_weight
+from e2sad_jax.losses import cross_entropy
+
+
+def input_gradient(
+    logits_fn: LogitsFn, x: jax.Array, y: jax.Array, *, weight: jax.typing.ArrayLike = 1.0
+) -> tuple[jax.Array, Parts]:
+    """Double backpropagation: J(theta, x, y) + lambda / m sum_i ||dJ_i / dx_i||_2^2.
+
+    J_i is the loss of image i alone, so the penalty does not depend on the size of the batch. It is differentiated through
+    the gradient, a second derivative.
+
+    Args:
+      logits_fn: images `[N, ...]` to logits `[N, K]`, twice differentiable.
+      x: clean images `[N, ...]`.
+      y: target distributions `[N, K]`, hard or soft.
+      weight: lambda, at least 0, in squared units of the images; the paper tunes it for each data set.
+
+    Returns:
+      The loss, a scalar, and its parts by name, before their weights.
+
+    Raises:
+      ValueError: if `weight` is out of range.
+
+    Reference: Ross and Doshi-Velez, 2018, https://arxiv.org/abs/1711.09404
+    """
+    _ball.check_images("input_gradient", x)
+    check_weight("input_gradient", "weight", weight)
+
+    def J(z: jax.Array) -> jax.Array:
+        return cross_entropy(logits_fn(z), y)
+
+    clean = J(x).mean()
+    gradient = _ball.widen(_ball.input_gradient(J, x))
+    penalty = (gradient**2).reshape(x.shape[0], -1).sum(-1).mean()
+    return clean + weight * penalty, {"clean": clean, "penalty": penalty}
