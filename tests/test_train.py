@@ -108,7 +108,9 @@ def test_every_defense_learns_in_one_compilation_and_donates_its_state(defense, 
     assert np.mean(losses[-3:]) < 0.75 * losses[0]
 
 
-@pytest.mark.parametrize(("defense", "second_step"), [("natural", "total"), ("pgd", "total"), ("e2sad", "noise")])
+@pytest.mark.parametrize(
+    ("defense", "second_step"), [("natural", "total"), ("pgd", "total"), ("e2sad", "noise"), ("free", "total")]
+)
 def test_resumed_run_equals_uninterrupted_one_bit_for_bit(defense, second_step, no_evaluation, tmp_path, monkeypatch):
     """Through the checkpoints on disk, stopped at and between them, with random numbers in the defense."""
     config = tiny_config(defense=defense, second_step=second_step, workdir=str(tmp_path / "whole"))
