@@ -19,6 +19,13 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "hamm": {},
     "e2sad": {},
     "ifgsm": {"attack_steps": 30},
+    "rs_fgsm": {},
+    "n_fgsm": {},
+    "free": {},
+    "pgd": {"attack_steps": 2},
+    "trades": {"attack_steps": 10},
+    "grad_align": {},
+    "input_gradient": {},
 }
 
 
