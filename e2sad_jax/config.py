@@ -45,7 +45,7 @@ class Config:
 
     defense: str = _setting("e2sad", "how to train", choices=DEFENSES)
     data: str = _setting("mnist", "mnist, svhn, digits, or a file PATH.npz", identity=False)
-    model: str = _setting("mnist_cnn", "network", choices=("mnist_cnn", "svhn_cnn", "digits_cnn"))
+    model: str = _setting("mnist_cnn", "network", choices=("mnist_cnn", "svhn_cnn", "digits_cnn", "preact_resnet18"))
     transform: str = _setting("unit", "input transform; every eps is in its units", choices=("unit", "standardize"))
     steps: int = _setting(30_000, "training steps", lower=1, identity=False)
     epochs: float = _setting(

@@ -1,4 +1,4 @@
-"""The paper's networks (Tables 4 and 5) and a narrow one for small images, as Flax Linen modules.
+"""The paper's networks (Tables 4 and 5), a narrow one for small images, and all by name, as Flax Linen modules.
 
 They take images `[N, H, W, C]` and return logits `[N, num_classes]`, float32 at least; the softmax of the paper's
 tables is left to the losses. Pooling comes before ReLU: the same numbers and gradients, with a quarter of the ReLUs.
@@ -12,9 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from e2sad_jax import layers
+from e2sad_jax import batch_stats, layers
 from e2sad_jax._tracing import platform
 from e2sad_jax.errors import DataError
+from e2sad_jax.resnet import PreActResNet18
 
 Conv = functools.partial(nn.Conv, conv_general_dilated=layers.conv_general_dilated)
 
@@ -110,6 +111,7 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "mnist_cnn": MnistCNN,  # Table 4
     "svhn_cnn": SvhnCNN,  # Table 5
     "digits_cnn": lambda **kwargs: MnistCNN(features=(16, 32), hidden=256, **kwargs),  # Table 4 narrowed, for a laptop
+    "preact_resnet18": PreActResNet18,
 }
 
 # How `--precision` maps to layers: JAX rounds float32 products to TF32 or bfloat16 on accelerators unless told not to.
@@ -143,7 +145,10 @@ def create(name: str, num_classes: int, image_shape: Sequence[int], precision: s
 
 
 def logits_fn(model: nn.Module, params: Any) -> Callable[[jax.Array], jax.Array]:
-    """The function from network inputs `[N, H, W, C]` to logits `[N, K]` that attacks and defenses take."""
+    """The function from network inputs `[N, H, W, C]` to logits `[N, K]` that attacks and defenses take.
+
+    With running averages where the network has batch normalisation; in training `batch_stats.training_logits_fn`.
+    """
 
     def apply(x: jax.Array) -> jax.Array:
         return cast(jax.Array, model.apply(params, x))
@@ -158,5 +163,6 @@ def describe(model: nn.Module, image_shape: Sequence[int]) -> str:
 
 
 def count_parameters(params: Any) -> int:
-    """Number of scalars in a tree of parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    """Number of scalars in a tree of parameters, running averages left out."""
+    trained = batch_stats.parameters(params) if isinstance(params, Mapping) else params
+    return sum(leaf.size for leaf in jax.tree.leaves(trained))

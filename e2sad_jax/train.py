@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from e2sad_jax import defenses, models, sharding
+from e2sad_jax import batch_stats, defenses, models, sharding
 from e2sad_jax._tracing import jit, platform, straight_line
 from e2sad_jax.attacks._ball import is_number
 from e2sad_jax.config import Config
@@ -41,7 +41,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       step: updates done so far, int32 scalar.
-      params: the network's variables.
+      params: the network's variables: parameters, and running averages (`batch_stats`) where it has them.
       opt_state: the optimiser's state.
       key: random key of the run; step t draws from `fold_in(key, t)`.
       delta: the perturbation `[batch_size, H, W, C]` that free training keeps from step to step; None for other defenses.
@@ -93,7 +93,7 @@ def init_state(config: Config, model: nn.Module, image_shape: Sequence[int]) -> 
     """A fresh state from the configuration's seed."""
     init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
     params = jax.jit(model.init)(init_key, jnp.zeros((1, *image_shape)))
-    opt_state = jax.jit(optimizer(config).init)(params)
+    opt_state = jax.jit(optimizer(config).init)(batch_stats.parameters(params))
     delta = jnp.zeros((config.batch_size, *image_shape)) if config.defense == "free" else None
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, key=key, delta=delta)
 
@@ -226,21 +226,27 @@ def make_train_step(
         x, y = transform.apply(rows[0]), soft_labels(rows[1], num_classes, soft)
         key = jax.random.fold_in(state.key, state.step)
 
-        def loss_fn(params: Any, *delta: jax.Array) -> tuple[jax.Array, Parts]:
+        def loss_fn(params: Any, slots: Any, delta: jax.Array | None) -> tuple[jax.Array, Parts]:
             # With several runs convolutions are XLA's own, which the CPU does not have to find in a loop.
             unrolled = platform() == "cpu" and population
             with straight_line() if unrolled else contextlib.nullcontext():
-                return loss_of(models.logits_fn(model, params), x, y, key, *delta)
+                if slots:
+                    logits_fn = batch_stats.training_logits_fn(model, {**state.params, **params}, slots)
+                else:
+                    logits_fn = models.logits_fn(model, params)
+                return loss_of(logits_fn, x, y, key, *([] if delta is None else [delta]))
 
-        delta = () if state.delta is None else (state.delta,)
-        (loss, parts), (gradients, *ascent) = jax.value_and_grad(
-            loss_fn, argnums=tuple(range(1 + len(delta))), has_aux=True
-        )(state.params, *delta)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = batch_stats.parameters(state.params)
+        (loss, parts), (gradients, noted, ascent) = jax.value_and_grad(loss_fn, argnums=(0, 1, 2), has_aux=True)(
+            params, batch_stats.slots(state.params), state.delta
+        )
+        updates, opt_state = tx.update(gradients, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
+        if noted:
+            params = {**params, "batch_stats": batch_stats.updated(state.params["batch_stats"], noted)}
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
-        if delta:
-            state = state.replace(delta=defenses.free_ascent(*delta, *ascent, eps=c.eps1))
+        if state.delta is not None:
+            state = state.replace(delta=defenses.free_ascent(state.delta, ascent, eps=c.eps1))
         return state, {"loss": loss, "grad_norm": optax.tree.norm(gradients), **parts}
 
     step: TrainStep = jax.vmap(train_step, in_axes=(0, None, None, 0, 0)) if population else train_step

@@ -40,7 +40,7 @@ def test_layers_and_parameter_count(name):
 
 
 def test_every_model_has_a_table():
-    assert set(models.MODELS) == set(TABLES)
+    assert set(models.MODELS) == {*TABLES, "preact_resnet18"}, "which has its own tests"
 
 
 @pytest.mark.parametrize(("model", "image_shape", "outputs"), [
@@ -70,7 +70,7 @@ def test_describe_shows_layers_and_total(name, total):
         assert layer in text
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("precision", models.PRECISIONS)
 @pytest.mark.parametrize("num_classes", [2, 10])
 def test_every_model_in_every_precision(name, precision, num_classes):

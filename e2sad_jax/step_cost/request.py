@@ -10,7 +10,12 @@ from e2sad_jax.errors import ConfigError, DataError
 from e2sad_jax.step_cost import peers
 
 NUM_CLASSES = 10
-IMAGE_SHAPES = {"mnist_cnn": (28, 28, 1), "svhn_cnn": (32, 32, 3), "digits_cnn": (8, 8, 1)}
+IMAGE_SHAPES = {
+    "mnist_cnn": (28, 28, 1),
+    "svhn_cnn": (32, 32, 3),
+    "digits_cnn": (8, 8, 1),
+    "preact_resnet18": (32, 32, 3),
+}
 DEFAULT_DEFENSES = ("natural", "fgsm", "hamm", "e2sad", "ifgsm")
 DEFAULT_ATTACK_STEPS = (1, 2, 5, 10, 20, 30, 40)
 ITERATED = ("ifgsm", "pgd", "trades")

@@ -20,6 +20,8 @@ class ArtStep:
         """Builds classifier, attack and trainer; see `peers.build`."""
         if config.defense not in ("natural", "fgsm", "ifgsm", "pgd"):
             raise NotOfferedError(f"ART has no {config.defense}")
+        if config.model == "preact_resnet18":
+            raise NotOfferedError(f"there is no {config.model} in PyTorch here")
         import torch
         from art.attacks.evasion import BasicIterativeMethod, FastGradientMethod, ProjectedGradientDescent
         from art.defences.trainer import AdversarialTrainer

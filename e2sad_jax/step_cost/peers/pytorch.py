@@ -105,6 +105,8 @@ class TorchStep:
         """Puts network, optimiser and data on the device; see `peers.build`."""
         if not hasattr(self, f"_{config.defense}"):
             raise NotOfferedError(f"there is no {config.defense} in PyTorch here")
+        if config.model == "preact_resnet18":
+            raise NotOfferedError(f"there is no {config.model} in PyTorch here")
         import torch
         import torch.nn.functional as F
 
