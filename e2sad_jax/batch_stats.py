@@ -1,10 +1,10 @@
 """Batch normalisation under attack: which passes through the network its running averages learn from.
 
-In training every pass is normalised by its own batch's statistics, an attack's as well as the loss's. A pass tells what it
-saw by way of the gradient: it takes a *slot* of zeros that changes nothing, and whose gradient is, by a rule of its own, the
-statistics. The gradient of the loss in the slots is then their sum over just the passes that the loss is made of. Attacks
-are not among them, because no gradient flows through what they return, nor are passes inside a gradient that a penalty
-differentiates. No pass is made twice for this.
+In training every pass is normalised by its own batch's statistics, an attack's as well as the loss's. A pass tells
+what it saw by way of the gradient: it takes a *slot* of zeros that changes nothing, and whose gradient is, by a rule
+of its own, the statistics. The gradient of the loss in the slots is then their sum over just the passes that the loss
+is made of. Attacks are not among them, because no gradient flows through what they return, nor are passes inside a
+gradient that a penalty differentiates. No pass is made twice for this.
 """
 
 from collections.abc import Callable, Mapping

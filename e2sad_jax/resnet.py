@@ -48,9 +48,9 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet18(nn.Module):
-    """The 18-layer pre-activation residual network in its form for CIFAR: a 3x3 stem, four stages of two blocks with 1, 2, 4
-    and 8 times `width` filters, the last three halving the image, and the mean over it; 11,172,170 parameters for 3
-    channels and 10 classes.
+    """The 18-layer pre-activation residual network in its form for CIFAR: a 3x3 stem, four stages of two blocks with
+    1, 2, 4 and 8 times `width` filters, the last three halving the image, and the mean over it; 11,172,170 parameters
+    for 3 channels and 10 classes.
 
     Attributes:
       num_classes: number of classes K.

@@ -44,7 +44,7 @@ class TrainState(flax.struct.PyTreeNode):
       params: the network's variables: parameters, and running averages (`batch_stats`) where it has them.
       opt_state: the optimiser's state.
       key: random key of the run; step t draws from `fold_in(key, t)`.
-      delta: the perturbation `[batch_size, H, W, C]` that free training keeps from step to step; None for other defenses.
+      delta: the perturbation `[batch_size, H, W, C]` that free training keeps from step to step, None for others.
     """
 
     step: jax.Array

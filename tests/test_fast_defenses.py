@@ -47,7 +47,7 @@ def trained_on(name: str, logits_fn: LogitsFn, x: jax.Array, y: jax.Array, **kwa
     return seen[-1]
 
 
-# --- linear models: two logits, w.z and -w.z, so that the gradient's sign is -w's for the first class and w's for the other
+# --- linear models: logits w.z and -w.z, so that the gradient's sign is -w's for the first class, w's for the other
 
 W = np.asarray([0.7, -1.1, 0.4, -0.2, 0.9, 1.3, -0.8, -0.6, 0.5, 0.3, -1.2, 0.1], np.float32)
 
@@ -66,7 +66,7 @@ def linear_batch(low: float = 0.0, high: float = 1.0, dtype: Any = jnp.float32) 
 
 
 def test_rs_fgsm_point_of_a_linear_model():
-    """clamp(x + u + 1.25 eps s): at the far edge of the ball where u s > -0.25 eps, in (-1, 1)s of the drawn u elsewhere."""
+    """clamp(x + u + 1.25 eps s): at the far edge of the ball wherever u s > -0.25 eps, inside elsewhere."""
     x, y, up = linear_batch(0.3, 0.7)
     moved = (trained_on("rs_fgsm", linear, x, y) - np.asarray(x)) * up
     assert np.abs(moved).max() <= EPS + 1e-6
@@ -125,7 +125,7 @@ def test_grad_align_of_a_linear_model_is_nothing():
 
 @pytest.mark.parametrize("scale", [1.0, 1e-12])
 def test_grad_align_of_a_quadratic_model(scale):
-    """The gradient of the score |z|^2 / 2 is z, so the angle is that between x and its noisy twin; tiny gradients too."""
+    """The score |z|^2 / 2 has gradient z, so the angle is that between x and its noisy twin; tiny gradients too."""
     x, y, _ = linear_batch(0.2, 0.9)
     seen: list[np.ndarray] = []
 

@@ -81,7 +81,7 @@ def test_layers_and_parameter_count():
 
 
 def test_a_block_is_its_formula():
-    """Shortcut + conv(relu(bn(conv(relu(bn(x)))))), the shortcut a 1x1 convolution of relu(bn(x)) where the shape changes."""
+    """Shortcut + conv(relu(bn(conv(relu(bn(x)))))), the shortcut a 1x1 convolution where the shape changes."""
     x = images(2, (6, 6, 3)) - 0.5
 
     def norm(v: Any, p: Any, s: Any) -> np.ndarray:

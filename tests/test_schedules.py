@@ -46,7 +46,7 @@ def test_a_constant_rate_is_a_number():
 
 
 def test_updates_follow_the_schedule_over_all_steps_of_the_run(tiny, monkeypatch):
-    """With gradients that stay the same Adam moves every parameter by the learning rate: 4 epochs are 13 steps of 16."""
+    """With constant gradients Adam moves every parameter by the learning rate: 4 epochs are 13 steps of 16."""
 
     def plane(logits_fn, x, y, key):
         return logits_fn(jnp.ones_like(x[:1])).sum(), {}
@@ -142,7 +142,7 @@ def test_free_training_replays_each_batch(replays, steps_per_dispatch, tiny, mon
 
 
 def test_free_perturbation_is_carried_and_stays_in_the_ball(tiny):
-    """One ascent of eps a step from zeros: after the first at 0 or the edge; the next batch begins with the last one's."""
+    """One ascent of eps a step from zeros: at first 0 or the edge; the next batch begins with the last one's."""
     deltas = []
     config = tiny_config(defense="free", eps1=0.1, replays=2, steps=4, checkpoint_every=1)
     fit(config, tiny, checkpoint=lambda step, state: deltas.append(np.asarray(state.delta)))

@@ -23,8 +23,8 @@ def rs_fgsm(
 
     x_adv = clamp_{x, eps}(x_0 + a sign(grad J(theta, x_0, y))),  x_0 = clip(x + U(-eps, eps))
 
-    One step of PGD with a larger step. No clean term. It may collapse: after some epochs the loss is high at FGSM's point
-    alone, and PGD breaks the model. Smaller budgets, fewer epochs or N-FGSM help.
+    One step of PGD with a larger step. No clean term. It may collapse: after some epochs the loss is high at FGSM's
+    point alone, and PGD breaks the model. Smaller budgets, fewer epochs or N-FGSM help.
 
     Args:
       logits_fn: images `[N, ...]` to logits `[N, K]`.

@@ -19,21 +19,21 @@ def free(
 ) -> tuple[jax.Array, Parts]:
     """One replay of free adversarial training: J(theta, clip(x + delta), y).
 
-    Train on each batch m times in a row. Each time one backward pass gives the gradient in theta, for the optimiser, and in
-    `delta`, for `free_ascent`, whose result the next step takes, on the same batch or on the next one:
+    Train on each batch m times in a row. Each time one backward pass gives two gradients: that in theta, for the
+    optimiser, and that in `delta`, for `free_ascent`. The next step takes its result, on the same batch or on the next:
 
         (loss, parts), (g, g_delta) = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)(params, delta)
         delta = free_ascent(delta, g_delta, eps=eps)
 
-    A step costs a natural one. With m replays an epoch of the paper's is 1 / m of a pass over the images, so E passes' worth
-    of steps see each image E / m times, each time m steps long.
+    A step costs a natural one. The paper makes N / m passes over the images where natural training makes N, so both
+    take the same number of steps: those of N passes show each image N / m times, m steps in a row.
 
     Args:
       logits_fn: images `[N, ...]` to logits `[N, K]`.
       x: clean images `[N, ...]`, inside `bounds`.
       y: target distributions `[N, K]`, hard or soft.
-      delta: the perturbation so far, `[N, ...]`, float32 at least; zeros before the first step of all. Its gradient is that
-        at the perturbed image, also where that was clipped.
+      delta: the perturbation so far, `[N, ...]`, float32 at least; zeros before the first step of all. Its gradient
+        is that at the perturbed image, also where that was clipped.
       eps: l-infinity budget, at least 0, in the images' own units.
       bounds: range of valid images, or None.
 

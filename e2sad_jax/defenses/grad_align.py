@@ -21,8 +21,8 @@ def grad_align(
 ) -> tuple[jax.Array, Parts]:
     """FGSM + GradAlign: J(theta, x_adv, y) + lambda / m sum_i [1 - cos(g(x_i), g(x_i + U(-eps, eps)))].
 
-    g is each image's own gradient of J, x_adv its FGSM point, without random start and held constant. Where g is the same
-    all over the ball, FGSM's point is the worst one, and FGSM training does not collapse. The regulariser is
+    g is each image's own gradient of J, x_adv its FGSM point, without random start and held constant. Where g is the
+    same all over the ball, FGSM's point is the worst one, and FGSM training does not collapse. The regulariser is
     differentiated through both gradients, a second derivative; an image whose gradient vanishes has none. The noisy
     image is not clipped to the range, as in the paper's formula.
 

@@ -12,8 +12,8 @@ def input_gradient(
 ) -> tuple[jax.Array, Parts]:
     """Double backpropagation: J(theta, x, y) + lambda / m sum_i ||dJ_i / dx_i||_2^2.
 
-    J_i is the loss of image i alone, so the penalty does not depend on the size of the batch. It is differentiated through
-    the gradient, a second derivative.
+    J_i is the loss of image i alone, so the penalty does not depend on the size of the batch. It is differentiated
+    through the gradient, a second derivative.
 
     Args:
       logits_fn: images `[N, ...]` to logits `[N, K]`, twice differentiable.

@@ -25,8 +25,8 @@ def trades(
 ) -> tuple[jax.Array, Parts]:
     """TRADES: J(theta, x, y) + beta / m sum_i KL(f(x_i) || f(x_adv_i)).
 
-    x_adv climbs the divergence itself, from x + 0.001 N(0, 1) by sign steps projected onto the ball. It is a constant; the
-    gradient of the divergence flows through both of its arguments.
+    x_adv climbs the divergence itself, from x + 0.001 N(0, 1) by sign steps projected onto the ball. It is a
+    constant; the gradient of the divergence flows through both of its arguments.
 
     Args:
       logits_fn: images `[N, ...]` to logits `[N, K]`; f is its softmax.
