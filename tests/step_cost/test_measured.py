@@ -242,7 +242,7 @@ def test_a_peer_stands_below_ours(made_up, monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"defense": ("trades",)}, "--defense=trades: must be of natural, fgsm"),
+        ({"defense": ("mart",)}, "--defense=mart: must be of natural, fgsm"),
         ({"defense": ()}, "--defense=: must name at least one of natural"),
         ({"attack_steps": (5, 0)}, "--attack_steps=5,0: must be at least 1 each"),
         ({"batch_size": 0}, "--batch_size=0: must be at least 1"),
