@@ -202,7 +202,8 @@ def test_one_that_diverges_while_it_catches_up_is_named_by_its_place_among_all(t
 @pytest.mark.parametrize(
     ("defense", "second_step"),
     [("natural", "total"), ("fgsm", "total"), ("ifgsm", "total"), ("pgd", "total"), ("hamm", "total"),
-     ("e2sad", "noise"), ("e2sad", "random"), ("e2sad", "loss")],
+     ("e2sad", "noise"), ("e2sad", "random"), ("e2sad", "loss"),
+     ("rs_fgsm", "total"), ("n_fgsm", "total"), ("free", "total"), ("trades", "total"), ("grad_align", "total")],
 )  # fmt: skip
 def test_every_defense_trains_in_a_population(defense, second_step, tiny):
     """Two seeds and two budgets: losses of every step as alone, random numbers of the attacks included."""
@@ -221,4 +222,6 @@ def test_every_defense_trains_in_a_population(defense, second_step, tiny):
     )
     for i, config in enumerate(members):
         _, metrics = alone(config, tiny)
-        assert [r[i] for r in rows] == pytest.approx([float(m["loss"]) for m in metrics], rel=1e-4)
+        # TRADES' first gradients are small, so more of their signs are of rounding.
+        rel = 1e-3 if defense == "trades" else 1e-4
+        assert [r[i] for r in rows] == pytest.approx([float(m["loss"]) for m in metrics], rel=rel)
