@@ -5,7 +5,7 @@ python -m experiments.mnist --defense=e2sad
 
 from experiments import common
 
-TRADES = {"attack_steps": 40, "attack_step_size": 0.01}  # its paper's, for eps 0.3
+TRADES = {"attack_steps": 40}  # its paper's
 
 if __name__ == "__main__":
     common.main("mnist", {"data": "mnist", "model": "mnist_cnn"}, {"trades": TRADES})

@@ -25,7 +25,7 @@ class Box(NamedTuple):
 
     def direction(self, gradient: jax.Array) -> jax.Array:
         """The steepest way up, of length 1 in the ball's norm."""
-        return jnp.sign(gradient)
+        return jnp.sign(finite(gradient))
 
     def noise(self, keys: jax.Array, like: jax.Array) -> jax.Array:
         """Uniform in the ball of radius 1, `[N, ...]`, image i drawn from `keys[i]`."""
@@ -53,13 +53,18 @@ class Round(NamedTuple):
         return inside if self.bounds is None else jnp.clip(inside, *self.bounds)
 
     def direction(self, gradient: jax.Array) -> jax.Array:
-        return unit(gradient)
+        return unit(finite(gradient))
 
     def noise(self, keys: jax.Array, like: jax.Array) -> jax.Array:
         pairs = jax.vmap(jax.random.split)(keys)
         towards = unit(jax.vmap(lambda k: jax.random.normal(k, like.shape[1:], like.dtype))(pairs[:, 0]))
         share = jax.vmap(lambda k: jax.random.uniform(k, (1,) * (like.ndim - 1), like.dtype))(pairs[:, 1])
         return towards * share ** (1 / math.prod(like.shape[1:]))
+
+
+def finite(gradient: jax.Array) -> jax.Array:
+    """NaN and infinity point nowhere: a pixel with such a gradient stays, rather than turn the image into NaN."""
+    return jnp.where(jnp.isfinite(gradient), gradient, 0)
 
 
 def length(x: jax.Array) -> jax.Array:
@@ -153,14 +158,16 @@ def _next(x: jax.Array, towards: jax.Array) -> jax.Array:
 def input_gradient(loss_fn: LossFn, x: jax.Array) -> jax.Array:
     """Gradient of the summed per-example losses: each image's own gradient, whatever the batch around it.
 
+    It may be differentiated again, as regularisers do.
+
     Raises:
       ValueError: if `loss_fn` does not return one loss per image.
     """
-    return losses_and_gradient(loss_fn, x)[1]
+    return jax.grad(lambda z: per_image("loss_fn", loss_fn, z).sum())(x)
 
 
 def losses_and_gradient(loss_fn: LossFn, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """As `input_gradient`, the losses `[N]` before it."""
+    """The losses `[N]` and their `input_gradient`, neither to be differentiated."""
 
     def total(z: jax.Array) -> tuple[jax.Array, jax.Array]:
         losses = per_image("loss_fn", loss_fn, z)

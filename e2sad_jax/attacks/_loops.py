@@ -17,7 +17,7 @@ def repeat(times: int, body: Callable[[int | jax.Array, T], T], init: T) -> T:
     XLA's CPU backend runs its own convolutions two to four times slower inside a compiled loop than outside one; those
     of `e2sad_jax.layers` not.
     """
-    if _loops_well(body, 0, init):
+    if times > 0 and _loops_well(body, 0, init):
         return jax.lax.fori_loop(0, times, body, init)
     return _unrolled(times, body, init)
 

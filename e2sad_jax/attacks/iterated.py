@@ -116,7 +116,7 @@ def mi_fgsm(
 
     def step(_: int | jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         z, momentum = state
-        gradient = _ball.widen(_ball.input_gradient(loss_fn, z.astype(x.dtype)))
+        gradient = _ball.finite(_ball.widen(_ball.input_gradient(loss_fn, z.astype(x.dtype))))
         size = jnp.abs(gradient).mean(tuple(range(1, x.ndim)), keepdims=True)
         momentum = gradient / jnp.where(size > 0, size, 1) + decay * momentum
         return limits.clip(z + step_size * jnp.sign(momentum)), momentum

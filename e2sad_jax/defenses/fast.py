@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from e2sad_jax.attacks import _ball, pgd
-from e2sad_jax.attacks.iterated import _uniform
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts
 from e2sad_jax.losses import cross_entropy
 
@@ -48,9 +47,8 @@ def rs_fgsm(
     def J(z: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(z), y)
 
-    step_size = 1.25 * eps if step_size is None else step_size
-    if _ball.is_number(step_size) and step_size == 0:  # eps is 0: there is nowhere to go
-        step_size = None
+    if step_size is None and not (_ball.is_number(eps) and eps == 0):  # where there is nowhere to go
+        step_size = 1.25 * eps
     x_adv = pgd(key, J, x, eps=eps, steps=1, step_size=step_size, bounds=bounds)
     loss = J(x_adv).mean()
     return loss, {"adversarial": loss}
@@ -105,7 +103,7 @@ def n_fgsm(
 
     limits = _ball.box(x, noise * eps + step_size, bounds)  # which cuts to the range alone: nothing goes farther
     keys = _ball.per_image_keys("n_fgsm", key, x.shape[0])
-    start = limits.clip(_ball.widen(x) + noise * eps * _uniform(keys, _ball.widen(x)))
+    start = limits.clip(_ball.widen(x) + noise * eps * limits.noise(keys, _ball.widen(x)))
     gradient = _ball.input_gradient(J, start.astype(x.dtype))
     moved = limits.clip(start + step_size * jnp.sign(_ball.widen(gradient)))
     x_adv = jax.lax.stop_gradient(_ball.narrow(moved, x.dtype, limits))

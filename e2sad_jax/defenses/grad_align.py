@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from e2sad_jax.attacks import _ball, fgsm
-from e2sad_jax.attacks.iterated import _uniform
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight
 from e2sad_jax.losses import cross_entropy
 
@@ -50,7 +49,8 @@ def grad_align(
 
     x_adv = fgsm(J, x, eps=eps, bounds=bounds)
     wide = _ball.widen(x)
-    noise = eps * _uniform(_ball.per_image_keys("grad_align", key, x.shape[0]), wide)
+    keys = _ball.per_image_keys("grad_align", key, x.shape[0])
+    noise = eps * _ball.box(x, eps, None).noise(keys, wide)
     noisy = jax.lax.stop_gradient((wide + noise).astype(x.dtype))
     adversarial = J(x_adv).mean()
     misalignment = _misalignment(_ball.input_gradient(J, x), _ball.input_gradient(J, noisy)).mean()
