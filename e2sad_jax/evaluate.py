@@ -7,15 +7,21 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from e2sad_jax import attacks, models, sharding
 from e2sad_jax._tracing import jit
-from e2sad_jax.losses import cross_entropy, soft_labels
+from e2sad_jax.attacks._loops import repeat
+from e2sad_jax.losses import cross_entropy, dlr, margin, soft_labels, targeted_dlr
 from e2sad_jax.transforms import Transform
 
 STREAM = 2  # of the seed's random numbers; training has 0 and 1
+KINDS = ("clean", "fgsm", "ifgsm", "mi_fgsm", "pgd", "apgd", "square")
+LOSSES = ("ce", "margin", "dlr", "targeted_dlr")  # cross-entropy, Carlini-Wagner's margin, difference of logits ratio
+TARGETED = ("targeted_dlr",)
+ROUND = ("fgsm", "pgd", "apgd")  # that have an l2 ball too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +30,14 @@ class Attack:
 
     Attributes:
       name: the row's name, unique in its suite.
-      kind: "clean", "fgsm", "ifgsm" or "pgd".
-      eps: l-infinity budget in the units of the network's input.
-      steps: gradient steps.
+      kind: one of `KINDS`.
+      eps: budget in the units of the network's input.
+      steps: gradient steps; of "square", queries.
       step_size: None for the attack's default (ifgsm: eps / steps).
-      restarts: random restarts (pgd).
+      restarts: random restarts (pgd, apgd).
+      loss: what rises, one of `LOSSES`.
+      norm: of the ball, "linf" or "l2" (fgsm, pgd, apgd).
+      targets: of a targeted loss: how many wrong classes are tried in turn, the likeliest first.
     """
 
     name: str
@@ -37,10 +46,13 @@ class Attack:
     steps: int = 0
     step_size: float | None = None
     restarts: int = 1
+    loss: str = "ce"
+    norm: str = "linf"
+    targets: int = 9
 
     def gradients(self) -> int:
         """Gradients taken per image, for the progress bar; a clean pass counts as one."""
-        return max(1, self.steps) * self.restarts
+        return max(1, self.steps) * self.restarts * (self.targets if self.loss in TARGETED else 1)
 
 
 SUITES: Mapping[str, tuple[Attack, ...]] = {
@@ -232,50 +244,122 @@ def perturb(
     bounds: tuple[float, float],
     index: jax.Array,
     seed: jax.typing.ArrayLike = 0,
+    rank: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
     """The images that `attack` makes of `x`.
 
     Args:
-      attack: what to run.
+      attack: what to run; its budget may be traced.
       logits_fn: images `[N, ...]` to logits `[N, K]`.
       x: images `[N, ...]` inside `bounds`.
       y: one-hot labels `[N, K]`.
       bounds: range of valid images.
-      index: `[N]`, each image's place in the data set, which its random start depends on.
-      seed: seed of the random starts.
+      index: `[N]`, each image's place in the data set, which its random numbers depend on.
+      seed: seed of the random numbers.
+      rank: of a targeted loss: try only the wrong class of this rank, 1 for the likeliest; None for all of
+        `attack.targets`, of which the first that fools the model is kept.
 
     Returns:
       `[N, ...]`, as `x`.
 
     Raises:
-      ValueError: if the attack's kind is unknown.
+      ValueError: if the attack's kind or loss is unknown, or a loss needs more classes.
     """
+    check_attack(attack, y.shape[-1], x.ndim)
+    if attack.kind == "clean":
+        return x
+    labels = y.argmax(-1)
+    if attack.loss not in TARGETED:
+        return _perturb(attack, logits_fn, x, labels, _loss(attack.loss, logits_fn, y), bounds, index, seed)
+    order = jnp.argsort(jnp.where(y > 0, -jnp.inf, logits_fn(x)), axis=-1)  # the label comes first, the likeliest last
 
-    def loss_fn(z: jax.Array) -> jax.Array:
-        return cross_entropy(logits_fn(z), y)
+    def towards(rank: jax.typing.ArrayLike) -> jax.Array:
+        targets = jnp.take(order, -jnp.asarray(rank), axis=-1)
 
+        def loss_fn(z: jax.Array) -> jax.Array:
+            return targeted_dlr(logits_fn(z), labels, targets)
+
+        return _perturb(attack, logits_fn, x, labels, loss_fn, bounds, index, seed)
+
+    if rank is not None:
+        return towards(rank)
+
+    def next_target(i: int | jax.Array, best: jax.Array) -> jax.Array:
+        fooled = logits_fn(best).argmax(-1) != labels
+        return jnp.where(fooled.reshape(-1, *[1] * (x.ndim - 1)), best, towards(i + 2))
+
+    return repeat(min(attack.targets, y.shape[-1] - 1) - 1, next_target, towards(1))
+
+
+def check_attack(attack: Attack, num_classes: int, ndim: int) -> None:
+    """Makes sure that an attack is possible.
+
+    Args:
+      attack: the attack.
+      num_classes: of the model.
+      ndim: axes of a batch of images.
+
+    Raises:
+      ValueError: if not, with the attack's name and what to do.
+    """
+    name = f"attack {attack.name!r}"
+    if attack.kind not in KINDS or attack.loss not in LOSSES:
+        raise ValueError(
+            f"{name}: kind={attack.kind!r} must be one of {', '.join(KINDS)}, and loss={attack.loss!r} one of "
+            f"{', '.join(LOSSES)}"
+        )
+    if attack.norm != "linf" and attack.kind not in ("clean", *ROUND):
+        raise ValueError(f"{name}: norm={attack.norm!r}; {attack.kind} has the l-infinity ball only, leave it out")
+    if attack.kind == "square" and ndim != 4:
+        raise ValueError(f"{name}: images have {ndim} axes; square needs [N, H, W, C], leave it out for others")
+    least = {"targeted_dlr": 4, "dlr": 3}.get(attack.loss, 2)
+    if num_classes < least:
+        raise ValueError(
+            f"{name}: its loss {attack.loss} needs at least {least} classes; the model has {num_classes}: leave it out"
+        )
+
+
+def _loss(name: str, logits_fn: Callable[[jax.Array], jax.Array], y: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Images to losses `[N]`, to be maximised."""
+    labels = y.argmax(-1)
+    of_logits = {
+        "ce": lambda logits: cross_entropy(logits, y),
+        "margin": lambda logits: margin(logits, labels),
+        "dlr": lambda logits: dlr(logits, labels),
+    }[name]
+    return lambda z: of_logits(logits_fn(z))
+
+
+def _perturb(
+    attack: Attack,
+    logits_fn: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    labels: jax.Array,
+    loss_fn: Callable[[jax.Array], jax.Array],
+    bounds: tuple[float, float],
+    index: jax.Array,
+    seed: jax.typing.ArrayLike,
+) -> jax.Array:
+    """`perturb` with a loss."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(jax.random.key(seed), STREAM), index)
+    budget: dict[str, Any] = {"eps": attack.eps, "bounds": bounds}
+    random: dict[str, Any] = {
+        "restarts": attack.restarts,
+        "misclassified_fn": lambda z: logits_fn(z).argmax(-1) != labels,
+        "norm": attack.norm,
+    }
     match attack.kind:
-        case "clean":
-            return x
         case "fgsm":
-            return attacks.fgsm(loss_fn, x, eps=attack.eps, bounds=bounds)
+            return attacks.fgsm(loss_fn, x, norm=attack.norm, **budget)
         case "ifgsm":
-            return attacks.ifgsm(
-                loss_fn, x, eps=attack.eps, steps=attack.steps, step_size=attack.step_size, bounds=bounds
-            )
+            return attacks.ifgsm(loss_fn, x, steps=attack.steps, step_size=attack.step_size, **budget)
+        case "mi_fgsm":
+            return attacks.mi_fgsm(loss_fn, x, steps=attack.steps, step_size=attack.step_size, **budget)
         case "pgd":
-            return attacks.pgd(
-                jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(jax.random.key(seed), STREAM), index),
-                loss_fn,
-                x,
-                eps=attack.eps,
-                steps=attack.steps,
-                step_size=attack.step_size,
-                restarts=attack.restarts,
-                misclassified_fn=lambda z: logits_fn(z).argmax(-1) != y.argmax(-1),
-                bounds=bounds,
-            )
-    raise ValueError(f"attack {attack.name!r}: kind={attack.kind!r} must be clean, fgsm, ifgsm or pgd")
+            return attacks.pgd(keys, loss_fn, x, steps=attack.steps, step_size=attack.step_size, **random, **budget)
+        case "apgd":
+            return attacks.apgd(keys, loss_fn, x, steps=attack.steps, **random, **budget)
+    return attacks.square(keys, lambda z: margin(logits_fn(z), labels), x, queries=attack.steps, **budget)
 
 
 def worst_case(outcomes: Mapping[str, Outcome]) -> np.ndarray:
