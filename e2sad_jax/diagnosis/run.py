@@ -1,0 +1,179 @@
+"""From a request to the table and the files: what `experiments.evaluate` calls."""
+
+import dataclasses
+import importlib
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from e2sad_jax import checkpoint, data, report
+from e2sad_jax.diagnosis import show
+from e2sad_jax.diagnosis.curves import Effort, diagnose, measurements
+from e2sad_jax.diagnosis.subject import Subject, of_classifier, of_function
+from e2sad_jax.errors import ConfigError
+from e2sad_jax.progress import Bar
+from e2sad_jax.workdir import write_json, write_text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to judge; each field is the flag of that name.
+
+    Raises:
+      ConfigError: if a value is out of range, or the flags do not fit together.
+    """
+
+    workdir: str = ""
+    which: str = "last"
+    predict: str = ""
+    data: str = ""
+    data_dir: str = ""
+    eps: float = 0.0
+    examples: int = 500
+    batch_size: int = 250
+    seed: int = 0
+    transfer_from: str = ""
+    auto: bool = True
+    queries: int = 5000
+    targets: int = 9
+    restarts: int = 5
+    results: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.workdir) == bool(self.predict):
+            raise ConfigError("--workdir or --predict: one of them must be given, a run's folder or MODULE:FUNCTION")
+        if self.predict and (":" not in self.predict or not self.data.endswith(".npz") or not self.eps):
+            raise ConfigError(
+                f"--predict={self.predict}: must be MODULE:FUNCTION, beside --data=PATH.npz with x_test and y_test, and --eps"
+            )
+        if self.which not in ("last", "best"):
+            raise ConfigError(f"--which={self.which}: must be one of last, best")
+        for name, lower in (
+            ("examples", 0),
+            ("batch_size", 1),
+            ("seed", 0),
+            ("queries", 0),
+            ("targets", 1),
+            ("restarts", 1),
+        ):
+            if getattr(self, name) < lower:
+                raise ConfigError(f"--{name}={getattr(self, name)}: must be at least {lower}")
+        if self.seed >= 2**32:
+            raise ConfigError(f"--seed={self.seed}: must be in [0, {2**32 - 1}]")
+        if not 0 <= self.eps < float("inf"):
+            raise ConfigError(f"--eps={self.eps}: must be at least 0, 0: the run's own eps1")
+
+
+def run(request: Request) -> dict[str, Any]:
+    """Judges, prints the tables, and writes evaluation.json, .md and .png.
+
+    Raises:
+      ConfigError, DataError, WorkdirError: before anything is measured.
+    """
+    subject, eps, folder = _subject(request)
+    substitute = None
+    if request.transfer_from:
+        classifier = checkpoint.load(request.transfer_from)
+        if (bounds := classifier.transform.bounds) != subject.bounds:
+            raise ConfigError(
+                f"--transfer_from={request.transfer_from}: its images lie in {bounds}, those of the judged in {subject.bounds}"
+            )
+        if (shape := tuple(classifier.dataset["image_shape"])) != subject.x.shape[1:]:
+            raise ConfigError(
+                f"--transfer_from={request.transfer_from}: its images are {shape}, not {subject.x.shape[1:]}"
+            )
+        if (classes := classifier.dataset["num_classes"]) != subject.classes:
+            raise ConfigError(f"--transfer_from={request.transfer_from}: has {classes} classes, not {subject.classes}")
+        substitute = dataclasses.replace(
+            of_classifier(
+                classifier, np.zeros((1, *classifier.dataset["image_shape"]), np.uint8), np.zeros(1, np.int64)
+            ),
+            x=subject.x,
+            labels=subject.labels,
+            batch_size=request.batch_size,
+            seed=request.seed,
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--results={folder}: cannot be written ({error.strerror}); choose another folder") from error
+    effort = Effort(
+        queries=request.queries, targets=request.targets, restarts=request.restarts, worst_case=request.auto
+    )
+    with Bar(f"evaluate {subject.name}", measurements(effort, substitute is not None), "measurements") as bar:
+        result = diagnose(
+            subject,
+            eps=eps,
+            effort=effort,
+            substitute=substitute,
+            progress=lambda what: bar.update(int(bar.done < bar.total), what),
+        )
+    result |= {"command": report.command(), "environment": report.environment()}
+    write_json(folder / "evaluation.json", result)
+    write_text(folder / "evaluation.md", show.markdown(result))
+    show.plot(folder / "evaluation.png", [result])
+    print(f"\n{show.text(result)}\n")
+    for name in ("evaluation.md", "evaluation.json", "evaluation.png"):
+        print(folder / name)
+    return result
+
+
+def _subject(request: Request) -> tuple[Subject, float, pathlib.Path]:
+    """Who is judged, with which budget, and where the files go."""
+    n = request.examples or None
+    if request.predict:
+        dataset = data.load(request.data, None)
+        subject = of_function(
+            _function(request.predict),
+            dataset.x_test[:n],
+            dataset.y_test[:n],
+            name=request.predict.split(":")[1],
+            batch_size=request.batch_size,
+            seed=request.seed,
+        )
+        return subject, request.eps, pathlib.Path(request.results or "runs/evaluation").expanduser()
+    classifier = checkpoint.load(request.workdir, request.which)
+    dataset = data.load(request.data or classifier.config.data, request.data_dir or classifier.config.data_dir or None)
+    if dataset.image_shape != tuple(classifier.dataset["image_shape"]):
+        raise ConfigError(
+            f"--data={request.data}: its images are {dataset.image_shape}, those of {request.workdir} "
+            f"{tuple(classifier.dataset['image_shape'])}"
+        )
+    if dataset.num_classes > classifier.dataset["num_classes"]:
+        raise ConfigError(
+            f"--data={request.data}: has {dataset.num_classes} classes, {request.workdir} {classifier.dataset['num_classes']}"
+        )
+    folder = pathlib.Path(request.workdir).expanduser()
+    subject = of_classifier(
+        classifier,
+        dataset.x_test[:n],
+        dataset.y_test[:n],
+        name=f"{classifier.config.defense} ({folder.name})",
+        batch_size=request.batch_size,
+        seed=request.seed,
+    )
+    eps = request.eps or classifier.config.eps1
+    if not eps:
+        raise ConfigError("--eps=0: must be above 0, for the run itself has --eps1=0")
+    return subject, eps, pathlib.Path(request.results).expanduser() if request.results else folder / "evaluation"
+
+
+def _function(name: str) -> Callable[..., Any]:
+    """The function of `MODULE:FUNCTION`, looked for in the current folder too.
+
+    Raises:
+      ConfigError: if there is none.
+    """
+    module, _, attribute = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"--predict={name}: {error}; it must be MODULE:FUNCTION, importable from here") from error
+    if not callable(function):
+        raise ConfigError(f"--predict={name}: is a {type(function).__name__}; it must be a function of images")
+    return function  # type: ignore[no-any-return]
