@@ -1,0 +1,248 @@
+"""Every defense at the same number of updates: robust accuracy in the worst case against what training cost."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from e2sad_jax import data, jobs, plots, report
+from e2sad_jax.auto import auto
+from e2sad_jax.checkpoint import load
+from e2sad_jax.config import Config
+from e2sad_jax.data import Dataset
+from e2sad_jax.diagnosis import Effort, of_classifier
+from e2sad_jax.errors import ConfigError, NonFiniteError, Stopped
+from e2sad_jax.train import step_flops
+from e2sad_jax.workdir import write_config, write_json, write_text
+
+# By name in tables and pictures; the price of each in gradient steps grows downwards.
+ENTRIES: Mapping[str, Mapping[str, Any]] = {
+    "natural": {"defense": "natural"},
+    "input gradient": {"defense": "input_gradient"},
+    "FGSM (Eq. 3)": {"defense": "fgsm"},
+    "RS-FGSM": {"defense": "rs_fgsm"},
+    "N-FGSM": {"defense": "n_fgsm"},
+    "GradAlign": {"defense": "grad_align"},
+    "e2SAD, paper": {"defense": "e2sad"},
+    "e2SAD, lambda 1": {"defense": "e2sad", "lam": 1.0},
+    "PGD-2": {"defense": "pgd", "attack_steps": 2},
+    "TRADES-2": {"defense": "trades", "attack_steps": 2},
+    "Free-8": {"defense": "free"},
+    "PGD-10": {"defense": "pgd", "attack_steps": 10},
+    "IFGSM-30 (Eq. 3)": {"defense": "ifgsm", "attack_steps": 30},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to compare; each field is the flag of that name.
+
+    Raises:
+      ConfigError: if a value is out of range.
+    """
+
+    entry: tuple[str, ...] = ()
+    data: str = "mnist"
+    data_dir: str = ""
+    model: str = "digits_cnn"
+    steps: int = 2000
+    batch_size: int = 128
+    seeds: int = 1
+    examples: int = 500
+    queries: int = 1000
+    apgd_steps: int = 50
+    targets: int = 9
+    workdir: str = "runs/compare"
+    results: str = "results/compare"
+
+    def __post_init__(self) -> None:
+        for name in self.entry:
+            if name not in ENTRIES:
+                raise ConfigError(f"--entry={name}: must be of {', '.join(ENTRIES)}")
+        for field, lower in (("seeds", 1), ("examples", 1), ("queries", 0), ("apgd_steps", 1), ("targets", 1)):
+            if getattr(self, field) < lower:
+                raise ConfigError(f"--{field}={getattr(self, field)}: must be at least {lower}")
+
+    def configs(self, name: str) -> list[Config]:
+        """The runs of an entry, one for each seed."""
+        common = {key: getattr(self, key) for key in ("data", "data_dir", "model", "steps", "batch_size")}
+        found = []
+        for seed in range(self.seeds):
+            config = Config(**{**common, **ENTRIES[name], "seed": seed, "soft_label": False})
+            folder = pathlib.Path(self.workdir).expanduser() / f"{config.defense}-{config.digest()}"
+            found.append(dataclasses.replace(config, workdir=str(folder)))
+        return found
+
+
+def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Trains, attacks, and writes compare.json, .md and .png after each model; goes on where it was stopped.
+
+    Hard labels everywhere, so that only the defense differs. What training costs are FLOPs by XLA's count
+    (`train.step_flops`) times the steps.
+
+    Returns:
+      What compare.json holds.
+
+    Raises:
+      Stopped: after Ctrl-C; what is finished stays.
+    """
+    dataset = data.load(request.data, request.data_dir or None)
+    folder = pathlib.Path(request.results).expanduser()
+    entries = [name for name in ENTRIES if not request.entry or name in request.entry]
+    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
+    for name in entries:
+        runs = []
+        for config in request.configs(name):
+            try:
+                runs.append(_judged(request, config, dataset))
+            except NonFiniteError as error:
+                say(f"{name}, seed {config.seed}: {error}")
+        if not runs:
+            continue
+        rows.append(_row(name, runs))
+        result = {
+            "format": 1,
+            "request": dataclasses.asdict(request),
+            "attacks": [dataclasses.asdict(stage) for stage in _effort(request).stages(dataset.num_classes)],
+            "eps": runs[0]["eps"],
+            "images": runs[0]["images"],
+            "rows": rows,
+            "command": report.command(),
+            "environment": report.environment(),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "compare.json", result)
+        write_text(folder / "compare.md", markdown(result))
+        plot(folder / "compare.png", result)
+        say(f"{name}: clean {rows[-1]['clean']:.3f}, robust {rows[-1]['robust']:.3f}, {rows[-1]['flops']:.3g} FLOPs")
+    if not rows:
+        raise NonFiniteError("every run diverged; nothing was compared")
+    return result
+
+
+def _effort(request: Request) -> Effort:
+    return Effort(apgd_steps=request.apgd_steps, queries=request.queries, targets=request.targets)
+
+
+def _row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    keys = ("clean", "robust", "flops", "train_seconds")
+    means = {key: float(np.mean([run[key] for run in runs])) for key in keys}
+    return {
+        "name": name,
+        **means,
+        "lowest": min(r["robust"] for r in runs),
+        "highest": max(r["robust"] for r in runs),
+        "runs": list(runs),
+    }
+
+
+def _judged(request: Request, config: Config, dataset: Dataset) -> dict[str, Any]:
+    """One model, trained and attacked unless that was done before."""
+    effort = _effort(request)
+    asked = {
+        "examples": request.examples,
+        "stages": [dataclasses.asdict(stage) for stage in effort.stages(dataset.num_classes)],
+    }
+    path = pathlib.Path(config.workdir) / "auto.json"
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["asked"] == asked and known["step"] == config.total_steps(len(dataset.x_train)):
+            return known  # type: ignore[no-any-return]
+    with jobs.open_job(config, dataset) as job, jobs.interruptible() as interrupted:
+        write_config(job.workdir, job.config, dataset)
+        _, seconds = jobs.train(job, interrupted)
+        if told := interrupted():
+            raise Stopped(f"stopped in {job.workdir}; the same command goes on from there", told)
+    subject = of_classifier(
+        load(config.workdir), dataset.x_test[: request.examples], dataset.y_test[: request.examples]
+    )
+    outcome = auto(
+        subject.apply,
+        subject.params,
+        subject.x,
+        subject.labels,
+        eps=config.eps1,
+        bounds=subject.bounds,
+        stages=effort.stages(dataset.num_classes),
+    )
+    steps = config.total_steps(len(dataset.x_train))
+    judged = {
+        "asked": asked,
+        "step": steps,
+        "seed": config.seed,
+        "eps": config.eps1,
+        "images": len(subject.x),
+        "clean": outcome.accuracy["clean"],
+        "after": outcome.accuracy,
+        "robust": float(outcome.robust.mean()),
+        "flops": steps * step_flops(config, dataset.image_shape, dataset.num_classes),
+        "train_seconds": round(seconds, 1),
+        "workdir": config.workdir,
+    }
+    write_json(path, judged)
+    return judged
+
+
+def _about(result: Mapping[str, Any]) -> str:
+    r = result["request"]
+    attacks = ", ".join(
+        f"{a['name']} {a['steps']:,} {'queries' if a['kind'] == 'square' else 'steps'}"
+        + (f" towards each of {a['targets']} targets" if a["loss"] == "targeted_dlr" else "")
+        for a in result["attacks"]
+    )
+    return (
+        f"{r['data']}, {r['model']}, {r['steps']:,} steps of {r['batch_size']}, {r['seeds']} seed(s), hard labels; robust: "
+        f"what stands {attacks}, one restart each, eps {result['eps']:.4g}, {result['images']:,} test images"
+    )
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The table."""
+    lines = [
+        "| defense | clean | robust (lowest .. highest) | training, FLOPs | natural = 1 |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    natural = next((row["flops"] for row in result["rows"] if row["name"] == "natural"), None)
+    for row in result["rows"]:
+        lost = result["request"]["seeds"] - len(row["runs"])
+        name = row["name"] + (f" ({lost} of the seeds diverged)" if lost else "")
+        share = f"{row['flops'] / natural:.2f}" if natural else ""
+        spread = f"{row['robust']:.3f} ({row['lowest']:.3f} .. {row['highest']:.3f})"
+        lines.append(f"| {name} | {row['clean']:.3f} | {spread} | {row['flops']:.3g} | {share} |")
+    e = result["environment"]
+    return "\n".join(
+        [
+            "# Robust accuracy against the price of training",
+            "",
+            f"{_about(result)}.",
+            "",
+            *lines,
+            "",
+            "![Robust accuracy against training FLOPs](compare.png)",
+            "",
+            f"`{result['command']}`, {e['hardware']}, {e['date']}, commit {e['commit']}",
+            "",
+        ]
+    )
+
+
+def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
+    """Robust accuracy against training FLOPs, a point for each defense."""
+    import textwrap
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for row in result["rows"]:
+        ours = row["name"].startswith("e2SAD")
+        axes.plot(row["flops"], row["robust"], "*" if ours else "o", color="C3" if ours else "C0", ms=14 if ours else 7)
+        axes.annotate(row["name"], (row["flops"], row["robust"]), (6, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="FLOPs of training", ylabel="robust accuracy", xscale="log", ylim=(-0.03, 1.0))
+    axes.margins(x=0.12)
+    axes.set_title(textwrap.fill(_about(result), 110), fontsize=8)
+    plots.save(path, figure, dpi=120)
