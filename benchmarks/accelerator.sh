@@ -44,6 +44,13 @@ fi
 for precision in float32 bf16; do
     train --defense=e2sad --precision="$precision" --workdir="$folder/e2sad-$precision"
 done
+# Every defense at the same number of updates: what is left under the worst case, for which price.
+left=$((end - SECONDS)) code=0
+if ((left < 60)); then exit 4; fi
+timeout --signal=TERM "$left" "$python" -m experiments.compare --data="${mnist:-mnist}" --model=mnist_cnn --steps=6000 \
+    --batch_size=256 --seeds=3 --examples=10000 --queries=5000 --apgd_steps=100 --workdir="$folder/compare" \
+    --results=results/compare_full || code=$?
+if ((code == 124 || code == 143)); then exit 4; elif ((code == 3)); then diverged=3; elif ((code)); then exit "$code"; fi
 run --data="$mnist" --table=1,2
 run --data="$mnist" --study=second_step
 run --data="$mnist" --figure=all

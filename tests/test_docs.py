@@ -49,6 +49,18 @@ def test_flags_in_commands_exist(page):
         *("table", "figure", "study", "scale", "seeds", "time_budget_minutes", "results"),  # experiments.paper
         *("image_size", "rounds", "seconds", "peer", "steps_per_dispatch"),  # experiments.step_cost
         *("coordinator", "process_id", "num_processes"),
+        *(
+            "which",
+            "predict",
+            "examples",
+            "transfer_from",
+            "auto",
+            "noauto",
+            "queries",
+            "targets",
+            "restarts",
+        ),  # .evaluate
+        *("entry", "apgd_steps"),  # experiments.compare
         "baseline",
         "describe",
         "help",
