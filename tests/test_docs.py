@@ -52,6 +52,7 @@ def test_flags_in_commands_exist(page):
         *(
             "which",
             "predict",
+            "eps",
             "examples",
             "transfer_from",
             "auto",
