@@ -50,6 +50,7 @@ class Request:
     model: str = "digits_cnn"
     steps: int = 2000
     batch_size: int = 128
+    eps: float = 0.3
     seeds: int = 1
     examples: int = 500
     queries: int = 1000
@@ -62,6 +63,8 @@ class Request:
         for name in self.entry:
             if name not in ENTRIES:
                 raise ConfigError(f"--entry={name}: must be of {', '.join(ENTRIES)}")
+        if not 0 < self.eps <= 1:
+            raise ConfigError(f"--eps={self.eps}: must be above 0, at most 1")
         for field, lower in (("seeds", 1), ("examples", 1), ("queries", 0), ("apgd_steps", 1), ("targets", 1)):
             if getattr(self, field) < lower:
                 raise ConfigError(f"--{field}={getattr(self, field)}: must be at least {lower}")
@@ -71,7 +74,8 @@ class Request:
         common = {key: getattr(self, key) for key in ("data", "data_dir", "model", "steps", "batch_size")}
         found = []
         for seed in range(self.seeds):
-            config = Config(**{**common, **ENTRIES[name], "seed": seed, "soft_label": False})
+            budgets = {"eps1": self.eps, "eps2": self.eps / 3}  # the paper's ratio
+            config = Config(**{**common, **budgets, **ENTRIES[name], "seed": seed, "soft_label": False})
             folder = pathlib.Path(self.workdir).expanduser() / f"{config.defense}-{config.digest()}"
             found.append(dataclasses.replace(config, workdir=str(folder)))
         return found

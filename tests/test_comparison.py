@@ -50,5 +50,7 @@ def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypa
 def test_requests_that_cannot_be_right_are_refused():
     with pytest.raises(ConfigError, match=r"--entry=pgd: must be of natural, "):
         comparison.Request(entry=("pgd",))
+    with pytest.raises(ConfigError, match=r"--eps=0.0: must be above 0"):
+        comparison.Request(eps=0.0)
     with pytest.raises(ConfigError, match=r"--seeds=0: must be at least 1"):
         comparison.Request(seeds=0)
