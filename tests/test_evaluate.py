@@ -117,8 +117,10 @@ def test_random_starts_depend_on_the_seed(problem):
 
 def test_unknown_kind_is_refused(problem):
     _model, _params, _images, _ = problem
-    with pytest.raises(ValueError, match="kind='deepfool' must be"):
-        perturb(Attack("x", "deepfool"), None, jnp.zeros((1, 2)), None, bounds=(0.0, 1.0), index=jnp.arange(1))
+    with pytest.raises(ValueError, match="kind='deepfool' must be one of clean, fgsm"):
+        perturb(
+            Attack("x", "deepfool"), None, jnp.zeros((1, 2)), jnp.eye(3)[:1], bounds=(0.0, 1.0), index=jnp.arange(1)
+        )
 
 
 def test_worst_case_counts_an_example_only_if_every_attack_leaves_it():

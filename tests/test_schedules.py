@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train import N, fit, load_state, no_evaluation, tiny_config  # noqa: F401
 
 from e2sad_jax import checkpoint, jobs, models, paper, run, train
 from e2sad_jax.checkpoint import Checkpoints
 from e2sad_jax.config import Config
 from e2sad_jax.errors import WorkdirError
+from tests.test_train import N, fit, load_state, no_evaluation, no_last_evaluation, tiny_config  # noqa: F401
 
 SETTINGS = ("schedule", "eps_warmup", "noise", "replays", "beta", "align_weight", "gradient_weight")  # the later ones
 
