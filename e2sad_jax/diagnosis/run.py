@@ -7,12 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from e2sad_jax import checkpoint, data, report
 from e2sad_jax.diagnosis import show
 from e2sad_jax.diagnosis.curves import Effort, diagnose, measurements
-from e2sad_jax.diagnosis.subject import Subject, of_classifier, of_function
+from e2sad_jax.diagnosis.subject import Subject, apply_of, of_classifier, of_function
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.progress import Bar
 from e2sad_jax.workdir import write_json, write_text
@@ -88,13 +86,7 @@ def run(request: Request) -> dict[str, Any]:
         if (classes := classifier.dataset["num_classes"]) != subject.classes:
             raise ConfigError(f"--transfer_from={request.transfer_from}: has {classes} classes, not {subject.classes}")
         substitute = dataclasses.replace(
-            of_classifier(
-                classifier, np.zeros((1, *classifier.dataset["image_shape"]), np.uint8), np.zeros(1, np.int64)
-            ),
-            x=subject.x,
-            labels=subject.labels,
-            batch_size=request.batch_size,
-            seed=request.seed,
+            subject, name=classifier.config.defense, apply=apply_of(classifier.model), params=classifier.params
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,7 @@ def of_classifier(
     """A model of this library, as `e2sad_jax.load` returns it, with test images as stored."""
     return Subject(
         name or classifier.config.defense,
-        _apply_of(classifier.model),
+        apply_of(classifier.model),
         classifier.params,
         np.asarray(classifier.transform.apply(jnp.asarray(images)), np.float32),
         np.asarray(labels),
@@ -101,7 +101,8 @@ def of_classifier(
 
 
 @functools.lru_cache(maxsize=8)
-def _apply_of(model: nn.Module) -> Apply:
+def apply_of(model: nn.Module) -> Apply:
+    """A network as a function of its variables and inputs, the same one for equal networks."""
     return lambda params, x: models.logits_fn(model, params)(x)
 
 
