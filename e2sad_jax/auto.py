@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax._tracing import jit
-from e2sad_jax.evaluate import TARGETED, Attack, check_attack, perturb
+from e2sad_jax.evaluate import TARGETED, Attack, batches, check_attack, perturb
 
 Apply = Callable[[Any, jax.Array], jax.Array]  # (params, images [N, ...]) -> logits [N, K]
 
@@ -128,10 +128,7 @@ def auto(
 def predict(apply: Apply, params: Any, x: np.ndarray, batch_size: int) -> np.ndarray:
     """Predicted classes, int `[N]`."""
     of_batch = _predict(apply)
-    parts = []
-    for first in range(0, len(x), batch_size):
-        rows = np.minimum(np.arange(first, first + batch_size), len(x) - 1)
-        parts.append(np.asarray(of_batch(params, x[rows])))
+    parts = [np.asarray(of_batch(params, x[rows])) for _, rows in batches(len(x), batch_size)]
     return np.concatenate(parts)[: len(x)]
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -142,18 +142,23 @@ def evaluate(
     for attack in suite:
         attack_batch = _attack_batch(model, attack, transform, num_classes)
         predictions = []
-        for first in range(0, n, batch_size):
-            index = np.arange(first, first + batch_size)
-            rows = np.minimum(index, n - 1)  # the padding repeats the last image
+        for index, rows in batches(n, batch_size):
             batch = sharding.split_batch(mesh, (images[rows], labels[rows], index))
             predictions.append(attack_batch(params, *batch, np.uint32(seed)))
-            count = min(batch_size, n - first)
             if len(predictions) > 1:  # one batch behind, so that the device never waits for the host
                 predictions[-2].block_until_ready()
-            progress(attack.name, count * attack.gradients())
+            progress(attack.name, min(batch_size, n - int(index[0])) * attack.gradients())
         prediction = np.concatenate([np.asarray(p) for p in predictions])[:n]
         outcomes[attack.name] = Outcome(prediction == labels, prediction)
     return outcomes
+
+
+def batches(n: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of one size over `n` images: their places `[B]`, and their rows, the last of which fills up the last batch."""
+    size = min(batch_size, n)
+    for first in range(0, n, size):
+        index = np.arange(first, first + size)
+        yield index, np.minimum(index, n - 1)
 
 
 @functools.lru_cache(maxsize=32)
@@ -202,14 +207,12 @@ def transfer(
     batch_size = min(batch_size, n)
     model, params = substitute
     make, predictions = _make_batch(model, attack, transform, num_classes), []
-    for first in range(0, n, batch_size):
-        index = np.arange(first, first + batch_size)
-        rows = np.minimum(index, n - 1)
+    for index, rows in batches(n, batch_size):
         made = make(params, images[rows], labels[rows], index, np.uint32(seed))
         predictions.append([_predict(target)(variables, made) for target, variables in targets])
         if len(predictions) > 1:
             jax.block_until_ready(predictions[-2])
-        progress(attack.name, min(batch_size, n - first) * attack.gradients())
+        progress(attack.name, min(batch_size, n - int(index[0])) * attack.gradients())
     each = np.concatenate(jax.device_get(predictions), axis=1)[:, :n]
     return [Outcome(prediction == labels, prediction) for prediction in each]
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax._tracing import jit
-from e2sad_jax.attacks._ball import finite, input_gradient
+from e2sad_jax.attacks._ball import box, finite, input_gradient, unit
 from e2sad_jax.auto import Apply
 from e2sad_jax.diagnosis.subject import Subject
+from e2sad_jax.evaluate import batches
 from e2sad_jax.losses import cross_entropy
 
 SMALL = 0.02  # of accuracies: what a few images may do by chance
@@ -30,14 +31,14 @@ class Check:
 
     Attributes:
       name: what it is called.
-      value: the number that was found; None where it could not be.
+      value: the number that was found.
       bound: what it is held to.
       below: whether it must be at most, rather than at least, `bound`.
       means: what a breach says, a clause in plain words.
     """
 
     name: str
-    value: float | None
+    value: float
     bound: float
     below: bool
     means: str
@@ -45,8 +46,6 @@ class Check:
     @property
     def suspicious(self) -> bool:
         """Whether the number is beyond the bound; NaN is."""
-        if self.value is None:
-            return False
         return not (self.value <= self.bound if self.below else self.value >= self.bound)
 
 
@@ -149,22 +148,11 @@ class Gradients:
 def gradients(subject: Subject, eps: float) -> Gradients:
     """Gradients at clean images and at uniform random points of their l-infinity balls."""
     of_batch, n = _gradients(subject.apply, subject.bounds), len(subject.x)
-    size = min(subject.batch_size, n)
     parts: list[Sequence[np.ndarray]] = []
-    for first in range(0, n, size):
-        index = np.arange(first, first + size)
-        rows = np.minimum(index, n - 1)
+    for index, rows in batches(n, subject.batch_size):
+        seed, budget = np.uint32(subject.seed), np.float32(eps)
         parts.append(
-            jax.device_get(
-                of_batch(
-                    subject.params,
-                    subject.x[rows],
-                    subject.labels[rows],
-                    index,
-                    np.uint32(subject.seed),
-                    np.float32(eps),
-                )
-            )
+            jax.device_get(of_batch(subject.params, subject.x[rows], subject.labels[rows], index, seed, budget))
         )
     zero, cosine = (np.concatenate(column)[:n] for column in zip(*parts, strict=True))
     return Gradients(float(zero.mean()), float(cosine.mean()))
@@ -181,16 +169,13 @@ def _gradients(apply: Apply, bounds: tuple[float, float]) -> Callable[..., tuple
             return cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1]))
 
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(jax.random.key(seed), 3), index)
-        noise = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:], x.dtype, -1, 1))(keys)
-        near = jnp.clip(x + eps * noise, *bounds)
+        limits = box(x, eps, bounds)
+        near = limits.clip(x + eps * limits.noise(keys, x))
         both = [input_gradient(loss_fn, z).reshape(len(x), -1) for z in (x, near)]
         broken = ~jnp.isfinite(both[0]).all(1)  # nothing to follow either
         here, there = map(finite, both)
-        # Largest entries first, so that squares of tiny gradients do not vanish.
-        largest = [jnp.max(jnp.abs(g), axis=1, keepdims=True) for g in (here, there)]
-        a, b = (g / jnp.where(m > 0, m, 1) for g, m in zip((here, there), largest, strict=True))
-        cosine = (a * b).sum(1) / jnp.maximum(jnp.linalg.norm(a, axis=1) * jnp.linalg.norm(b, axis=1), 1e-12)
-        return (largest[0] == 0)[:, 0] | broken, cosine
+        cosine = (unit(here) * unit(there)).sum(1)
+        return (here == 0).all(1) | broken, cosine
 
     return of_batch  # type: ignore[no-any-return]
 
@@ -198,9 +183,10 @@ def _gradients(apply: Apply, bounds: tuple[float, float]) -> Callable[..., tuple
 def losses(subject: Subject, images: np.ndarray) -> np.ndarray:
     """Cross-entropy of each image with its label, `[N]`."""
     of_batch, n = _losses(subject.apply), len(images)
-    size = min(subject.batch_size, n)
-    rows = [np.minimum(np.arange(first, first + size), n - 1) for first in range(0, n, size)]
-    parts = [np.asarray(of_batch(subject.params, images[r], subject.labels[r])) for r in rows]
+    parts = [
+        np.asarray(of_batch(subject.params, images[rows], subject.labels[rows]))
+        for _, rows in batches(n, subject.batch_size)
+    ]
     return np.concatenate(parts)[:n]
 
 

@@ -66,7 +66,7 @@ def _rows(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
             [
                 [
                     c["name"],
-                    "-" if c["value"] is None else f"{c['value']:.3f}",
+                    f"{c['value']:.3f}",
                     f"{'at most' if c['below'] else 'at least'} {c['bound']}",
                     "SUSPICIOUS" if c["suspicious"] else "",
                 ]

@@ -15,7 +15,7 @@ from e2sad_jax import models
 from e2sad_jax.auto import Apply, attack_fn, predict
 from e2sad_jax.checkpoint import Classifier
 from e2sad_jax.errors import DataError, first_line
-from e2sad_jax.evaluate import Attack, check_attack
+from e2sad_jax.evaluate import Attack, batches, check_attack
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class Subject:
 
     def clean(self) -> np.ndarray:
         """Whether each prediction is right, bool `[N]`."""
-        return predict(self.apply, self.params, self.x, min(self.batch_size, len(self.x))) == self.labels
+        return predict(self.apply, self.params, self.x, self.batch_size) == self.labels
 
     def under(self, attack: Attack, restart: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Whether each prediction is right under an attack, bool `[N]`, and the attacked images `[N, ...]`.
@@ -61,11 +61,8 @@ class Subject:
         check_attack(attack, self.classes, self.x.ndim)
         seed = np.uint32(zlib.crc32(f"{self.seed} {restart}".encode()) if restart else self.seed)
         run, n = attack_fn(self.apply, attack, self.bounds), len(self.x)
-        size = min(self.batch_size, n)
         made, right = [], []
-        for first in range(0, n, size):
-            index = np.arange(first, first + size)
-            rows = np.minimum(index, n - 1)
+        for index, rows in batches(n, self.batch_size):
             images, prediction = run(
                 self.params, self.x[rows], self.labels[rows], index, seed, np.float32(attack.eps), None
             )
@@ -75,7 +72,7 @@ class Subject:
 
     def right_on(self, images: np.ndarray) -> np.ndarray:
         """Whether each prediction for other images of the same labels is right, bool `[N]`."""
-        return predict(self.apply, self.params, images, min(self.batch_size, len(images))) == self.labels
+        return predict(self.apply, self.params, images, self.batch_size) == self.labels
 
 
 def of_classifier(

@@ -17,7 +17,7 @@ import numpy as np
 from e2sad_jax import attacks, losses, models, surfaces
 from e2sad_jax._tracing import jit, platform
 from e2sad_jax.config import Config
-from e2sad_jax.evaluate import Attack, perturb
+from e2sad_jax.evaluate import Attack, batches, perturb
 from e2sad_jax.progress import Bar
 from e2sad_jax.reproduction import illustration, plan, tables
 from e2sad_jax.reproduction.plan import Item
@@ -222,9 +222,7 @@ def _figure_4(r: Reproduction) -> Drawn:
             for attack in SEEN_BY:
                 compute = _surface_of_batch(classifier.model, classifier.transform, attack, grid, dataset.num_classes)
                 total = np.zeros((grid, grid))
-                for first in range(0, n, batch_size):
-                    index = np.arange(first, first + batch_size)
-                    rows = np.minimum(index, n - 1)
+                for index, rows in batches(n, batch_size):
                     values = compute(classifier.params, dataset.x_test[rows], dataset.y_test[rows], index)
                     total += np.asarray(values, np.float64)[:, :, index < n].sum(-1)
                     r.check()
