@@ -42,8 +42,8 @@ def jit(function: Callable[..., Any], **settings: Any) -> Any:
 
 @functools.cache
 def _cpu_options() -> dict[str, str]:
-    # XLA's CPU backend has YNNPACK for matrix products, sums and convolutions. The last take up to twice as long there as
-    # in its own Eigen kernels (`experiments.step_cost --peer=xla`), so all but those.
+    # XLA's CPU backend has YNNPACK for matrix products, sums and convolutions. The last are slower there than in its own
+    # Eigen kernels (`experiments.step_cost --peer=xla`), so all but those.
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
     try:
         jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
