@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from e2sad_jax import _memory
 from e2sad_jax import config as config_lib
 from e2sad_jax.config import Config
 from e2sad_jax.errors import ConfigError, Error, LostProcessError, NonFiniteError, Stopped
@@ -143,6 +144,7 @@ def _run(suite: str, by_defense: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
+    _memory.keep_freed()
     try:
         run()
         sys.stdout.flush()
