@@ -81,6 +81,8 @@ class Config:
     gradient_weight: float = _setting(1.0, "weight of input_gradient's squared norm", lower=0, later=True)
     second_step: str = _setting("total", "what e2SAD's second step differentiates", choices=OBJECTIVES)
     clip_second: bool = _setting(False, "clip e2SAD's second point to the image range")
+    random_start: bool = _setting(False, "e2SAD's first step starts at a random point of the ball", later=True)
+    ball_second: bool = _setting(False, "keep e2SAD's second point in the ball of eps1", later=True)
     soft_label: bool = _setting(True, "train on soft labels, 1 - delta for the true class")
     delta: float = _setting(0.25, "mass that soft labels give to the wrong classes", above=0, upper=0.999)
     seed: int = _setting(0, "seed of initialisation, order and attacks", lower=0, upper=2**32 - 1)

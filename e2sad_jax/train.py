@@ -128,6 +128,8 @@ def training_loss(config: Config, bounds: tuple[float, float]) -> LossFn:
                 eps2=c.eps2,
                 objective=c.second_step,
                 clip_second=c.clip_second,
+                random_start=c.random_start,
+                ball_second=c.ball_second,
                 bounds=bounds,
                 key=key,
             )

@@ -51,6 +51,9 @@ DEFENSES: dict[str, Callable[..., Any]] = {
         for objective in attacks.OBJECTIVES
         if objective != "literal"  # the sign of rounding noise is as it falls
     },
+    "e2sad_ball": functools.partial(
+        defenses.e2sad, eps1=EPS, eps2=EPS2, lam=0.7, random_start=True, ball_second=True, key=KEY
+    ),
 }
 MIXED = [name for name in DEFENSES if name not in ("natural", "pgd_minmax")]
 every_defense = pytest.mark.parametrize("name", DEFENSES)
@@ -79,7 +82,7 @@ def direction(function: LogitsFn, z: jax.Array) -> jax.Array:
 
 
 def points(name: str, weights: Weights, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The adversarial points (Eq. 1, 2, 6 and 7); PGD's random one by the library, tested elsewhere."""
+    """The adversarial points (Eq. 1, 2, 6 and 7); PGD's random ones by the library, tested elsewhere."""
 
     def loss(z: jax.Array) -> jax.Array:
         return J(weights, z, y)
@@ -88,6 +91,10 @@ def points(name: str, weights: Weights, x: jax.Array, y: jax.Array) -> tuple[jax
         return x, x
     if name == "pgd_minmax":
         return (attacks.pgd(KEY, loss, x, eps=EPS, steps=STEPS),) * 2
+    if name == "e2sad_ball":
+        z = attacks.pgd(jax.random.fold_in(KEY, 1), loss, x, eps=EPS, steps=1, step_size=EPS)
+        move = direction(lambda v: dissimilarity(weights, v, v), z)
+        return z, jnp.clip(jnp.clip(z + EPS2 * move, x - EPS, x + EPS), 0, 1)
     z, steps = x, STEPS if name == "ifgsm_training" else 1
     for _ in range(steps):
         z = jnp.clip(jnp.clip(z + EPS / steps * direction(loss, z), x - EPS, x + EPS), 0, 1)
@@ -169,8 +176,37 @@ def test_alpha(name, alpha):
     (x, y), weights = batch(), draw()
     loss, parts = jax.jit(lambda w: DEFENSES[name](net(w), x, y, alpha=alpha))(weights)
     at = jax.jit(functools.partial(points, name))(weights, x, y)
-    close((loss, parts), jax.jit(functools.partial(value, name, alpha=alpha))(weights, x, y, at))
-    assert parts["adversarial"] > parts["clean"] + 0.05
+    want, terms = jax.jit(functools.partial(value, name, alpha=alpha))(weights, x, y, at)
+    clean = terms["clean"]
+    if name == "e2sad_ball" and alpha == 0:
+        del terms["clean"]  # not looked at
+    close((loss, parts), (want, terms))
+    assert parts["adversarial"] > clean + 0.05
+
+
+def test_a_random_start_needs_a_key():
+    (x, y), weights = batch(), draw()
+    with pytest.raises(ValueError, match="e2sad: random_start draws random numbers and needs key"):
+        defenses.e2sad(net(weights), x, y, random_start=True)
+
+
+def test_both_points_of_the_ball_stay_there_and_are_drawn_anew():
+    (x, y), weights = batch(), draw()
+    seen: list[jax.Array] = []
+
+    def watched(z: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda v: seen.append(v), z, ordered=True)
+        return net(weights)(z)
+
+    for key in (KEY, jax.random.key(8)):
+        defenses.e2sad(watched, x, y, alpha=0, eps1=EPS, eps2=EPS, random_start=True, ball_second=True, key=key)
+        jax.effects_barrier()
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert len(first) == 4  # the two gradients and the two points: none of the clean images
+    for z in seen:
+        assert np.abs(z - x).max() <= EPS + 3e-8 and z.min() >= 0 and z.max() <= 1
+    assert all((a != b).mean() > 0.5 for a, b in zip(first, second, strict=True))
+    assert not np.array_equal(first[2], first[3])
 
 
 @quick
@@ -182,7 +218,9 @@ def test_weights_may_be_traced(name):
     run = jax.jit(lambda *v: DEFENSES[name](net(weights), x, y, **dict(zip(names, v, strict=True))))
     for numbers in ((0.6, 0.1), (0.25, 2.0), (0.0, 0.5), (1.0, 0.0)):
         given = numbers[: len(names)]
-        close(run(*given), DEFENSES[name](net(weights), x, y, **dict(zip(names, given, strict=True))))
+        got, parts = run(*given)
+        want, terms = DEFENSES[name](net(weights), x, y, **dict(zip(names, given, strict=True)))
+        close((got, {term: parts[term] for term in terms}), (want, terms))
 
 
 @quick

@@ -2,7 +2,7 @@
 
 import jax
 
-from e2sad_jax.attacks import fgsm, second_step
+from e2sad_jax.attacks import _ball, fgsm, pgd, second_step
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, weighted
 from e2sad_jax.losses import cross_entropy, dissimilarity
 
@@ -18,6 +18,8 @@ def e2sad(
     eps2: float = 0.1,
     objective: str = "total",
     clip_second: bool = False,
+    random_start: bool = False,
+    ball_second: bool = False,
     bounds: Bounds = (0.0, 1.0),
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Parts]:
@@ -27,24 +29,29 @@ def e2sad(
 
     Both adversarial points are constants; the gradient of D flows through both of its arguments.
 
+    `random_start` and `ball_second` are not the paper's. With both, two points of the ball around the image are trained on,
+    each on a different side of the loss surface's kinks; see docs/e2sad.md.
+
     Args:
       logits_fn: images `[N, ...]` to logits `[N, K]`; f is its softmax.
       x: clean images `[N, ...]`, inside `bounds`.
       y: target distributions `[N, K]`; the paper trains with soft ones (`losses.soft_labels`).
-      alpha: weight of the clean term, in [0, 1].
+      alpha: weight of the clean term, in [0, 1]; at 0 with `random_start` nothing looks at the clean images.
       lam: weight lambda of the dissimilarity, at least 0.
       eps1: l-infinity budget of the first step, at least 0, in the images' own units.
       eps2: budget of the second step around the first point, at least 0.
       objective: what the second step differentiates, one of `attacks.OBJECTIVES` (Eq. 7 itself has a zero gradient).
       clip_second: clip the second point to `bounds` too; the paper does not.
+      random_start: take the first step from a random point of the ball, and stay in the ball, as Fast AT does.
+      ball_second: bring the second point back into the ball of `eps1` around `x`, and into `bounds`.
       bounds: range of valid images, or None.
-      key: random key; needed by the objectives "noise" and "random" alone.
+      key: random key; needed by `random_start` and by the objectives "noise" and "random" alone.
 
     Returns:
       The loss, a scalar, and its parts by name, before their weights.
 
     Raises:
-      ValueError: if a weight, a budget or `objective` is out of range.
+      ValueError: if a weight, a budget or `objective` is out of range, or `key` is missing where it is needed.
     """
     check_weight("e2sad", "alpha", alpha, 1)
     check_weight("e2sad", "lam", lam)
@@ -54,17 +61,28 @@ def e2sad(
         return cross_entropy(logits_fn(z), y) / m
 
     # Line 3 (Eq. 6): the first point, by FGSM.
-    x_adv = fgsm(weighted(alpha, J), x, eps=eps1, bounds=bounds)
+    if random_start and not (_ball.is_number(eps1) and eps1 == 0):
+        if key is None:
+            raise ValueError("e2sad: random_start draws random numbers and needs key")
+        x_adv = pgd(jax.random.fold_in(key, 1), J, x, eps=eps1, steps=1, step_size=eps1, bounds=bounds)
+    else:
+        x_adv = fgsm(weighted(alpha, J), x, eps=eps1, bounds=bounds)
     # Line 4 (Eq. 7): the second point, where the prediction changes most.
     x_adv2 = second_step(
         logits_fn, x_adv, eps=eps2, objective=objective, loss_fn=J, key=key, bounds=bounds if clip_second else None
     )
+    if ball_second:
+        ball = _ball.box(x, eps1, bounds)
+        x_adv2 = jax.lax.stop_gradient(_ball.narrow(ball.clip(_ball.widen(x_adv2)), x.dtype, ball))
     f_adv, f_adv2 = logits_fn(x_adv), logits_fn(x_adv2)
     # Line 6.
-    clean, adversarial = J(x).sum(), cross_entropy(f_adv, y).mean()
-    L_adv = alpha * clean + (1 - alpha) * adversarial
+    adversarial = cross_entropy(f_adv, y).mean()
+    parts, L_adv = {"adversarial": adversarial}, (1 - alpha) * adversarial
+    if not (random_start and _ball.is_number(alpha) and alpha == 0):  # no step has looked at x: a pass for nothing
+        parts["clean"] = J(x).sum()
+        L_adv += alpha * parts["clean"]
     # Line 7.
-    D = dissimilarity(f_adv, f_adv2).mean()
+    parts["dissimilarity"] = D = dissimilarity(f_adv, f_adv2).mean()
     L_d = lam * D
     # Line 8.
-    return L_adv + L_d, {"clean": clean, "adversarial": adversarial, "dissimilarity": D}
+    return L_adv + L_d, parts
