@@ -284,10 +284,13 @@ def best(job: Job) -> tuple[int, str] | None:
     step = checkpoints.best_step
     if step is None or checkpoints.score(step) == UNJUDGED:
         return None
-    chosen_on = f"{len(job.watched.x_test):,} {'held-out' if job.config.validation_examples else 'training'} images"
-    if checkpoints.score(job.step) == UNJUDGED:
-        chosen_on += " (the last, saved when the run was stopped, did not compete)"
-    return step, chosen_on
+    unjudged = checkpoints.score(job.step) == UNJUDGED
+    return step, chosen_on(job) + (" (the last, saved when the run was stopped, did not compete)" if unjudged else "")
+
+
+def chosen_on(job: Job) -> str:
+    """The images that choose the best checkpoint, in words."""
+    return f"{len(job.watched.x_test):,} {'held-out' if job.config.validation_examples else 'training'} images"
 
 
 def tested(job: Job) -> Dataset:
