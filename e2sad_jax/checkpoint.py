@@ -73,6 +73,10 @@ class Checkpoints:
         """Time spent in training up to the checkpoint of `step`."""
         return float((self._manager.metrics(step) or {}).get("seconds", 0.0))
 
+    def score(self, step: int) -> float:
+        """What the checkpoint of `step` competes with for the best."""
+        return _score(self._manager.metrics(step))
+
     def wait(self) -> None:
         """Waits until all checkpoints are on disk."""
         with self._writing():

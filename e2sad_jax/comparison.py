@@ -11,10 +11,11 @@ import numpy as np
 from e2sad_jax import data, jobs, plots, report
 from e2sad_jax.auto import auto
 from e2sad_jax.checkpoint import load
-from e2sad_jax.config import Config
+from e2sad_jax.config import Config, check_at_least
 from e2sad_jax.data import Dataset
 from e2sad_jax.diagnosis import Effort, of_classifier
 from e2sad_jax.errors import ConfigError, NonFiniteError, Stopped
+from e2sad_jax.evaluate import Attack
 from e2sad_jax.train import step_flops
 from e2sad_jax.workdir import write_config, write_json, write_text
 
@@ -34,6 +35,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "PGD-10": {"defense": "pgd", "attack_steps": 10},
     "IFGSM-30 (Eq. 3)": {"defense": "ifgsm", "attack_steps": 30},
 }
+CHECKPOINTS = ("last", "best")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,7 @@ class Request:
     batch_size: int = 128
     eps: float = 0.3
     seeds: int = 1
+    validation_examples: int = 1000
     examples: int = 500
     queries: int = 1000
     apgd_steps: int = 50
@@ -65,13 +68,13 @@ class Request:
                 raise ConfigError(f"--entry={name}: must be of {', '.join(ENTRIES)}")
         if not 0 < self.eps <= 1:
             raise ConfigError(f"--eps={self.eps}: must be above 0, at most 1")
-        for field, lower in (("seeds", 1), ("examples", 1), ("queries", 0), ("apgd_steps", 1), ("targets", 1)):
-            if getattr(self, field) < lower:
-                raise ConfigError(f"--{field}={getattr(self, field)}: must be at least {lower}")
+        check_at_least(self, seeds=1, validation_examples=0, examples=1, queries=0, apgd_steps=1, targets=1)
 
     def configs(self, name: str) -> list[Config]:
         """The runs of an entry, one for each seed."""
-        common = {key: getattr(self, key) for key in ("data", "data_dir", "model", "steps", "batch_size")}
+        shared = ("data", "data_dir", "model", "steps", "batch_size", "validation_examples")
+        common: dict[str, Any] = {key: getattr(self, key) for key in shared}
+        common["checkpoint_every"] = min(500, max(1, self.steps // 4))  # the best is one of at least four
         found = []
         for seed in range(self.seeds):
             budgets = {"eps1": self.eps, "eps2": self.eps / 3}  # the paper's ratio
@@ -84,13 +87,15 @@ class Request:
 def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Trains, attacks, and writes compare.json, .md and .png after each model; goes on where it was stopped.
 
-    Hard labels everywhere, so that only the defense differs. What training costs are FLOPs by XLA's count
-    (`train.step_flops`) times the steps.
+    Hard labels everywhere, so that only the defense differs. Both the last checkpoint and the best, chosen by PGD-10 on
+    images that no run trains on, are attacked. What training costs are FLOPs by XLA's count (`train.step_flops`) times
+    the steps.
 
     Returns:
       What compare.json holds.
 
     Raises:
+      ConfigError: if the data is too small for the request.
       Stopped: after Ctrl-C; what is finished stays.
     """
     dataset = data.load(request.data, request.data_dir or None)
@@ -109,11 +114,12 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
             continue
         rows.append(_row(name, runs))
         result = {
-            "format": 1,
+            "format": 2,
             "request": dataclasses.asdict(request),
             "attacks": [dataclasses.asdict(stage) for stage in _effort(request).stages(dataset.num_classes)],
             "eps": runs[0]["eps"],
             "images": runs[0]["images"],
+            "chosen_on": runs[0]["chosen_on"],
             "rows": rows,
             "command": report.command(),
             "environment": report.environment(),
@@ -122,7 +128,9 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
         write_json(folder / "compare.json", result)
         write_text(folder / "compare.md", markdown(result))
         plot(folder / "compare.png", result)
-        say(f"{name}: clean {rows[-1]['clean']:.3f}, robust {rows[-1]['robust']:.3f}, {rows[-1]['flops']:.3g} FLOPs")
+        last, best = (f"clean {rows[-1][c]['clean']:.3f}, robust {rows[-1][c]['robust']:.3f}" for c in CHECKPOINTS)
+        apart = rows[-1]["best"]["steps"] != rows[-1]["last"]["steps"]
+        say(f"{name}: {last}{f' (best checkpoint: {best})' if apart else ''}, {rows[-1]['flops']:.3g} FLOPs")
     if not rows:
         raise NonFiniteError("every run diverged; nothing was compared")
     return result
@@ -133,37 +141,59 @@ def _effort(request: Request) -> Effort:
 
 
 def _row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    keys = ("clean", "robust", "flops", "train_seconds")
-    means = {key: float(np.mean([run[key] for run in runs])) for key in keys}
-    return {
-        "name": name,
-        **means,
-        "lowest": min(r["robust"] for r in runs),
-        "highest": max(r["robust"] for r in runs),
-        "runs": list(runs),
-    }
+    row: dict[str, Any] = {"name": name}
+    for which in CHECKPOINTS:
+        clean, robust = ([run[which][key] for run in runs] for key in ("clean", "robust"))
+        spread = {"lowest": min(robust), "highest": max(robust), "steps": [run[which]["step"] for run in runs]}
+        row[which] = {"clean": float(np.mean(clean)), "robust": float(np.mean(robust)), **spread}
+    return (
+        row | {key: float(np.mean([r[key] for r in runs])) for key in ("flops", "train_seconds")} | {"runs": list(runs)}
+    )
 
 
 def _judged(request: Request, config: Config, dataset: Dataset) -> dict[str, Any]:
-    """One model, trained and attacked unless that was done before."""
-    effort = _effort(request)
+    """One model, trained, its last and its best checkpoint attacked, unless that was done before."""
+    stages = _effort(request).stages(dataset.num_classes)
     asked = {
+        "checkpoints": list(CHECKPOINTS),
         "examples": request.examples,
-        "stages": [dataclasses.asdict(stage) for stage in effort.stages(dataset.num_classes)],
+        "stages": [dataclasses.asdict(stage) for stage in stages],
     }
     path = pathlib.Path(config.workdir) / "auto.json"
     if path.exists():
         known = json.loads(path.read_text(encoding="utf-8"))
-        if known["asked"] == asked and known["step"] == config.total_steps(len(dataset.x_train)):
+        if known["asked"] == asked and known["last"]["step"] == config.steps:
             return known  # type: ignore[no-any-return]
     with jobs.open_job(config, dataset) as job, jobs.interruptible() as interrupted:
         write_config(job.workdir, job.config, dataset)
         _, seconds = jobs.train(job, interrupted)
         if told := interrupted():
             raise Stopped(f"stopped in {job.workdir}; the same command goes on from there", told)
-    subject = of_classifier(
-        load(config.workdir), dataset.x_test[: request.examples], dataset.y_test[: request.examples]
-    )
+        best, chosen_on = jobs.best(job), jobs.chosen_on(job)
+    images, labels = dataset.x_test[: request.examples], dataset.y_test[: request.examples]
+    last = _attacked(config, "last", images, labels, stages)
+    judged = {
+        "asked": asked,
+        "seed": config.seed,
+        "eps": config.eps1,
+        "images": len(images),
+        "last": last,
+        "best": _attacked(config, "best", images, labels, stages) if best and best[0] != last["step"] else last,
+        "chosen_on": chosen_on,
+        "flops": config.steps * step_flops(config, dataset.image_shape, dataset.num_classes),
+        "train_seconds": round(seconds, 1),
+        "workdir": config.workdir,
+    }
+    write_json(path, judged)
+    return judged
+
+
+def _attacked(
+    config: Config, which: str, images: np.ndarray, labels: np.ndarray, stages: Sequence[Attack]
+) -> dict[str, Any]:
+    """What strong attacks leave of one checkpoint of a run."""
+    classifier = load(config.workdir, which)
+    subject = of_classifier(classifier, images, labels)
     outcome = auto(
         subject.apply,
         subject.params,
@@ -171,24 +201,10 @@ def _judged(request: Request, config: Config, dataset: Dataset) -> dict[str, Any
         subject.labels,
         eps=config.eps1,
         bounds=subject.bounds,
-        stages=effort.stages(dataset.num_classes),
+        stages=stages,
     )
-    steps = config.total_steps(len(dataset.x_train))
-    judged = {
-        "asked": asked,
-        "step": steps,
-        "seed": config.seed,
-        "eps": config.eps1,
-        "images": len(subject.x),
-        "clean": outcome.accuracy["clean"],
-        "after": outcome.accuracy,
-        "robust": float(outcome.robust.mean()),
-        "flops": steps * step_flops(config, dataset.image_shape, dataset.num_classes),
-        "train_seconds": round(seconds, 1),
-        "workdir": config.workdir,
-    }
-    write_json(path, judged)
-    return judged
+    robust = float(outcome.robust.mean())
+    return {"step": classifier.step, "clean": outcome.accuracy["clean"], "after": outcome.accuracy, "robust": robust}
 
 
 def _about(result: Mapping[str, Any]) -> str:
@@ -200,23 +216,27 @@ def _about(result: Mapping[str, Any]) -> str:
     )
     return (
         f"{r['data']}, {r['model']}, {r['steps']:,} steps of {r['batch_size']}, {r['seeds']} seed(s), hard labels; robust: "
-        f"what stands {attacks}, one restart each, eps {result['eps']:.4g}, {result['images']:,} test images"
+        f"what stands {attacks}, one restart each, eps {result['eps']:.4g}, {result['images']:,} test images; "
+        f"best: the checkpoint that stood PGD-10 best on {result['chosen_on']}"
     )
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The table."""
     lines = [
-        "| defense | clean | robust (lowest .. highest) | training, FLOPs | natural = 1 |",
-        "|---|---:|---:|---:|---:|",
+        "| defense | last: clean | last: robust (lowest .. highest) | best: clean | best: robust (lowest .. highest) "
+        "| best: step | training, FLOPs | natural = 1 |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     natural = next((row["flops"] for row in result["rows"] if row["name"] == "natural"), None)
     for row in result["rows"]:
         lost = result["request"]["seeds"] - len(row["runs"])
-        name = row["name"] + (f" ({lost} of the seeds diverged)" if lost else "")
-        share = f"{row['flops'] / natural:.2f}" if natural else ""
-        spread = f"{row['robust']:.3f} ({row['lowest']:.3f} .. {row['highest']:.3f})"
-        lines.append(f"| {name} | {row['clean']:.3f} | {spread} | {row['flops']:.3g} | {share} |")
+        cells = [row["name"] + (f" ({lost} of the seeds diverged)" if lost else "")]
+        for which in CHECKPOINTS:
+            own = row[which]
+            cells += [f"{own['clean']:.3f}", f"{own['robust']:.3f} ({own['lowest']:.3f} .. {own['highest']:.3f})"]
+        cells += [", ".join(f"{step:,}" for step in row["best"]["steps"]), f"{row['flops']:.3g}"]
+        lines.append("| " + " | ".join([*cells, f"{row['flops'] / natural:.2f}" if natural else ""]) + " |")
     e = result["environment"]
     return "\n".join(
         [
@@ -235,17 +255,30 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
-    """Robust accuracy against training FLOPs, a point for each defense."""
+    """Robust accuracy against training FLOPs, a point for each defense; hollow above it the best checkpoint, where apart."""
     import textwrap
 
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    labels = {"last": "last checkpoint", "best": f"best on {result['chosen_on']}, where another"}
     for row in result["rows"]:
+        flops, last, best = row["flops"], row["last"]["robust"], row["best"]["robust"]
         ours = row["name"].startswith("e2SAD")
-        axes.plot(row["flops"], row["robust"], "*" if ours else "o", color="C3" if ours else "C0", ms=14 if ours else 7)
-        axes.annotate(row["name"], (row["flops"], row["robust"]), (6, 4), textcoords="offset points", fontsize=8)
+        style: dict[str, Any] = {
+            "marker": "*" if ours else "o",
+            "color": "C3" if ours else "C0",
+            "ms": 14 if ours else 7,
+        }
+        if best != last:
+            axes.plot([flops, flops], [last, best], ":", color=style["color"], lw=1)
+            axes.plot(flops, best, ls="", mfc="none", **style)
+        axes.plot(flops, last, ls="", **style)
+        axes.annotate(row["name"], (flops, last), (6, 4), textcoords="offset points", fontsize=8)
+    for which, fill in (("last", "0.4"), ("best", "none")):
+        axes.plot([], [], "o", color="0.4", mfc=fill, label=labels[which])
+    axes.legend(loc="upper left", fontsize=8, frameon=False)
     axes.set(xlabel="FLOPs of training", ylabel="robust accuracy", xscale="log", ylim=(-0.03, 1.0))
     axes.margins(x=0.12)
     axes.set_title(textwrap.fill(_about(result), 110), fontsize=8)

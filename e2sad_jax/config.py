@@ -153,6 +153,17 @@ class Config:
         return cls(**values)
 
 
+def check_at_least(request: object, **bounds: int) -> None:
+    """Refuses a request whose attribute of such a name lies below the bound.
+
+    Raises:
+      ConfigError: with flag, value and bound.
+    """
+    for name, lower in bounds.items():
+        if (value := getattr(request, name)) < lower:
+            raise ConfigError(f"--{name}={value}: must be at least {lower}")
+
+
 def range_of(field: "dataclasses.Field[Any]") -> str:
     """The range of a setting in words, empty where there is none."""
     m = field.metadata

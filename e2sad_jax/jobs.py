@@ -77,10 +77,11 @@ class Job:
     def init_state(self) -> TrainState:
         return sharding.replicate(self.mesh, init_state(self.config, self.model, self.dataset.image_shape))
 
-    def restore(self) -> TrainState:
-        """The state of the last checkpoint, whatever number of devices wrote it."""
+    def restore(self, step: int | None = None) -> TrainState:
+        """The state of the checkpoint of `step`, by default the last one, whatever number of devices wrote it."""
         shapes = jax.eval_shape(lambda: init_state(self.config, self.model, self.dataset.image_shape))
-        return self.checkpoints.restore(shapes, place=None if self.mesh is None else sharding.whole(self.mesh))
+        place = None if self.mesh is None else sharding.whole(self.mesh)
+        return self.checkpoints.restore(shapes, step=step, place=place)
 
 
 @contextlib.contextmanager
@@ -277,6 +278,21 @@ def _watch(job: Job, state: TrainState) -> dict[str, float]:
     return sharding.from_first({"clean": clean / n, "robust": robust / n, "score": robust + clean / (n + 1)})
 
 
+def best(job: Job) -> tuple[int, str] | None:
+    """Step of the best checkpoint, the later of equals, and the images that chose it, in words; None if none was judged."""
+    checkpoints = job.checkpoints
+    step = checkpoints.best_step
+    if step is None or checkpoints.score(step) == UNJUDGED:
+        return None
+    unjudged = checkpoints.score(job.step) == UNJUDGED
+    return step, chosen_on(job) + (" (the last, saved when the run was stopped, did not compete)" if unjudged else "")
+
+
+def chosen_on(job: Job) -> str:
+    """The images that choose the best checkpoint, in words."""
+    return f"{len(job.watched.x_test):,} {'held-out' if job.config.validation_examples else 'training'} images"
+
+
 def tested(job: Job) -> Dataset:
     """The data set with those test images that the run is evaluated on."""
     count = job.config.eval_examples or len(job.dataset.x_test)
@@ -288,6 +304,8 @@ def attack(job: Job, params: Any, tested: Dataset, suite: Sequence[Attack], **kw
     mesh = job.mesh
     if sharding.several():  # the others wait
         mesh, params = None, sharding.local(params)
+    # Bound to their devices, as restored ones are: else the same program is compiled for either.
+    params = jax.tree.map(lambda a: jax.device_put(a, a.sharding), params)
     return evaluate(
         job.model,
         params,

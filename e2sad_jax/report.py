@@ -25,6 +25,21 @@ from e2sad_jax.workdir import describe_dataset, write_json, write_text
 WORST = "every attack above"
 
 
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The checkpoint that stood attacks best during training; the test set has no part in that.
+
+    Attributes:
+      step: of the checkpoint.
+      chosen_on: the images that chose it, in words.
+      outcomes: what the attacks of the evaluation did to it.
+    """
+
+    step: int
+    chosen_on: str
+    outcomes: Mapping[str, Outcome]
+
+
 def environment() -> dict[str, Any]:
     """Date, hardware, versions and commit, as they belong beside every number."""
     device = jax.devices()[0]
@@ -83,23 +98,21 @@ def build(
     steps: int,
     parameters: int,
     train_seconds: float,
+    best: Best | None = None,
 ) -> dict[str, Any]:
-    """Everything that results.json says about one evaluated run."""
+    """Everything that results.json says about one evaluated run: `outcomes` are the last checkpoint's."""
     examples = len(next(iter(outcomes.values())).correct)
     column, why_not = paper.beside(config, dataset.name, steps, examples == len(dataset.x_test))
-    rows = []
-    for attack in suite:
-        row: dict[str, Any] = {**dataclasses.asdict(attack), "accuracy": outcomes[attack.name].accuracy}
-        row["correct"] = int(outcomes[attack.name].correct.sum())
+    last = _measured(suite, outcomes)
+    for attack, row in zip(suite, last["attacks"], strict=True):
         # By name, and only where the name means the paper's budget.
         row["paper"] = column.accuracy.get(attack.name) if column and attack in SUITES[column.data] else None
-        rows.append(row)
     return {
         "dataset": describe_dataset(dataset),
         "examples": examples,
         "steps": steps,
-        "attacks": rows,
-        "worst_case_accuracy": float(worst_case(outcomes).mean()),
+        **last,
+        "best": best and {"step": best.step, "chosen_on": best.chosen_on, **_measured(suite, best.outcomes)},
         "paper": column.table if column else why_not,
         "parameters": parameters,
         "train_seconds": round(train_seconds, 1),
@@ -107,6 +120,16 @@ def build(
         "command": command(),
         "environment": environment(),
     }
+
+
+def _measured(suite: Sequence[Attack], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """What the attacks of a suite left of one checkpoint."""
+    rows = []
+    for attack in suite:
+        outcome = outcomes[attack.name]
+        counts = {"accuracy": outcome.accuracy, "correct": int(outcome.correct.sum())}
+        rows.append({**dataclasses.asdict(attack), **counts})
+    return {"attacks": rows, "worst_case_accuracy": float(worst_case(outcomes).mean())}
 
 
 def heading(results: Mapping[str, Any]) -> str:
@@ -117,24 +140,44 @@ def heading(results: Mapping[str, Any]) -> str:
 
 
 def _cells(all_results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """The table: a row per attack, a column per model, and the paper's where the setting is the paper's."""
-    with_paper = {name for name, r in all_results.items() if any(row["paper"] is not None for row in r["attacks"])}
-    header = ["attack"]
-    for name in all_results:
-        header += [name, f"{name}, paper"] if name in with_paper else [name]
-    lines = [header]
-    for i, row in enumerate(next(iter(all_results.values()))["attacks"]):
-        line = [_attack_name(row)]
-        for name, results in all_results.items():
-            own = results["attacks"][i]
-            line.append(f"{own['accuracy']:.4f}")
-            if name in with_paper:
-                line.append("" if own["paper"] is None else f"{own['paper']:.4f}")
-        lines.append(line)
-    line = [WORST]
+    """The table: a row per attack; a column per model, the paper's where the setting is the paper's, the best's if apart."""
+    first = next(iter(all_results.values()))
+    columns = [["attack", *map(_attack_name, first["attacks"]), WORST]]
     for name, results in all_results.items():
-        line += [f"{results['worst_case_accuracy']:.4f}"] + ([""] if name in with_paper else [])
-    return [*lines, line]
+        columns.append([name, *_accuracies(results)])
+        printed = [row["paper"] for row in results["attacks"]]
+        if any(value is not None for value in printed):
+            columns.append([f"{name}, paper", *("" if value is None else f"{value:.4f}" for value in printed), ""])
+        if _apart(results):
+            columns.append([f"{name}, best (step {results['best']['step']:,})", *_accuracies(results["best"])])
+    return [list(line) for line in zip(*columns, strict=True)]
+
+
+def _accuracies(measured: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{value:.4f}" for value in (*(row["accuracy"] for row in measured["attacks"]), measured["worst_case_accuracy"])
+    ]
+
+
+def _apart(results: Mapping[str, Any]) -> bool:
+    """Whether the best checkpoint is another than the last; results of earlier versions name none."""
+    best = results.get("best")
+    return best is not None and best["step"] != results["steps"]
+
+
+def about_best(all_results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each model: which of its checkpoints is the best, and what says so."""
+    lines = []
+    for name, results in all_results.items():
+        if best := results.get("best"):
+            chosen = f"best checkpoint by PGD-10 on {best['chosen_on']}"
+            if _apart(results):
+                lines.append(
+                    f"{name}: step {best['step']:,} is the {chosen}; the column without a step is the last one's"
+                )
+            else:
+                lines.append(f"{name}: the last is also the {chosen}")
+    return lines
 
 
 def _attack_name(row: Mapping[str, Any]) -> str:
@@ -145,14 +188,18 @@ def _attack_name(row: Mapping[str, Any]) -> str:
     return str(row["name"])
 
 
+def aligned(lines: Sequence[Sequence[str]], gap: str = "  ") -> list[str]:
+    """Lines of cells for a terminal: the first column flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        gap.join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    ]
+
+
 def text_table(all_results: Mapping[str, Mapping[str, Any]]) -> str:
     """The table for a terminal."""
-    cells = _cells(all_results)
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in cells
-    ]
+    lines = aligned(_cells(all_results))
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
@@ -173,6 +220,7 @@ def markdown(all_results: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(f"- {name}: no numbers of the paper beside it: {results['paper']}.")
     environment = first["environment"]
     lines += [
+        *(f"- {line}." for line in about_best(all_results)),
         f"- `{WORST}`: images that are classified right in every row. IFGSM is the paper's and weak; PGD says more.",
         f"- Command: `{first['command']}`",
         f"- Measured {environment['date']} on {environment['hardware']}; Python {environment['python']}, "
@@ -181,12 +229,19 @@ def markdown(all_results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(workdir: pathlib.Path, results: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> None:
-    """Writes results.json, results.md and outcomes.npz (`correct` and `prediction` per attack, `[N]`) into a workdir."""
+def write(
+    workdir: pathlib.Path, results: Mapping[str, Any], outcomes: Mapping[str, Outcome], best: Best | None = None
+) -> None:
+    """Writes results.json, results.md and outcomes.npz into a workdir.
+
+    outcomes.npz holds `correct` and `prediction` per attack, `[A, N]`, and `best_correct` and `best_prediction` where the
+    best checkpoint is not the last.
+    """
     temporary = workdir / ".outcomes.tmp.npz"
     arrays: dict[str, Any] = {"attacks": np.array(list(outcomes))}
-    arrays["correct"] = np.stack([o.correct for o in outcomes.values()])
-    arrays["prediction"] = np.stack([o.prediction for o in outcomes.values()])
+    for prefix, of in {"": outcomes, **({"best_": best.outcomes} if best and _apart(results) else {})}.items():
+        arrays[f"{prefix}correct"] = np.stack([o.correct for o in of.values()])
+        arrays[f"{prefix}prediction"] = np.stack([o.prediction for o in of.values()])
     np.savez_compressed(temporary, **arrays)
     os.replace(temporary, workdir / "outcomes.npz")
     write_json(workdir / "results.json", results)

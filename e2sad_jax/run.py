@@ -53,10 +53,13 @@ def _train_and_report(job: Job, suite: Sequence[Attack]) -> dict[str, Any]:
         state, seconds = jobs.train(job, interrupted)
         if told := sharding.agreed(interrupted()):
             raise _stopped(job, int(state.step), told)
+    chosen = jobs.best(job)
+    apart = job.restore(chosen[0]) if chosen and chosen[0] != job.steps else None  # by all processes
     if not sharding.is_first():
         sharding.meet()  # the first evaluates
         return {}
     outcomes = _evaluate(job, state, suite)
+    best = chosen and report.Best(*chosen, _evaluate(job, apart, suite) if apart else outcomes)
     results = report.build(
         config,
         dataset,
@@ -65,8 +68,9 @@ def _train_and_report(job: Job, suite: Sequence[Attack]) -> dict[str, Any]:
         steps=job.steps,
         parameters=models.count_parameters(state.params),
         train_seconds=seconds,
+        best=best,
     )
-    report.write(job.workdir, results, outcomes)
+    report.write(job.workdir, results, outcomes, best)
     plots.examples(
         job.workdir / "examples.png",
         config,
@@ -93,7 +97,8 @@ def _stopped(job: Job, step: int, signal_number: int) -> Stopped:
 def _evaluate(job: Job, state: TrainState, suite: Sequence[Attack]) -> dict[str, Outcome]:
     tested = jobs.tested(job)
     total = len(tested.x_test) * sum(attack.gradients() for attack in suite)
-    with Bar(f"attack {job.config.defense} on {tested.name}", total, "gradients") as bar:
+    which = "" if (step := int(state.step)) == job.steps else f", best checkpoint, step {step:,}"
+    with Bar(f"attack {job.config.defense} on {tested.name}{which}", total, "gradients") as bar:
         return jobs.attack(
             job, state.params, tested, suite, progress=lambda name, gradients: bar.update(gradients, name)
         )
@@ -121,7 +126,8 @@ def run_beside(configs: Sequence[Config], suite: str) -> None:
     config = configs[-1]
     workdir = workdir_of(config)
     write_text(workdir / "results.md", report.markdown(results))
-    print(f"\n{report.heading(results[config.defense])}\n\n{report.text_table(results)}\n")
+    parts = [report.heading(results[config.defense]), report.text_table(results), "\n".join(report.about_best(results))]
+    print("\n" + "\n\n".join(filter(None, parts)) + "\n")
     for what, name in [
         ("checkpoint", "checkpoints"),
         ("results", "results.json"),

@@ -29,6 +29,8 @@ def define_flags() -> None:
     text = "l-infinity budget of training and attack, e2SAD's second step a third of it; above 0, at most 1"
     flags.DEFINE_float("eps", 0.3, text, **own)
     flags.DEFINE_integer("seeds", 1, "seeds of each; at least 1", **own)
+    text = "training images held out to choose the best checkpoint, 0: watch 500 of the training images; at least 0"
+    flags.DEFINE_integer("validation_examples", 1000, text, **own)
     flags.DEFINE_integer("examples", 500, "test images to attack, the first ones; at least 1", **own)
     flags.DEFINE_integer("queries", 1000, "queries of Square; at least 0, 0: leave it out", **own)
     flags.DEFINE_integer("apgd_steps", 50, "steps of both APGD; at least 1", **own)

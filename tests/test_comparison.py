@@ -1,39 +1,73 @@
 """The comparison of defenses: trained once, attacked once, shown whole."""
 
+import dataclasses
 import json
+import pathlib
 
 import jax
 import pytest
 
-from e2sad_jax import comparison, data, jobs
+from e2sad_jax import checkpoint, comparison, data, jobs
 from e2sad_jax.errors import ConfigError
 from tests.test_train import standard_promotion  # noqa: F401
 
-LITTLE = {"steps": 3, "batch_size": 16, "examples": 10, "queries": 5, "apgd_steps": 2, "targets": 1}
+LITTLE = {
+    "steps": 3,
+    "batch_size": 16,
+    "validation_examples": 10,
+    "examples": 10,
+    "queries": 5,
+    "apgd_steps": 2,
+    "targets": 1,
+}
 
 
 def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypatch, unoptimized):
     monkeypatch.setattr(data, "load", lambda name, data_dir: tiny)
-    monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": 0.0})
+    scores = {"natural": {1: 0.0, 2: 1.0, 3: 1.0}, "rs_fgsm": {1: 0.0, 2: 2.0, 3: 1.0}}
+    monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": scores[job.config.defense][int(state.step)]})
     monkeypatch.setenv("HOME", str(tmp_path))
     request = comparison.Request(
         entry=("RS-FGSM", "natural"), data="tiny.npz", workdir="~/runs", results=str(tmp_path / "out"), **LITTLE
     )
-    said = []
+    said, attacked, auto = [], [], comparison.auto
+
+    def counting(apply, params, *args, **kwargs):
+        attacked.append(jobs.digest(params))
+        return auto(apply, params, *args, **kwargs)
+
+    monkeypatch.setattr(comparison, "auto", counting)
     result = comparison.run(request, said.append)
     assert [row["name"] for row in result["rows"]] == ["natural", "RS-FGSM"], "in the order of their price"
     natural, rs_fgsm = result["rows"]
     assert rs_fgsm["flops"] == pytest.approx(1.7 * natural["flops"], rel=0.1)
     for row in result["rows"]:
         (run,) = row["runs"]
-        assert 0 <= row["robust"] == run["robust"] <= run["after"]["APGD-CE"] <= row["clean"] == run["clean"]
-        assert run["step"] == 3
+        for which in ("last", "best"):
+            own, mean = run[which], row[which]
+            assert 0 <= mean["robust"] == own["robust"] <= own["after"]["APGD-CE"] <= mean["clean"] == own["clean"]
+            assert mean["lowest"] == mean["highest"] == mean["robust"]
+        assert json.loads((pathlib.Path(run["workdir"]) / "auto.json").read_text()) == run
+        assert len(jobs.hold_out(tiny, checkpoint.load(run["workdir"]).config)[0].x_train) == 40, "ten are held out"
+    assert [row[which]["steps"] for row in result["rows"] for which in ("last", "best")] == [[3], [3], [3], [2]]
+    kept = [
+        checkpoint.load(row["runs"][0]["workdir"], which)
+        for row, which in [(natural, "last"), (rs_fgsm, "last"), (rs_fgsm, "best")]
+    ]
+    assert attacked == [jobs.digest(classifier.params) for classifier in kept], "once where the best is the last"
+    assert len(set(attacked)) == 3
+    assert ["best checkpoint" in line for line in said] == [False, True]
     page = (tmp_path / "out" / "compare.md").read_text()
     assert "tiny.npz, digits_cnn, 3 steps of 16, 1 seed(s)" in page
     assert "APGD-CE 2 steps, Square 5 queries, one restart each, eps 0.3, 10 test images" in page, (
         "three classes: no DLR"
     )
-    assert f"| RS-FGSM | {rs_fgsm['clean']:.3f} |" in page
+    assert "best: the checkpoint that stood PGD-10 best on 10 held-out images" in page
+    last, best = (
+        f"{r['clean']:.3f} | {r['robust']:.3f} ({r['lowest']:.3f} .. {r['highest']:.3f})"
+        for r in (rs_fgsm["last"], rs_fgsm["best"])
+    )
+    assert f"| RS-FGSM | {last} | {best} | 2 | {rs_fgsm['flops']:.3g} |" in page
     assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["rows"] == result["rows"]
 
@@ -43,8 +77,61 @@ def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypa
     monkeypatch.setattr(jobs, "train", no_more)
     monkeypatch.setattr(comparison, "auto", no_more)
     assert comparison.run(request, said.append)["rows"] == result["rows"]
+    path = pathlib.Path(rs_fgsm["runs"][0]["workdir"]) / "auto.json"
+    known = json.loads(path.read_text())
+    of_before = {"asked": {k: v for k, v in known["asked"].items() if k != "checkpoints"}, "step": 3, "robust": 0.5}
+    path.write_text(json.dumps(of_before))
+    with pytest.raises(AssertionError, match="done before"):
+        comparison.run(request, said.append)
     with jax.numpy_dtype_promotion("standard"), pytest.raises(AssertionError, match="done before"):
         comparison.run(comparison.Request(**{**LITTLE, "examples": 5}, data="tiny.npz", workdir="~/runs"), said.append)
+
+
+def row(name, flops, last, best):
+    """A row of one seed whose checkpoints have these robust accuracies."""
+    return {
+        "name": name,
+        "flops": flops,
+        "train_seconds": 1.0,
+        "last": {"clean": 0.9, "robust": last, "lowest": last, "highest": last, "steps": [9]},
+        "best": {"clean": 0.8, "robust": best, "lowest": best, "highest": best, "steps": [9 if last == best else 4]},
+        "runs": [{}],
+    }
+
+
+def test_the_picture_has_a_hollow_marker_only_where_the_best_is_another(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(comparison.plots, "save", lambda path, figure, dpi: figures.append(figure))
+    result = {
+        "request": dataclasses.asdict(comparison.Request()),
+        "attacks": [],
+        "eps": 0.3,
+        "images": 500,
+        "chosen_on": "1,000 held-out images",
+        "rows": [row("natural", 1.0, 0.0, 0.0), row("e2SAD, paper", 3.0, 0.2, 0.4)],
+    }
+    comparison.plot(tmp_path / "compare.png", result)
+    (axes,) = figures[0].axes
+    markers = [line for line in axes.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
+    points = {(float(m.get_xdata()[0]), float(m.get_ydata()[0])): m.get_markerfacecolor() == "none" for m in markers}
+    assert points == {(1.0, 0.0): False, (3.0, 0.2): False, (3.0, 0.4): True}
+
+
+def test_what_the_data_is_too_small_for_is_refused_before_training(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda name, data_dir: tiny)
+    for changes, words in [
+        ({"validation_examples": 50}, r"--validation_examples=50: must be below the 50 training images of tiny"),
+        ({"validation_examples": 40}, r"--batch_size=16: must be at most the 10 training images"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            comparison.run(comparison.Request(**{**LITTLE, **changes}, data="t.npz", workdir=str(tmp_path / "runs")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_best_is_chosen_among_several_of_a_short_run():
+    for steps, every in [(1, 1), (3, 1), (400, 100), (2000, 500), (6000, 500)]:
+        (config,) = comparison.Request(steps=steps, entry=("natural",)).configs("natural")
+        assert (config.checkpoint_every, config.validation_examples) == (every, 1000)
 
 
 def test_requests_that_cannot_be_right_are_refused():
@@ -54,3 +141,5 @@ def test_requests_that_cannot_be_right_are_refused():
         comparison.Request(eps=0.0)
     with pytest.raises(ConfigError, match=r"--seeds=0: must be at least 1"):
         comparison.Request(seeds=0)
+    with pytest.raises(ConfigError, match=r"--validation_examples=-1: must be at least 0"):
+        comparison.Request(validation_examples=-1)

@@ -8,6 +8,7 @@ import pytest
 from e2sad_jax import data, report
 from e2sad_jax.config import Config
 from e2sad_jax.evaluate import SUITES, Outcome
+from e2sad_jax.report import Best
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +18,16 @@ def mnist() -> data.Dataset:
     return data.Dataset("mnist", "3.0.1", x, y, x, y, num_classes=10, source_sha256={})
 
 
-def build(mnist, suite, correct=9_000, **changes):
-    outcome = Outcome(np.arange(10_000) < correct, np.zeros(10_000, np.int32))
-    outcomes = {attack.name: outcome for attack in SUITES[suite]}
-    return report.build(
-        Config(**changes), mnist, SUITES[suite], outcomes, steps=30_000, parameters=1, train_seconds=1.0
-    )
+def build(mnist, suite, correct=9_000, best=None, **changes):
+    """Results of a run that is right about the first `correct` images; `best` is the step and that number of the best."""
+
+    def outcomes(correct):
+        outcome = Outcome(np.arange(10_000) < correct, np.zeros(10_000, np.int32))
+        return {attack.name: outcome for attack in SUITES[suite]}
+
+    about = {"steps": 30_000, "parameters": 1, "train_seconds": 1.0}
+    about["best"] = best and Best(best[0], "500 training images", outcomes(best[1]))
+    return report.build(Config(**changes), mnist, SUITES[suite], outcomes(correct), **about)
 
 
 @pytest.mark.parametrize(("suite", "shown"), [("mnist", 5), ("svhn", 1), ("digits", 2)])
@@ -41,6 +46,35 @@ def test_the_table_in_markdown(mnist):
     assert "| IFGSM-30 (eps 0.3, step eps/30) | 0.5000 | 0.0930 | 0.9000 | 0.8633 |" in text
     assert "gradient is zero" in text
     assert "IFGSM is the paper's and weak" in text
+
+
+def test_the_best_has_a_column_where_it_is_not_the_last(mnist):
+    """Beside its model's own and the paper's; the paper's numbers are for the last alone."""
+    natural = build(mnist, "mnist", 5_000, (30_000, 5_000), defense="natural")
+    e2sad = build(mnist, "mnist", 9_000, (1_500, 9_500))
+    assert all("paper" not in row for row in e2sad["best"]["attacks"])
+    text = report.markdown({"natural": natural, "e2sad": e2sad})
+    assert "| attack | natural | natural, paper | e2sad | e2sad, paper | e2sad, best (step 1,500) |\n" in text
+    assert "| IFGSM-30 (eps 0.3, step eps/30) | 0.5000 | 0.0930 | 0.9000 | 0.8633 | 0.9500 |" in text
+    assert "| every attack above | 0.5000 |  | 0.9000 |  | 0.9500 |" in text
+    assert "- natural: the last is also the best checkpoint by PGD-10 on 500 training images.\n" in text
+    assert "- e2sad: step 1,500 is the best checkpoint by PGD-10 on 500 training images; the column" in text
+    table = report.text_table({"natural": natural, "e2sad": e2sad}).splitlines()
+    assert table[0].endswith("  e2sad, paper  e2sad, best (step 1,500)")
+    assert len({len(line) for line in table}) == 1
+
+
+def test_results_of_before_there_was_a_best_are_shown_as_they_were(mnist):
+    results = build(mnist, "mnist", defense="natural")
+    del results["best"]
+    assert "best checkpoint" not in report.markdown({"natural": results})
+    assert report.about_best({"natural": results}) == []
+    assert report.text_table({"natural": results}).splitlines()[0].split() == ["attack", "natural", "natural,", "paper"]
+
+
+def test_lines_of_cells_are_aligned():
+    assert report.aligned([["a", "bb", "c"], ["long", "b", ""]]) == ["a     bb  c", "long   b   "]
+    assert report.aligned([["a", "bb"], ["long", "b"]], " ") == ["a    bb", "long  b"]
 
 
 def test_the_command_can_be_typed(monkeypatch):

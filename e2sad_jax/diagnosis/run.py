@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from e2sad_jax import checkpoint, data, report
+from e2sad_jax.config import check_at_least
 from e2sad_jax.diagnosis import show
 from e2sad_jax.diagnosis.curves import Effort, diagnose, measurements
 from e2sad_jax.diagnosis.subject import Subject, apply_of, of_classifier, of_function
@@ -49,16 +50,7 @@ class Request:
             )
         if self.which not in ("last", "best"):
             raise ConfigError(f"--which={self.which}: must be one of last, best")
-        for name, lower in (
-            ("examples", 0),
-            ("batch_size", 1),
-            ("seed", 0),
-            ("queries", 0),
-            ("targets", 1),
-            ("restarts", 1),
-        ):
-            if getattr(self, name) < lower:
-                raise ConfigError(f"--{name}={getattr(self, name)}: must be at least {lower}")
+        check_at_least(self, examples=0, batch_size=1, seed=0, queries=0, targets=1, restarts=1)
         if self.seed >= 2**32:
             raise ConfigError(f"--seed={self.seed}: must be in [0, {2**32 - 1}]")
         if not 0 <= self.eps < float("inf"):

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from e2sad_jax import plots
+from e2sad_jax import plots, report
 
 Result = Mapping[str, Any]
 
@@ -88,14 +88,7 @@ def text(result: Result) -> str:
     """For a terminal."""
     parts = []
     for title, head, rows in _rows(result):
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = [
-            "  ".join(
-                [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-            ).rstrip()
-            for row in [head, *rows]
-        ]
-        parts.append("\n".join([title, *lines]))
+        parts.append("\n".join([title, *map(str.rstrip, report.aligned([head, *rows]))]))
     return "\n\n".join([*parts, result["verdict"]])
 
 

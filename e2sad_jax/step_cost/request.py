@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from e2sad_jax import models, sharding
-from e2sad_jax.config import DEFENSES, Config
+from e2sad_jax.config import DEFENSES, Config, check_at_least
 from e2sad_jax.errors import ConfigError, DataError
 from e2sad_jax.step_cost import peers
 
@@ -74,15 +74,7 @@ class Request:
         if not self.attack_steps or min(self.attack_steps) < 1:
             given = ",".join(map(str, self.attack_steps))
             raise ConfigError(f"--attack_steps={given}: must be at least 1 each; several with commas, as 1,10,30")
-        for flag, lower in (
-            ("batch_size", 1),
-            ("rounds", 1),
-            ("devices", 0),
-            ("image_size", 0),
-            ("steps_per_dispatch", 0),
-        ):
-            if getattr(self, flag) < lower:
-                raise ConfigError(f"--{flag}={getattr(self, flag)}: must be at least {lower}")
+        check_at_least(self, batch_size=1, rounds=1, devices=0, image_size=0, steps_per_dispatch=0)
         if not (math.isfinite(self.seconds) and self.seconds >= 0):
             raise ConfigError(f"--seconds={self.seconds}: must be finite and at least 0; 0 times one dispatch")
         if self.peer and "float32" not in self.precision:

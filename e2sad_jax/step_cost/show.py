@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from e2sad_jax import plots
+from e2sad_jax import plots, report
 from e2sad_jax.step_cost.request import OURS
 
 Row = Mapping[str, Any]
@@ -145,14 +145,11 @@ def notes(result: Mapping[str, Any]) -> list[str]:
 def text(result: Mapping[str, Any]) -> str:
     """The table for a terminal."""
     headings, lines = _cells(result)
-    columns = [[*pair, *(line[i] for line in lines)] for i, pair in enumerate(headings)]
-    widths = [max(map(len, column)) for column in columns]
-    gap = "  " if sum(widths) + 2 * len(widths) <= WIDTH else " "
-    table = [
-        gap.join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in zip(*columns, strict=True)
-    ]
-    rule = "-" * max(map(len, table))
+    cells = [*map(list, zip(*headings, strict=True)), *lines]
+    table = report.aligned(cells)
+    if len(table[0]) > WIDTH:
+        table = report.aligned(cells, " ")
+    rule = "-" * len(table[0])
     shown = [heading(result), "", *table[:2], rule, *table[2:], rule, *_wrapped(notes(result))]
     return "\n".join(line.rstrip() for line in shown)
 
