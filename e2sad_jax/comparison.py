@@ -11,7 +11,7 @@ import numpy as np
 from e2sad_jax import data, jobs, plots, report
 from e2sad_jax.auto import auto
 from e2sad_jax.checkpoint import load
-from e2sad_jax.config import Config, check_at_least
+from e2sad_jax.config import SCHEDULE, Config, check_at_least, preset
 from e2sad_jax.data import Dataset
 from e2sad_jax.diagnosis import Effort, of_classifier
 from e2sad_jax.errors import ConfigError, NonFiniteError, Stopped
@@ -29,12 +29,27 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "GradAlign": {"defense": "grad_align"},
     "e2SAD, paper": {"defense": "e2sad"},
     "e2SAD, lambda 1": {"defense": "e2sad", "lam": 1.0},
+    "e2SAD, robust": {"defense": "e2sad", "preset": "robust"},
     "PGD-2": {"defense": "pgd", "attack_steps": 2},
+    "PGD-3": {"defense": "pgd", "attack_steps": 3},
     "TRADES-2": {"defense": "trades", "attack_steps": 2},
     "Free-8": {"defense": "free"},
     "PGD-10": {"defense": "pgd", "attack_steps": 10},
     "IFGSM-30 (Eq. 3)": {"defense": "ifgsm", "attack_steps": 30},
 }
+# What each part of it does: all else as in "e2SAD, robust".
+_PARTS: Mapping[str, Mapping[str, Any]] = {
+    "no second point": {"lam": 0.0},
+    "second point at random": {"second_step": "random"},
+    "second point up the loss": {"second_step": "loss"},
+    "second step a third": {"eps2": None},  # of the budget, the paper's ratio
+    "second point outside the ball": {"ball_second": False},
+    "no random start": {"random_start": False},
+    "clean images too": {"alpha": 0.6},
+    "lambda 3": {"lam": 3.0},
+}
+PARTS = {f"e2SAD, robust, {n}": {"defense": "e2sad", "preset": "robust", **c} for n, c in _PARTS.items()}
+REFERENCE = "e2SAD, robust"  # whose steps are counted where all spend the same FLOPs
 CHECKPOINTS = ("last", "best")
 
 
@@ -53,6 +68,11 @@ class Request:
     steps: int = 2000
     batch_size: int = 128
     eps: float = 0.3
+    eps_warmup: float = 0.5
+    schedule: str = "cyclic"
+    learning_rate: float = 3e-3
+    equal_flops: bool = False
+    parts: bool = False
     seeds: int = 1
     validation_examples: int = 1000
     examples: int = 500
@@ -64,21 +84,28 @@ class Request:
 
     def __post_init__(self) -> None:
         for name in self.entry:
-            if name not in ENTRIES:
-                raise ConfigError(f"--entry={name}: must be of {', '.join(ENTRIES)}")
+            if name not in {**ENTRIES, **PARTS}:
+                raise ConfigError(f"--entry={name}: must be of {', '.join({**ENTRIES, **PARTS})}")
         if not 0 < self.eps <= 1:
             raise ConfigError(f"--eps={self.eps}: must be above 0, at most 1")
         check_at_least(self, seeds=1, validation_examples=0, examples=1, queries=0, apgd_steps=1, targets=1)
 
+    def entries(self) -> tuple[str, ...]:
+        """What is compared, by name."""
+        return self.entry or ((REFERENCE, *PARTS) if self.parts else tuple(ENTRIES))
+
     def configs(self, name: str) -> list[Config]:
-        """The runs of an entry, one for each seed."""
-        shared = ("data", "data_dir", "model", "steps", "batch_size", "validation_examples")
+        """The runs of an entry, one for each seed, all under the same schedule; a preset brings its own points."""
+        shared = ("data", "data_dir", "model", "steps", "batch_size", "validation_examples", *SCHEDULE)
         common: dict[str, Any] = {key: getattr(self, key) for key in shared}
         common["checkpoint_every"] = min(500, max(1, self.steps // 4))  # the best is one of at least four
+        budgets = {"eps1": self.eps, "eps2": self.eps / 3}  # the paper's ratio
+        entry = dict({**ENTRIES, **PARTS}[name])
+        own = {**preset(entry.pop("preset", "paper"), self.eps), **entry, "soft_label": False}
+        own = {k: budgets[k] if v is None else v for k, v in own.items()}
         found = []
         for seed in range(self.seeds):
-            budgets = {"eps1": self.eps, "eps2": self.eps / 3}  # the paper's ratio
-            config = Config(**{**common, **budgets, **ENTRIES[name], "seed": seed, "soft_label": False})
+            config = Config(**{**budgets, **own, **common, "seed": seed})
             folder = pathlib.Path(self.workdir).expanduser() / f"{config.defense}-{config.digest()}"
             found.append(dataclasses.replace(config, workdir=str(folder)))
         return found
@@ -100,14 +127,14 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     """
     dataset = data.load(request.data, request.data_dir or None)
     folder = pathlib.Path(request.results).expanduser()
-    entries = [name for name in ENTRIES if not request.entry or name in request.entry]
+    entries = [name for name in {**ENTRIES, **PARTS} if name in request.entries()]
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
     for name in entries:
         runs = []
         for config in request.configs(name):
             try:
-                runs.append(_judged(request, config, dataset))
+                runs.append(_judged(request, _affordable(request, config, dataset), dataset))
             except NonFiniteError as error:
                 say(f"{name}, seed {config.seed}: {error}")
         if not runs:
@@ -134,6 +161,18 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     if not rows:
         raise NonFiniteError("every run diverged; nothing was compared")
     return result
+
+
+def _affordable(request: Request, config: Config, dataset: Dataset) -> Config:
+    """With `equal_flops` as many steps as `request.steps` of e2SAD cost."""
+    if not request.equal_flops:
+        return config
+    (other,) = dataclasses.replace(request, seeds=1).configs(REFERENCE)
+    flops = [step_flops(c, dataset.image_shape, dataset.num_classes) for c in (other, config)]
+    steps = max(1, round(request.steps * flops[0] / flops[1]))
+    folder = pathlib.Path(config.workdir)
+    config = dataclasses.replace(config, steps=steps, checkpoint_every=min(500, max(1, steps // 4)))
+    return dataclasses.replace(config, workdir=str(folder.with_name(f"{config.defense}-{config.digest()}-{steps}")))
 
 
 def _effort(request: Request) -> Effort:
@@ -215,10 +254,24 @@ def _about(result: Mapping[str, Any]) -> str:
         for a in result["attacks"]
     )
     return (
-        f"{r['data']}, {r['model']}, {r['steps']:,} steps of {r['batch_size']}, {r['seeds']} seed(s), hard labels; robust: "
+        f"{r['data']}, {r['model']}, {_length(r)}, {r['seeds']} seed(s), hard labels, learning rate {r['learning_rate']:g} "
+        f"{r['schedule']}, eps rises over {_share(r['eps_warmup'])}; robust: "
         f"what stands {attacks}, one restart each, eps {result['eps']:.4g}, {result['images']:,} test images; "
         f"best: the checkpoint that stood PGD-10 best on {result['chosen_on']}"
     )
+
+
+def _length(r: Mapping[str, Any]) -> str:
+    steps = f"{r['steps']:,} steps of {r['batch_size']}"
+    return (
+        f"as many steps of {r['batch_size']} as cost what {r['steps']:,} of {REFERENCE} do"
+        if r["equal_flops"]
+        else steps
+    )
+
+
+def _share(warmup: float) -> str:
+    return f"{warmup:g} of all steps" if warmup < 1 else f"{warmup:,.0f} steps"
 
 
 def markdown(result: Mapping[str, Any]) -> str:

@@ -148,7 +148,8 @@ def beside(config: Config, data: str, steps: int, full_test_set: bool) -> tuple[
         differs = [
             f"{name} {ours[name]} (paper: {value})" for name, value in column.setting.items() if ours[name] != value
         ]
-        for name, value in (("schedule", "constant"), ("eps_warmup", 0)):
+        later = (("schedule", "constant"), ("eps_warmup", 0), ("random_start", False), ("ball_second", False))
+        for name, value in later:
             if ours[name] != value:
                 differs.append(f"{name} {ours[name]} (paper: {value})")
         if config.validation_examples:

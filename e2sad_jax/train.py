@@ -156,11 +156,11 @@ def training_loss(config: Config, bounds: tuple[float, float]) -> LossFn:
     raise ValueError(f"unknown defense {config.defense!r}")
 
 
-def _settings_at(config: Config, varied: Mapping[str, Any], step: jax.Array) -> Any:
+def _settings_at(config: Config, varied: Mapping[str, Any], step: jax.Array, total: int) -> Any:
     """The settings as one step sees them: `varied` ones in place, and the budgets as far as they have grown."""
     values = {**dataclasses.asdict(config), **varied}
     if config.eps_warmup:
-        grown = jnp.minimum(step.astype(jnp.float32) / config.eps_warmup, 1)
+        grown = jnp.minimum(step.astype(jnp.float32) / config.warmup_steps(total), 1)
         for name in ("eps1", "eps2", *(["attack_step_size"] if config.attack_step_size else [])):
             values[name] *= grown
     return types.SimpleNamespace(**values) if varied or config.eps_warmup else config
@@ -217,9 +217,10 @@ def make_train_step(
         order: jax.Array,
         settings: Mapping[str, jax.Array] = types.MappingProxyType({}),
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        c = _settings_at(config, settings, state.step)
+        total = config.total_steps(images.shape[0])
+        c = _settings_at(config, settings, state.step, total)
         loss_of = training_loss(c, transform.bounds)
-        tx = optimizer(config, config.total_steps(images.shape[0]))
+        tx = optimizer(config, total)
         offset = state.step.astype(jnp.uint32) // config.steps_per_batch * config.batch_size % images.shape[0]
         batch = jax.lax.dynamic_slice_in_dim(order, offset, config.batch_size)
         rows = images[batch], labels[batch]

@@ -70,6 +70,8 @@ def define_flags(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[s
         if special := [f"{s[field.name]} for {d}" for d, s in by_defense.items() if field.name in s]:
             text += f" (unless given: {', '.join(special)})"
         DEFINE[type(field.default)](field.name, default, text, module_name=sys.argv[0])
+    text = f"settings of e2SAD by name; flags given have precedence; one of {', '.join(config_lib.PRESETS)}"
+    flags.DEFINE_string("preset", config_lib.PRESETS[0], text, module_name=sys.argv[0])
     choices = ", ".join(config_lib.DEFENSES)
     text = f"defense to train and show beside it; one of {choices}; empty: none"
     flags.DEFINE_string("baseline", baseline, text, module_name=sys.argv[0])
@@ -106,7 +108,10 @@ def read_configs(by_defense: Mapping[str, Mapping[str, Any]]) -> list[Config]:
 def _read_config(by_defense: Mapping[str, Mapping[str, Any]], defense: str) -> Config:
     values: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Config)}
     values["defense"] = defense
-    for name, value in by_defense.get(defense, {}).items():
+    named = config_lib.preset(FLAGS.preset, values["eps1"])
+    if named and FLAGS.defense != "e2sad":
+        raise ConfigError(f"--preset={FLAGS.preset}: is one of --defense=e2sad, not of {FLAGS.defense}")
+    for name, value in {**by_defense.get(defense, {}), **(named if defense == "e2sad" else {})}.items():
         if not FLAGS[name].present:
             values[name] = value
     if FLAGS["steps"].present and not FLAGS["epochs"].present:

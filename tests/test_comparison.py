@@ -5,9 +5,10 @@ import json
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 
-from e2sad_jax import checkpoint, comparison, data, jobs
+from e2sad_jax import checkpoint, comparison, data, jobs, train
 from e2sad_jax.errors import ConfigError
 from tests.test_train import standard_promotion  # noqa: F401
 
@@ -132,6 +133,32 @@ def test_the_best_is_chosen_among_several_of_a_short_run():
     for steps, every in [(1, 1), (3, 1), (400, 100), (2000, 500), (6000, 500)]:
         (config,) = comparison.Request(steps=steps, entry=("natural",)).configs("natural")
         assert (config.checkpoint_every, config.validation_examples) == (every, 1000)
+
+
+def test_all_share_the_schedule_and_a_preset_brings_its_points():
+    request = comparison.Request(eps=0.2, learning_rate=0.002, schedule="cosine", eps_warmup=0.25)
+    configs = {name: request.configs(name)[0] for name in comparison.ENTRIES}
+    assert {(c.learning_rate, c.schedule, c.eps_warmup, c.eps1, c.soft_label) for c in configs.values()} == {
+        (0.002, "cosine", 0.25, 0.2, False)
+    }
+    robust, letter = configs["e2SAD, robust"], configs["e2SAD, paper"]
+    assert (robust.eps2, robust.alpha, robust.random_start, robust.ball_second) == (0.2, 0.0, True, True)
+    assert (letter.eps2, letter.alpha, letter.random_start, letter.ball_second) == (0.2 / 3, 0.6, False, False)
+    assert len({c.workdir for c in configs.values()}) == len(configs)
+
+
+def test_with_equal_flops_all_spend_what_e2sad_does(tiny):
+    request = comparison.Request(steps=1000, batch_size=8, equal_flops=True)
+    spent = {}
+    for name in ("natural", "PGD-3", "e2SAD, robust"):
+        (config,) = request.configs(name)
+        # Networks need larger images than the tiny ones; the number of classes is what is left.
+        images = dataclasses.replace(tiny, x_train=np.zeros((9, 28, 28, 1), np.uint8))
+        own = comparison._affordable(request, config, images)
+        spent[name] = own.steps * train.step_flops(config, (28, 28, 1), tiny.num_classes)
+        assert own.workdir.endswith(f"-{own.steps}")
+        assert (own.steps == 1000) == (name == "e2SAD, robust")
+    assert max(spent.values()) < 1.01 * min(spent.values())
 
 
 def test_requests_that_cannot_be_right_are_refused():

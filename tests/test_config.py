@@ -27,7 +27,7 @@ from e2sad_jax.errors import ConfigError, Error
         ("delta", 1.0, "--delta=1.0: must be above 0, at most 0.999"),
         ("defense", "mart", "--defense=mart: must be one of natural, fgsm, ifgsm, pgd, hamm, e2sad, rs_fgsm, n_fgsm,"),
         ("schedule", "linear", "--schedule=linear: must be one of constant, cyclic, piecewise, cosine"),
-        ("eps_warmup", -1, "--eps_warmup=-1: must be at least 0"),
+        ("eps_warmup", -1.0, "--eps_warmup=-1.0: must be at least 0"),
         ("beta", -1.0, "--beta=-1.0: must be at least 0"),
         ("replays", 0, "--replays=0: must be at least 1"),
         ("second_step", "entropy", "--second_step=entropy: must be one of total, noise, loss, literal, random"),

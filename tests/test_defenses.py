@@ -204,7 +204,9 @@ def test_both_points_of_the_ball_stay_there_and_are_drawn_anew():
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert len(first) == 4  # the two gradients and the two points: none of the clean images
     for z in seen:
-        assert np.abs(z - x).max() <= EPS + 3e-8 and z.min() >= 0 and z.max() <= 1
+        assert np.abs(z - x).max() <= EPS + 3e-8
+        assert z.min() >= 0
+        assert z.max() <= 1
     assert all((a != b).mean() > 0.5 for a, b in zip(first, second, strict=True))
     assert not np.array_equal(first[2], first[3])
 

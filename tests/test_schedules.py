@@ -16,7 +16,10 @@ from e2sad_jax.config import Config
 from e2sad_jax.errors import WorkdirError
 from tests.test_train import N, fit, load_state, no_evaluation, no_last_evaluation, tiny_config  # noqa: F401
 
-SETTINGS = ("schedule", "eps_warmup", "noise", "replays", "beta", "align_weight", "gradient_weight")  # the later ones
+SETTINGS = (  # the later ones
+    *("schedule", "eps_warmup", "noise", "replays", "beta", "align_weight", "gradient_weight"),
+    *("random_start", "ball_second"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -82,8 +85,8 @@ def counts(state: train.TrainState) -> list[int]:
     return [int(leaf) for path, leaf in leaves if "count" in jax.tree_util.keystr(path)]
 
 
-@pytest.mark.parametrize("attack_step_size", [0.0, 0.2])
-def test_budgets_rise_linearly_in_one_compilation(attack_step_size, tiny, monkeypatch):
+@pytest.mark.parametrize(("attack_step_size", "warmup"), [(0.0, 4), (0.2, 4), (0.0, 0.5)])
+def test_budgets_rise_linearly_in_one_compilation(attack_step_size, warmup, tiny, monkeypatch):
     steps, make, real = [], train.make_train_step, train.training_loss
     monkeypatch.setattr(train, "make_train_step", lambda *a, **k: steps.append(make(*a, **k)) or steps[-1])
 
@@ -96,10 +99,12 @@ def test_budgets_rise_linearly_in_one_compilation(attack_step_size, tiny, monkey
         return loss_fn
 
     monkeypatch.setattr(train, "training_loss", watched)
-    config = tiny_config(defense="pgd", eps_warmup=4, eps1=0.4, eps2=0.1, steps=7, attack_step_size=attack_step_size)
+    config = tiny_config(
+        defense="pgd", eps_warmup=warmup, eps1=0.4, eps2=0.1, steps=8, attack_step_size=attack_step_size
+    )
     seen = []
     fit(config, tiny, record=lambda step, metrics, count: seen.append(np.asarray(metrics["budgets"])))
-    grown = np.minimum(np.arange(7) / 4, 1)[:, None]
+    grown = np.minimum(np.arange(8) / 4, 1)[:, None]
     np.testing.assert_allclose(seen, grown * [0.4, 0.1, attack_step_size], rtol=1e-6)
     assert steps[0]._cache_size() == 1
 
@@ -219,12 +224,19 @@ def test_the_identity_has_what_differs_from_before():
     before = Config().identity()
     assert not set(SETTINGS) & set(before)
     assert Config(eps_warmup=3).identity() == {**before, "eps_warmup": 3}
+    assert json.dumps(Config(eps_warmup=3.0).identity()) == json.dumps(Config(eps_warmup=3).identity())
+    assert Config(eps_warmup=0.25, steps=7).identity() == {**before, "eps_warmup": 0.25, "steps": 7}
     assert Config(schedule="cosine", steps=7).identity() == {**before, "schedule": "cosine", "steps": 7}
     assert Config(schedule="cosine", epochs=2.0).identity() == {**before, "schedule": "cosine", "epochs": 2.0}
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"), [({"schedule": "cyclic"}, "schedule cyclic"), ({"eps_warmup": 9}, "eps_warmup 9")]
+    ("changes", "words"),
+    [
+        ({"schedule": "cyclic"}, "schedule cyclic"),
+        ({"eps_warmup": 9}, "eps_warmup 9"),
+        ({"random_start": True}, "random_start True"),
+    ],
 )
 def test_the_papers_numbers_do_not_stand_beside_a_schedule(changes, words):
     column, why = paper.beside(Config(**changes), "mnist", 30_000, True)
