@@ -111,8 +111,18 @@ def test_a_run_from_a_users_file_to_the_table_and_again(images, tmp_path):
     assert code == 0, err
     assert "shapes: accuracy on all 20 test images, 6 training steps" in out
     assert "mnist" not in out.replace(str(tmp_path), ""), "results are labelled with their data set"
-    assert re.search(r"attack +natural +e2sad\n", out)
-    assert re.search(r"PGD-40 \(eps 0.3, step 0.02, random start\) +\d\.\d{4} +\d\.\d{4}\n", out)
+    columns = ["attack"]
+    for name, folder in (("natural", "w-natural"), ("e2sad", "w")):
+        best = json.loads((tmp_path / folder / "results.json").read_text())["best"]["step"]
+        assert best in (3, 6)
+        assert e2sad_jax.load(tmp_path / folder, "best").step == best
+        columns += [name] if best == 6 else [name, f"{name}, best (step 3)"]
+        is_best = "the last is also" if best == 6 else "step 3 is"
+        assert f"\n{name}: {is_best} the best checkpoint by PGD-10 on 60 training images" in out
+    table = [re.split(" {2,}", line) for line in out.splitlines()]
+    assert columns in table
+    (pgd,) = (line for line in table if line[0] == "PGD-40 (eps 0.3, step 0.02, random start)")
+    assert [bool(re.fullmatch(r"\d\.\d{4}", cell)) for cell in pgd[1:]] == [True] * (len(columns) - 1)
     for name in ("checkpoints", "results.json", "results.md", "examples.png"):
         assert str(workdir / name) in out
         assert (workdir / name).exists()
