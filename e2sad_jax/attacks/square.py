@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax.attacks import _ball, _loops
+from e2sad_jax.attacks._worst import select
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of p, in queries of 10,000
 
@@ -87,10 +88,6 @@ def square(
         margin = jax.lax.stop_gradient(_ball.per_image("margin_fn", margin_fn, image))
         return _State(image, jnp.where(jnp.isnan(margin), -jnp.inf, margin).astype(clean.dtype))
 
-    def keep(better: jax.Array, new: _State, old: _State) -> _State:
-        image = jnp.where(_ball.broadcast(better, x), new.image, old.image)
-        return _State(image, jnp.where(better, new.margin, old.margin))
-
     def moved(image: jax.Array, pattern: jax.Array, size: jax.typing.ArrayLike) -> _State:
         return look(_ball.narrow(limits.clip(_ball.widen(image) + pattern * size), x.dtype, limits))
 
@@ -107,7 +104,7 @@ def square(
         )
         covered = within(top, side[i], height)[:, :, None, None] & within(left, side[i], width)[:, None, :, None]
         tried = moved(s.image, signs(draws[:, 2], (1, 1, channels)) * covered.astype(clean.dtype), 2 * eps)
-        return keep((s.margin <= 0) & (tried.margin > s.margin), tried, s)
+        return select((s.margin <= 0) & (tried.margin > s.margin), tried, s)
 
     def unfinished(s: _State) -> jax.Array:
         return (s.margin <= 0).any()
@@ -115,5 +112,5 @@ def square(
     pairs = jax.vmap(jax.random.split)(keys)
     own, untouched = pairs[:, 1], look(x)
     striped = moved(x, signs(pairs[:, 0], (1, width, channels)), eps)
-    start = keep(untouched.margin <= 0, striped, untouched)
+    start = select(untouched.margin <= 0, striped, untouched)
     return jax.lax.stop_gradient(_loops.repeat_while(unfinished, queries - 1, query, start).image)
