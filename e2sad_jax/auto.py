@@ -86,8 +86,8 @@ def auto(
       An `AutoResult`.
 
     Raises:
-      ValueError: if the shapes do not fit, or a stage is not possible (its loss needs more classes, Square has the
-        l-infinity ball alone); before anything is attacked.
+      ValueError: if the shapes do not fit, or a stage is not possible (its loss needs more classes, Square
+        images `[N, H, W, C]`); before anything is attacked.
 
     Reference: Croce & Hein, 2020, https://arxiv.org/abs/2003.01690
     """

@@ -21,7 +21,7 @@ STREAM = 2  # of the seed's random numbers; training has 0 and 1
 KINDS = ("clean", "fgsm", "ifgsm", "mi_fgsm", "pgd", "apgd", "square")
 LOSSES = ("ce", "margin", "dlr", "targeted_dlr")  # cross-entropy, Carlini-Wagner's margin, difference of logits ratio
 TARGETED = ("targeted_dlr",)
-ROUND = ("fgsm", "pgd", "apgd")  # that have an l2 ball too
+ROUND = ("fgsm", "pgd", "apgd", "square")  # that have an l2 ball too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Attack:
       step_size: None for the attack's default (ifgsm: eps / steps).
       restarts: random restarts (pgd, apgd).
       loss: what rises, one of `LOSSES`.
-      norm: of the ball, "linf" or "l2" (fgsm, pgd, apgd).
+      norm: of the ball, "linf" or "l2" (fgsm, pgd, apgd, square).
       targets: of a targeted loss: how many wrong classes are tried in turn, the likeliest first.
     """
 
@@ -346,23 +346,23 @@ def _perturb(
     """`perturb` with a loss."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(jax.random.key(seed), STREAM), index)
     budget: dict[str, Any] = {"eps": attack.eps, "bounds": bounds}
+    ball = {**budget, "norm": attack.norm}
     random: dict[str, Any] = {
         "restarts": attack.restarts,
         "misclassified_fn": lambda z: logits_fn(z).argmax(-1) != labels,
-        "norm": attack.norm,
     }
     match attack.kind:
         case "fgsm":
-            return attacks.fgsm(loss_fn, x, norm=attack.norm, **budget)
+            return attacks.fgsm(loss_fn, x, **ball)
         case "ifgsm":
             return attacks.ifgsm(loss_fn, x, steps=attack.steps, step_size=attack.step_size, **budget)
         case "mi_fgsm":
             return attacks.mi_fgsm(loss_fn, x, steps=attack.steps, step_size=attack.step_size, **budget)
         case "pgd":
-            return attacks.pgd(keys, loss_fn, x, steps=attack.steps, step_size=attack.step_size, **random, **budget)
+            return attacks.pgd(keys, loss_fn, x, steps=attack.steps, step_size=attack.step_size, **random, **ball)
         case "apgd":
-            return attacks.apgd(keys, loss_fn, x, steps=attack.steps, **random, **budget)
-    return attacks.square(keys, lambda z: margin(logits_fn(z), labels), x, queries=attack.steps, **budget)
+            return attacks.apgd(keys, loss_fn, x, steps=attack.steps, **random, **ball)
+    return attacks.square(keys, lambda z: margin(logits_fn(z), labels), x, queries=attack.steps, **ball)
 
 
 def worst_case(outcomes: Mapping[str, Outcome]) -> np.ndarray:
