@@ -37,6 +37,7 @@ class Request:
     auto: bool = True
     queries: int = 5000
     targets: int = 9
+    fab: int = 0
     restarts: int = 5
     results: str = ""
 
@@ -55,6 +56,7 @@ class Request:
             ("seed", 0),
             ("queries", 0),
             ("targets", 1),
+            ("fab", 0),
             ("restarts", 1),
         ):
             if getattr(self, name) < lower:
@@ -93,7 +95,11 @@ def run(request: Request) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--results={folder}: cannot be written ({error.strerror}); choose another folder") from error
     effort = Effort(
-        queries=request.queries, targets=request.targets, restarts=request.restarts, worst_case=request.auto
+        queries=request.queries,
+        targets=request.targets,
+        fab=request.fab,
+        restarts=request.restarts,
+        worst_case=request.auto,
     )
     with Bar(f"evaluate {subject.name}", measurements(effort, substitute is not None), "measurements") as bar:
         result = diagnose(
