@@ -13,6 +13,7 @@ from e2sad_jax.attacks.minimal import LogitsFn, linearised
 ROUNDS = 50  # of the projection at most; it needs about five
 FINAL_STEPS = 3  # along the line from the image to the nearest point found
 SHORT = 0.99  # of each of them: on the boundary itself rounding decides
+ROUNDING = 1e-5  # share of the largest logit by which another must lead, to do so in another program too
 
 
 class _Found(NamedTuple):
@@ -56,7 +57,8 @@ def fab(
     Args:
       logits_fn: images `[N, ...]` to logits `[N, K]`, K at least 2.
       x: images `[N, ...]`, floating point, inside `bounds`.
-      labels: integer classes to leave, `[N]`. An image of another class stays as it is.
+      labels: integer classes to leave, `[N]`. An image of another class stays as it is; one that is made leads by 1e-5 of
+        its largest logit, beyond what rounding differs by between programs.
       targets: integer classes to walk to, `[N]`, other than `labels`; None for the nearest. Any wrong class is a success.
       steps: number of steps, at least 1.
       restarts: number of starts, at least 1. The first is at `x`, each other at a random point whose distance from it is
@@ -90,16 +92,20 @@ def fab(
     if targets is not None:
         losses.margin(jnp.zeros(logits.shape), targets)  # refuses targets that are no classes
 
+    def slack(logits: jax.Array) -> jax.Array:
+        """Of every boundary, the hyperplanes too: a walk that ended on the true one would never count as a success."""
+        return jax.lax.stop_gradient(ROUNDING * jnp.abs(logits).max(1))
+
     def margin(z: jax.Array) -> jax.Array:
-        return jax.lax.stop_gradient(losses.margin(logits_fn(z), labels)).astype(clean.dtype)
+        logits = jax.lax.stop_gradient(_ball.widen(logits_fn(z)))
+        return (losses.margin(logits, labels) - slack(logits)).astype(clean.dtype)
 
     def ahead(z: jax.Array) -> jax.Array:
-        """By how much the target is above the label: the margin of two logits."""
+        """As `margin`, of two logits: by how much the target is above the label."""
         assert targets is not None
         logits = _ball.widen(logits_fn(z))
-        return (jnp.take_along_axis(logits, targets[:, None], 1) - jnp.take_along_axis(logits, labels[:, None], 1))[
-            :, 0
-        ]
+        lead = jnp.take_along_axis(logits, targets[:, None], 1) - jnp.take_along_axis(logits, labels[:, None], 1)
+        return lead[:, 0] - slack(logits)
 
     def hyperplane(z: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The network at z as `value + <normal, . - z>`, above 0 beyond the boundary."""
@@ -107,7 +113,7 @@ def fab(
             value, normal = _ball.losses_and_gradient(ahead, z)
             return value.astype(clean.dtype), _ball.widen(normal)
         logits, normals = linearised(logits_fn, z, labels)
-        values = logits - jnp.take_along_axis(logits, labels[:, None], 1)
+        values = logits - jnp.take_along_axis(logits, labels[:, None], 1) - slack(logits)[:, None]
         size = _size(normals.reshape(-1, *x.shape[1:]), "l1" if norm == "linf" else norm).reshape(-1, n).T
         away = jnp.where(size > 0, jnp.abs(values) / jnp.where(size > 0, size, 1), jnp.inf)
         nearest = jnp.where(jnp.isfinite(away), away, jnp.inf).argmin(1)
@@ -161,11 +167,11 @@ def fab(
         inside = jnp.where(_ball.broadcast(fools, x), inside, point)
         return closer, jnp.where(fools, now, outside), inside, jnp.where(fools, within, now)
 
-    at_clean = margin(x)
     nothing = _ball.spread(jnp.full(n, jnp.inf, clean.dtype), x)
-    found = _Found(x, jnp.where(at_clean > 0, 0, nothing))
+    already = jax.lax.stop_gradient(losses.margin(logits_fn(x), labels)) > 0
+    found = _Found(x, jnp.where(already, 0, nothing))
     found = attempt(0, found) if restarts == 1 else _loops.repeat_long(restarts, attempt, found)
-    ends = (found, margin(found.image), clean, at_clean)
+    ends = (found, margin(found.image), clean, margin(x))
     return jax.lax.stop_gradient(_loops.repeat_long(FINAL_STEPS, towards_clean, ends)[0].image)
 
 
