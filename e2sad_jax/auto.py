@@ -20,6 +20,7 @@ STAGES = (
     Attack("APGD-T", "apgd", steps=100, loss="targeted_dlr", targets=9),
     Attack("Square", "square", steps=5000),
 )
+FAB = Attack("FAB-T", "fab", steps=100, loss="targeted_dlr", targets=9)  # to be added to them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ def auto(
 
     APGD on the cross-entropy, APGD on the targeted DLR loss towards the nine likeliest wrong classes in turn, and Square,
     which sees no gradient. What has fallen is not attacked again: the images that stand are gathered into full batches,
-    so each stage is compiled once and its cost falls with them.
+    so each stage is compiled once and its cost falls with them. `FAB` is the one of AutoAttack's that is left out.
 
     Args:
       apply: parameters and images `[N, ...]` to logits `[N, K]`.
@@ -86,8 +87,8 @@ def auto(
       An `AutoResult`.
 
     Raises:
-      ValueError: if the shapes do not fit, or a stage is not possible (its loss needs more classes, Square has the
-        l-infinity ball alone); before anything is attacked.
+      ValueError: if the shapes do not fit, or a stage is not possible (its loss needs more classes, Square
+        images `[N, H, W, C]`); before anything is attacked.
 
     Reference: Croce & Hein, 2020, https://arxiv.org/abs/2003.01690
     """

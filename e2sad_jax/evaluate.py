@@ -13,15 +13,16 @@ from jax.sharding import Mesh
 
 from e2sad_jax import attacks, models, sharding
 from e2sad_jax._tracing import jit
+from e2sad_jax.attacks import _ball
 from e2sad_jax.attacks._loops import repeat
 from e2sad_jax.losses import cross_entropy, dlr, margin, soft_labels, targeted_dlr
 from e2sad_jax.transforms import Transform
 
 STREAM = 2  # of the seed's random numbers; training has 0 and 1
-KINDS = ("clean", "fgsm", "ifgsm", "mi_fgsm", "pgd", "apgd", "square")
+KINDS = ("clean", "fgsm", "ifgsm", "mi_fgsm", "pgd", "apgd", "square", "fab")
 LOSSES = ("ce", "margin", "dlr", "targeted_dlr")  # cross-entropy, Carlini-Wagner's margin, difference of logits ratio
 TARGETED = ("targeted_dlr",)
-ROUND = ("fgsm", "pgd", "apgd")  # that have an l2 ball too
+ROUND = ("fgsm", "pgd", "apgd", "square", "fab")  # that have an l2 ball too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +35,10 @@ class Attack:
       eps: budget in the units of the network's input.
       steps: gradient steps; of "square", queries.
       step_size: None for the attack's default (ifgsm: eps / steps).
-      restarts: random restarts (pgd, apgd).
-      loss: what rises, one of `LOSSES`.
-      norm: of the ball, "linf" or "l2" (fgsm, pgd, apgd).
+      restarts: random restarts (pgd, apgd, fab).
+      loss: what rises, one of `LOSSES`. Of "fab", which looks for boundaries, only whether it is targeted counts:
+        otherwise each of its steps takes the gradients of all logits.
+      norm: of the ball, "linf" or "l2" (fgsm, pgd, apgd, square, fab).
       targets: of a targeted loss: how many wrong classes are tried in turn, the likeliest first.
     """
 
@@ -249,7 +251,7 @@ def perturb(
     seed: jax.typing.ArrayLike = 0,
     rank: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
-    """The images that `attack` makes of `x`.
+    """The images that `attack` makes of `x`; of "fab" those that lie within its budget, the others stay as they are.
 
     Args:
       attack: what to run; its budget may be traced.
@@ -273,7 +275,8 @@ def perturb(
         return x
     labels = y.argmax(-1)
     if attack.loss not in TARGETED:
-        return _perturb(attack, logits_fn, x, labels, _loss(attack.loss, logits_fn, y), bounds, index, seed)
+        loss = _loss(attack.loss, logits_fn, y)
+        return _perturb(attack, logits_fn, x, labels, None, loss, bounds, index, seed)
     order = jnp.argsort(jnp.where(y > 0, -jnp.inf, logits_fn(x)), axis=-1)  # the label comes first, the likeliest last
 
     def towards(rank: jax.typing.ArrayLike) -> jax.Array:
@@ -282,7 +285,7 @@ def perturb(
         def loss_fn(z: jax.Array) -> jax.Array:
             return targeted_dlr(logits_fn(z), labels, targets)
 
-        return _perturb(attack, logits_fn, x, labels, loss_fn, bounds, index, seed)
+        return _perturb(attack, logits_fn, x, labels, targets, loss_fn, bounds, index, seed)
 
     if rank is not None:
         return towards(rank)
@@ -315,7 +318,7 @@ def check_attack(attack: Attack, num_classes: int, ndim: int) -> None:
         raise ValueError(f"{name}: norm={attack.norm!r}; {attack.kind} has the l-infinity ball only, leave it out")
     if attack.kind == "square" and ndim != 4:
         raise ValueError(f"{name}: images have {ndim} axes; square needs [N, H, W, C], leave it out for others")
-    least = {"targeted_dlr": 4, "dlr": 3}.get(attack.loss, 2)
+    least = 2 if attack.kind == "fab" else {"targeted_dlr": 4, "dlr": 3}.get(attack.loss, 2)
     if num_classes < least:
         raise ValueError(
             f"{name}: its loss {attack.loss} needs at least {least} classes; the model has {num_classes}: leave it out"
@@ -338,31 +341,38 @@ def _perturb(
     logits_fn: Callable[[jax.Array], jax.Array],
     x: jax.Array,
     labels: jax.Array,
+    targets: jax.Array | None,
     loss_fn: Callable[[jax.Array], jax.Array],
     bounds: tuple[float, float],
     index: jax.Array,
     seed: jax.typing.ArrayLike,
 ) -> jax.Array:
-    """`perturb` with a loss."""
+    """`perturb` with a loss, towards `targets` if it is that of some."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(jax.random.key(seed), STREAM), index)
     budget: dict[str, Any] = {"eps": attack.eps, "bounds": bounds}
+    ball = {**budget, "norm": attack.norm}
     random: dict[str, Any] = {
         "restarts": attack.restarts,
         "misclassified_fn": lambda z: logits_fn(z).argmax(-1) != labels,
-        "norm": attack.norm,
     }
     match attack.kind:
         case "fgsm":
-            return attacks.fgsm(loss_fn, x, norm=attack.norm, **budget)
+            return attacks.fgsm(loss_fn, x, **ball)
         case "ifgsm":
             return attacks.ifgsm(loss_fn, x, steps=attack.steps, step_size=attack.step_size, **budget)
         case "mi_fgsm":
             return attacks.mi_fgsm(loss_fn, x, steps=attack.steps, step_size=attack.step_size, **budget)
         case "pgd":
-            return attacks.pgd(keys, loss_fn, x, steps=attack.steps, step_size=attack.step_size, **random, **budget)
+            return attacks.pgd(keys, loss_fn, x, steps=attack.steps, step_size=attack.step_size, **random, **ball)
         case "apgd":
-            return attacks.apgd(keys, loss_fn, x, steps=attack.steps, **random, **budget)
-    return attacks.square(keys, lambda z: margin(logits_fn(z), labels), x, queries=attack.steps, **budget)
+            return attacks.apgd(keys, loss_fn, x, steps=attack.steps, **random, **ball)
+        case "fab":
+            near = attacks.fab(
+                logits_fn, x, labels, targets=targets, steps=attack.steps, restarts=attack.restarts, key=keys, **ball
+            )
+            held = _ball.ball(attack.norm, x, attack.eps, bounds).holds(_ball.widen(near))
+            return jnp.where(_ball.broadcast(held, x), near, x)
+    return attacks.square(keys, lambda z: margin(logits_fn(z), labels), x, queries=attack.steps, **ball)
 
 
 def worst_case(outcomes: Mapping[str, Outcome]) -> np.ndarray:

@@ -42,6 +42,10 @@ ATTACKS: dict[str, tuple[str, Callable[..., jax.Array]]] = {
         ),
     ),
     "square": ("linf", lambda f, k, x, **kw: attacks.square(k, lambda z: loss_of(f)(z) - 1e6, x, queries=40, **kw)),
+    "square_l2": (
+        "l2",
+        lambda f, k, x, **kw: attacks.square(k, lambda z: loss_of(f)(z) - 1e6, x, queries=40, norm="l2", **kw),
+    ),
 }
 every_attack = pytest.mark.parametrize("name", ATTACKS)
 RANDOM = [name for name in ATTACKS if name not in ("fgsm_l2", "mi_fgsm")]

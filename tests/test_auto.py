@@ -114,18 +114,8 @@ def test_too_few_classes_for_the_targeted_loss_are_refused_with_what_to_do(probl
     with pytest.raises(ValueError, match=r"labels \(59,\) must be one for each of 60 images"):
         auto(linear, w, x, labels[:-1], eps=EPS)
     shown = []
-    for shape, norm, message in ((x.shape, "l2", "square has the l-infinity ball only"), ((N, 16), "linf", "2 axes")):
-        with pytest.raises(ValueError, match=f"'Square': .*{message}"):
-            auto(
-                linear,
-                w,
-                x.reshape(shape),
-                labels,
-                eps=EPS,
-                norm=norm,
-                stages=STAGES,
-                progress=lambda *a: shown.append(a),
-            )
+    with pytest.raises(ValueError, match=r"'Square': .*2 axes"):
+        auto(linear, w, x.reshape(N, 16), labels, eps=EPS, stages=STAGES, progress=lambda *a: shown.append(a))
     with pytest.raises(ValueError, match=r"'MI': .* mi_fgsm has the l-infinity ball only"):
         auto(linear, w, x, labels, eps=EPS, norm="l2", stages=[Attack("MI", "mi_fgsm", steps=2)])
     with pytest.raises(ValueError, match="each needs a name of its own"):
@@ -174,7 +164,7 @@ def test_the_l2_worst_case_of_a_linear_model(problem):
         ]
     )
     eps = 0.15
-    stages = tuple(dataclasses.replace(s, steps=30) for s in STAGES[:2])
+    stages = tuple(dataclasses.replace(s, steps=30) for s in STAGES)
     result = auto(linear, w, x, labels, eps=eps, norm="l2", stages=stages, batch_size=N)
     near = np.abs(distance - eps) < 2e-3
     assert near.sum() < 5

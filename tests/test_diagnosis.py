@@ -1,5 +1,6 @@
 """Diagnosis of models whose weakness is known, the command and its files."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -38,6 +39,30 @@ def honest(problem):
     w, images, labels = problem
     subject = of_function(lambda x: x.reshape(len(x), -1) @ w, images, labels, batch_size=25)
     return diagnose(subject, eps=EPS, effort=LITTLE, substitute=subject)
+
+
+def test_fab_finds_what_a_saturated_loss_hides(problem, unoptimized):
+    """Of three classes, so that no targeted loss looks past the saturation; FAB finds exactly whom the ball reaches."""
+    w, images, _ = problem
+    images = 0.2 + 0.6 * images  # the range cuts nothing
+    logits = np.float64(images.reshape(N, -1) @ np.asarray(w)[:, :3])
+    labels = logits.argmax(1)
+    reach = np.array(
+        [
+            min((logits[i, y] - logits[i, k]) / np.abs(w[:, y] - w[:, k]).sum() for k in range(3) if k != y)
+            for i, y in enumerate(labels)
+        ]
+    )
+    subject = of_function(lambda x: 1e6 * (x.reshape(len(x), -1) @ w[:, :3]), images, labels, batch_size=25)
+    effort = dataclasses.replace(
+        LITTLE, budgets=(1.0,), steps=(1,), restarts=1, queries=1, pgd_steps=2, apgd_steps=1, fab=2
+    )
+    worst = diagnose(subject, eps=EPS / 2, effort=effort)["worst_case"]
+    assert list(worst["accuracy"]) == ["clean", "APGD-CE", "Square", "FAB-T"]
+    assert worst["stages"][-1]["targets"] == 2
+    assert worst["accuracy"]["FAB-T"] < worst["accuracy"]["Square"] - 0.1
+    assert (reach > EPS / 2 * 1.01).mean() <= worst["robust"] <= worst["accuracy"]["FAB-T"]
+    assert worst["accuracy"]["FAB-T"] <= (reach > EPS / 2 * 0.99).mean()
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +183,7 @@ def test_anyones_function_is_judged_by_the_command(problem, tmp_path):
         "import numpy as np\nw = np.load('w.npy')\ndef predict(x):\n    return x.reshape(len(x), -1) @ w\n"
     )
     flags = ["--predict=mine:predict", f"--data={tmp_path / 'test.npz'}", "--eps=0.1", "--queries=30", "--restarts=1"]
-    flags += ["--targets=1", "--results=here", "--examples=10"]
+    flags += ["--targets=1", "--fab=1", "--results=here", "--examples=10"]
 
     def call(*arguments):
         return subprocess.run(
@@ -187,6 +212,7 @@ def test_anyones_function_is_judged_by_the_command(problem, tmp_path):
         ({"workdir": "a", "predict": "b:c"}, "--workdir or --predict"),
         ({"predict": "b:c"}, r"--predict=b:c: must be MODULE:FUNCTION, beside --data=PATH.npz"),
         ({"workdir": "a", "examples": -1}, r"--examples=-1: must be at least 0"),
+        ({"workdir": "a", "fab": -1}, r"--fab=-1: must be at least 0"),
         ({"workdir": "a", "eps": float("nan")}, r"--eps=nan: must be at least 0"),
         ({"workdir": "a", "which": "first"}, r"--which=first: must be one of last, best"),
     ],

@@ -1,6 +1,8 @@
 """Square Attack: the paper's schedule, every query as the paper draws it, hidden gradients, and what ends it."""
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 
 from e2sad_jax import attacks, losses
 from e2sad_jax._tracing import straight_line
-from e2sad_jax.attacks.square import sides
+from e2sad_jax.attacks.square import sides, window
 
 KEY = jax.random.key(11)
 N, SHAPE, EPS = 4, (7, 6, 2), 0.2
@@ -94,6 +96,110 @@ def test_every_query_is_one_square_kept_if_the_margin_rises():
     assert kept > 30
 
 
+def paper_window(side: int) -> np.ndarray:
+    """Eq. 2 with the paper's indices, which start at 1, and the split beside it."""
+
+    def part(h1: int, h2: int) -> np.ndarray:
+        n, eta = h1 // 2, np.zeros((h1, h2))
+        for r in range(1, h1 + 1):
+            for s in range(1, h2 + 1):
+                m = n - max(abs(r - h1 // 2 - 1), abs(s - h2 // 2 - 1))
+                eta[r - 1, s - 1] = sum(1 / (n + 1 - k) ** 2 for k in range(m + 1))
+        return eta
+
+    eta = np.concatenate([part(side, side // 2), -part(side, side - side // 2)], 1)
+    return eta / np.linalg.norm(eta)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 9])
+def test_the_l2_window_is_a_hill_beside_a_pit(side):
+    np.testing.assert_allclose(window(side), paper_window(side), rtol=1e-12)
+
+
+def moves(change: np.ndarray, side: int, eps: float) -> Iterator[np.ndarray]:
+    """All that the paper's Algorithm 3 may make of the `change` of an image, for two channels."""
+    spots = list(itertools.product(range(SHAPE[0] - side + 1), range(SHAPE[1] - side + 1)))
+    for (r1, s1), (r2, s2), lying in itertools.product(spots, spots, (False, True)):
+        w1, w2 = np.zeros(SHAPE[:2], bool), np.zeros(SHAPE[:2], bool)
+        w1[r1 : r1 + side, s1 : s1 + side] = w2[r2 : r2 + side, s2 : s2 + side] = True
+        unused = max(eps**2 - (change**2).sum(), 0)
+        eta = (paper_window(side).T if lying else paper_window(side)).ravel()
+        for signs in itertools.product((-1, 1), repeat=SHAPE[2]):
+            new = change.copy()
+            for channel, sign in enumerate(signs):
+                here = change[w1, channel]
+                towards = sign * eta + here / max(np.linalg.norm(here), 1e-12)
+                available = np.sqrt((change[w1 | w2, channel] ** 2).sum() + unused / SHAPE[2])
+                new[w2, channel] = 0
+                new[w1, channel] = towards / np.linalg.norm(towards) * available
+            yield new
+
+
+def test_every_l2_query_moves_length_between_two_squares():
+    """Query by query, as the paper's algorithm in NumPy could have drawn it; kept if the margin rises."""
+    seen: list[np.ndarray] = []
+    margins: list[np.ndarray] = []
+    queries, x, eps = 12, images(2), 0.5
+
+    def margin(z: jax.Array) -> jax.Array:
+        seen.append(np.float64(z) - np.float64(x))
+        margins.append((seen[-1] * C[:2]).sum((1, 2, 3)) - 1000)
+        return jnp.asarray(margins[-1], jnp.float32)
+
+    with straight_line():
+        got = attacks.square(KEY, margin, x, eps=eps, queries=queries, p_init=0.2, norm="l2", bounds=None)
+    size, kept = sides(queries, 0.2, *SHAPE[:2], 3), 0
+    assert set(size) == {3}
+    for i in range(2):
+        now, value = seen[1][i], margins[1][i]
+        for query in range(queries - 1):
+            tried = seen[query + 2][i]
+            np.testing.assert_allclose(np.linalg.norm(tried), eps, rtol=1e-5)
+            assert any(np.abs(tried - move).max() < 1e-5 for move in moves(now, size[query], eps))
+            if margins[query + 2][i] > value:
+                now, value, kept = tried, margins[query + 2][i], kept + 1
+        np.testing.assert_allclose(np.float64(got[i]) - np.float64(x[i]), now, atol=1e-7)
+    assert kept > 2
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), None])
+def test_climbs_a_linear_margin_in_the_l2_ball(bounds):
+    """The longer the farther, to more than half of what the best change, eps C / ||C||, gains without the range."""
+    x, eps = images(), 0.5
+    gains = []
+    for queries in (1, 30, 300, 2000):
+        run = jax.jit(
+            lambda k, q=queries: attacks.square(k, never_fooled, x, eps=eps, queries=q, norm="l2", bounds=bounds)
+        )
+        change = np.float64(run(KEY)) - np.float64(x)
+        assert (np.sqrt((change**2).sum((1, 2, 3))) <= eps).all()
+        gains.append((change * C).sum((1, 2, 3)) / (eps * np.sqrt((C**2).sum((1, 2, 3)))))
+    assert (gains[1] > np.maximum(gains[0], 0)).all(), "after the first query only what raises the margin is kept"
+    assert (np.diff(np.mean(gains, 1)) > 0.02).all()
+    assert (gains[-1] > 0.5).all()
+
+
+def test_the_first_l2_query_is_a_grid_of_squares():
+    """Of 2 x 2 pixels in an image of 11 x 10; each is the window of Eq. 2, up or down, and all have one height."""
+    x = jnp.full((3, 11, 10, 2), 0.5)
+    seen: list[np.ndarray] = []
+
+    def margin(z: jax.Array) -> jax.Array:
+        seen.append(np.float64(z) - 0.5)
+        return -jnp.ones(3)
+
+    with straight_line():
+        attacks.square(KEY, margin, x, eps=0.5, queries=1, norm="l2")
+    change = seen[1]
+    np.testing.assert_allclose(np.sqrt((change**2).sum((1, 2, 3))), 0.5, rtol=1e-5)
+    blocks = change[:, :10].reshape(3, 5, 2, 5, 2, 2).transpose(0, 1, 3, 5, 2, 4) / (0.5 / np.sqrt(50))
+    up = (np.abs(blocks - paper_window(2)) < 1e-4).all((-1, -2))
+    down = (np.abs(blocks + paper_window(2)) < 1e-4).all((-1, -2))
+    assert (up ^ down).all()
+    assert 0.3 < up.mean() < 0.7
+    assert (up[..., 0] != up[..., 1]).any()
+
+
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), None])
 def test_reaches_the_worst_point_of_a_linear_margin(bounds):
     x = images()
@@ -161,6 +267,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"queries": 0}, ValueError, "square: queries=0; .*at least 1"),
     ({"p_init": 0}, ValueError, r"square: p_init=0; it must lie in \(0, 1\]"),
     ({"p_init": 1.1}, ValueError, "square: p_init=1.1"),
+    ({"norm": "l1"}, ValueError, "square: norm='l1'; it must be one of linf, l2"),
     ({"bounds": (1, 0)}, ValueError, "square: bounds="),
     ({"key": jax.random.split(KEY, 3)}, ValueError, r"square: key has shape \(3,\)"),
     ({"margin_fn": lambda z: z.sum()}, ValueError, r"margin_fn returned shape \(\) for 2 images"),

@@ -7,10 +7,11 @@ One step: `fgsm`, `second_step`. Several: `ifgsm`, `mi_fgsm`, `pgd`, and `apgd`,
 `losses.margin`, `losses.dlr` and `losses.targeted_dlr` are losses for them, beside the cross-entropy.
 
 Without gradients: `square`. The smallest change instead of the worst within a budget, from logits and labels:
-`deepfool`, `carlini_wagner`.
+`deepfool`, `carlini_wagner`, `fab`.
 """
 
 from e2sad_jax.attacks.apgd import apgd
+from e2sad_jax.attacks.fab import fab
 from e2sad_jax.attacks.iterated import ifgsm, mi_fgsm, pgd
 from e2sad_jax.attacks.minimal import carlini_wagner, deepfool
 from e2sad_jax.attacks.one_step import OBJECTIVES, fgsm, second_step
@@ -21,6 +22,7 @@ __all__ = [
     "apgd",
     "carlini_wagner",
     "deepfool",
+    "fab",
     "fgsm",
     "ifgsm",
     "mi_fgsm",

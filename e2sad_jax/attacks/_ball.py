@@ -23,6 +23,10 @@ class Box(NamedTuple):
     def clip(self, x: jax.Array) -> jax.Array:
         return jnp.clip(x, self.lower, self.upper)
 
+    def holds(self, x: jax.Array) -> jax.Array:
+        """Which images `clip` would leave as they are, bool `[N]`."""
+        return ((x >= self.lower) & (x <= self.upper)).all(tuple(range(1, x.ndim)))
+
     def direction(self, gradient: jax.Array) -> jax.Array:
         """The steepest way up, of length 1 in the ball's norm."""
         return jnp.sign(finite(gradient))
@@ -41,16 +45,25 @@ class Round(NamedTuple):
 
     def clip(self, x: jax.Array) -> jax.Array:
         """To the ball along the radius, then to the range: the second, being nearer the image, leaves no ball."""
-        limits = jnp.finfo(x.dtype)
-        # A sum of D squares is rounded by about sqrt(D) roundings of one.
-        radius = self.radius * (1 - float(limits.eps) * (4 + math.sqrt(math.prod(x.shape[1:]))))
+        radius, tiny = self._reach(x), float(jnp.finfo(x.dtype).tiny)
         offset = x - self.center
-        offset = offset * (radius / jnp.maximum(jnp.maximum(length(offset), radius), float(limits.tiny)))
+        offset = offset * (radius / jnp.maximum(jnp.maximum(length(offset), radius), tiny))
         inside = self.center + offset
         # Many pixels that are each rounded outwards would add up.
         outwards = jnp.abs(inside - self.center) > jnp.abs(offset)
         inside = jnp.where(outwards, _next(inside, self.center), inside)
         return inside if self.bounds is None else jnp.clip(inside, *self.bounds)
+
+    def _reach(self, x: jax.Array) -> jax.typing.ArrayLike:
+        """The radius, less what the length of an image may be rounded by."""
+        # A sum of D squares is rounded by about sqrt(D) roundings of one.
+        return self.radius * (1 - float(jnp.finfo(x.dtype).eps) * (4 + math.sqrt(math.prod(x.shape[1:]))))
+
+    def holds(self, x: jax.Array) -> jax.Array:
+        inside = (length(x - self.center) <= self._reach(x)).reshape(-1)
+        if self.bounds is None:
+            return inside
+        return inside & ((x >= self.bounds[0]) & (x <= self.bounds[1])).all(tuple(range(1, x.ndim)))
 
     def direction(self, gradient: jax.Array) -> jax.Array:
         return unit(finite(gradient))

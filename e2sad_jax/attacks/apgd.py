@@ -2,15 +2,14 @@
 
 import itertools
 import math
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax.attacks import _ball, _loops
-
-T = TypeVar("T")
+from e2sad_jax.attacks._worst import Worst, judge, select
 
 MOMENTUM = 0.75  # alpha of Algorithm 1
 
@@ -23,23 +22,11 @@ class _Seen(NamedTuple):
     direction: jax.Array
 
 
-class _Worst(NamedTuple):
-    """The point to return: one that fools the model before any other, then the one of highest loss."""
-
-    image: jax.Array
-    fooled: jax.Array
-    loss: jax.Array
-
-    def or_worse(self, other: "_Worst") -> "_Worst":
-        worse = (other.fooled & ~self.fooled) | ((other.fooled == self.fooled) & (other.loss > self.loss))
-        return _select(worse, other, self)
-
-
 class _State(NamedTuple):
     now: _Seen
     before: jax.Array  # x^(k-1)
     best: _Seen  # x_max, f_max
-    worst: _Worst
+    worst: Worst
     step_size: jax.Array  # eta
     rises: jax.Array  # steps since the last checkpoint that raised the loss
     halved: jax.Array  # whether the last checkpoint halved the step size
@@ -121,12 +108,11 @@ def apgd(
         due[mark], enough[mark] = True, math.ceil(round(rho * (mark - before), 9))
     is_due, enough_rises = jnp.asarray(due), jnp.asarray(enough)
 
-    def look(point: jax.Array) -> tuple[_Seen, _Worst]:
+    def look(point: jax.Array) -> tuple[_Seen, Worst]:
         image = _ball.narrow(point, x.dtype, limits)  # what is judged is what may be returned
         loss, gradient = _ball.losses_and_gradient(loss_fn, image)
-        loss = jnp.where(jnp.isnan(loss), -jnp.inf, loss).astype(clean.dtype)
-        fooled = jnp.zeros(n, bool) if misclassified_fn is None else misclassified_fn(image).astype(bool)
-        return _Seen(point, loss, limits.direction(_ball.widen(gradient))), _Worst(image, fooled, loss)
+        judged = judge(image, loss.astype(clean.dtype), misclassified_fn)
+        return _Seen(point, judged.loss, limits.direction(_ball.widen(gradient))), judged
 
     def step(k: int | jax.Array, s: _State) -> _State:
         point = s.now.point
@@ -134,11 +120,11 @@ def apgd(
         alpha = jnp.where(k == 0, 1.0, MOMENTUM).astype(point.dtype)
         moved = limits.clip(point + alpha * (target - point) + (1 - alpha) * (point - s.before))
         seen, candidate = look(moved)
-        best = _select(seen.loss > s.best.loss, seen, s.best)
+        best = select(seen.loss > s.best.loss, seen, s.best)
         # As in the paper, a checkpoint at step k judges the points up to x_k; x_{k+1} is only then at hand.
         stuck = ~s.halved & (s.best_at_checkpoint == s.best.loss)
         halve = is_due[k] & ((s.rises < enough_rises[k]) | stuck)
-        now = _select(halve, best, seen)
+        now = select(halve, best, seen)
         return _State(
             now=now,
             before=point,
@@ -150,7 +136,7 @@ def apgd(
             best_at_checkpoint=jnp.where(is_due[k], s.best.loss, s.best_at_checkpoint),
         )
 
-    def attempt(restart: int | jax.Array, worst: _Worst) -> _Worst:
+    def attempt(restart: int | jax.Array, worst: Worst) -> Worst:
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, restart)
         start, candidate = look(limits.clip(clean + eps * limits.noise(own, clean)))
         state = _State(
@@ -166,11 +152,6 @@ def apgd(
         return _loops.repeat_long(steps, step, state).worst
 
     never = _ball.spread(jnp.zeros(n, bool), x)
-    nothing = _Worst(x, never, _ball.spread(jnp.full(n, -jnp.inf, clean.dtype), x))
+    nothing = Worst(x, never, _ball.spread(jnp.full(n, -jnp.inf, clean.dtype), x))
     worst = attempt(0, nothing) if restarts == 1 else _loops.repeat_long(restarts, attempt, nothing)
     return jax.lax.stop_gradient(worst.image)
-
-
-def _select(choose: jax.Array, yes: T, no: T) -> T:
-    """Per image `yes` where `choose`, otherwise `no`."""
-    return jax.tree.map(lambda a, b: jnp.where(_ball.broadcast(choose, a), a, b), yes, no)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from e2sad_jax.attacks import _ball, _loops
+from e2sad_jax.attacks._worst import Worst, judge
 
 
 def _ascend(
@@ -191,24 +192,19 @@ def pgd(
     keys = _ball.per_image_keys("pgd", key, x.shape[0])
     limits = _ball.ball(norm, x, eps, bounds)
 
-    def attempt(restart: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def attempt(restart: int | jax.Array) -> jax.Array:
         start = _ball.widen(x)
         if random_start:
             own = jax.vmap(jax.random.fold_in, (0, None))(keys, restart)
             start = limits.clip(start + eps * limits.noise(own, start))
-        end = _ascend(loss_fn, start, limits, x.dtype, step_size, steps)
-        if restarts == 1:  # nothing to compare: two forward passes saved
-            return end, jnp.zeros(x.shape[0], bool), jnp.zeros(x.shape[0])
-        loss = loss_fn(end)
-        fooled = jnp.zeros(loss.shape, bool) if misclassified_fn is None else misclassified_fn(end).astype(bool)
-        return end, fooled, jnp.where(jnp.isnan(loss), -jnp.inf, loss)
+        return _ascend(loss_fn, start, limits, x.dtype, step_size, steps)
 
-    def keep_worse(
-        restart: int | jax.Array, best: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        (x_best, fooled_best, loss_best), (x_new, fooled, loss) = best, attempt(restart + 1)
-        worse = (fooled & ~fooled_best) | ((fooled == fooled_best) & (loss > loss_best))
-        x_worse = jnp.where(_ball.broadcast(worse, x), x_new, x_best)
-        return x_worse, fooled | fooled_best, jnp.where(worse, loss, loss_best)
+    if restarts == 1:  # nothing to compare: two forward passes saved
+        return jax.lax.stop_gradient(attempt(0))
 
-    return jax.lax.stop_gradient(_loops.repeat(restarts - 1, keep_worse, attempt(0))[0])
+    def judged(restart: int | jax.Array) -> Worst:
+        end = attempt(restart)
+        return judge(end, loss_fn(end), misclassified_fn)
+
+    worst = _loops.repeat(restarts - 1, lambda i, worst: worst.or_worse(judged(i + 1)), judged(0))
+    return jax.lax.stop_gradient(worst.image)

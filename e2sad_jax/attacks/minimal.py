@@ -69,13 +69,7 @@ def deepfool(
 
     def step(_: int | jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         z, fooled = state
-        logits, backward = jax.vjp(logits_fn, z.astype(x.dtype))
-        one_hot = jnp.broadcast_to(jnp.eye(classes, dtype=logits.dtype)[:, None], (classes, *logits.shape))
-        gradients = jax.vmap(lambda cotangent: backward(cotangent)[0])(_ball.spread(one_hot, logits))
-        gradients = _ball.widen(gradients)  # [K, N, ...]
-        logits, gradients = jax.lax.stop_gradient((_ball.widen(logits), gradients))
-        own = jnp.take_along_axis(gradients, y.reshape(1, -1, *[1] * (x.ndim - 1)), 0)
-        w = gradients - own
+        logits, w = linearised(logits_fn, z.astype(x.dtype), y)
         size = jnp.abs(w).sum(axes) if norm == "linf" else jnp.sqrt(jnp.square(w).sum(axes))  # [K, N]
         z_own = jnp.take_along_axis(logits, y[:, None], 1)
         # On the boundary itself the step would be zero, and with it the overshoot: one rounding more.
@@ -92,12 +86,21 @@ def deepfool(
     logits = look(x)
     if logits.ndim != 2 or logits.shape[0] != x.shape[0] or logits.shape[1] < 2:
         raise ValueError(f"deepfool: logits have shape {logits.shape}; it must be ({x.shape[0]}, K), K at least 2")
-    classes = logits.shape[1]
     y = logits.argmax(-1) if labels is None else labels
     losses.margin(logits, y)  # refuses labels that are none
     start = (clean, logits.argmax(-1) != y)
     end, _ = _loops.repeat_while(lambda state: ~state[1].all(), steps, step, start)
     return jax.lax.stop_gradient(beyond(end))
+
+
+def linearised(logits_fn: LogitsFn, z: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The logits `[N, K]`, and how each grows beside that of the label: gradients `[K, N, ...]`."""
+    logits, backward = jax.vjp(logits_fn, z)
+    n, classes = logits.shape
+    one_hot = jnp.broadcast_to(jnp.eye(classes, dtype=logits.dtype)[:, None], (classes, n, classes))
+    gradients = jax.vmap(lambda cotangent: backward(cotangent)[0])(_ball.spread(one_hot, logits))
+    logits, gradients = jax.lax.stop_gradient((_ball.widen(logits), _ball.widen(gradients)))
+    return logits, gradients - jnp.take_along_axis(gradients, labels.reshape(1, -1, *[1] * (z.ndim - 1)), 0)
 
 
 class _Nearest(NamedTuple):

@@ -1,6 +1,7 @@
 """Square Attack: random search, with no gradient at all."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax.attacks import _ball, _loops
+from e2sad_jax.attacks._worst import select
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of p, in queries of 10,000
+LEAST = {"linf": 1, "l2": 3}  # side of a square
+TILES = 5  # along the shorter side, of the first query in the l2 ball
 
 
 class _State(NamedTuple):
@@ -17,13 +21,27 @@ class _State(NamedTuple):
     margin: jax.Array
 
 
-def sides(queries: int, p_init: float, height: int, width: int) -> list[int]:
+def sides(queries: int, p_init: float, height: int, width: int, least: int = 1) -> list[int]:
     """Side of the square that each query after the first changes: its area is a share p of the image's."""
     result = []
     for i in range(queries - 1):
         p = p_init / 2 ** sum(i * 10_000 // queries > halving for halving in HALVINGS)
-        result.append(min(max(round(math.sqrt(p * height * width)), 1), height, width))
+        result.append(min(max(round(math.sqrt(p * height * width)), least), height, width))
     return result
+
+
+def window(side: int) -> np.ndarray:
+    """The change of an l2 square, `[side, side]` at length 1 (Eq. 2): a hill in one half, a pit in the other."""
+
+    def hill(height: int, width: int) -> np.ndarray:
+        n = height // 2
+        away = np.maximum(np.abs(np.arange(height) - n)[:, None], np.abs(np.arange(width) - width // 2)[None])
+        terms = np.array([1 / (n + 1 - k) ** 2 for k in range(n + 1)])
+        return np.cumsum(terms)[n - away]
+
+    half = side // 2
+    both = np.concatenate([hill(side, half), -hill(side, side - half)], axis=1)
+    return both / np.sqrt((both**2).sum())
 
 
 def square(
@@ -34,14 +52,25 @@ def square(
     eps: jax.typing.ArrayLike,
     queries: int = 5000,
     p_init: float = 0.8,
+    norm: str = "linf",
     bounds: _ball.Bounds | None = (0.0, 1.0),
 ) -> jax.Array:
-    """Square Attack in the l-infinity ball: what only looks at the network's outputs.
+    """Square Attack: what only looks at the network's outputs.
 
-    The first query adds vertical stripes of width 1, for each channel of random sign and height eps. Each further one
-    adds a square at a random place, 2 eps or -2 eps in each channel, projected onto the ball, and keeps it if the
-    margin rises. The squares shrink by the paper's schedule, stretched to the number of queries. An image that is
-    misclassified changes no more, one that is so from the start not at all; when all are, the attack ends.
+    In the l-infinity ball the first query adds vertical stripes of width 1, for each channel of random sign and height
+    eps. Each further one adds a square at a random place, 2 eps or -2 eps in each channel, projected onto the ball.
+
+    In the l2 ball the first query is a grid of squares of random signs, at length eps. Each further one takes the change
+    out of a square W2 at a random place and gives its length, with what the ball has left, to another one, W1 (the
+    paper's Algorithm 3): there, in each channel, it becomes as long as that allows along
+
+        +- h + v / ||v||_2
+
+    with v the change so far and h a hill beside a pit, upright or lying.
+
+    What is tried is kept if the margin rises. The squares shrink by the paper's schedule, stretched to the number of
+    queries. An image that is misclassified changes no more, one that is so from the start not at all; when all are, the
+    attack ends.
 
     It finds what a network hides from `pgd` by gradients that are zero or misleading, at the price of many queries.
 
@@ -51,9 +80,10 @@ def square(
       margin_fn: images `[N, H, W, C]` to `[N]`, to be maximised, above 0 where the image is misclassified:
         `lambda z: losses.margin(logits_fn(z), labels)`. It need not be differentiable.
       x: images `[N, H, W, C]`, floating point, inside `bounds`.
-      eps: l-infinity budget, at least 0, in the images' own units.
+      eps: budget in `norm`, at least 0, in the images' own units.
       queries: number of calls of `margin_fn`, at least 1; one more looks at `x` itself.
       p_init: share of the image that the first squares cover, above 0, at most 1.
+      norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None for no clipping.
 
     Returns:
@@ -61,59 +91,129 @@ def square(
 
     Raises:
       TypeError: if `x` is not floating point.
-      ValueError: if `x` is not `[N, H, W, C]`, a budget is out of range, `key` has neither one key nor N, or
-        `margin_fn` does not return one value per image.
+      ValueError: if `x` is not `[N, H, W, C]`, a budget is out of range, `norm` is unknown, `key` has neither one key nor
+        N, or `margin_fn` does not return one value per image.
 
     Reference: Andriushchenko et al., 2020, https://arxiv.org/abs/1912.00049
     """
     _ball.check_images("square", x)
     _ball.check_number("square", "eps", eps)
     _ball.check_steps("square", "queries", queries)
+    _ball.check_norm("square", norm)
     _ball.check_bounds("square", bounds)
     if x.ndim != 4:
         raise ValueError(f"square: images have shape {x.shape}; squares need a height and a width, [N, H, W, C]")
     if not 0 < p_init <= 1:
-        raise ValueError(f"square: p_init={p_init}; it must lie in (0, 1], the paper takes 0.8 (l-infinity)")
+        raise ValueError(f"square: p_init={p_init}; it must lie in (0, 1], AutoAttack takes 0.8")
     x = jax.lax.stop_gradient(x)
-    n, height, width, channels = x.shape
+    n, height, width, _ = x.shape
     keys = _ball.per_image_keys("square", key, n)
-    limits, clean = _ball.box(x, eps, bounds), _ball.widen(x)
-    side = jnp.asarray(np.array([*sides(queries, p_init, height, width), 1], np.int32))
-
-    def signs(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return jax.vmap(lambda k: jax.random.rademacher(k, shape, clean.dtype))(keys)
+    limits, clean = _ball.ball(norm, x, eps, bounds), _ball.widen(x)
+    size = sides(queries, p_init, height, width, LEAST[norm])
+    first, further = (_stripes, _squares) if norm == "linf" else (_tiles, _hills)
+    change = further(clean, eps, size)
 
     def look(image: jax.Array) -> _State:
         margin = jax.lax.stop_gradient(_ball.per_image("margin_fn", margin_fn, image))
         return _State(image, jnp.where(jnp.isnan(margin), -jnp.inf, margin).astype(clean.dtype))
 
-    def keep(better: jax.Array, new: _State, old: _State) -> _State:
-        image = jnp.where(_ball.broadcast(better, x), new.image, old.image)
-        return _State(image, jnp.where(better, new.margin, old.margin))
-
-    def moved(image: jax.Array, pattern: jax.Array, size: jax.typing.ArrayLike) -> _State:
-        return look(_ball.narrow(limits.clip(_ball.widen(image) + pattern * size), x.dtype, limits))
-
-    def within(first: jax.Array, size: jax.Array, length: int) -> jax.Array:
-        """Which of `length` rows or columns a square of `size` covers, bool `[N, length]`."""
-        places = jnp.arange(length)[None]
-        return (places >= first[:, None]) & (places < first[:, None] + size)
+    def tried(point: jax.Array) -> _State:
+        return look(_ball.narrow(limits.clip(point), x.dtype, limits))
 
     def query(i: int | jax.Array, s: _State) -> _State:
-        draws = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, i), 3))(own)
-        top, left = (
-            jax.vmap(lambda k, room: jax.random.randint(k, (), 0, room), (0, None))(draws[:, j], length + 1 - side[i])
-            for j, length in enumerate((height, width))
-        )
-        covered = within(top, side[i], height)[:, :, None, None] & within(left, side[i], width)[:, None, :, None]
-        tried = moved(s.image, signs(draws[:, 2], (1, 1, channels)) * covered.astype(clean.dtype), 2 * eps)
-        return keep((s.margin <= 0) & (tried.margin > s.margin), tried, s)
+        new = tried(change(i, jax.vmap(jax.random.fold_in, (0, None))(own, i), _ball.widen(s.image)))
+        return select((s.margin <= 0) & (new.margin > s.margin), new, s)
 
     def unfinished(s: _State) -> jax.Array:
         return (s.margin <= 0).any()
 
     pairs = jax.vmap(jax.random.split)(keys)
     own, untouched = pairs[:, 1], look(x)
-    striped = moved(x, signs(pairs[:, 0], (1, width, channels)), eps)
-    start = keep(untouched.margin <= 0, striped, untouched)
+    start = select(untouched.margin <= 0, tried(first(pairs[:, 0], clean, eps)), untouched)
     return jax.lax.stop_gradient(_loops.repeat_while(unfinished, queries - 1, query, start).image)
+
+
+Further = Callable[[int | jax.Array, jax.Array, jax.Array], jax.Array]  # number, keys [N] and image: what to try
+
+
+def _signs(keys: jax.Array, shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+    return jax.vmap(lambda k: jax.random.rademacher(k, shape, like.dtype))(keys)
+
+
+def _places(keys: jax.Array, size: jax.Array, length: int) -> jax.Array:
+    """Where along `length` rows or columns a square of `size` begins, `[N]`."""
+    return jax.vmap(lambda k: jax.random.randint(k, (), 0, length + 1 - size))(keys)
+
+
+def _covered(top: jax.Array, left: jax.Array, size: jax.Array, like: jax.Array) -> jax.Array:
+    """Which pixels a square covers, `[N, H, W, 1]`, 0 or 1."""
+
+    def within(first: jax.Array, length: int) -> jax.Array:
+        places = jnp.arange(length)[None]
+        return (places >= first[:, None]) & (places < first[:, None] + size)
+
+    inside = within(top, like.shape[1])[:, :, None, None] & within(left, like.shape[2])[:, None, :, None]
+    return inside.astype(like.dtype)
+
+
+def _stripes(keys: jax.Array, clean: jax.Array, eps: jax.typing.ArrayLike) -> jax.Array:
+    return clean + eps * _signs(keys, (1, *clean.shape[2:]), clean)
+
+
+def _squares(clean: jax.Array, eps: jax.typing.ArrayLike, size: list[int]) -> Further:
+    """Algorithm 2: a square of one colour."""
+    side = jnp.asarray(np.array([*size, 1], np.int32))
+    _, height, width, channels = clean.shape
+
+    def change(i: int | jax.Array, keys: jax.Array, image: jax.Array) -> jax.Array:
+        draws = jax.vmap(lambda k: jax.random.split(k, 3))(keys)
+        top, left = _places(draws[:, 0], side[i], height), _places(draws[:, 1], side[i], width)
+        pattern = _signs(draws[:, 2], (1, 1, channels), clean) * _covered(top, left, side[i], clean)
+        return image + pattern * (2 * eps)
+
+    return change
+
+
+def _tiles(keys: jax.Array, clean: jax.Array, eps: jax.typing.ArrayLike) -> jax.Array:
+    _, height, width, channels = clean.shape
+    side = max(min(height, width) // TILES, 1)
+    rows, columns = height // side, width // side
+    grid = jnp.asarray(np.tile(window(side), (rows, columns))[None, :, :, None], clean.dtype)
+    signs = _signs(keys, (rows, columns, channels), clean).repeat(side, 1).repeat(side, 2)
+    top, left = height - rows * side, width - columns * side
+    around = ((0, 0), (top // 2, top - top // 2), (left // 2, left - left // 2), (0, 0))
+    return clean + eps * _ball.unit(jnp.pad(signs * grid, around))
+
+
+def _hills(clean: jax.Array, eps: jax.typing.ArrayLike, size: list[int]) -> Further:
+    """Algorithm 3: the length of the change moves from one square to another."""
+    _, height, width, channels = clean.shape
+    kinds = sorted({*size, 1})
+    table = np.zeros((len(kinds), 2, height, width))
+    for kind, one in zip(table, kinds, strict=True):
+        kind[0, :one, :one] = window(one)
+        kind[1, :one, :one] = window(one).T
+    windows, side = jnp.asarray(table, clean.dtype), jnp.asarray(np.array(kinds, np.int32))
+    which = jnp.asarray(np.array([*[kinds.index(one) for one in size], 0], np.int32))
+
+    def length(part: jax.Array) -> jax.Array:
+        """Of each channel, `[N, 1, 1, C]`."""
+        return jnp.sqrt(jnp.square(part).sum((1, 2), keepdims=True))
+
+    def unit(part: jax.Array) -> jax.Array:
+        long = length(part)
+        return part / jnp.where(long > 0, long, 1)
+
+    def change(i: int | jax.Array, keys: jax.Array, image: jax.Array) -> jax.Array:
+        now, edge = image - clean, side[which[i]]
+        draws = jax.vmap(lambda k: jax.random.split(k, 6))(keys)
+        tops, lefts = ([_places(draws[:, j + k], edge, m) for j in (0, 1)] for k, m in ((0, height), (2, width)))
+        to, source = (_covered(top, left, edge, clean) for top, left in zip(tops, lefts, strict=True))
+        lying = jax.vmap(lambda k: jax.random.randint(k, (), 0, 2))(draws[:, 4])
+        hill = jax.vmap(lambda kind, *place: jnp.roll(windows[which[i], kind], place, (0, 1)))(lying, tops[0], lefts[0])
+        towards = unit(_signs(draws[:, 5], (1, 1, channels), clean) * hill[..., None] + unit(now * to))
+        left_over = jnp.maximum(jnp.square(jnp.asarray(eps, clean.dtype)) - jnp.square(_ball.length(now)), 0)
+        available = jnp.sqrt(jnp.square(length(now * jnp.maximum(to, source))) + left_over / channels)
+        return clean + now * (1 - jnp.maximum(to, source)) + towards * available
+
+    return change

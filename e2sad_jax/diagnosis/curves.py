@@ -26,6 +26,7 @@ class Effort:
       apgd_steps: steps of both APGD in the worst case.
       queries: of Square in the worst case; 0 leaves it out.
       targets: wrong classes that the targeted APGD tries.
+      fab: wrong classes that FAB then tries on what stands; 0 leaves it out.
       worst_case: whether to measure that.
     """
 
@@ -36,16 +37,19 @@ class Effort:
     apgd_steps: int = 100
     queries: int = 5000
     targets: int = 9
+    fab: int = 0
     worst_case: bool = True
 
     def stages(self, classes: int) -> list[Attack]:
-        """Those of the worst case: `auto.STAGES` with this effort, without the targeted one below four classes."""
+        """Those of the worst case: `auto.STAGES` with this effort, without the targeted one below four classes, and FAB."""
         ce, targeted, square = auto.STAGES
         stages = [dataclasses.replace(ce, steps=self.apgd_steps)]
         if classes >= 4:
             stages.append(dataclasses.replace(targeted, steps=self.apgd_steps, targets=self.targets))
         if self.queries:
             stages.append(dataclasses.replace(square, steps=self.queries))
+        if self.fab:
+            stages.append(dataclasses.replace(auto.FAB, targets=self.fab))
         return stages
 
 
@@ -142,12 +146,14 @@ def diagnose(
             seed=subject.seed,
             progress=lambda name, images: progress(name),
         )
-        by_gradients = [stage.name for stage in stages if stage.kind != "square"]
-        white_box = white_box & result.standing[by_gradients[-1]]
-        if effort.queries:
-            black_box["Square"] = (
-                result.robust | ~result.standing[by_gradients[-1]]
-            )  # what it was not shown says nothing
+        before = np.ones_like(clean)
+        for stage in stages:
+            after = result.standing[stage.name] | ~before  # what it was not shown says nothing
+            if stage.kind == "square":
+                black_box["Square"] = after
+            else:
+                white_box = white_box & after
+            before = result.standing[stage.name]
         worst_case = {
             "accuracy": result.accuracy,
             "stages": [dataclasses.asdict(stage) for stage in stages],

@@ -38,6 +38,7 @@ class Request:
     auto: bool = True
     queries: int = 5000
     targets: int = 9
+    fab: int = 0
     restarts: int = 5
     results: str = ""
 
@@ -50,7 +51,7 @@ class Request:
             )
         if self.which not in ("last", "best"):
             raise ConfigError(f"--which={self.which}: must be one of last, best")
-        check_at_least(self, examples=0, batch_size=1, seed=0, queries=0, targets=1, restarts=1)
+        check_at_least(self, examples=0, batch_size=1, seed=0, queries=0, fab=0, targets=1, restarts=1)
         if self.seed >= 2**32:
             raise ConfigError(f"--seed={self.seed}: must be in [0, {2**32 - 1}]")
         if not 0 <= self.eps < float("inf"):
@@ -85,7 +86,11 @@ def run(request: Request) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--results={folder}: cannot be written ({error.strerror}); choose another folder") from error
     effort = Effort(
-        queries=request.queries, targets=request.targets, restarts=request.restarts, worst_case=request.auto
+        queries=request.queries,
+        targets=request.targets,
+        fab=request.fab,
+        restarts=request.restarts,
+        worst_case=request.auto,
     )
     with Bar(f"evaluate {subject.name}", measurements(effort, substitute is not None), "measurements") as bar:
         result = diagnose(

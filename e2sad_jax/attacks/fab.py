@@ -1,0 +1,260 @@
+"""FAB: the smallest change that fools the network, found by walking along its boundary."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from e2sad_jax import losses
+from e2sad_jax.attacks import _ball, _loops
+from e2sad_jax.attacks._worst import select
+from e2sad_jax.attacks.minimal import LogitsFn, linearised
+
+ROUNDS = 50  # of the projection at most; it needs about five
+FINAL_STEPS = 3  # along the line from the image to the nearest point found
+SHORT = 0.99  # of each of them: on the boundary itself rounding decides
+ROUNDING = 1e-5  # share of the largest logit by which another must lead, to do so in another program too
+
+
+class _Found(NamedTuple):
+    """The nearest image so far that fools the network, and its distance; without one the clean image, infinity."""
+
+    image: jax.Array
+    distance: jax.Array
+
+
+def fab(
+    logits_fn: LogitsFn,
+    x: jax.Array,
+    labels: jax.Array,
+    *,
+    targets: jax.Array | None = None,
+    steps: int = 100,
+    restarts: int = 1,
+    key: jax.Array | None = None,
+    eps: jax.typing.ArrayLike | None = None,
+    alpha_max: float = 0.1,
+    overshoot: float = 1.05,
+    beta: float = 0.9,
+    norm: str = "linf",
+    bounds: _ball.Bounds | None = (0.0, 1.0),
+) -> jax.Array:
+    """Fast Adaptive Boundary attack: the nearest image of another class, by projections onto the boundary.
+
+    In each step the network is taken as linear at the present point z. Its boundary towards one class is then a
+    hyperplane, onto which z and the image x are projected inside `bounds`, by d and d_x. With a = min(|d| / (|d| + |d_x|),
+    `alpha_max`) the next point is, cut to `bounds`,
+
+        (1 - a) (z + overshoot d) + a (x + overshoot d_x)
+
+    and where it fools the network, the one after starts at a share `beta` of the way to it. The nearest point of all that
+    fools the network is at last moved towards x as far as three steps of a search on the line between them find.
+
+    The class is the one whose hyperplane is nearest to z, which needs the gradients of all K logits in each step, or with
+    `targets` a given one: one gradient of the difference of two logits. Each step looks at the next point once more.
+    There is no budget: measure the change, or keep what is within yours.
+
+    Args:
+      logits_fn: images `[N, ...]` to logits `[N, K]`, K at least 2.
+      x: images `[N, ...]`, floating point, inside `bounds`.
+      labels: integer classes to leave, `[N]`. An image of another class stays as it is; one that is made leads by 1e-5 of
+        its largest logit, beyond what rounding differs by between programs.
+      targets: integer classes to walk to, `[N]`, other than `labels`; None for the nearest. Any wrong class is a success.
+      steps: number of steps, at least 1.
+      restarts: number of starts, at least 1. The first is at `x`, each other at a random point whose distance from it is
+        half that of the nearest found, `eps / 2` at most.
+      key: one random key, or keys `[N]`, one per image; needed by more than one start.
+      eps: radius that matters to the caller, at least 0; needed by more than one start.
+      alpha_max: bias towards the image, in [0, 1].
+      overshoot: factor of each projection, at least 1.
+      beta: share of the way from the image that is gone again after a success, in (0, 1].
+      norm: "linf" or "l2", in which the change is small.
+      bounds: range of valid images, or None for no clipping.
+
+    Returns:
+      Images, same shape and dtype as `x`, inside `bounds`; an image for which nothing was found is that of `x`. No
+      gradient flows through them.
+
+    Raises:
+      TypeError: if `x` is not floating point, or `labels` or `targets` are not integers.
+      ValueError: if an argument is out of range, more than one start lacks `key` or `eps`, or the logits are not
+        `[N, K]`.
+
+    Reference: Croce and Hein, 2019, https://arxiv.org/abs/1907.02044
+    """
+    _check(x, steps, restarts, key, eps, alpha_max, overshoot, beta, norm, bounds)
+    x = jax.lax.stop_gradient(x)
+    n, clean, everywhere = x.shape[0], _ball.widen(x), _ball.box(x, jnp.inf, bounds)
+    logits = jax.eval_shape(logits_fn, x)
+    if logits.ndim != 2 or logits.shape[0] != n or logits.shape[1] < 2:
+        raise ValueError(f"fab: logits have shape {logits.shape}; it must be ({n}, K), K at least 2")
+
+    if targets is not None:
+        losses.margin(jnp.zeros(logits.shape), targets)  # refuses targets that are no classes
+
+    def slack(logits: jax.Array) -> jax.Array:
+        """Of every boundary, the hyperplanes too: a walk that ended on the true one would never count as a success."""
+        return jax.lax.stop_gradient(ROUNDING * jnp.abs(logits).max(1))
+
+    def margin(z: jax.Array) -> jax.Array:
+        logits = jax.lax.stop_gradient(_ball.widen(logits_fn(z)))
+        return (losses.margin(logits, labels) - slack(logits)).astype(clean.dtype)
+
+    def ahead(z: jax.Array) -> jax.Array:
+        """As `margin`, of two logits: by how much the target is above the label."""
+        assert targets is not None
+        logits = _ball.widen(logits_fn(z))
+        lead = jnp.take_along_axis(logits, targets[:, None], 1) - jnp.take_along_axis(logits, labels[:, None], 1)
+        return lead[:, 0] - slack(logits)
+
+    def hyperplane(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The network at z as `value + <normal, . - z>`, above 0 beyond the boundary."""
+        if targets is not None:
+            value, normal = _ball.losses_and_gradient(ahead, z)
+            return value.astype(clean.dtype), _ball.widen(normal)
+        logits, normals = linearised(logits_fn, z, labels)
+        values = logits - jnp.take_along_axis(logits, labels[:, None], 1) - slack(logits)[:, None]
+        size = _size(normals.reshape(-1, *x.shape[1:]), "l1" if norm == "linf" else norm).reshape(-1, n).T
+        away = jnp.where(size > 0, jnp.abs(values) / jnp.where(size > 0, size, 1), jnp.inf)
+        nearest = jnp.where(jnp.isfinite(away), away, jnp.inf).argmin(1)
+        normal = jnp.take_along_axis(normals, nearest.reshape(1, -1, *[1] * (x.ndim - 1)), 0)[0]
+        return jnp.take_along_axis(values, nearest[:, None], 1)[:, 0], normal
+
+    def nearer(found: _Found, point: jax.Array) -> tuple[_Found, jax.Array]:
+        """`point` instead, where it fools and is nearer; and its margin."""
+        image = _ball.narrow(everywhere.clip(point), x.dtype, everywhere)
+        now = margin(image)
+        distance = _size(_ball.widen(image) - clean, norm)
+        return select((now > 0) & (distance < found.distance), _Found(image, distance), found), now
+
+    def step(_: int | jax.Array, state: tuple[jax.Array, _Found]) -> tuple[jax.Array, _Found]:
+        z, found = state
+        value, normal = hyperplane(z.astype(x.dtype))
+        normal = _ball.finite(normal)
+        value_clean = value + (normal * (clean - z)).sum(tuple(range(1, x.ndim)))
+        both = [jnp.concatenate(pair) for pair in ((z, clean), (normal, normal), (value, value_clean))]
+        moves = project(*both, norm=norm, bounds=bounds)
+        (d, d_clean), (size, size_clean) = jnp.split(moves, 2), jnp.split(_size(moves, norm), 2)
+        total = size + size_clean
+        alpha = jnp.minimum(jnp.where(total > 0, size / jnp.where(total > 0, total, 1), 0), alpha_max)
+        alpha = _ball.broadcast(alpha, x)
+        z = everywhere.clip((1 - alpha) * (z + overshoot * d) + alpha * (clean + overshoot * d_clean))
+        found, now = nearer(found, z)
+        return jnp.where(_ball.broadcast(now > 0, x), (1 - beta) * clean + beta * z, z), found
+
+    def attempt(restart: int | jax.Array, found: _Found) -> _Found:
+        start = clean
+        if restarts > 1:
+            assert key is not None
+            assert eps is not None
+            keys = jax.vmap(jax.random.fold_in, (0, None))(_ball.per_image_keys("fab", key, n), restart)
+            towards = _ball.ball(norm, x, eps, bounds).noise(keys, clean)
+            towards = towards / _ball.broadcast(_size(towards, norm), x)
+            radius = jnp.minimum(_ball.broadcast(found.distance, x), jnp.asarray(eps, clean.dtype)) / 2
+            start = everywhere.clip(clean + jnp.where(restart == 0, 0, radius) * towards)
+        return _loops.repeat_long(steps, step, (start, found))[1]
+
+    def towards_clean(
+        _: int | jax.Array, state: tuple[_Found, jax.Array, jax.Array, jax.Array]
+    ) -> tuple[_Found, jax.Array, jax.Array, jax.Array]:
+        """Just short of where a line through the margins at both ends crosses zero (the paper's Eq. 11)."""
+        found, outside, inside, within = state
+        end, drop = _ball.widen(found.image), outside - within
+        share = SHORT * jnp.where(drop > 0, outside / jnp.where(drop > 0, drop, 1), 0)
+        point = end - _ball.broadcast(jnp.where(jnp.isfinite(share), share, 0), x) * (end - inside)
+        closer, now = nearer(found, point)
+        fools = now > 0
+        inside = jnp.where(_ball.broadcast(fools, x), inside, point)
+        return closer, jnp.where(fools, now, outside), inside, jnp.where(fools, within, now)
+
+    nothing = _ball.spread(jnp.full(n, jnp.inf, clean.dtype), x)
+    already = jax.lax.stop_gradient(losses.margin(logits_fn(x), labels)) > 0
+    found = _Found(x, jnp.where(already, 0, nothing))
+    found = attempt(0, found) if restarts == 1 else _loops.repeat_long(restarts, attempt, found)
+    ends = (found, margin(found.image), clean, margin(x))
+    return jax.lax.stop_gradient(_loops.repeat_long(FINAL_STEPS, towards_clean, ends)[0].image)
+
+
+def project(
+    point: jax.Array, normal: jax.Array, value: jax.Array, *, norm: str, bounds: _ball.Bounds | None
+) -> jax.Array:
+    """The smallest change of `point` to where `value + <normal, change>` is 0, inside `bounds`.
+
+    Every pixel moves the way that closes the gap, by min(t, room) in the l-infinity norm and min(t |w|, room) in l2, w
+    being its entry of `normal` and room what `bounds` leave it. What that gains is concave in t, and piecewise linear:
+    Newton's method comes to the t that closes the gap from below, in few rounds.
+
+    Args:
+      point: `[N, ...]`, float32 or wider, inside `bounds`.
+      normal: `[N, ...]`, finite.
+      value: `[N]`.
+      norm: "linf" or "l2".
+      bounds: range of valid images, or None.
+
+    Returns:
+      The change, `[N, ...]`. Where no image in `bounds` reaches 0, it goes to the one that comes nearest to it; where
+      `normal` is 0 or `value` is not finite, it is 0.
+    """
+    axes = tuple(range(1, point.ndim))
+    largest = jnp.abs(normal).max(axes)
+    gap = jnp.abs(value) / jnp.where(largest > 0, largest, 1)
+    possible = (largest > 0) & jnp.isfinite(gap)
+    gap = jnp.where(possible, gap, 0)
+    w = -_ball.broadcast(jnp.sign(value), point) * normal / _ball.broadcast(jnp.where(largest > 0, largest, 1), point)
+    w = jnp.where(_ball.broadcast(possible, point), w, 0)
+    weight = jnp.abs(w)
+    room = jnp.full_like(point, jnp.inf)
+    if bounds is not None:
+        room = jnp.maximum(jnp.where(w > 0, bounds[1] - point, point - bounds[0]), 0)
+    speed = jnp.where(w != 0, 1, 0).astype(w.dtype) if norm == "linf" else weight
+    ends = room / jnp.where(speed > 0, speed, 1)  # the t from which on a pixel stays where it is
+
+    def newton(_: int | jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        t, _ = state
+        wide = _ball.broadcast(t, point)
+        gained = (weight * speed * jnp.minimum(wide, ends)).sum(axes)
+        rate = jnp.where(wide < ends, weight * speed, 0).sum(axes)
+        further = t + jnp.maximum(gap - gained, 0) / jnp.where(rate > 0, rate, 1)
+        further = jnp.where((rate > 0) & jnp.isfinite(further), further, t)
+        return further, further > t
+
+    zero = _ball.spread(jnp.zeros(value.shape, point.dtype), value)
+    t, _ = _loops.repeat_while(lambda state: state[1].any(), ROUNDS, newton, (zero, zero == 0))
+    return jnp.sign(w) * jnp.minimum(_ball.broadcast(t, point) * speed, room)
+
+
+def _size(change: jax.Array, norm: str) -> jax.Array:
+    """`[N]`; "l1" beside the norms of balls."""
+    axes = tuple(range(1, change.ndim))
+    if norm == "l2":
+        return _ball.length(change).reshape(-1)
+    return jnp.abs(change).max(axes) if norm == "linf" else jnp.abs(change).sum(axes)
+
+
+def _check(
+    x: jax.Array,
+    steps: int,
+    restarts: int,
+    key: jax.Array | None,
+    eps: jax.typing.ArrayLike | None,
+    alpha_max: float,
+    overshoot: float,
+    beta: float,
+    norm: str,
+    bounds: _ball.Bounds | None,
+) -> None:
+    _ball.check_images("fab", x)
+    _ball.check_steps("fab", "steps", steps)
+    _ball.check_steps("fab", "restarts", restarts)
+    if restarts > 1 and (key is None or eps is None):
+        raise ValueError(f"fab: restarts={restarts} begin at random points and need key and eps; or use restarts=1")
+    if eps is not None:
+        _ball.check_number("fab", "eps", eps)
+    if not 0 <= alpha_max <= 1:
+        raise ValueError(f"fab: alpha_max={alpha_max}; it must lie in [0, 1], the paper takes 0.1")
+    if not overshoot >= 1:
+        raise ValueError(f"fab: overshoot={overshoot}; it must be at least 1, the paper takes 1.05")
+    if not 0 < beta <= 1:
+        raise ValueError(f"fab: beta={beta}; it must lie in (0, 1], the paper takes 0.9")
+    _ball.check_norm("fab", norm)
+    _ball.check_bounds("fab", bounds)
