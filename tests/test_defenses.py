@@ -55,8 +55,7 @@ DEFENSES: dict[str, Callable[..., Any]] = {
 MIXED = [name for name in DEFENSES if name not in ("natural", "pgd_minmax")]
 every_defense = pytest.mark.parametrize("name", DEFENSES)
 
-
-quick = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
 # --- the equations by hand
@@ -143,7 +142,6 @@ def close(got: Any, want: Any, rtol: float = 1e-4) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6), got, want)
 
 
-@quick
 @every_defense
 @pytest.mark.parametrize("delta", [0, 0.25])
 def test_loss_parts_and_gradient(name, delta):
@@ -161,7 +159,6 @@ def test_loss_parts_and_gradient(name, delta):
     close(got, want)
 
 
-@quick
 @pytest.mark.parametrize("name", MIXED)
 @pytest.mark.parametrize("alpha", [0, 0.0, 0.25, 1])
 def test_alpha(name, alpha):
@@ -173,7 +170,6 @@ def test_alpha(name, alpha):
     assert parts["adversarial"] > parts["clean"] + 0.05
 
 
-@quick
 @pytest.mark.parametrize("name", MIXED)
 def test_weights_may_be_traced(name):
     """The weights as arguments of a jitted function, one compilation for all."""
@@ -185,7 +181,6 @@ def test_weights_may_be_traced(name):
         close(run(*given), DEFENSES[name](net(weights), x, y, **dict(zip(names, given, strict=True))))
 
 
-@quick
 @pytest.mark.parametrize("kind", [np.float32, np.float64, jnp.float32])
 def test_weights_may_be_arrays(kind):
     """NumPy's and JAX's scalars mean what Python's mean: alpha = 0 attacks all the same."""
@@ -203,7 +198,6 @@ def test_e2sad_without_dissimilarity_is_fgsm_training():
     close(*gradients)
 
 
-@quick
 @pytest.mark.parametrize("stop", [("first",), ("second",), ("first", "second")])
 def test_dissimilarity_teaches_through_both_arguments(stop):
     (x, y), weights = batch(), draw()
@@ -226,7 +220,6 @@ def test_e2sad_clips_the_second_point_only_when_asked(clip):
 # --- derivatives, transformations, training
 
 
-@quick
 @every_defense
 def test_gradient_against_finite_differences(name):
     """In float64; Hamm's penalty is a second derivative. No sign turns within so small a step."""
@@ -243,7 +236,6 @@ def test_gradient_against_finite_differences(name):
             assert abs(slope) > 1e-4
 
 
-@quick
 @every_defense
 @pytest.mark.parametrize("zero", [("w1",), ("w2",), ("w1", "b1", "w2")])
 def test_finite_where_the_input_gradient_vanishes(name, zero):
@@ -271,7 +263,6 @@ def test_jit_and_vmap_over_models(name):
     close(stacked, jax.tree.map(lambda *v: jnp.stack(v), *want))
 
 
-@quick
 @every_defense
 def test_training_decreases_the_loss(name):
     (x, y), weights = batch(), draw()
