@@ -35,6 +35,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 
+# Begun first, so that none of them is what one worker still has to do when the other has nothing left.
+LONG = (
+    "test_hosts.py",
+    "test_real_data.py",
+    "test_experiments.py",
+    "test_devices.py",
+    "test_population.py",
+    "test_shown.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders files; within them tests stay as they are."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Callable[[str], pathlib.Path]:
     """Path of a reference file or folder in ../shared; a test that asks for one that is not there is skipped.
