@@ -1,12 +1,19 @@
 """Settings and fixtures of all tests: a strict JAX on several CPU devices, and the reference files beside the checkout."""
 
+import functools
 import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator
 
-# Before JAX starts: several devices, so that nothing may rely on there being one.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Before JAX starts: several devices, so that nothing may rely on there being one; and most of the time of the tests is
+# the compiler's: half as much of it makes programs that run about as fast at these sizes. The same operations are
+# computed; the real runs of test_real_data.py take what users have.
+DEVICES = "--xla_force_host_platform_device_count=8"
+LESS_COMPILING = (
+    "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), LESS_COMPILING, DEVICES]).strip()
 
 # Programs that several tests compile, in processes of their own too, are compiled once per worker (JAX does not write
 # entries atomically); nothing is kept for the next time.
@@ -19,13 +26,29 @@ import jax
 import numpy as np
 import pytest
 
-from e2sad_jax import data
+from e2sad_jax import data, models
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+# Begun first, so that none of them is what one worker still has to do when the other has nothing left.
+LONG = (
+    "test_hosts.py",
+    "test_real_data.py",
+    "test_experiments.py",
+    "test_devices.py",
+    "test_population.py",
+    "test_shown.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders files; within them tests stay as they are."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")
@@ -46,10 +69,24 @@ def shared() -> Callable[[str], pathlib.Path]:
 
 @pytest.fixture
 def unoptimized() -> Iterator[None]:
-    """XLA compiles in half the time; for tests of what is computed, not of what the compiler makes of it."""
+    """XLA compiles in a quarter of the time, and convolutions run ten times slower; for programs that run a few times."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def little() -> Iterator[None]:
+    """For all tests of a module: `unoptimized`, and `digits_cnn` with so few filters that its slow convolutions are not felt.
+
+    The same layers and code; not for modules that start processes, which have the whole network.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        narrow = functools.partial(models.MnistCNN, features=(4, 8), hidden=64)
+        patch.setitem(models.MODELS, "digits_cnn", narrow)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

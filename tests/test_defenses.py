@@ -58,8 +58,7 @@ DEFENSES: dict[str, Callable[..., Any]] = {
 MIXED = [name for name in DEFENSES if name not in ("natural", "pgd_minmax")]
 every_defense = pytest.mark.parametrize("name", DEFENSES)
 
-
-quick = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
 # --- the equations by hand
@@ -150,7 +149,6 @@ def close(got: Any, want: Any, rtol: float = 1e-4) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6), got, want)
 
 
-@quick
 @every_defense
 @pytest.mark.parametrize("delta", [0, 0.25])
 def test_loss_parts_and_gradient(name, delta):
@@ -168,7 +166,6 @@ def test_loss_parts_and_gradient(name, delta):
     close(got, want)
 
 
-@quick
 @pytest.mark.parametrize("name", MIXED)
 @pytest.mark.parametrize("alpha", [0, 0.0, 0.25, 1])
 def test_alpha(name, alpha):
@@ -211,7 +208,6 @@ def test_both_points_of_the_ball_stay_there_and_are_drawn_anew():
     assert not np.array_equal(first[2], first[3])
 
 
-@quick
 @pytest.mark.parametrize("name", MIXED)
 def test_weights_may_be_traced(name):
     """The weights as arguments of a jitted function, one compilation for all."""
@@ -225,7 +221,6 @@ def test_weights_may_be_traced(name):
         close((got, {term: parts[term] for term in terms}), (want, terms))
 
 
-@quick
 @pytest.mark.parametrize("kind", [np.float32, np.float64, jnp.float32])
 def test_weights_may_be_arrays(kind):
     """NumPy's and JAX's scalars mean what Python's mean: alpha = 0 attacks all the same."""
@@ -243,7 +238,6 @@ def test_e2sad_without_dissimilarity_is_fgsm_training():
     close(*gradients)
 
 
-@quick
 @pytest.mark.parametrize("stop", [("first",), ("second",), ("first", "second")])
 def test_dissimilarity_teaches_through_both_arguments(stop):
     (x, y), weights = batch(), draw()
@@ -266,7 +260,6 @@ def test_e2sad_clips_the_second_point_only_when_asked(clip):
 # --- derivatives, transformations, training
 
 
-@quick
 @every_defense
 def test_gradient_against_finite_differences(name):
     """In float64; Hamm's penalty is a second derivative. No sign turns within so small a step."""
@@ -283,7 +276,6 @@ def test_gradient_against_finite_differences(name):
             assert abs(slope) > 1e-4
 
 
-@quick
 @every_defense
 @pytest.mark.parametrize("zero", [("w1",), ("w2",), ("w1", "b1", "w2")])
 def test_finite_where_the_input_gradient_vanishes(name, zero):
@@ -311,7 +303,6 @@ def test_jit_and_vmap_over_models(name):
     close(stacked, jax.tree.map(lambda *v: jnp.stack(v), *want))
 
 
-@quick
 @every_defense
 def test_training_decreases_the_loss(name):
     (x, y), weights = batch(), draw()

@@ -20,7 +20,8 @@ TINY = ["--model=digits_cnn", "--batch_size=8", "--eval_batch_size=20", "--attac
 
 
 def start(name, *flags, **kwargs):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    one_device = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
+    environment = {**os.environ, "XLA_FLAGS": one_device, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-m", f"experiments.{name}", *map(str, flags)],
         cwd=ROOT,

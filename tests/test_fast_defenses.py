@@ -26,7 +26,7 @@ DEFENSES: dict[str, Callable[..., Any]] = {
 }
 NOISY = ["rs_fgsm", "n_fgsm", "trades", "grad_align"]
 every_defense = pytest.mark.parametrize("name", DEFENSES)
-quick = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
 def watching(logits_fn: LogitsFn, seen: list[np.ndarray]) -> LogitsFn:
@@ -229,7 +229,6 @@ def test_rs_fgsm_is_one_step_of_pgd_minmax():
 # --- derivatives, transformations, training
 
 
-@quick
 @every_defense
 def test_gradient_against_finite_differences(name):
     """In float64; the penalties are second derivatives. No sign turns within so small a step."""
@@ -246,7 +245,6 @@ def test_gradient_against_finite_differences(name):
             assert abs(slope) > 1e-4
 
 
-@quick
 @every_defense
 @pytest.mark.parametrize("change", ["zero w1", "zero w2", "zero all", "saturated"])
 def test_finite_where_gradients_vanish_and_where_logits_saturate(name, change):
@@ -275,7 +273,6 @@ def test_jit_and_vmap_over_models_with_traced_settings(name):
     close(stacked, jax.tree.map(lambda *v: jnp.stack(v), *want))
 
 
-@quick
 @every_defense
 def test_training_decreases_the_loss(name):
     (x, y), weights = batch(), draw()

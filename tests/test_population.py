@@ -18,7 +18,7 @@ N = 50
 
 
 @pytest.fixture(autouse=True)
-def standard_promotion(monkeypatch, unoptimized):
+def standard_promotion(monkeypatch, little):
     """Optax's Adam mixes float and int32. Checkpoints are not attacked here: that takes longer than the training."""
     monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": 0.0})
     with jax.numpy_dtype_promotion("standard"):
@@ -53,7 +53,7 @@ def alone(config, dataset, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def singles(tiny):
+def singles(tiny, little):
     with jax.numpy_dtype_promotion("standard"):
         return [alone(config, tiny) for config in MEMBERS]
 

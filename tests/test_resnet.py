@@ -16,6 +16,8 @@ from e2sad_jax.config import DEFENSES
 from e2sad_jax.transforms import TRANSFORMS
 from tests.test_train import fit, load_state, no_evaluation, no_last_evaluation, tiny_config  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 # How many passes a loss is made of, outside of inner gradients: of these the running averages are told.
 PASSES = {**dict.fromkeys(DEFENSES, 1), "fgsm": 2, "ifgsm": 2, "e2sad": 3, "trades": 2}
 

@@ -16,6 +16,8 @@ from e2sad_jax.config import Config
 from e2sad_jax.errors import WorkdirError
 from tests.test_train import N, fit, load_state, no_evaluation, no_last_evaluation, tiny_config  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("little")
+
 SETTINGS = (  # the later ones
     *("schedule", "eps_warmup", "noise", "replays", "beta", "align_weight", "gradient_weight"),
     *("random_start", "ball_second"),

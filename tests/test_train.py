@@ -25,6 +25,8 @@ from e2sad_jax.workdir import open_workdir
 
 N = 50
 
+pytestmark = pytest.mark.usefixtures("little")
+
 
 @pytest.fixture(autouse=True)
 def standard_promotion():
@@ -97,7 +99,7 @@ def test_every_defense_learns_in_one_compilation_and_donates_its_state(defense, 
     monkeypatch.setattr(
         train, "make_train_step", lambda *args, **kwargs: steps.append(make(*args, **kwargs)) or steps[0]
     )
-    config = tiny_config(defense=defense, steps=25, eps1=0.1, eps2=0.05, soft_label=False)
+    config = tiny_config(defense=defense, steps=25, eps1=0.1, eps2=0.05, soft_label=False, learning_rate=1e-2)
     model = models.create(config.model, tiny.num_classes, tiny.image_shape)
     first, losses = train.init_state(config, model, tiny.image_shape), []
     last = fit(config, tiny, first, record=lambda step, metrics, count: losses.append(metrics))

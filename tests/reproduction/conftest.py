@@ -26,7 +26,7 @@ def standard_promotion():
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch, unoptimized):
+def quick(monkeypatch, little):
     """Attacks of two steps under the names of the long ones, no validation, costs that are made up."""
 
     def short(attack):
