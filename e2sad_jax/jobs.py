@@ -23,7 +23,7 @@ from e2sad_jax._tracing import jit
 from e2sad_jax.checkpoint import Checkpoints
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
-from e2sad_jax.errors import ConfigError, LostProcessError, NonFiniteError, WorkdirError, first_line
+from e2sad_jax.errors import CheckpointError, ConfigError, LostProcessError, NonFiniteError, WorkdirError, first_line
 from e2sad_jax.evaluate import Attack, Outcome, evaluate
 from e2sad_jax.progress import Bar, Recorder
 from e2sad_jax.train import TrainState, fit, init_state, stack, unstack
@@ -220,8 +220,11 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
                 "--precision=float32, with another --workdir",
                 error.member,
             ) from None
-        except jax.errors.JaxRuntimeError as error:
-            if not sharding.several() or "RESOURCE_EXHAUSTED" in str(error) or "INVALID_ARGUMENT" in str(error):
+        except (jax.errors.JaxRuntimeError, CheckpointError) as error:
+            # A checkpoint's writer may be the one that waits for a process in vain.
+            cause = error.__cause__ if isinstance(error, CheckpointError) else error
+            own = any(word in str(cause) for word in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"))
+            if own or not (sharding.several() and isinstance(cause, jax.errors.JaxRuntimeError)):
                 raise  # nobody else's fault
             last = first.checkpoints.last_step
             kept = (
@@ -229,7 +232,7 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
             )
             raise LostProcessError(
                 f"another of the {jax.process_count()} processes was lost after step {bar.done:,} "
-                f"({first_line(error)}); {kept}. Start all of them again to go on from there"
+                f"({first_line(cause)}); {kept}. Start all of them again to go on from there"
             ) from error
         finally:
             record.close()

@@ -18,7 +18,7 @@ import e2sad_jax
 from e2sad_jax import data, jobs, models, run, train
 from e2sad_jax.checkpoint import Checkpoints
 from e2sad_jax.config import DEFENSES, Config
-from e2sad_jax.errors import CheckpointError, ConfigError, NonFiniteError, WorkdirError
+from e2sad_jax.errors import CheckpointError, ConfigError, LostProcessError, NonFiniteError, WorkdirError
 from e2sad_jax.evaluate import Outcome
 from e2sad_jax.transforms import TRANSFORMS
 from e2sad_jax.workdir import open_workdir
@@ -353,3 +353,24 @@ def test_bfloat16_trains_with_float32_parameters(tiny):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
     assert metrics["loss"].dtype == jnp.float32
     assert "bf16" in step.lower(state, tiny.x_train, tiny.y_train, order).as_text()
+
+
+@pytest.mark.parametrize(
+    ("several", "cause", "kind"),
+    [
+        (True, jax.errors.JaxRuntimeError("AllGather failed"), LostProcessError),
+        (False, jax.errors.JaxRuntimeError("AllGather failed"), CheckpointError),
+        (True, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), CheckpointError),
+        (True, OSError("no space left on device"), CheckpointError),
+    ],
+)
+def test_a_process_lost_while_a_checkpoint_is_written_is_a_lost_process(
+    several, cause, kind, tiny, tmp_path, monkeypatch
+):
+    def fit(*args, **kwargs):
+        monkeypatch.setattr("e2sad_jax.sharding.several", lambda: several)
+        raise CheckpointError("cannot write a checkpoint") from cause
+
+    monkeypatch.setattr(jobs, "fit", fit)
+    with jobs.open_job(tiny_config(workdir=str(tmp_path / "w")), tiny) as job, pytest.raises(kind):
+        jobs.train(job, lambda: 0)
