@@ -33,6 +33,14 @@ train() { # flags: one run from start to report, stopped cleanly when time is up
     if ((code == 124 || code == 143)); then exit 4; elif ((code == 3)); then diverged=3; elif ((code)); then exit "$code"; fi
 }
 
+compare() { # flags: experiments.compare in the time that is left
+    local left=$((end - SECONDS)) code=0
+    if ((left < 60)); then exit 4; fi
+    timeout --signal=TERM "$left" "$python" -m experiments.compare --data="${mnist:-mnist}" --model=mnist_cnn --batch_size=256 \
+        --seeds=3 --examples=10000 --queries=5000 --apgd_steps=100 --workdir="$folder/compare" "$@" || code=$?
+    if ((code == 124 || code == 143)); then exit 4; elif ((code == 3)); then diverged=3; elif ((code)); then exit "$code"; fi
+}
+
 "$python" -c 'import jax; print(jax.__version__, jax.devices())'
 # What a step costs, in each precision, beside PyTorch where it is installed; once.
 if [ ! -e "$folder/step_cost/step_cost.json" ]; then
@@ -44,13 +52,12 @@ fi
 for precision in float32 bf16; do
     train --defense=e2sad --precision="$precision" --workdir="$folder/e2sad-$precision"
 done
-# Every defense at the same number of updates: what is left under the worst case, for which price.
-left=$((end - SECONDS)) code=0
-if ((left < 60)); then exit 4; fi
-timeout --signal=TERM "$left" "$python" -m experiments.compare --data="${mnist:-mnist}" --model=mnist_cnn --steps=6000 \
-    --batch_size=256 --seeds=3 --examples=10000 --queries=5000 --apgd_steps=100 --workdir="$folder/compare" \
-    --results=results/compare_full || code=$?
-if ((code == 124 || code == 143)); then exit 4; elif ((code == 3)); then diverged=3; elif ((code)); then exit "$code"; fi
+# Every defense at the same number of updates: what is left under the worst case, for which price; the same for the same
+# FLOPs; e2SAD's robust preset as long as the paper trains; what each of its parts does.
+compare --steps=6000 --results=results/compare_full
+compare --steps=6000 --equal_flops --results=results/compare_equal
+compare --steps=30000 --entry="e2SAD, robust" --entry=PGD-3 --results=results/compare_long
+compare --steps=6000 --parts --results=results/compare_parts
 run --data="$mnist" --table=1,2
 run --data="$mnist" --study=second_step
 run --data="$mnist" --figure=all

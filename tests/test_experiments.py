@@ -61,6 +61,8 @@ def images(tmp_path_factory) -> pathlib.Path:
         (["--lambda=0.1"], "Unknown command line flag 'lambda'"),
         (["--defense=mart"], "must be one of natural, fgsm"),
         (["--baseline=best"], "--baseline=best: must be empty or one of"),
+        (["--preset=best"], "--preset=best: must be one of paper, robust"),
+        (["--preset=robust", "--defense=pgd"], "--preset=robust: is one of --defense=e2sad, not of pgd"),
         (["e2sad"], "unexpected argument 'e2sad'"),
         (["--data=nowhere.npz"], "nowhere.npz"),
         (["--data=cifar"], "cifar"),
@@ -74,6 +76,28 @@ def test_a_bad_value_is_one_line_and_exit_code_2(flags, words, tmp_path):
     assert len(err.strip().splitlines()) == 1
     assert err.startswith("mnist: ")
     assert list(tmp_path.iterdir()) == [], "nothing was loaded, nothing written"
+
+
+def test_a_preset_gives_way_to_flags_and_leaves_the_baseline_alone():
+    program = """
+import dataclasses, json, sys
+from absl import flags
+from experiments import common
+common.define_flags({"lam": 0.3, "eps1": 0.2}, {"fgsm": {"soft_label": True}}, "fgsm")
+flags.FLAGS(sys.argv)
+print(json.dumps([dataclasses.asdict(c) for c in common.read_configs({})]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--preset=robust", "--lam=3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    beside, chosen = json.loads(done.stdout)
+    settings = ("lam", "eps2", "alpha", "random_start", "ball_second", "soft_label", "schedule", "eps_warmup")
+    assert [chosen[name] for name in settings] == [3.0, 0.2, 0.0, True, True, False, "cyclic", 0.5]
+    assert [beside[name] for name in settings] == [3.0, 0.1, 0.6, False, False, True, "constant", 0.0]
 
 
 def test_help_explains_every_setting_with_its_range_and_default():
