@@ -313,26 +313,34 @@ def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
 
     from matplotlib.figure import Figure
 
+    by_name = result["request"]["equal_flops"] or result["request"]["parts"]  # all cost the same, or nearly
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     labels = {"last": "last checkpoint", "best": f"best on {result['chosen_on']}, where another"}
+
+    def draw(row: Mapping[str, Any], robust: Sequence[float], *args: Any, **style: Any) -> None:
+        at = [row["name"] if by_name else row["flops"]] * len(robust)
+        axes.plot(*((robust, at) if by_name else (at, robust)), *args, **style)
+
     for row in result["rows"]:
-        flops, last, best = row["flops"], row["last"]["robust"], row["best"]["robust"]
-        ours = row["name"].startswith("e2SAD")
-        style: dict[str, Any] = {
-            "marker": "*" if ours else "o",
-            "color": "C3" if ours else "C0",
-            "ms": 14 if ours else 7,
-        }
+        last, best = row["last"]["robust"], row["best"]["robust"]
+        ours = row["name"].startswith("e2SAD") and not by_name
+        style: dict[str, Any] = {"color": "C3" if ours else "C0"}
+        marker = {"marker": "*" if ours else "o", "ms": 14 if ours else 7, "ls": "", **style}
         if best != last:
-            axes.plot([flops, flops], [last, best], ":", color=style["color"], lw=1)
-            axes.plot(flops, best, ls="", mfc="none", **style)
-        axes.plot(flops, last, ls="", **style)
-        axes.annotate(row["name"], (flops, last), (6, 4), textcoords="offset points", fontsize=8)
+            draw(row, [last, best], ":", lw=1, **style)
+            draw(row, [best], mfc="none", **marker)
+        draw(row, [last], **marker)
+        if not by_name:
+            axes.annotate(row["name"], (row["flops"], last), (6, 4), textcoords="offset points", fontsize=8)
     for which, fill in (("last", "0.4"), ("best", "none")):
         axes.plot([], [], "o", color="0.4", mfc=fill, label=labels[which])
     axes.legend(loc="upper left", fontsize=8, frameon=False)
-    axes.set(xlabel="FLOPs of training", ylabel="robust accuracy", xscale="log", ylim=(-0.03, 1.0))
-    axes.margins(x=0.12)
+    if by_name:
+        axes.set(xlabel="robust accuracy", xlim=(-0.03, 1.0))
+        axes.invert_yaxis()
+    else:
+        axes.set(xlabel="FLOPs of training", ylabel="robust accuracy", xscale="log", ylim=(-0.03, 1.0))
+        axes.margins(x=0.12)
     axes.set_title(textwrap.fill(_about(result), 110), fontsize=8)
     plots.save(path, figure, dpi=120)
