@@ -18,6 +18,13 @@ python=${PYTHON:-python}
 
 diverged=0
 
+timed() { # a command, stopped cleanly when time is up
+    local left=$((end - SECONDS)) code=0
+    if ((left < 60)); then exit 4; fi
+    timeout --signal=TERM "$left" "$@" || code=$?
+    if ((code == 124 || code == 143)); then exit 4; elif ((code == 3)); then diverged=3; elif ((code)); then exit "$code"; fi
+}
+
 run() { # flags: one command in the time that is left; what is finished already costs little
     local left=$((end - SECONDS)) code=0
     if ((left < 60)); then exit 4; fi
@@ -27,18 +34,12 @@ run() { # flags: one command in the time that is left; what is finished already 
 }
 
 train() { # flags: one run from start to report, stopped cleanly when time is up
-    local left=$((end - SECONDS)) code=0
-    if ((left < 60)); then exit 4; fi
-    timeout --signal=TERM "$left" "$python" -m experiments.mnist --data="$mnist" "$@" || code=$?
-    if ((code == 124 || code == 143)); then exit 4; elif ((code == 3)); then diverged=3; elif ((code)); then exit "$code"; fi
+    timed "$python" -m experiments.mnist --data="$mnist" "$@"
 }
 
 compare() { # flags: experiments.compare in the time that is left
-    local left=$((end - SECONDS)) code=0
-    if ((left < 60)); then exit 4; fi
-    timeout --signal=TERM "$left" "$python" -m experiments.compare --data="${mnist:-mnist}" --model=mnist_cnn --batch_size=256 \
-        --seeds=3 --examples=10000 --queries=5000 --apgd_steps=100 --workdir="$folder/compare" "$@" || code=$?
-    if ((code == 124 || code == 143)); then exit 4; elif ((code == 3)); then diverged=3; elif ((code)); then exit "$code"; fi
+    timed "$python" -m experiments.compare --data="${mnist:-mnist}" --model=mnist_cnn --batch_size=256 \
+        --seeds=3 --examples=10000 --queries=5000 --apgd_steps=100 --workdir="$folder/compare" "$@"
 }
 
 "$python" -c 'import jax; print(jax.__version__, jax.devices())'

@@ -49,30 +49,19 @@ def theirs(eps: float, classifier: Any) -> list[Callable[[], Any]]:
     from art.attacks import evasion
 
     quiet = {"batch_size": 250, "verbose": False}
-    # ART's names; its APGD on the DLR loss replaces the classifier's own loss.
+
+    def apgd(loss: str) -> Any:  # on the DLR loss ART's replaces the classifier's own
+        return evasion.AutoProjectedGradientDescent(
+            classifier, eps=eps, eps_step=2 * eps, max_iter=FLAGS.apgd_steps, nb_random_init=1, loss_type=loss, **quiet
+        )
+
     return [
         lambda: evasion.FastGradientMethod(classifier, eps=eps, batch_size=250),
         lambda: evasion.ProjectedGradientDescent(
             classifier, eps=eps, eps_step=eps / 10, max_iter=40, num_random_init=1, **quiet
         ),
-        lambda: evasion.AutoProjectedGradientDescent(
-            classifier,
-            eps=eps,
-            eps_step=2 * eps,
-            max_iter=FLAGS.apgd_steps,
-            nb_random_init=1,
-            loss_type="cross_entropy",
-            **quiet,
-        ),
-        lambda: evasion.AutoProjectedGradientDescent(
-            classifier,
-            eps=eps,
-            eps_step=2 * eps,
-            max_iter=FLAGS.apgd_steps,
-            nb_random_init=1,
-            loss_type="difference_logits_ratio",
-            **quiet,
-        ),
+        lambda: apgd("cross_entropy"),
+        lambda: apgd("difference_logits_ratio"),
         lambda: evasion.SquareAttack(classifier, eps=eps, max_iter=FLAGS.queries, nb_restarts=1, **quiet),
     ]
 

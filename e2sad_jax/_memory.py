@@ -11,9 +11,9 @@ _LIMIT = 2**30  # bytes
 def keep_freed() -> bool:
     """Lets glibc keep freed memory, up to a gibibyte in one piece, instead of giving it back to the system at once.
 
-    On the CPU the buffers of a step are one large piece, which glibc maps anew for each step: thousands of page faults,
-    up to a sixth of the step. For the whole process, so programs call it, not the library; before JAX computes, because
-    threads that ran before may keep memory of their own. Settings of the user's own in the environment have precedence.
+    On the CPU the buffers of a step are one large piece, which glibc maps anew for each step: thousands of page faults.
+    For the whole process, so programs call it, not the library; before JAX computes, because threads that ran before may
+    keep memory of their own. Settings of the user's own in the environment have precedence.
 
     Returns:
       Whether glibc took it; elsewhere nothing changes.

@@ -1,6 +1,7 @@
 """Every defense at the same number of updates: robust accuracy in the worst case against what training cost."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -125,6 +126,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
       ConfigError: if the data is too small for the request.
       Stopped: after Ctrl-C; what is finished stays.
     """
+    report.commit()  # before the results that are written make it one with changes
     dataset = data.load(request.data, request.data_dir or None)
     folder = pathlib.Path(request.results).expanduser()
     entries = [name for name in {**ENTRIES, **PARTS} if name in request.entries()]
@@ -168,11 +170,19 @@ def _affordable(request: Request, config: Config, dataset: Dataset) -> Config:
     if not request.equal_flops:
         return config
     (other,) = dataclasses.replace(request, seeds=1).configs(REFERENCE)
-    flops = [step_flops(c, dataset.image_shape, dataset.num_classes) for c in (other, config)]
-    steps = max(1, round(request.steps * flops[0] / flops[1]))
+    steps = max(1, round(request.steps * _step_flops(other, dataset) / _step_flops(config, dataset)))
     folder = pathlib.Path(config.workdir)
     config = dataclasses.replace(config, steps=steps, checkpoint_every=min(500, max(1, steps // 4)))
     return dataclasses.replace(config, workdir=str(folder.with_name(f"{config.defense}-{config.digest()}-{steps}")))
+
+
+def _step_flops(config: Config, dataset: Dataset) -> float:
+    """`step_flops`, which compiles the step, once for all seeds."""
+    any_run = {f: getattr(Config, f) for f in ("seed", "steps", "checkpoint_every", "workdir", "data_dir")}
+    return _compiled_flops(dataclasses.replace(config, **any_run), dataset.image_shape, dataset.num_classes)
+
+
+_compiled_flops = functools.cache(step_flops)
 
 
 def _effort(request: Request) -> Effort:
@@ -219,7 +229,7 @@ def _judged(request: Request, config: Config, dataset: Dataset) -> dict[str, Any
         "last": last,
         "best": _attacked(config, "best", images, labels, stages) if best and best[0] != last["step"] else last,
         "chosen_on": chosen_on,
-        "flops": config.steps * step_flops(config, dataset.image_shape, dataset.num_classes),
+        "flops": config.steps * _step_flops(config, dataset),
         "train_seconds": round(seconds, 1),
         "workdir": config.workdir,
     }

@@ -38,7 +38,7 @@ def preset(name: str, eps1: float) -> dict[str, Any]:
     return {**points, **SCHEDULE}
 
 
-# With it alone single and double steps learn MNIST's budget of 0.3 at all (docs/e2sad.md).
+# Under which cheap defenses hold MNIST's budget of 0.3 (docs/e2sad.md).
 SCHEDULE: Mapping[str, Any] = {"eps_warmup": 0.5, "schedule": "cyclic", "learning_rate": 3e-3}
 
 

@@ -27,7 +27,7 @@ def define_flags() -> None:
     flags.DEFINE_string("model", "digits_cnn", "network; mnist_cnn is the paper's", **own)
     flags.DEFINE_integer("steps", 2000, "training steps of each; at least 1", **own)
     flags.DEFINE_integer("batch_size", 128, "images a step; at least 1", **own)
-    text = "l-infinity budget of training and attack, e2SAD's second step a third of it; above 0, at most 1"
+    text = "l-infinity budget of training and attack; above 0, at most 1"
     flags.DEFINE_float("eps", 0.3, text, **own)
     flags.DEFINE_float(
         "eps_warmup", 0.5, "steps over which eps rises, below 1: so much of all steps; at least 0", **own

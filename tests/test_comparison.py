@@ -100,41 +100,30 @@ def row(name, flops, last, best):
     }
 
 
-def test_the_picture_has_a_hollow_marker_only_where_the_best_is_another(tmp_path, monkeypatch):
+def drawn(rows, monkeypatch, **request):
+    """The axes of the picture of such rows."""
     figures = []
     monkeypatch.setattr(comparison.plots, "save", lambda path, figure, dpi: figures.append(figure))
-    result = {
-        "request": dataclasses.asdict(comparison.Request()),
-        "attacks": [],
-        "eps": 0.3,
-        "images": 500,
-        "chosen_on": "1,000 held-out images",
-        "rows": [row("natural", 1.0, 0.0, 0.0), row("e2SAD, paper", 3.0, 0.2, 0.4)],
-    }
-    comparison.plot(tmp_path / "compare.png", result)
+    about = {"attacks": [], "eps": 0.3, "images": 500, "chosen_on": "1,000 held-out images"}
+    request = dataclasses.asdict(comparison.Request(**request))
+    comparison.plot(pathlib.Path("compare.png"), {"request": request, "rows": rows, **about})
     (axes,) = figures[0].axes
-    markers = [line for line in axes.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
+    return axes, [line for line in axes.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
+
+
+def test_the_picture_has_a_hollow_marker_only_where_the_best_is_another(monkeypatch):
+    rows = [row("natural", 1.0, 0.0, 0.0), row("e2SAD, paper", 3.0, 0.2, 0.4)]
+    _, markers = drawn(rows, monkeypatch)
     points = {(float(m.get_xdata()[0]), float(m.get_ydata()[0])): m.get_markerfacecolor() == "none" for m in markers}
     assert points == {(1.0, 0.0): False, (3.0, 0.2): False, (3.0, 0.4): True}
 
 
 @pytest.mark.parametrize("how", ["equal_flops", "parts"])
-def test_where_all_cost_the_same_the_picture_goes_by_name(how, tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(comparison.plots, "save", lambda path, figure, dpi: figures.append(figure))
-    result = {
-        "request": dataclasses.asdict(comparison.Request(**{how: True})),
-        "attacks": [],
-        "eps": 0.3,
-        "images": 500,
-        "chosen_on": "1,000 held-out images",
-        "rows": [row("PGD-2", 3.0, 0.1, 0.1), row("e2SAD, robust", 3.0, 0.2, 0.4)],
-    }
-    comparison.plot(tmp_path / "compare.png", result)
-    (axes,) = figures[0].axes
+def test_where_all_cost_the_same_the_picture_goes_by_name(how, monkeypatch):
+    rows = [row("PGD-2", 3.0, 0.1, 0.1), row("e2SAD, robust", 3.0, 0.2, 0.4)]
+    axes, markers = drawn(rows, monkeypatch, **{how: True})
     assert [label.get_text() for label in axes.get_yticklabels()] == ["PGD-2", "e2SAD, robust"]
-    robust = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
-    assert robust == [0.1, 0.4, 0.2]
+    assert [marker.get_xdata()[0] for marker in markers] == [0.1, 0.4, 0.2]
 
 
 def test_what_the_data_is_too_small_for_is_refused_before_training(tiny, tmp_path, monkeypatch):

@@ -303,15 +303,14 @@ def test_jit_and_vmap_over_models(name):
     close(stacked, jax.tree.map(lambda *v: jnp.stack(v), *want))
 
 
-@every_defense
-def test_training_decreases_the_loss(name):
+def training_decreases_the_loss(defense: Callable[..., Any]) -> None:
     (x, y), weights = batch(), draw()
     tx = optax.adam(0.02)
     state = tx.init(weights)
 
     @jax.jit
     def step(weights: Weights, state: Any) -> Any:
-        loss, gradient = jax.value_and_grad(lambda w: DEFENSES[name](net(w), x, y)[0])(weights)
+        loss, gradient = jax.value_and_grad(lambda w: defense(net(w), x, y)[0])(weights)
         with jax.numpy_dtype_promotion("standard"):  # Optax's own need
             updates, state = tx.update(gradient, state, weights)
         return optax.apply_updates(weights, updates), state, loss
@@ -322,6 +321,16 @@ def test_training_decreases_the_loss(name):
         history.append(float(loss))
     assert np.isfinite(history).all()
     assert np.mean(history[-5:]) < 0.9 * history[0]
+
+
+def refuses_integer_labels(defense: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match="soft_labels"):
+        defense(net(draw()), batch()[0], jnp.arange(N) % K)
+
+
+@every_defense
+def test_training_decreases_the_loss(name):
+    training_decreases_the_loss(DEFENSES[name])
 
 
 # --- what is refused
@@ -350,8 +359,7 @@ def test_refuses(name, kwargs, message):
 
 @every_defense
 def test_refuses_integer_labels(name):
-    with pytest.raises(TypeError, match="soft_labels"):
-        DEFENSES[name](net(draw()), batch()[0], jnp.arange(N) % K)
+    refuses_integer_labels(DEFENSES[name])
 
 
 # --- the cost, by XLA's own count

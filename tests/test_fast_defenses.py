@@ -7,9 +7,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from test_defenses import EPS, KEY, STEPS, K, LogitsFn, N, Weights, batch, close, draw, gradient_of, net, step_flops
+from test_defenses import (
+    EPS,
+    KEY,
+    STEPS,
+    LogitsFn,
+    N,
+    Weights,
+    batch,
+    close,
+    draw,
+    gradient_of,
+    net,
+    refuses_integer_labels,
+    step_flops,
+    training_decreases_the_loss,
+)
 
 from e2sad_jax import defenses, losses
 
@@ -275,23 +289,7 @@ def test_jit_and_vmap_over_models_with_traced_settings(name):
 
 @every_defense
 def test_training_decreases_the_loss(name):
-    (x, y), weights = batch(), draw()
-    tx = optax.adam(0.02)
-    state = tx.init(weights)
-
-    @jax.jit
-    def step(weights: Weights, state: Any) -> Any:
-        loss, gradient = jax.value_and_grad(lambda w: DEFENSES[name](net(w), x, y)[0])(weights)
-        with jax.numpy_dtype_promotion("standard"):  # Optax's own need
-            updates, state = tx.update(gradient, state, weights)
-        return optax.apply_updates(weights, updates), state, loss
-
-    history = []
-    for _ in range(30):
-        weights, state, loss = step(weights, state)
-        history.append(float(loss))
-    assert np.isfinite(history).all()
-    assert np.mean(history[-5:]) < 0.9 * history[0]
+    training_decreases_the_loss(DEFENSES[name])
 
 
 # --- what is refused
@@ -316,8 +314,7 @@ def test_refuses(name, kwargs, message):
 
 @every_defense
 def test_refuses_integer_labels(name):
-    with pytest.raises(TypeError, match="soft_labels"):
-        DEFENSES[name](net(draw()), batch()[0], jnp.arange(N) % K)
+    refuses_integer_labels(DEFENSES[name])
 
 
 # --- the cost, by XLA's own count

@@ -122,6 +122,14 @@ def check_steps(name: str, argument: str, value: int) -> None:
         raise ValueError(f"{name}: {argument}={value}; it must be a whole number, at least 1")
 
 
+def step_size(name: str, given: jax.typing.ArrayLike | None, default: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+    """The step of an attack: `given`, refused unless above 0, or where there is none `default`."""
+    if given is None:
+        return default
+    check_number(name, "step_size", given, positive=True)
+    return given
+
+
 def check_bounds(name: str, bounds: Bounds | None) -> None:
     if bounds is not None and not bounds[0] < bounds[1]:
         raise ValueError(f"{name}: bounds={bounds}; the lower must be below the upper one")
@@ -161,6 +169,11 @@ def narrow(x: jax.Array, dtype: jnp.dtype, limits: Box | Round) -> jax.Array:
     infinity = jnp.asarray(jnp.inf, dtype)
     result = jnp.where(widen(result) > limits.upper, _next(result, -infinity), result)
     return jnp.where(widen(result) < limits.lower, _next(result, infinity), result)
+
+
+def settle(limits: Box | Round, point: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The image that an attack returns for `point`: inside `limits`, in the images' own dtype, a constant."""
+    return jax.lax.stop_gradient(narrow(limits.clip(point), dtype, limits))
 
 
 def _next(x: jax.Array, towards: jax.Array) -> jax.Array:

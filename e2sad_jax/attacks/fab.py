@@ -122,7 +122,7 @@ def fab(
 
     def nearer(found: _Found, point: jax.Array) -> tuple[_Found, jax.Array]:
         """`point` instead, where it fools and is nearer; and its margin."""
-        image = _ball.narrow(everywhere.clip(point), x.dtype, everywhere)
+        image = _ball.settle(everywhere, point, x.dtype)
         now = margin(image)
         distance = _size(_ball.widen(image) - clean, norm)
         return select((now > 0) & (distance < found.distance), _Found(image, distance), found), now

@@ -61,10 +61,7 @@ def ifgsm(
     _ball.check_number("ifgsm", "eps", eps)
     _ball.check_steps("ifgsm", "steps", steps)
     _ball.check_bounds("ifgsm", bounds)
-    if step_size is None:
-        step_size = eps / steps
-    else:
-        _ball.check_number("ifgsm", "step_size", step_size, positive=True)
+    step_size = _ball.step_size("ifgsm", step_size, eps / steps)
     limits = _ball.box(x, eps, bounds)
     return jax.lax.stop_gradient(_ascend(loss_fn, _ball.widen(x), limits, x.dtype, step_size, steps))
 
@@ -109,10 +106,7 @@ def mi_fgsm(
     _ball.check_steps("mi_fgsm", "steps", steps)
     _ball.check_number("mi_fgsm", "decay", decay)
     _ball.check_bounds("mi_fgsm", bounds)
-    if step_size is None:
-        step_size = eps / steps
-    else:
-        _ball.check_number("mi_fgsm", "step_size", step_size, positive=True)
+    step_size = _ball.step_size("mi_fgsm", step_size, eps / steps)
     limits, start = _ball.box(x, eps, bounds), _ball.widen(x)
 
     def step(_: int | jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -185,10 +179,7 @@ def pgd(
     _ball.check_bounds("pgd", bounds)
     if restarts > 1 and not random_start:
         raise ValueError(f"pgd: restarts={restarts} without random_start would all be equal; use restarts=1")
-    if step_size is None:
-        step_size = 2.5 * eps / steps
-    else:
-        _ball.check_number("pgd", "step_size", step_size, positive=True)
+    step_size = _ball.step_size("pgd", step_size, 2.5 * eps / steps)
     keys = _ball.per_image_keys("pgd", key, x.shape[0])
     limits = _ball.ball(norm, x, eps, bounds)
 

@@ -65,7 +65,7 @@ def deepfool(
 
     def beyond(z: jax.Array) -> jax.Array:
         """The image that would be returned for `z`."""
-        return _ball.narrow(everywhere.clip(clean + (1 + overshoot) * (z - clean)), x.dtype, everywhere)
+        return _ball.settle(everywhere, clean + (1 + overshoot) * (z - clean), x.dtype)
 
     def step(_: int | jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         z, fooled = state
@@ -189,7 +189,7 @@ def carlini_wagner(
     def descend(i: int | jax.Array, state: tuple[_Adam, _Nearest, jax.Array]) -> tuple[_Adam, _Nearest, jax.Array]:
         adam, nearest, c = state
         tanh = jnp.tanh(adam.w)
-        image = _ball.narrow(everywhere.clip(middle + half * tanh), x.dtype, everywhere)
+        image = _ball.settle(everywhere, middle + half * tanh, x.dtype)
         change = _ball.widen(image) - clean
         led_by, backward = jax.vjp(lead, image)
         (hinge,) = backward(jnp.where(led_by <= confidence, -c, 0))

@@ -55,7 +55,7 @@ def fgsm(
     _ball.check_bounds("fgsm", bounds)
     limits = _ball.ball(norm, x, eps, bounds)
     moved = _ball.widen(x) + eps * limits.direction(_ball.widen(_ball.input_gradient(loss_fn, x)))
-    return jax.lax.stop_gradient(_ball.narrow(limits.clip(moved), x.dtype, limits))
+    return _ball.settle(limits, moved, x.dtype)
 
 
 def second_step(
@@ -132,5 +132,4 @@ def second_step(
             assert key is not None
             direction = jax.random.rademacher(key, x_adv.shape, x_adv.dtype)
     limits = _ball.box(x_adv, eps, bounds)
-    moved = limits.clip(_ball.widen(x_adv) + eps * jnp.sign(_ball.widen(direction)))
-    return jax.lax.stop_gradient(_ball.narrow(moved, x_adv.dtype, limits))
+    return _ball.settle(limits, _ball.widen(x_adv) + eps * jnp.sign(_ball.widen(direction)), x_adv.dtype)

@@ -118,7 +118,7 @@ def square(
         return _State(image, jnp.where(jnp.isnan(margin), -jnp.inf, margin).astype(clean.dtype))
 
     def tried(point: jax.Array) -> _State:
-        return look(_ball.narrow(limits.clip(point), x.dtype, limits))
+        return look(_ball.settle(limits, point, x.dtype))
 
     def query(i: int | jax.Array, s: _State) -> _State:
         new = tried(change(i, jax.vmap(jax.random.fold_in, (0, None))(own, i), _ball.widen(s.image)))

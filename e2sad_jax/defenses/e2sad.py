@@ -29,8 +29,8 @@ def e2sad(
 
     Both adversarial points are constants; the gradient of D flows through both of its arguments.
 
-    `random_start` and `ball_second` are not the paper's. With both, two points of the ball around the image are trained on,
-    each on a different side of the loss surface's kinks; see docs/e2sad.md.
+    `random_start` and `ball_second` are not the paper's. With both, two points of the ball around the image are trained on;
+    see docs/e2sad.md.
 
     Args:
       logits_fn: images `[N, ...]` to logits `[N, K]`; f is its softmax.
@@ -72,8 +72,7 @@ def e2sad(
         logits_fn, x_adv, eps=eps2, objective=objective, loss_fn=J, key=key, bounds=bounds if clip_second else None
     )
     if ball_second:
-        ball = _ball.box(x, eps1, bounds)
-        x_adv2 = jax.lax.stop_gradient(_ball.narrow(ball.clip(_ball.widen(x_adv2)), x.dtype, ball))
+        x_adv2 = _ball.settle(_ball.box(x, eps1, bounds), _ball.widen(x_adv2), x.dtype)
     f_adv, f_adv2 = logits_fn(x_adv), logits_fn(x_adv2)
     # Line 6.
     adversarial = cross_entropy(f_adv, y).mean()

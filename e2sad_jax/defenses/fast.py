@@ -93,10 +93,7 @@ def n_fgsm(
     _ball.check_number("n_fgsm", "eps", eps)
     _ball.check_number("n_fgsm", "noise", noise)
     _ball.check_bounds("n_fgsm", bounds)
-    if step_size is None:
-        step_size = eps
-    else:
-        _ball.check_number("n_fgsm", "step_size", step_size, positive=True)
+    step_size = _ball.step_size("n_fgsm", step_size, eps)
 
     def J(z: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(z), y)
@@ -105,7 +102,6 @@ def n_fgsm(
     keys = _ball.per_image_keys("n_fgsm", key, x.shape[0])
     start = limits.clip(_ball.widen(x) + noise * eps * limits.noise(keys, _ball.widen(x)))
     gradient = _ball.input_gradient(J, start.astype(x.dtype))
-    moved = limits.clip(start + step_size * jnp.sign(_ball.widen(gradient)))
-    x_adv = jax.lax.stop_gradient(_ball.narrow(moved, x.dtype, limits))
+    x_adv = _ball.settle(limits, start + step_size * jnp.sign(_ball.widen(gradient)), x.dtype)
     loss = J(x_adv).mean()
     return loss, {"adversarial": loss}

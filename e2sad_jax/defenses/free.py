@@ -51,9 +51,9 @@ def free(
     if delta.shape != x.shape:
         raise ValueError(f"free: delta has shape {delta.shape}; it must be that of the images, {x.shape}")
     limits = _ball.box(x, eps, bounds)
-    point = _ball.narrow(limits.clip(_ball.widen(x) + delta.astype(limits.lower.dtype)), x.dtype, limits)
+    point = _ball.settle(limits, _ball.widen(x) + delta.astype(limits.lower.dtype), x.dtype)
     through = (delta - jax.lax.stop_gradient(delta)).astype(x.dtype)  # zeros, for the gradient
-    loss = cross_entropy(logits_fn(jax.lax.stop_gradient(point) + through), y).mean()
+    loss = cross_entropy(logits_fn(point + through), y).mean()
     return loss, {"adversarial": loss}
 
 
