@@ -12,7 +12,7 @@ import pytest
 
 from e2sad_jax import attacks, defenses, losses, train
 from e2sad_jax.attacks import _ball
-from e2sad_jax.config import Config
+from e2sad_jax.config import Config, preset
 
 N, SHAPE, HIDDEN, K = 8, (3, 4, 1), 16, 3
 D = int(np.prod(SHAPE))
@@ -377,6 +377,11 @@ def step_flops(defense: str, **settings: Any) -> float:
     [
         ("fgsm", {}, 1.9, 2.05),
         ("e2sad", {}, 3.0, 3.4),
+        ("fgsm", {"alpha": 0.0}, 1.6, 1.75),
+        ("e2sad", {"lam": 0.0}, 1.9, 2.05),
+        ("e2sad", preset("robust", 0.3), 2.9, 3.1),
+        ("e2sad", preset("robust", 0.3) | {"lam": 0.0}, 1.6, 1.75),
+        ("e2sad", preset("robust", 0.3) | {"random_start": False}, 2.9, 3.1),
         ("hamm", {}, 2.5, 3.1),
         ("ifgsm", {"attack_steps": 1}, 1.9, 2.7),
         ("ifgsm", {"attack_steps": 5}, 4.5, 5.5),

@@ -18,6 +18,17 @@ def check_weight(name: str, argument: str, value: object, upper: float = float("
         raise ValueError(f"{name}: {argument}={value}; it must lie in [0, {upper}]")
 
 
+def is_zero(weight: object) -> bool:
+    """Whether a term of this weight may be left out: one that is traced may be anything."""
+    return is_number(weight) and float(weight) == 0  # type: ignore[arg-type]
+
+
+def clean_term(alpha: jax.typing.ArrayLike, loss_fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """The clean loss; at weight 0 only to be seen, without the pass for a gradient that would be multiplied by 0."""
+    clean = loss_fn(x).sum()
+    return jax.lax.stop_gradient(clean) if is_zero(alpha) else clean
+
+
 def weighted(
     alpha: jax.typing.ArrayLike, loss_fn: Callable[[jax.Array], jax.Array]
 ) -> Callable[[jax.Array], jax.Array]:

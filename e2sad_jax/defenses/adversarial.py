@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from e2sad_jax.attacks import fgsm, ifgsm, pgd
 from e2sad_jax.attacks._ball import input_gradient
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, weighted
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, clean_term, weighted
 from e2sad_jax.losses import cross_entropy
 
 
@@ -41,7 +41,7 @@ def fgsm_training(
         return cross_entropy(logits_fn(z), y) / m
 
     x_adv = fgsm(weighted(alpha, J), x, eps=eps, bounds=bounds)
-    clean, adversarial = J(x).sum(), J(x_adv).sum()
+    clean, adversarial = clean_term(alpha, J, x), J(x_adv).sum()
     return alpha * clean + (1 - alpha) * adversarial, {"clean": clean, "adversarial": adversarial}
 
 
@@ -86,7 +86,7 @@ def ifgsm_training(
         # adversarial one, which waits for a gradient that is a part of the clean pass.
         x = _after(x_adv, x)
         x_adv = _after(jax.lax.stop_gradient(input_gradient(weighted(alpha, J), x)), x_adv)
-    clean, adversarial = J(x).sum(), J(x_adv).sum()
+    clean, adversarial = clean_term(alpha, J, x), J(x_adv).sum()
     return alpha * clean + (1 - alpha) * adversarial, {"clean": clean, "adversarial": adversarial}
 
 

@@ -3,7 +3,7 @@
 import jax
 
 from e2sad_jax.attacks import _ball, fgsm, pgd, second_step
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, weighted
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, clean_term, is_zero, weighted
 from e2sad_jax.losses import cross_entropy, dissimilarity
 
 
@@ -48,7 +48,7 @@ def e2sad(
       key: random key; needed by `random_start` and by the objectives "noise" and "random" alone.
 
     Returns:
-      The loss, a scalar, and its parts by name, before their weights.
+      The loss, a scalar, and its parts by name, before their weights; without `dissimilarity` where `lam` is 0.
 
     Raises:
       ValueError: if a weight, a budget or `objective` is out of range, or `key` is missing where it is needed.
@@ -77,9 +77,11 @@ def e2sad(
     # Line 6.
     adversarial = cross_entropy(f_adv, y).mean()
     parts, L_adv = {"adversarial": adversarial}, (1 - alpha) * adversarial
-    if not (random_start and _ball.is_number(alpha) and alpha == 0):  # no step has looked at x: a pass for nothing
-        parts["clean"] = J(x).sum()
+    if not (random_start and is_zero(alpha)):  # no step has looked at x: a pass for nothing
+        parts["clean"] = clean_term(alpha, J, x)
         L_adv += alpha * parts["clean"]
+    if is_zero(lam):  # so that the compiler drops the second point
+        return L_adv, parts
     # Line 7.
     parts["dissimilarity"] = D = dissimilarity(f_adv, f_adv2).mean()
     L_d = lam * D

@@ -4,7 +4,7 @@ import jax
 import optax
 
 from e2sad_jax.attacks import fgsm
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, weighted
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, clean_term, weighted
 from e2sad_jax.losses import cross_entropy
 
 
@@ -47,7 +47,7 @@ def hamm(
         return cross_entropy(logits_fn(z), y) / m
 
     x_adv = fgsm(weighted(alpha, J), x, eps=eps, bounds=bounds)
-    clean = J(x).sum()
+    clean = clean_term(alpha, J, x)
     adversarial, gradient = jax.value_and_grad(lambda z: J(z).sum())(x_adv)
     penalty = eps * m / 2 * optax.safe_norm(gradient.ravel(), 0.0)
     loss = alpha * clean + (1 - alpha) * (adversarial + penalty)
