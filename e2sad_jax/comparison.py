@@ -12,12 +12,12 @@ import numpy as np
 from e2sad_jax import data, jobs, plots, report
 from e2sad_jax.auto import auto
 from e2sad_jax.checkpoint import load
-from e2sad_jax.config import SCHEDULE, Config, check_at_least, preset
+from e2sad_jax.config import SCHEDULE, SCHEDULES, Config, check, preset, setting
 from e2sad_jax.data import Dataset
 from e2sad_jax.diagnosis import Effort, of_classifier
 from e2sad_jax.errors import ConfigError, NonFiniteError, Stopped
 from e2sad_jax.evaluate import Attack
-from e2sad_jax.train import step_flops
+from e2sad_jax.step_cost.counts import counts
 from e2sad_jax.workdir import write_config, write_json, write_text
 
 # By name in tables and pictures; the price of each in gradient steps grows downwards.
@@ -51,7 +51,9 @@ _PARTS: Mapping[str, Mapping[str, Any]] = {
 }
 PARTS = {f"e2SAD, robust, {n}": {"defense": "e2sad", "preset": "robust", **c} for n, c in _PARTS.items()}
 REFERENCE = "e2SAD, robust"  # whose steps are counted where all spend the same FLOPs
+_KNOWN = ", ".join(f'"{name}"' for name in {**ENTRIES, **PARTS})
 CHECKPOINTS = ("last", "best")
+_JUDGES = {"test": "test images", "held_out": "images held out of the training set"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,38 +64,55 @@ class Request:
       ConfigError: if a value is out of range.
     """
 
-    entry: tuple[str, ...] = ()
-    data: str = "mnist"
-    data_dir: str = ""
-    model: str = "digits_cnn"
-    steps: int = 2000
-    batch_size: int = 128
-    eps: float = 0.3
-    eps_warmup: float = 0.5
-    schedule: str = "cyclic"
-    learning_rate: float = 3e-3
-    equal_flops: bool = False
-    parts: bool = False
-    seeds: int = 1
-    validation_examples: int = 1000
-    examples: int = 500
-    queries: int = 1000
-    apgd_steps: int = 50
-    targets: int = 9
-    workdir: str = "runs/compare"
-    results: str = "results/compare"
+    entry: tuple[str, ...] = setting((), f"one to compare, may be given several times; none: all; of {_KNOWN}")
+    data: str = setting("mnist", "mnist, digits, or a file PATH.npz of images in [0, 1]")
+    data_dir: str = setting("", "where data sets lie, empty: $E2SAD_DATA_DIR or ~/.cache/e2sad_jax")
+    model: str = setting("digits_cnn", "network; mnist_cnn is the paper's")
+    steps: int = setting(2000, "training steps of each", lower=1)
+    batch_size: int = setting(128, "images a step", lower=1)
+    eps: float = setting(0.3, "l-infinity budget of training and attack", above=0, upper=1)
+    eps_warmup: float = setting(
+        SCHEDULE["eps_warmup"], "steps over which eps rises, below 1: so much of all steps", lower=0
+    )
+    schedule: str = setting(SCHEDULE["schedule"], "learning rate over all steps", choices=SCHEDULES)
+    learning_rate: float = setting(SCHEDULE["learning_rate"], "Adam's, at its highest", above=0)
+    equal_flops: bool = setting(
+        False, f"train each as many steps as cost what --steps of {REFERENCE} do, instead of the same number"
+    )
+    parts: bool = setting(False, "compare what each part of e2SAD's robust preset does, instead of every defense")
+    seeds: int = setting(1, "seeds of each", lower=1)
+    validation_examples: int = setting(
+        1000, "training images held out to choose the best checkpoint, 0: watch 500 of the training images", lower=0
+    )
+    judge: str = setting(
+        "test",
+        "images to attack: of the test set, or, to choose settings by, those held out of the training set",
+        choices=tuple(_JUDGES),
+    )
+    examples: int = setting(500, "images to attack, the first ones", lower=1)
+    queries: int = setting(1000, "queries of Square, 0: leave it out", lower=0)
+    apgd_steps: int = setting(50, "steps of both APGD", lower=1)
+    targets: int = setting(9, "wrong classes that the targeted APGD tries", lower=1)
+    workdir: str = setting("runs/compare", "where the runs are kept")
+    results: str = setting("", "folder for compare.md, .json and .png, empty: --workdir")
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check(field, getattr(self, field.name))
         for name in self.entry:
             if name not in {**ENTRIES, **PARTS}:
-                raise ConfigError(f"--entry={name}: must be of {', '.join({**ENTRIES, **PARTS})}")
-        if not 0 < self.eps <= 1:
-            raise ConfigError(f"--eps={self.eps}: must be above 0, at most 1")
-        check_at_least(self, seeds=1, validation_examples=0, examples=1, queries=0, apgd_steps=1, targets=1)
+                raise ConfigError(f"--entry={name}: must be of {_KNOWN}")
+        if self.parts and self.entry:
+            raise ConfigError(f"--parts: chooses what is compared; leave out --entry={self.entry[0]}, or --parts")
+        if self.judge == "held_out" and self.examples > self.validation_examples:
+            raise ConfigError(
+                f"--examples={self.examples}: must be at most --validation_examples={self.validation_examples} "
+                "for --judge=held_out"
+            )
 
     def entries(self) -> tuple[str, ...]:
         """What is compared, by name."""
-        return self.entry or ((REFERENCE, *PARTS) if self.parts else tuple(ENTRIES))
+        return self.entry or (("natural", REFERENCE, *PARTS) if self.parts else tuple(ENTRIES))
 
     def configs(self, name: str) -> list[Config]:
         """The runs of an entry, one for each seed, all under the same schedule; a preset brings its own points."""
@@ -107,7 +126,7 @@ class Request:
         found = []
         for seed in range(self.seeds):
             config = Config(**{**budgets, **own, **common, "seed": seed})
-            folder = pathlib.Path(self.workdir).expanduser() / f"{config.defense}-{config.digest()}"
+            folder = pathlib.Path(self.workdir).expanduser() / pathlib.Path(config.default_workdir()).name
             found.append(dataclasses.replace(config, workdir=str(folder)))
         return found
 
@@ -116,19 +135,22 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Trains, attacks, and writes compare.json, .md and .png after each model; goes on where it was stopped.
 
     Hard labels everywhere, so that only the defense differs. Both the last checkpoint and the best, chosen by PGD-10 on
-    images that no run trains on, are attacked. What training costs are FLOPs by XLA's count (`train.step_flops`) times
-    the steps.
+    images that no run trains on, are attacked. What training costs are FLOPs by XLA's count for the CPU
+    (`step_cost.counts`) times the steps.
 
     Returns:
       What compare.json holds.
 
     Raises:
       ConfigError: if the data is too small for the request.
+      NonFiniteError: if every run diverged.
       Stopped: after Ctrl-C; what is finished stays.
     """
     report.commit()  # before the results that are written make it one with changes
     dataset = data.load(request.data, request.data_dir or None)
-    folder = pathlib.Path(request.results).expanduser()
+    if request.judge == "test" and request.examples > len(dataset.x_test):
+        raise ConfigError(f"--examples={request.examples}: must be at most the {len(dataset.x_test):,} test images")
+    folder = pathlib.Path(request.results or request.workdir).expanduser()
     entries = [name for name in {**ENTRIES, **PARTS} if name in request.entries()]
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
@@ -143,7 +165,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
             continue
         rows.append(_row(name, runs))
         result = {
-            "format": 2,
+            "format": 3,
             "request": dataclasses.asdict(request),
             "attacks": [dataclasses.asdict(stage) for stage in _effort(request).stages(dataset.num_classes)],
             "eps": runs[0]["eps"],
@@ -171,18 +193,23 @@ def _affordable(request: Request, config: Config, dataset: Dataset) -> Config:
         return config
     (other,) = dataclasses.replace(request, seeds=1).configs(REFERENCE)
     steps = max(1, round(request.steps * _step_flops(other, dataset) / _step_flops(config, dataset)))
+    if steps == config.steps:
+        return config
     folder = pathlib.Path(config.workdir)
     config = dataclasses.replace(config, steps=steps, checkpoint_every=min(500, max(1, steps // 4)))
-    return dataclasses.replace(config, workdir=str(folder.with_name(f"{config.defense}-{config.digest()}-{steps}")))
+    return dataclasses.replace(config, workdir=str(folder.with_name(f"{folder.name}-{steps}")))
 
 
 def _step_flops(config: Config, dataset: Dataset) -> float:
-    """`step_flops`, which compiles the step, once for all seeds."""
+    """XLA's count of one training step, compiled for the CPU once for all seeds."""
     any_run = {f: getattr(Config, f) for f in ("seed", "steps", "checkpoint_every", "workdir", "data_dir")}
-    return _compiled_flops(dataclasses.replace(config, **any_run), dataset.image_shape, dataset.num_classes)
+    counted = _counts(dataclasses.replace(config, **any_run), dataset.image_shape, dataset.num_classes)
+    if counted is None:
+        raise ConfigError("JAX_PLATFORMS leaves out the CPU, for which FLOPs are counted: add cpu, as in cuda,cpu")
+    return counted["flops"]
 
 
-_compiled_flops = functools.cache(step_flops)
+_counts = functools.cache(counts)
 
 
 def _effort(request: Request) -> Effort:
@@ -204,6 +231,8 @@ def _judged(request: Request, config: Config, dataset: Dataset) -> dict[str, Any
     """One model, trained, its last and its best checkpoint attacked, unless that was done before."""
     stages = _effort(request).stages(dataset.num_classes)
     asked = {
+        "data": dataset.sha256,
+        "judge": request.judge,
         "checkpoints": list(CHECKPOINTS),
         "examples": request.examples,
         "stages": [dataclasses.asdict(stage) for stage in stages],
@@ -218,8 +247,9 @@ def _judged(request: Request, config: Config, dataset: Dataset) -> dict[str, Any
         _, seconds = jobs.train(job, interrupted)
         if told := interrupted():
             raise Stopped(f"stopped in {job.workdir}; the same command goes on from there", told)
-        best, chosen_on = jobs.best(job), jobs.chosen_on(job)
-    images, labels = dataset.x_test[: request.examples], dataset.y_test[: request.examples]
+        best = jobs.best(job)
+        judged_on = dataset if request.judge == "test" else job.watched
+    images, labels = judged_on.x_test[: request.examples], judged_on.y_test[: request.examples]
     last = _attacked(config, "last", images, labels, stages)
     judged = {
         "asked": asked,
@@ -228,7 +258,7 @@ def _judged(request: Request, config: Config, dataset: Dataset) -> dict[str, Any
         "images": len(images),
         "last": last,
         "best": _attacked(config, "best", images, labels, stages) if best and best[0] != last["step"] else last,
-        "chosen_on": chosen_on,
+        "chosen_on": best[1] if best else "no images, for training was stopped before any check",
         "flops": config.steps * _step_flops(config, dataset),
         "train_seconds": round(seconds, 1),
         "workdir": config.workdir,
@@ -266,7 +296,7 @@ def _about(result: Mapping[str, Any]) -> str:
     return (
         f"{r['data']}, {r['model']}, {_length(r)}, {r['seeds']} seed(s), hard labels, learning rate {r['learning_rate']:g} "
         f"{r['schedule']}, eps rises over {_share(r['eps_warmup'])}; robust: "
-        f"what stands {attacks}, one restart each, eps {result['eps']:.4g}, {result['images']:,} test images; "
+        f"what stands {attacks}, one restart each, eps {result['eps']:.4g}, {result['images']:,} {_JUDGES[r['judge']]}; "
         f"best: the checkpoint that stood PGD-10 best on {result['chosen_on']}"
     )
 
@@ -284,21 +314,27 @@ def _share(warmup: float) -> str:
     return f"{warmup:g} of all steps" if warmup < 1 else f"{warmup:,.0f} steps"
 
 
+def _natural(result: Mapping[str, Any]) -> float | None:
+    """What natural training cost, where it is among the rows."""
+    return next((row["flops"] for row in result["rows"] if row["name"] == "natural"), None)
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """The table."""
     lines = [
-        "| defense | last: clean | last: robust (lowest .. highest) | best: clean | best: robust (lowest .. highest) "
-        "| best: step | training, FLOPs | natural = 1 |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| defense | last: clean | last: robust (lowest .. highest) | last: step | best: clean "
+        "| best: robust (lowest .. highest) | best: step | training, FLOPs | natural = 1 |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    natural = next((row["flops"] for row in result["rows"] if row["name"] == "natural"), None)
+    natural = _natural(result)
     for row in result["rows"]:
         lost = result["request"]["seeds"] - len(row["runs"])
         cells = [row["name"] + (f" ({lost} of the seeds diverged)" if lost else "")]
         for which in CHECKPOINTS:
             own = row[which]
             cells += [f"{own['clean']:.3f}", f"{own['robust']:.3f} ({own['lowest']:.3f} .. {own['highest']:.3f})"]
-        cells += [", ".join(f"{step:,}" for step in row["best"]["steps"]), f"{row['flops']:.3g}"]
+            cells.append(", ".join(f"{step:,}" for step in sorted(set(own["steps"]))))
+        cells.append(f"{row['flops']:.3g}")
         lines.append("| " + " | ".join([*cells, f"{row['flops'] / natural:.2f}" if natural else ""]) + " |")
     e = result["environment"]
     return "\n".join(
@@ -323,13 +359,15 @@ def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
 
     from matplotlib.figure import Figure
 
-    by_name = result["request"]["equal_flops"] or result["request"]["parts"]  # all cost the same, or nearly
+    by_name = result["request"]["equal_flops"] or result["request"]["parts"]  # too many that cost the same
+    natural = _natural(result)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     labels = {"last": "last checkpoint", "best": f"best on {result['chosen_on']}, where another"}
 
     def draw(row: Mapping[str, Any], robust: Sequence[float], *args: Any, **style: Any) -> None:
-        at = [row["name"] if by_name else row["flops"]] * len(robust)
+        name = f"{row['name']} ({row['flops'] / natural:.2f})" if natural else row["name"]
+        at = [name if by_name else row["flops"]] * len(robust)
         axes.plot(*((robust, at) if by_name else (at, robust)), *args, **style)
 
     for row in result["rows"]:
@@ -347,7 +385,7 @@ def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
         axes.plot([], [], "o", color="0.4", mfc=fill, label=labels[which])
     axes.legend(loc="upper left", fontsize=8, frameon=False)
     if by_name:
-        axes.set(xlabel="robust accuracy", xlim=(-0.03, 1.0))
+        axes.set(xlabel="robust accuracy (in parentheses: FLOPs of training, natural = 1)", xlim=(-0.03, 1.0))
         axes.invert_yaxis()
     else:
         axes.set(xlabel="FLOPs of training", ylabel="robust accuracy", xscale="log", ylim=(-0.03, 1.0))

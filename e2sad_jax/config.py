@@ -42,7 +42,7 @@ def preset(name: str, eps1: float) -> dict[str, Any]:
 SCHEDULE: Mapping[str, Any] = {"eps_warmup": 0.5, "schedule": "cyclic", "learning_rate": 3e-3}
 
 
-def _setting(
+def setting(
     default: Any,
     help: str,
     *,
@@ -53,7 +53,7 @@ def _setting(
     identity: bool = True,
     later: bool = False,
 ) -> Any:
-    """A field with its range.
+    """A field that is a flag, with its range.
 
     `identity` says whether runs that differ in it are different runs, `later` that there were runs before there was this
     setting: at its default, which is what they did, it is left out of the identity, and their workdirs keep their names.
@@ -66,64 +66,64 @@ def _setting(
 class Config:
     """Settings of one training run. The defaults are the paper's for MNIST; `experiments/` holds those for each data set."""
 
-    defense: str = _setting("e2sad", "how to train", choices=DEFENSES)
-    data: str = _setting("mnist", "mnist, svhn, digits, or a file PATH.npz", identity=False)
-    model: str = _setting("mnist_cnn", "network", choices=("mnist_cnn", "svhn_cnn", "digits_cnn", "preact_resnet18"))
-    transform: str = _setting("unit", "input transform; every eps is in its units", choices=("unit", "standardize"))
-    steps: int = _setting(30_000, "training steps", lower=1, identity=False)
-    epochs: float = _setting(
+    defense: str = setting("e2sad", "how to train", choices=DEFENSES)
+    data: str = setting("mnist", "mnist, svhn, digits, or a file PATH.npz", identity=False)
+    model: str = setting("mnist_cnn", "network", choices=("mnist_cnn", "svhn_cnn", "digits_cnn", "preact_resnet18"))
+    transform: str = setting("unit", "input transform; every eps is in its units", choices=("unit", "standardize"))
+    steps: int = setting(30_000, "training steps", lower=1, identity=False)
+    epochs: float = setting(
         0.0, "passes over the training set instead of --steps, 0: use --steps", lower=0, identity=False
     )
-    batch_size: int = _setting(256, "images a step", lower=1)
-    learning_rate: float = _setting(1e-3, "Adam's learning rate", above=0)
-    schedule: str = _setting(
+    batch_size: int = setting(256, "images a step", lower=1)
+    learning_rate: float = setting(1e-3, "Adam's learning rate", above=0)
+    schedule: str = setting(
         "constant",
         "learning rate over all steps: constant; cyclic, up from 0 and down again; piecewise, a tenth of it after each of "
         "1/2 and 3/4; cosine, down to 0",
         choices=SCHEDULES,
         later=True,
     )
-    alpha: float = _setting(0.6, "weight of the clean loss", lower=0, upper=1)
-    lam: float = _setting(0.1, "weight lambda of e2SAD's dissimilarity", lower=0)
-    eps1: float = _setting(0.3, "l-infinity budget of the training attack (e2SAD: of its first step)", lower=0)
-    eps2: float = _setting(0.1, "budget of e2SAD's second step", lower=0)
-    eps_warmup: float = _setting(
+    alpha: float = setting(0.6, "weight of the clean loss", lower=0, upper=1)
+    lam: float = setting(0.1, "weight lambda of e2SAD's dissimilarity", lower=0)
+    eps1: float = setting(0.3, "l-infinity budget of the training attack (e2SAD: of its first step)", lower=0)
+    eps2: float = setting(0.1, "budget of e2SAD's second step", lower=0)
+    eps_warmup: float = setting(
         0.0,
         "steps over which eps1, eps2 and attack_step_size rise from 0 in training, below 1: so much of all steps, 0: none",
         lower=0,
         later=True,
     )
-    attack_steps: int = _setting(30, "gradient steps of the training attack (ifgsm, pgd, trades)", lower=1)
-    attack_step_size: float = _setting(
+    attack_steps: int = setting(30, "gradient steps of the training attack (ifgsm, pgd, trades)", lower=1)
+    attack_step_size: float = setting(
         0.0,
         "step of the training attack, 0: eps1 / attack_steps (ifgsm), 2.5 eps1 / attack_steps (pgd, trades), "
         "1.25 eps1 (rs_fgsm), eps1 (n_fgsm)",
         lower=0,
     )
-    noise: float = _setting(2.0, "N-FGSM's noise, in multiples of eps1", lower=0, later=True)
-    replays: int = _setting(8, "steps that free training takes on each batch", lower=1, later=True)
-    beta: float = _setting(6.0, "weight of TRADES' divergence", lower=0, later=True)
-    align_weight: float = _setting(0.2, "weight of GradAlign's misalignment", lower=0, later=True)
-    gradient_weight: float = _setting(1.0, "weight of input_gradient's squared norm", lower=0, later=True)
-    second_step: str = _setting("total", "what e2SAD's second step differentiates", choices=OBJECTIVES)
-    clip_second: bool = _setting(False, "clip e2SAD's second point to the image range")
-    random_start: bool = _setting(False, "e2SAD's first step starts at a random point of the ball", later=True)
-    ball_second: bool = _setting(False, "keep e2SAD's second point in the ball of eps1", later=True)
-    soft_label: bool = _setting(True, "train on soft labels, 1 - delta for the true class")
-    delta: float = _setting(0.25, "mass that soft labels give to the wrong classes", above=0, upper=0.999)
-    seed: int = _setting(0, "seed of initialisation, order and attacks", lower=0, upper=2**32 - 1)
-    precision: str = _setting("float32", "what the layers compute in", choices=("float32", "tf32", "bf16"))
-    devices: int = _setting(1, "devices to split each batch over, 0: all", lower=0, identity=False)
-    validation_examples: int = _setting(
+    noise: float = setting(2.0, "N-FGSM's noise, in multiples of eps1", lower=0, later=True)
+    replays: int = setting(8, "steps that free training takes on each batch", lower=1, later=True)
+    beta: float = setting(6.0, "weight of TRADES' divergence", lower=0, later=True)
+    align_weight: float = setting(0.2, "weight of GradAlign's misalignment", lower=0, later=True)
+    gradient_weight: float = setting(1.0, "weight of input_gradient's squared norm", lower=0, later=True)
+    second_step: str = setting("total", "what e2SAD's second step differentiates", choices=OBJECTIVES)
+    clip_second: bool = setting(False, "clip e2SAD's second point to the image range")
+    random_start: bool = setting(False, "e2SAD's first step starts at a random point of the ball", later=True)
+    ball_second: bool = setting(False, "keep e2SAD's second point in the ball of eps1", later=True)
+    soft_label: bool = setting(True, "train on soft labels, 1 - delta for the true class")
+    delta: float = setting(0.25, "mass that soft labels give to the wrong classes", above=0, upper=0.999)
+    seed: int = setting(0, "seed of initialisation, order and attacks", lower=0, upper=2**32 - 1)
+    precision: str = setting("float32", "what the layers compute in", choices=("float32", "tf32", "bf16"))
+    devices: int = setting(1, "devices to split each batch over, 0: all", lower=0, identity=False)
+    validation_examples: int = setting(
         0, "training images held out to choose the best checkpoint, 0: watch 500 of the training images", lower=0
     )
-    eval_examples: int = _setting(0, "test images to evaluate, the first ones, 0: all", lower=0, identity=False)
-    eval_batch_size: int = _setting(250, "images a batch in evaluation", lower=1, identity=False)
-    checkpoint_every: int = _setting(500, "steps between checkpoints", lower=1, identity=False)
-    log_every: int = _setting(50, "steps between lines of metrics", lower=1, identity=False)
-    data_dir: str = _setting("", "where data sets lie, empty: $E2SAD_DATA_DIR or ~/.cache/e2sad_jax", identity=False)
-    workdir: str = _setting("", "where the run is kept, empty: runs/DATA-DEFENSE-HASH", identity=False)
-    resume: bool = _setting(True, "go on from the workdir's last checkpoint", identity=False)
+    eval_examples: int = setting(0, "test images to evaluate, the first ones, 0: all", lower=0, identity=False)
+    eval_batch_size: int = setting(250, "images a batch in evaluation", lower=1, identity=False)
+    checkpoint_every: int = setting(500, "steps between checkpoints", lower=1, identity=False)
+    log_every: int = setting(50, "steps between lines of metrics", lower=1, identity=False)
+    data_dir: str = setting("", "where data sets lie, empty: $E2SAD_DATA_DIR or ~/.cache/e2sad_jax", identity=False)
+    workdir: str = setting("", "where the run is kept, empty: runs/DATA-DEFENSE-HASH", identity=False)
+    resume: bool = setting(True, "go on from the workdir's last checkpoint", identity=False)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -23,6 +23,7 @@ DEFINE: Mapping[type, Callable[..., Any]] = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     str: flags.DEFINE_string,
+    tuple: flags.DEFINE_multi_string,
 }
 
 
@@ -63,13 +64,9 @@ def launch(run: Callable[[], None], saved: str, *, resumes: bool = True) -> None
 def define_flags(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[str, Any]], baseline: str) -> None:
     """Defines a flag for each setting, with its range in the help text, as the main module's own: `--help` lists those."""
     for field in dataclasses.fields(Config):
-        default = defaults.get(field.name, field.default)
-        text = field.metadata["help"]
-        if allowed := config_lib.range_of(field):
-            text += f"; {allowed}"
-        if special := [f"{s[field.name]} for {d}" for d, s in by_defense.items() if field.name in s]:
-            text += f" (unless given: {', '.join(special)})"
-        DEFINE[type(field.default)](field.name, default, text, module_name=sys.argv[0])
+        special = [f"{s[field.name]} for {d}" for d, s in by_defense.items() if field.name in s]
+        more = f" (unless given: {', '.join(special)})" if special else ""
+        define_flag(field, defaults.get(field.name, field.default), more)
     text = f"settings of e2SAD by name; flags given have precedence; one of {', '.join(config_lib.PRESETS)}"
     flags.DEFINE_string("preset", config_lib.PRESETS[0], text, module_name=sys.argv[0])
     choices = ", ".join(config_lib.DEFENSES)
@@ -105,13 +102,26 @@ def read_configs(by_defense: Mapping[str, Mapping[str, Any]]) -> list[Config]:
     return [dataclasses.replace(_read_config(by_defense, FLAGS.baseline), workdir=str(beside)), config]
 
 
+def define_flag(field: "dataclasses.Field[Any]", default: Any = dataclasses.MISSING, more: str = "") -> None:
+    """Defines the flag of a `config.setting`, with its range in the help text, as the main module's own."""
+    text = field.metadata["help"]
+    if allowed := config_lib.range_of(field):
+        text += f"; {allowed}"
+    default = field.default if default is dataclasses.MISSING else default
+    DEFINE[type(default)](field.name, list(default) if default == () else default, text + more, module_name=sys.argv[0])
+
+
 def _read_config(by_defense: Mapping[str, Mapping[str, Any]], defense: str) -> Config:
     values: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Config)}
     values["defense"] = defense
     named = config_lib.preset(FLAGS.preset, values["eps1"])
     if named and FLAGS.defense != "e2sad":
-        raise ConfigError(f"--preset={FLAGS.preset}: is one of --defense=e2sad, not of {FLAGS.defense}")
-    for name, value in {**by_defense.get(defense, {}), **(named if defense == "e2sad" else {})}.items():
+        raise ConfigError(
+            f"--preset={FLAGS.preset}: is one of --defense=e2sad, not of {FLAGS.defense}; leave it out, or train e2sad"
+        )
+    if defense != "e2sad":  # a baseline has the same schedule and labels
+        named = {name: value for name, value in named.items() if name in (*config_lib.SCHEDULE, "soft_label")}
+    for name, value in {**by_defense.get(defense, {}), **named}.items():
         if not FLAGS[name].present:
             values[name] = value
     if FLAGS["steps"].present and not FLAGS["epochs"].present:

@@ -59,6 +59,7 @@ def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypa
     assert len(set(attacked)) == 3
     assert ["best checkpoint" in line for line in said] == [False, True]
     page = (tmp_path / "out" / "compare.md").read_text()
+    assert f"| RS-FGSM | {rs_fgsm['last']['clean']:.3f} |" in page
     assert "tiny.npz, digits_cnn, 3 steps of 16, 1 seed(s)" in page
     assert "APGD-CE 2 steps, Square 5 queries, one restart each, eps 0.3, 10 test images" in page, (
         "three classes: no DLR"
@@ -68,7 +69,7 @@ def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypa
         f"{r['clean']:.3f} | {r['robust']:.3f} ({r['lowest']:.3f} .. {r['highest']:.3f})"
         for r in (rs_fgsm["last"], rs_fgsm["best"])
     )
-    assert f"| RS-FGSM | {last} | {best} | 2 | {rs_fgsm['flops']:.3g} |" in page
+    assert f"| RS-FGSM | {last} | 3 | {best} | 2 | {rs_fgsm['flops']:.3g} |" in page
     assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["rows"] == result["rows"]
 
@@ -84,8 +85,49 @@ def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypa
     path.write_text(json.dumps(of_before))
     with pytest.raises(AssertionError, match="done before"):
         comparison.run(request, said.append)
-    with jax.numpy_dtype_promotion("standard"), pytest.raises(AssertionError, match="done before"):
-        comparison.run(comparison.Request(**{**LITTLE, "examples": 5}, data="tiny.npz", workdir="~/runs"), said.append)
+    for other in ({"examples": 5}, {"judge": "held_out"}):
+        with jax.numpy_dtype_promotion("standard"), pytest.raises(AssertionError, match="done before"):
+            comparison.run(comparison.Request(**{**LITTLE, **other}, data="tiny.npz", workdir="~/runs"), said.append)
+
+
+def test_other_data_makes_other_runs(tiny, tmp_path, monkeypatch):
+    request = comparison.Request(entry=("natural",), data="a.npz", workdir=str(tmp_path), **LITTLE)
+    (a,), (b,) = (dataclasses.replace(request, data=name).configs("natural") for name in ("a.npz", "b.npz"))
+    assert a.workdir != b.workdir
+    asked = []
+    monkeypatch.setattr(comparison.jobs, "open_job", lambda config, dataset: asked.append(dataset) or 1 / 0)
+    attacks = [dataclasses.asdict(stage) for stage in comparison._effort(request).stages(tiny.num_classes)]
+    known = {"data": tiny.sha256, "judge": "test", "checkpoints": ["last", "best"], "examples": 10, "stages": attacks}
+    pathlib.Path(a.workdir).mkdir()
+    done = {"asked": known, "last": {"step": 3}}
+    (pathlib.Path(a.workdir) / "auto.json").write_text(json.dumps(done))
+    assert comparison._judged(request, a, tiny) == done
+    other = dataclasses.replace(tiny, x_test=tiny.x_test[::-1].copy())
+    with pytest.raises(ZeroDivisionError):  # a file of the same name with other images
+        comparison._judged(request, a, other)
+    assert asked == [other]
+
+
+def test_held_out_images_are_attacked_where_settings_are_chosen(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda name, data_dir: tiny)
+    seen = []
+
+    def attacked(config, which, images, labels, stages):
+        seen.append(images)
+        return {"step": 3, "clean": 1.0, "after": {}, "robust": 0.5}
+
+    monkeypatch.setattr(comparison, "_attacked", attacked)
+    monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": 1.0})
+    monkeypatch.setattr(comparison, "_step_flops", lambda config, dataset: 1.0)
+    request = comparison.Request(
+        entry=("natural",), data="tiny.npz", judge="held_out", workdir=str(tmp_path / "runs"), **LITTLE
+    )
+    comparison.run(request, lambda line: None)
+    (config,) = request.configs("natural")
+    train_set, watched = jobs.hold_out(tiny, config)
+    np.testing.assert_array_equal(seen[0], watched.x_test)
+    assert not any((image == train_set.x_train).all((1, 2, 3)).any() for image in seen[0])
+    assert "10 images held out of the training set" in (tmp_path / "runs" / "compare.md").read_text()
 
 
 def row(name, flops, last, best):
@@ -131,6 +173,7 @@ def test_what_the_data_is_too_small_for_is_refused_before_training(tiny, tmp_pat
     for changes, words in [
         ({"validation_examples": 50}, r"--validation_examples=50: must be below the 50 training images of tiny"),
         ({"validation_examples": 40}, r"--batch_size=16: must be at most the 10 training images"),
+        ({"examples": 51}, r"--examples=51: must be at most the 50 test images"),
     ]:
         with pytest.raises(ConfigError, match=words):
             comparison.run(comparison.Request(**{**LITTLE, **changes}, data="t.npz", workdir=str(tmp_path / "runs")))
@@ -164,13 +207,13 @@ def test_with_equal_flops_all_spend_what_e2sad_does(tiny):
         images = dataclasses.replace(tiny, x_train=np.zeros((9, 28, 28, 1), np.uint8))
         own = comparison._affordable(request, config, images)
         spent[name] = own.steps * train.step_flops(config, (28, 28, 1), tiny.num_classes)
-        assert own.workdir.endswith(f"-{own.steps}")
         assert (own.steps == 1000) == (name == "e2SAD, robust")
+        assert own.workdir == (config.workdir if own.steps == 1000 else f"{config.workdir}-{own.steps}")
     assert max(spent.values()) < 1.01 * min(spent.values())
 
 
 def test_requests_that_cannot_be_right_are_refused():
-    with pytest.raises(ConfigError, match=r"--entry=pgd: must be of natural, "):
+    with pytest.raises(ConfigError, match=r'--entry=pgd: must be of "natural", '):
         comparison.Request(entry=("pgd",))
     with pytest.raises(ConfigError, match=r"--eps=0.0: must be above 0"):
         comparison.Request(eps=0.0)
@@ -178,3 +221,9 @@ def test_requests_that_cannot_be_right_are_refused():
         comparison.Request(seeds=0)
     with pytest.raises(ConfigError, match=r"--validation_examples=-1: must be at least 0"):
         comparison.Request(validation_examples=-1)
+    with pytest.raises(ConfigError, match=r"--parts: .* leave out --entry=natural"):
+        comparison.Request(parts=True, entry=("natural",))
+    with pytest.raises(
+        ConfigError, match=r"--examples=500: must be at most --validation_examples=400 for --judge=held"
+    ):
+        comparison.Request(judge="held_out", validation_examples=400)

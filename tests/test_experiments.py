@@ -78,7 +78,7 @@ def test_a_bad_value_is_one_line_and_exit_code_2(flags, words, tmp_path):
     assert list(tmp_path.iterdir()) == [], "nothing was loaded, nothing written"
 
 
-def test_a_preset_gives_way_to_flags_and_leaves_the_baseline_alone():
+def test_a_preset_gives_way_to_flags_and_its_schedule_is_the_baselines_too():
     program = """
 import dataclasses, json, sys
 from absl import flags
@@ -97,7 +97,7 @@ print(json.dumps([dataclasses.asdict(c) for c in common.read_configs({})]))
     beside, chosen = json.loads(done.stdout)
     settings = ("lam", "eps2", "alpha", "random_start", "ball_second", "soft_label", "schedule", "eps_warmup")
     assert [chosen[name] for name in settings] == [3.0, 0.2, 0.0, True, True, False, "cyclic", 0.5]
-    assert [beside[name] for name in settings] == [3.0, 0.1, 0.6, False, False, True, "constant", 0.0]
+    assert [beside[name] for name in settings] == [3.0, 0.1, 0.6, False, False, False, "cyclic", 0.5]
 
 
 def test_help_explains_every_setting_with_its_range_and_default():
