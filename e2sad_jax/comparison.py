@@ -20,7 +20,7 @@ from e2sad_jax.evaluate import Attack
 from e2sad_jax.step_cost.counts import counts
 from e2sad_jax.workdir import write_config, write_json, write_text
 
-# By name in tables and pictures; the price of each in gradient steps grows downwards.
+# By name in tables and pictures; the price of each in gradient steps grows downwards. eps2 and steps are in multiples of eps.
 ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "natural": {"defense": "natural"},
     "input gradient": {"defense": "input_gradient"},
@@ -28,10 +28,11 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "RS-FGSM": {"defense": "rs_fgsm"},
     "N-FGSM": {"defense": "n_fgsm"},
     "GradAlign": {"defense": "grad_align"},
-    "e2SAD, paper": {"defense": "e2sad"},
+    "e2SAD, paper's points": {"defense": "e2sad"},
     "e2SAD, lambda 1": {"defense": "e2sad", "lam": 1.0},
     "e2SAD, robust": {"defense": "e2sad", "preset": "robust"},
     "PGD-2": {"defense": "pgd", "attack_steps": 2},
+    "PGD-2, shorter steps": {"defense": "pgd", "attack_steps": 2, "attack_step_size": 0.8},
     "PGD-3": {"defense": "pgd", "attack_steps": 3},
     "TRADES-2": {"defense": "trades", "attack_steps": 2},
     "Free-8": {"defense": "free"},
@@ -43,7 +44,8 @@ _PARTS: Mapping[str, Mapping[str, Any]] = {
     "no second point": {"lam": 0.0},
     "second point at random": {"second_step": "random"},
     "second point up the loss": {"second_step": "loss"},
-    "second step a third": {"eps2": None},  # of the budget, the paper's ratio
+    "second step a third": {"eps2": 1 / 3},  # the paper's ratio
+    "second step of eps": {"eps2": 1.0},
     "second point outside the ball": {"ball_second": False},
     "no random start": {"random_start": False},
     "clean images too": {"alpha": 0.6},
@@ -122,7 +124,7 @@ class Request:
         budgets = {"eps1": self.eps, "eps2": self.eps / 3}  # the paper's ratio
         entry = dict({**ENTRIES, **PARTS}[name])
         own = {**preset(entry.pop("preset", "paper"), self.eps), **entry, "soft_label": False}
-        own = {k: budgets[k] if v is None else v for k, v in own.items()}
+        own |= {key: entry[key] * self.eps for key in ("eps2", "attack_step_size") if key in entry}
         found = []
         for seed in range(self.seeds):
             config = Config(**{**budgets, **own, **common, "seed": seed})

@@ -154,7 +154,7 @@ def drawn(rows, monkeypatch, **request):
 
 
 def test_the_picture_has_a_hollow_marker_only_where_the_best_is_another(monkeypatch):
-    rows = [row("natural", 1.0, 0.0, 0.0), row("e2SAD, paper", 3.0, 0.2, 0.4)]
+    rows = [row("natural", 1.0, 0.0, 0.0), row("e2SAD, paper's points", 3.0, 0.2, 0.4)]
     _, markers = drawn(rows, monkeypatch)
     points = {(float(m.get_xdata()[0]), float(m.get_ydata()[0])): m.get_markerfacecolor() == "none" for m in markers}
     assert points == {(1.0, 0.0): False, (3.0, 0.2): False, (3.0, 0.4): True}
@@ -192,8 +192,12 @@ def test_all_share_the_schedule_and_a_preset_brings_its_points():
     assert {(c.learning_rate, c.schedule, c.eps_warmup, c.eps1, c.soft_label) for c in configs.values()} == {
         (0.002, "cosine", 0.25, 0.2, False)
     }
-    robust, letter = configs["e2SAD, robust"], configs["e2SAD, paper"]
-    assert (robust.eps2, robust.alpha, robust.random_start, robust.ball_second) == (0.2, 0.0, True, True)
+    robust, letter = configs["e2SAD, robust"], configs["e2SAD, paper's points"]
+    assert (robust.eps2, robust.alpha, robust.random_start, robust.ball_second) == (0.2 * 2 / 3, 0.0, True, True)
+    assert configs["PGD-2, shorter steps"].attack_step_size == pytest.approx(0.16)
+    parts = {name: request.configs(name)[0] for name in comparison.PARTS}
+    assert parts["e2SAD, robust, second step of eps"].eps2 == 0.2
+    assert len({c.workdir for c in [*parts.values(), robust]}) == len(parts) + 1
     assert (letter.eps2, letter.alpha, letter.random_start, letter.ball_second) == (0.2 / 3, 0.6, False, False)
     assert len({c.workdir for c in configs.values()}) == len(configs)
 

@@ -96,7 +96,7 @@ print(json.dumps([dataclasses.asdict(c) for c in common.read_configs({})]))
     )
     beside, chosen = json.loads(done.stdout)
     settings = ("lam", "eps2", "alpha", "random_start", "ball_second", "soft_label", "schedule", "eps_warmup")
-    assert [chosen[name] for name in settings] == [3.0, 0.2, 0.0, True, True, False, "cyclic", 0.5]
+    assert [chosen[name] for name in settings] == [3.0, 0.2 * 2 / 3, 0.0, True, True, False, "cyclic", 0.5]
     assert [beside[name] for name in settings] == [3.0, 0.1, 0.6, False, False, False, "cyclic", 0.5]
 
 
