@@ -91,7 +91,7 @@ class Request:
         "images to attack: of the test set, or, to choose settings by, those held out of the training set",
         choices=tuple(_JUDGES),
     )
-    examples: int = setting(500, "images to attack, the first ones", lower=1)
+    examples: int = setting(500, "images to attack, the first ones, or all if there are fewer", lower=1)
     queries: int = setting(1000, "queries of Square, 0: leave it out", lower=0)
     apgd_steps: int = setting(50, "steps of both APGD", lower=1)
     targets: int = setting(9, "wrong classes that the targeted APGD tries", lower=1)
@@ -150,8 +150,6 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     """
     report.commit()  # before the results that are written make it one with changes
     dataset = data.load(request.data, request.data_dir or None)
-    if request.judge == "test" and request.examples > len(dataset.x_test):
-        raise ConfigError(f"--examples={request.examples}: must be at most the {len(dataset.x_test):,} test images")
     folder = pathlib.Path(request.results or request.workdir).expanduser()
     entries = [name for name in {**ENTRIES, **PARTS} if name in request.entries()]
     rows: list[dict[str, Any]] = []

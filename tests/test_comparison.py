@@ -173,7 +173,6 @@ def test_what_the_data_is_too_small_for_is_refused_before_training(tiny, tmp_pat
     for changes, words in [
         ({"validation_examples": 50}, r"--validation_examples=50: must be below the 50 training images of tiny"),
         ({"validation_examples": 40}, r"--batch_size=16: must be at most the 10 training images"),
-        ({"examples": 51}, r"--examples=51: must be at most the 50 test images"),
     ]:
         with pytest.raises(ConfigError, match=words):
             comparison.run(comparison.Request(**{**LITTLE, **changes}, data="t.npz", workdir=str(tmp_path / "runs")))

@@ -215,6 +215,7 @@ def test_anyones_function_is_judged_by_the_command(problem, tmp_path):
         ({"workdir": "a", "fab": -1}, r"--fab=-1: must be at least 0"),
         ({"workdir": "a", "eps": float("nan")}, r"--eps=nan: must be at least 0"),
         ({"workdir": "a", "which": "first"}, r"--which=first: must be one of last, best"),
+        ({"workdir": "a", "fab": 3, "auto": False}, r"--fab=3: is a part of the worst case; leave it out, or --noauto"),
     ],
 )
 def test_requests_that_cannot_be_right_are_refused(changes, message):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from e2sad_jax import checkpoint, data, report
-from e2sad_jax.config import check_at_least
+from e2sad_jax.config import check, setting
 from e2sad_jax.diagnosis import show
 from e2sad_jax.diagnosis.curves import Effort, diagnose, measurements
 from e2sad_jax.diagnosis.subject import Subject, apply_of, of_classifier, of_function
@@ -25,22 +25,26 @@ class Request:
       ConfigError: if a value is out of range, or the flags do not fit together.
     """
 
-    workdir: str = ""
-    which: str = "last"
-    predict: str = ""
-    data: str = ""
-    data_dir: str = ""
-    eps: float = 0.0
-    examples: int = 500
-    batch_size: int = 250
-    seed: int = 0
-    transfer_from: str = ""
-    auto: bool = True
-    queries: int = 5000
-    targets: int = 9
-    fab: int = 0
-    restarts: int = 5
-    results: str = ""
+    workdir: str = setting("", "folder of the run to judge")
+    which: str = setting("last", "its checkpoint", choices=("last", "best"))
+    predict: str = setting(
+        "", "instead of a run: MODULE:FUNCTION, from images in [0, 1] to logits, in JAX; needs --data and --eps"
+    )
+    data: str = setting("", "data set whose test images are taken; empty: the run's own")
+    data_dir: str = setting("", "where data sets lie; empty: as the run had it")
+    eps: float = setting(0.0, "l-infinity budget in the network's units, 0: the run's own eps1", lower=0)
+    examples: int = setting(500, "test images, the first ones, or all if there are fewer; 0: all", lower=0)
+    batch_size: int = setting(250, "images at once", lower=1)
+    seed: int = setting(0, "seed of the attacks", lower=0, upper=2**32 - 1)
+    transfer_from: str = setting(
+        "", "folder of a run, naturally trained say, whose adversarial images are tried on the judged; empty: none"
+    )
+    auto: bool = setting(True, "the worst case over APGD-CE, targeted APGD-DLR and Square")
+    queries: int = setting(5000, "queries of Square, 0: leave it out", lower=0)
+    targets: int = setting(9, "wrong classes that the targeted APGD tries", lower=1)
+    fab: int = setting(0, "wrong classes that FAB tries in the worst case, 0: leave it out", lower=0)
+    restarts: int = setting(5, "random starts of PGD", lower=1)
+    results: str = setting("", "folder for evaluation.md, .json and .png; empty: WORKDIR/evaluation")
 
     def __post_init__(self) -> None:
         if bool(self.workdir) == bool(self.predict):
@@ -49,13 +53,10 @@ class Request:
             raise ConfigError(
                 f"--predict={self.predict}: must be MODULE:FUNCTION, beside --data=PATH.npz with x_test and y_test, and --eps"
             )
-        if self.which not in ("last", "best"):
-            raise ConfigError(f"--which={self.which}: must be one of last, best")
-        check_at_least(self, examples=0, batch_size=1, seed=0, queries=0, fab=0, targets=1, restarts=1)
-        if self.seed >= 2**32:
-            raise ConfigError(f"--seed={self.seed}: must be in [0, {2**32 - 1}]")
-        if not 0 <= self.eps < float("inf"):
-            raise ConfigError(f"--eps={self.eps}: must be at least 0, 0: the run's own eps1")
+        for field in dataclasses.fields(self):
+            check(field, getattr(self, field.name))
+        if self.fab and not self.auto:
+            raise ConfigError(f"--fab={self.fab}: is a part of the worst case; leave it out, or --noauto")
 
 
 def run(request: Request) -> dict[str, Any]:
