@@ -361,13 +361,13 @@ def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
 
     by_name = result["request"]["equal_flops"] or result["request"]["parts"]  # too many that cost the same
     natural = _natural(result)
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     labels = {"last": "last checkpoint", "best": f"best on {result['chosen_on']}, where another"}
 
     def draw(row: Mapping[str, Any], robust: Sequence[float], *args: Any, **style: Any) -> None:
         name = f"{row['name']} ({row['flops'] / natural:.2f})" if natural else row["name"]
-        at = [name if by_name else row["flops"]] * len(robust)
+        at = [name if by_name else row["flops"] / (natural or 1)] * len(robust)
         axes.plot(*((robust, at) if by_name else (at, robust)), *args, **style)
 
     for row in result["rows"]:
@@ -379,16 +379,44 @@ def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
             draw(row, [last, best], ":", lw=1, **style)
             draw(row, [best], mfc="none", **marker)
         draw(row, [last], **marker)
-        if not by_name:
-            axes.annotate(row["name"], (row["flops"], last), (6, 4), textcoords="offset points", fontsize=8)
     for which, fill in (("last", "0.4"), ("best", "none")):
         axes.plot([], [], "o", color="0.4", mfc=fill, label=labels[which])
-    axes.legend(loc="upper left", fontsize=8, frameon=False)
+    axes.legend(loc="best" if by_name else (0.55, 0.15), fontsize=8, frameon=False)
+    axes.grid(color="0.92")
     if by_name:
         axes.set(xlabel="robust accuracy (in parentheses: FLOPs of training, natural = 1)", xlim=(-0.03, 1.0))
         axes.invert_yaxis()
     else:
-        axes.set(xlabel="FLOPs of training", ylabel="robust accuracy", xscale="log", ylim=(-0.03, 1.0))
-        axes.margins(x=0.12)
+        unit = f", natural training = 1 ({natural:.3g})" if natural else ""
+        axes.set(xlabel=f"FLOPs of training{unit}", ylabel="robust accuracy", xscale="log", ylim=(-0.03, 1.0))
+        axes.margins(x=0.06)
+        if natural:
+            ticks = (1, 2, 3, 5, 10, 20, 50)
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+            axes.set_xticks([], minor=True)
+            axes.set_xlim(0.9, 1.15 * max(row["flops"] for row in result["rows"]) / natural)
+        _name_points(
+            axes, [(row["name"], row["flops"] / (natural or 1), row["last"]["robust"]) for row in result["rows"]]
+        )
     axes.set_title(textwrap.fill(_about(result), 110), fontsize=8)
     plots.save(path, figure, dpi=120)
+
+
+def _name_points(axes: Any, points: Sequence[tuple[str, float, float]], gap: float = 0.047) -> None:
+    """Each point's name in a column to the right of the axes, with a line to it: many lie close together."""
+    named = sorted(points, key=lambda point: (-point[2], -point[1]))
+    heights: list[float] = []
+    for _, _, y in named:
+        heights.append(min(y, heights[-1] - gap) if heights else y)
+    for i in reversed(range(len(heights))):  # none below the lowest
+        heights[i] = max(heights[i], gap * (len(heights) - 1 - i))
+    for (name, x, y), height in zip(named, heights, strict=True):
+        axes.annotate(
+            name,
+            (x, y),
+            (1.03, height),
+            textcoords=("axes fraction", "data"),
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "0.75", "lw": 0.6, "shrinkB": 4, "relpos": (0, 0.5)},
+        )

@@ -160,6 +160,20 @@ def test_the_picture_has_a_hollow_marker_only_where_the_best_is_another(monkeypa
     assert points == {(1.0, 0.0): False, (3.0, 0.2): False, (3.0, 0.4): True}
 
 
+def test_names_in_the_picture_do_not_cover_each_other(monkeypatch):
+    robust = [0.0, 0.0, 0.01, 0.8, 0.81, 0.81, 0.815, 0.95]
+    rows = [row("natural" if i == 0 else f"d{i}", 1.0 + i, r, r) for i, r in enumerate(robust)]
+    axes, _ = drawn(rows, monkeypatch)
+    names = {text.get_text(): text for text in axes.texts}
+    assert len(names) == len(rows)
+    heights = sorted(text.xyann[1] for text in names.values())
+    assert min(np.diff(heights)) > 0.046
+    assert heights[0] >= 0
+    assert heights[-1] == 0.95
+    for r in rows:  # the line leads to the point
+        assert names[r["name"]].xy == (r["flops"], r["last"]["robust"])
+
+
 @pytest.mark.parametrize("how", ["equal_flops", "parts"])
 def test_where_all_cost_the_same_the_picture_goes_by_name(how, monkeypatch):
     rows = [row("PGD-2", 3.0, 0.1, 0.1), row("e2SAD, robust", 3.0, 0.2, 0.4)]
