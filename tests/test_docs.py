@@ -61,7 +61,7 @@ def test_flags_in_commands_exist(page):
             "targets",
             "restarts",
         ),  # .evaluate
-        *("entry", "apgd_steps", "parts", "equal_flops"),  # experiments.compare
+        *("entry", "apgd_steps", "parts", "equal_flops", "judge"),  # experiments.compare
         "preset",
         "baseline",
         "describe",
