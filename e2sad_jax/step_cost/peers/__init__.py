@@ -15,7 +15,6 @@ from e2sad_jax.errors import ConfigError
 VARIANTS = {"xla": ("xla",), "torch": ("torch", "torch.compile"), "art": ("art",)}
 PACKAGES: dict[str, tuple[str, ...]] = {"xla": (), "torch": ("torch",), "art": ("torch", "art")}
 SHIPPED_BY = {"torch": "torch", "art": "adversarial-robustness-toolbox"}
-COMPILE_SECONDS = 300.0  # that torch.compile may take for one step
 
 
 class PeerStep(Protocol):
