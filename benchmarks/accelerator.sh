@@ -4,9 +4,9 @@
 #
 #   benchmarks/accelerator.sh [MINUTES] [FOLDER] [MNIST] [SVHN]
 #
-# MINUTES to run at most (9), FOLDER for the runs (runs/accelerator), data sets as --data takes them (on a machine without
-# network the files that `python -m e2sad_jax.data mnist --to=mnist.npz` writes; without SVHN its table is left out);
-# paths are relative to the repository.
+# MINUTES to run at most (9; at least 2), FOLDER for the runs (runs/accelerator), data sets as --data takes them (on a
+# machine without network the files that `python -m e2sad_jax.data mnist --to=mnist.npz` writes; without SVHN its table is
+# left out); paths are relative to the repository.
 #
 # Results: FOLDER/e2sad-*, FOLDER/step_cost/*, FOLDER/bf16, and in results/: compare_{full,equal,long,parts} and full. What
 # is finished has a file in FOLDER/done; without it, or without its result, it is done again.

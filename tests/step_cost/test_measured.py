@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -278,8 +279,8 @@ def test_a_peer_with_other_losses_is_refused():
 
 @pytest.fixture
 def made_up_peer(monkeypatch):
-    """PyTorch of made-up cost, whose compiled steps fail. What is written into it are the losses of a defense."""
-    losses: dict[str, list[float]] = {}
+    """PyTorch of made-up cost, whose compiled steps fail, after a sleep. What is written into it are the losses of a defense, and `sleep`."""
+    losses: dict[str, Any] = {}
 
     class Peer:
         note, compile_seconds, at_once = "as it is", None, 1
@@ -289,6 +290,7 @@ def made_up_peer(monkeypatch):
 
         def losses(self, steps):
             if self.by == "torch.compile":
+                time.sleep(losses.get("sleep", 0.0))
                 raise RuntimeError("no double backward")
             return losses.get(self.config.defense, [1.0] * steps)
 
@@ -317,6 +319,15 @@ def test_a_peer_that_does_something_else_fails_its_row_and_the_others_stay(made_
         assert rows[kept]["error"] is None
     assert why in " ".join(capsys.readouterr().out.split())
     assert why in (tmp_path / "step_cost.md").read_text()
+
+
+def test_what_compiles_for_too_long_is_given_up(made_up, made_up_peer, tmp_path):
+    made_up_peer["sleep"] = 30.0
+    request = Request(defense=("natural",), rounds=1, peer=("torch",), compile_seconds=0.2, results=str(tmp_path))
+    run.run(request)
+    rows = json.loads((tmp_path / "step_cost.json").read_text())["rows"]
+    assert [row["error"] for row in rows] == [None, None, "TimeoutError: took longer than 0.2 s"]
+    assert rows[1]["milliseconds"] is not None
 
 
 @pytest.mark.usefixtures("made_up_peer")

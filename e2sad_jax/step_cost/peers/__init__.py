@@ -100,7 +100,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         return
 
     def late(*_: Any) -> None:
-        raise TimeoutError(f"took longer than {seconds:.0f} s")
+        raise TimeoutError(f"took longer than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
