@@ -36,10 +36,14 @@ look() { # sets left, the seconds that there are
     left=$((end - SECONDS))
 }
 
+finished() { # NAME RESULT: whether an earlier call has done it
+    [ -e "$folder/done/$1" ] && [ -e "$2" ]
+}
+
 once() { # NAME RESULT COMMAND: what is not done yet, stopped cleanly when time is up
-    local mark="$folder/done/$1" result=$2 code=0
+    local name=$1 result=$2 code=0
     shift 2
-    if [ ! -e "$mark" ] || [ ! -e "$result" ]; then
+    if ! finished "$name" "$result"; then
         look
         if ((left < 60)); then exit 4; fi # nothing is begun
         mkdir -p "$folder/done"
@@ -49,9 +53,9 @@ once() { # NAME RESULT COMMAND: what is not done yet, stopped cleanly when time 
         if ((code == 124 || (code == 137 && SECONDS >= end))); then exit 4; fi
         # 3: runs diverged, the others are done. 1 may be anything, but not after a whole table.
         if ((code && code != 3)) && ! { ((code == 1)) && whole "$result"; }; then exit "$code"; fi
-        echo "$code" >"$mark"
+        echo "$code" >"$folder/done/$name"
     fi
-    code=$(<"$mark")
+    code=$(<"$folder/done/$name")
     if ((code > worst)); then worst=$code; fi
 }
 
@@ -91,9 +95,12 @@ for precision in float32 tf32 bf16; do
 done
 # What a step costs, in parts that each fit into a call: beside PyTorch, eager and compiled, where it can be used; by the
 # steps of the attack; in each precision.
-peer=$("$python" -c '
+peer=
+if ! finished step_cost-torch "$folder/step_cost/torch/step_cost.json"; then
+    peer=$("$python" -c '
 import jax, torch
 print("torch" if jax.default_backend() == "cpu" or torch.cuda.is_available() else "")' 2>/dev/null) || peer=
+fi
 step_cost torch --defense=natural,fgsm,e2sad --peer="$peer" --compile_seconds=60
 step_cost ifgsm --defense=natural,ifgsm --attack_steps=1,2,5,10,20,30,40
 step_cost precisions --defense=natural,fgsm,hamm,e2sad --precision=float32,tf32,bf16

@@ -279,7 +279,7 @@ def test_a_peer_with_other_losses_is_refused():
 
 @pytest.fixture
 def made_up_peer(monkeypatch):
-    """PyTorch of made-up cost, whose compiled steps fail, after a sleep. What is written into it are the losses of a defense, and `sleep`."""
+    """PyTorch of made-up cost, whose compiled steps fail; in it, to be set: losses of a defense, seconds of `sleep`."""
     losses: dict[str, Any] = {}
 
     class Peer:
