@@ -65,7 +65,7 @@ class Stage:
             env={**os.environ, **environment},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
             check=False,
         )
         self.said = done.stderr
