@@ -1,22 +1,23 @@
 """What a run tells while it works: a bar at a terminal, plain lines in a log; metrics to files, without waiting."""
 
 import collections
+import functools
 import json
 import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 import tqdm
 
 from e2sad_jax._tracing import platform
-from e2sad_jax.errors import NonFiniteError
+from e2sad_jax.errors import NonFiniteError, first_line
 from e2sad_jax.workdir import write_text
 
 METRICS = "metrics.jsonl"
@@ -104,17 +105,17 @@ class Recorder:
         silent: bool = False,
     ):
         """Opens the files of one run, or of the P runs of a population; a silent one writes none."""
-        import tensorboardX
-
         # Far enough that an accelerator never waits; on the CPU steps are long, and who stops a run would wait for all.
         self.lag = 2 if platform() == "cpu" else 64
         self._workdirs = workdirs
         self._files: list[TextIO] = []
-        self._boards = []
+        self._boards: list[Any] = []
+        writer = None if silent else _tensorboard()
         for workdir in () if silent else workdirs:
             _drop_lines_after(workdir / METRICS, start)
             self._files.append((workdir / METRICS).open("a", encoding="utf-8"))
-            self._boards.append(tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1, flush_secs=30))
+            if writer:
+                self._boards.append(writer(str(workdir), purge_step=start + 1, flush_secs=30))
         self._bar, self._log_every, self._images = bar, log_every, batch_size * len(workdirs)
         self._pending: collections.deque[tuple[int, dict[str, jax.Array], int]] = collections.deque()
         self._mark: tuple[int, float] | None = None  # where the clock of images/s started; the first step compiles
@@ -145,7 +146,7 @@ class Recorder:
             return
         self._files[member].write(json.dumps({"step": step, **values}) + "\n")
         self._files[member].flush()
-        for name, value in values.items():
+        for name, value in values.items() if self._boards else ():
             self._boards[member].add_scalar(
                 name.replace("_", "/", 1) if name.startswith("validation_") else f"train/{name}", value, step
             )
@@ -189,6 +190,22 @@ class Recorder:
                 for member in range(members):
                     values = {name: float(value[i, member]) for name, value in metrics.items()}
                     self.write(step, {**values, **({"images_per_second": self._rate} if self._rate else {})}, member)
+
+
+@functools.cache  # says once what is missing
+def _tensorboard() -> Callable[..., Any] | None:
+    """What opens files for TensorBoard, None where its package is not."""
+    try:
+        import tensorboardX
+    except ImportError as error:
+        print(
+            f"warning: no files for TensorBoard are written, because the package tensorboardX cannot be imported "
+            f"({first_line(error)}); metrics go to {METRICS} alone. For both: pip install tensorboardX",
+            file=sys.stderr,
+            flush=True,
+        )
+        return None
+    return tensorboardX.SummaryWriter  # type: ignore[no-any-return]
 
 
 def _ready(array: jax.Array) -> bool:

@@ -207,8 +207,23 @@ def collective_bytes(program: jax.stages.Compiled) -> dict[str, int]:
     Operations inside of a loop count once.
     """
     total: dict[str, int] = {}
-    for shapes, kind in re.findall(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", program.as_text() or ""):
-        for dtype, bits, sizes in re.findall(r"(pred|[a-z]+?)(\d*)\[([\d,]*)\]", shapes):
+    text = re.sub(r"\{[^{}\n]*\}|/\*.*?\*/", "", program.as_text() or "")  # layouts and comments, which have commas too
+    for shapes, kind, start in re.findall(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", text):
+        # What begins one has the operands beside the result, `(operands, result, ...)`; a sum's has the result alone.
+        result = _parts(shapes)[1] if start and kind != "all-reduce" else shapes
+        for dtype, bits, sizes in re.findall(r"(pred|[a-z]+?)(\d*)\[([\d,]*)\]", result):
             each = 1 if dtype == "pred" else int(bits) // 8
             total[kind] = total.get(kind, 0) + each * math.prod(int(n) for n in sizes.split(",") if n)
     return total
+
+
+def _parts(shapes: str) -> list[str]:
+    """The shapes of a tuple as XLA prints it, `(f32[2,3], (s32[], f32[2]))`; inner tuples stay whole."""
+    parts, depth = [""], 0
+    for character in shapes[1:-1]:
+        depth += (character in "([") - (character in ")]")
+        if character == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts

@@ -33,6 +33,8 @@ def define_flags() -> None:
     flags.DEFINE_float("seconds", 0.1, "least time of one timing, in steps as many as that takes; at least 0", **own)
     text = "what to measure beside ours, in float32; of xla, torch, art, several with commas; empty: none"
     flags.DEFINE_list("peer", [], text, **own)
+    text = "the most that torch.compile may take for one step; above 0"
+    flags.DEFINE_float("compile_seconds", 300.0, text, **own)
     text = "steps that the host starts at once; at least 1, or 0: what training takes here, 1 on the CPU, else 64"
     flags.DEFINE_integer("steps_per_dispatch", 0, text, **own)
     flags.DEFINE_string("results", "runs/step_cost", "folder for step_cost.md, .json and .png", **own)
@@ -62,6 +64,7 @@ def _run() -> None:
             rounds=FLAGS.rounds,
             seconds=FLAGS.seconds,
             peer=tuple(FLAGS.peer),
+            compile_seconds=FLAGS.compile_seconds,
             steps_per_dispatch=FLAGS.steps_per_dispatch,
             results=FLAGS.results,
         )

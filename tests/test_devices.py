@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,32 @@ def test_each_device_works_on_its_part_of_the_batch_and_sends_gradients_only(def
     sent = sharding.collective_bytes(program)
     parameters = 4 * models.count_parameters(state.params)
     assert points * 0.9 * parameters <= sent["all-reduce"] <= points * parameters + 64
+
+
+@pytest.mark.parametrize(
+    ("line", "sent"),
+    [
+        ("%a = f32[8,3]{1,0} all-gather(f32[1,3]{1,0} %x), dimensions={0}", {"all-gather": 8 * 3 * 4}),
+        (
+            "%a = (f32[1,3]{1,0:T(8,128)}, f32[8,3]{1,0:T(8,128)}) all-gather-start(f32[1,3]{1,0} %x), dimensions={0}",
+            {"all-gather": 8 * 3 * 4},
+        ),
+        (
+            "%a = ((f32[1,3]{1,0}, bf16[2]{0}), (f32[8,3]{1,0}, /*index=1*/bf16[16]{0})) all-gather-start(%x, %y)",
+            {"all-gather": 8 * 3 * 4 + 16 * 2},
+        ),
+        (
+            "%p = (f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(f32[5]{0} %x)",
+            {"collective-permute": 5 * 4},
+        ),
+        ("%r = ((f32[8]{0}), f32[1]{0}, u32[]) reduce-scatter-start(f32[8]{0} %x)", {"reduce-scatter": 4}),
+        ("%r = (f32[5]{0}, f32[7]{0}) all-reduce-start(%x, %y), to_apply=%add", {"all-reduce": 12 * 4}),
+        ("%d = f32[8,3]{1,0} all-gather-done((f32[1,3]{1,0}, f32[8,3]{1,0}) %a)", {}),
+    ],
+)
+def test_bytes_of_a_collective_are_those_of_its_result(line, sent):
+    """As XLA prints them: what begins an asynchronous one carries its operands along, except of a sum."""
+    assert sharding.collective_bytes(types.SimpleNamespace(as_text=lambda: line)) == sent
 
 
 def test_a_checkpoint_of_eight_devices_goes_on_on_one_and_the_reverse(no_evaluation, tmp_path):  # noqa: F811

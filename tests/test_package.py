@@ -58,6 +58,12 @@ def test_declared_dependencies_are_those_that_the_constraints_pin():
     assert {"dev", "bench", "cuda", "tpu"} == set(project["optional-dependencies"])
 
 
+def test_what_is_installed_are_the_packages_on_disk():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    files = (ROOT / "e2sad_jax").rglob("*.py")
+    assert listed == sorted({".".join(file.relative_to(ROOT).parent.parts) for file in files})
+
+
 def test_version_is_one():
     assert e2sad_jax.__version__ == "0.1.0"
     assert (pathlib.Path(e2sad_jax.__file__).parent / "py.typed").exists()

@@ -67,6 +67,27 @@ def test_a_resumed_run_drops_the_lines_beyond_its_checkpoint(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(10, 1.0), (16, 3.0)]
 
 
+def test_without_tensorboardx_metrics_are_lines_and_one_warning_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    progress._tensorboard.cache_clear()
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        record = progress.Recorder([tmp_path / name], Silent(), start=0, log_every=1, batch_size=1)
+        record(1, {"loss": jnp.float32(3.0)})
+        record.write(1, {"validation_clean": 0.5})
+        record.flush()
+        record.close()
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["metrics.jsonl"]
+        assert lines(tmp_path / name) == [{"step": 1, "loss": 3.0}, {"step": 1, "validation_clean": 0.5}]
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "pip install tensorboardX" in said
+    progress._tensorboard.cache_clear()
+    monkeypatch.undo()
+    progress.Recorder([tmp_path / "a"], Silent(), start=1, log_every=1, batch_size=1).close()
+    assert [path for path in (tmp_path / "a").iterdir() if path.name.startswith("events.out.tfevents")]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_metric_that_is_not_finite_names_itself_and_its_step(value, tmp_path):
     record = progress.Recorder([tmp_path], Silent(), start=0, log_every=1, batch_size=1)

@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 
-from e2sad_jax import report
+from e2sad_jax import report, sharding
 from e2sad_jax._tracing import platform
 from e2sad_jax.errors import Error, Stopped, first_line
 from e2sad_jax.progress import Bar
 from e2sad_jax.step_cost import counts, peers
+from e2sad_jax.step_cost.interrupt import Interrupt
 from e2sad_jax.step_cost.request import NUM_CLASSES, OURS, Kind, Request
 from e2sad_jax.step_cost.step import Step, Timer, in_turn, timer
 
@@ -34,32 +35,32 @@ Rows = dict[Kind, dict[str, Any]]
 
 
 class PeerError(Error):
-    """Another library's step does something else than ours: what it costs says nothing."""
+    """Another library's step does something else than ours, so what it costs says nothing; its row says so."""
 
 
 def measure(request: Request, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Builds every step, times them in turn, and sums up.
+    """Builds every step, times them in turn, and sums up after each round.
 
-    A step that fails says so in its row; the others stay. On Ctrl-C what was measured until then is still written.
+    A step that fails says so in its row; the others stay. So does a peer's whose losses are not ours.
 
     Args:
       request: what to measure.
-      write: called with the result when there is one.
+      write: called with the result of the rounds so far, after each of them.
 
     Returns:
       What step_cost.json holds (docs/step_cost.md).
 
     Raises:
-      PeerError: if a peer's losses are not ours.
-      Stopped: after Ctrl-C.
+      Stopped: after Ctrl-C, or a SIGTERM that `interrupt.raising` has made one.
     """
     rows: Rows = {kind: _row(kind) for kind in request.kinds()}
     rounds: list[dict[Any, float]] = []
     ceilings: dict[str, float] = {}
-    interrupted = False
+    result: dict[str, Any] = {}
     with Bar("step cost", len(rows) + request.rounds * (len(rows) + len(set(request.precision))), "timings") as bar:
         try:
             timers = _build(request, rows, ceilings, bar)
+            about = {"command": report.command(), "environment": {**report.environment(), **_peer_versions(request)}}
 
             def failed(key: Any, error: Exception) -> None:
                 if not isinstance(key, Kind):
@@ -70,9 +71,30 @@ def measure(request: Request, write: Callable[[dict[str, Any]], None]) -> dict[s
                 timers, request.rounds, progress=lambda i, key: bar.update(1, f"round {i + 1}"), failed=failed
             ):
                 rounds.append(one)
-        except KeyboardInterrupt:
-            interrupted = True
-    result: dict[str, Any] = {
+                result = _result(request, rows, rounds, ceilings) | about
+                write(result)
+        except KeyboardInterrupt as interrupt:
+            kept = "nothing was written"
+            if rounds:  # once more, for it may have cut the writing short
+                write(_result(request, rows, rounds, ceilings) | about)
+                kept = f"the {len(rounds)} rounds that were done are in {request.results}"
+            number = interrupt.number if isinstance(interrupt, Interrupt) else signal.SIGINT
+            raise Stopped(f"interrupted; {kept}", number) from None
+    return result
+
+
+def _result(
+    request: Request, rows: Rows, rounds: Sequence[Mapping[Any, float]], ceilings: Mapping[str, float]
+) -> dict[str, Any]:
+    """What there is to say after so many rounds."""
+    mesh = sharding.mesh(request.devices, request.batch_size)
+    ceiling = {
+        precision: {"flops": flops, "flops_per_second": flops / min(seconds), "seconds": seconds}
+        for precision, flops in ceilings.items()
+        if (seconds := [r[CEILING, precision] for r in rounds])
+    }
+    summarise(rows, rounds, ceiling, request.batch_size, mesh.size if mesh else 1)
+    return {
         "format": FORMAT,
         "settings": {
             **{name: getattr(request, name) for name in ("batch_size", "model", "devices", "rounds", "seconds")},
@@ -82,23 +104,11 @@ def measure(request: Request, write: Callable[[dict[str, Any]], None]) -> dict[s
             ),
         },
         "rounds_done": len(rounds),
-        "ceiling": {
-            precision: {"flops": flops, "flops_per_second": flops / min(seconds), "seconds": seconds}
-            for precision, flops in ceilings.items()
-            if (seconds := [r[CEILING, precision] for r in rounds])
-        },
+        "complete": len(rounds) == request.rounds,
+        "ceiling": ceiling,
         "rows": list(rows.values()),
         "device_peak_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
-        "command": report.command(),
-        "environment": {**report.environment(), **_peer_versions(request)},
     }
-    summarise(rows, rounds, result["ceiling"], request.batch_size)
-    if rounds:
-        write(result)
-    if interrupted:
-        kept = f"the {len(rounds)} rounds that were done are in {request.results}" if rounds else "nothing was written"
-        raise Stopped(f"interrupted; {kept}", signal.SIGINT)
-    return result
 
 
 def _row(kind: Kind) -> dict[str, Any]:
@@ -109,6 +119,7 @@ def _row(kind: Kind) -> dict[str, Any]:
         "attack_steps": kind.attack_steps or None,
         "precision": kind.precision,
         "error": None,
+        "differs": False,
         "note": "",
         "steps_per_dispatch": None,
         "compile_seconds": None,
@@ -145,6 +156,8 @@ def _build(request: Request, rows: Rows, ceilings: dict[str, float], bar: Bar) -
                 row["note"] = "not measured without ours"
             else:
                 timers[kind] = _peer(request, kind, row, parameters, losses[kind.defense, kind.attack_steps])
+        except PeerError as error:
+            _fail(row, error)
         except Error:
             raise
         except Exception as error:
@@ -160,7 +173,7 @@ def _ours(request: Request, kind: Kind) -> Step:
 
 def _peer(request: Request, kind: Kind, row: dict[str, Any], parameters: Any, losses: Sequence[float]) -> Timer:
     """A warm timer of a peer's step, after it has shown that its losses are ours."""
-    with peers.time_limit(peers.COMPILE_SECONDS) if kind.by == "torch.compile" else contextlib.nullcontext():
+    with peers.time_limit(request.compile_seconds) if kind.by == "torch.compile" else contextlib.nullcontext():
         step = peers.build(
             kind.by, request.config(kind), request.image_shape, NUM_CLASSES, parameters, request.steps_per_dispatch
         )
@@ -192,13 +205,19 @@ def _fail(row: dict[str, Any], error: Exception) -> None:
     if isinstance(error, peers.NotOfferedError):
         row["note"] = str(error)
         return
-    row["error"] = f"{type(error).__name__}: {first_line(error)}"[:200]
+    row["differs"] = isinstance(error, PeerError)
+    row["error"] = str(error) if row["differs"] else f"{type(error).__name__}: {first_line(error)}"[:200]
     if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
         row["error"] = f"out of memory; {row['error']}"
 
 
-def summarise(rows: Rows, rounds: Sequence[Mapping[Any, float]], ceiling: Mapping[str, Any], batch_size: int) -> None:
-    """Fills in what follows from the seconds of each round; ratios are medians over the rounds, each within its round."""
+def summarise(
+    rows: Rows, rounds: Sequence[Mapping[Any, float]], ceiling: Mapping[str, Any], batch_size: int, devices: int = 1
+) -> None:
+    """Fills in what follows from the seconds of each round; ratios are medians over the rounds, each within its round.
+
+    The ceiling is that of one device; a step on several is held against so many of it.
+    """
 
     def ratio(kind: Kind, other: Kind) -> float | None:
         pairs = [r[kind] / r[other] for r in rounds if kind in r and other in r]
@@ -219,8 +238,8 @@ def summarise(rows: Rows, rounds: Sequence[Mapping[Any, float]], ceiling: Mappin
         row["images_per_second"] = batch_size / middle if middle else None
         row["flops_per_second"] = row["flops"] / middle if middle and row["flops"] else None
         most = ceiling.get(kind.precision)
-        share = row["flops_per_second"] / most["flops_per_second"] if most and row["flops_per_second"] else None
-        row["share_of_ceiling"] = share
+        reached = row["flops_per_second"]
+        row["share_of_ceiling"] = reached / (devices * most["flops_per_second"]) if most and reached else None
         row["time_natural"] = ratio(kind, natural)
         row["time_our_natural"] = ratio(kind, Kind(OURS, "natural", 0, kind.precision))
         row["time_ifgsm_30"] = ratio(kind, Kind(kind.by, "ifgsm", 30, kind.precision))

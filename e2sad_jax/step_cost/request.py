@@ -62,6 +62,7 @@ class Request:
     rounds: int = 7
     seconds: float = 0.1
     peer: tuple[str, ...] = ()
+    compile_seconds: float = 300.0
     steps_per_dispatch: int = 0
     results: str = "runs/step_cost"
 
@@ -77,6 +78,8 @@ class Request:
         check_at_least(self, batch_size=1, rounds=1, devices=0, image_size=0, steps_per_dispatch=0)
         if not (math.isfinite(self.seconds) and self.seconds >= 0):
             raise ConfigError(f"--seconds={self.seconds}: must be finite and at least 0; 0 times one dispatch")
+        if not (math.isfinite(self.compile_seconds) and self.compile_seconds > 0):
+            raise ConfigError(f"--compile_seconds={self.compile_seconds}: must be finite and above 0")
         if self.peer and "float32" not in self.precision:
             raise ConfigError(
                 f"--precision={','.join(self.precision)}: must have float32 in it for --peer={','.join(self.peer)}, "

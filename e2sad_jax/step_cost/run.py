@@ -4,7 +4,7 @@ import pathlib
 from typing import Any
 
 from e2sad_jax.errors import ConfigError, Error
-from e2sad_jax.step_cost import show
+from e2sad_jax.step_cost import interrupt, show
 from e2sad_jax.step_cost.measure import measure
 from e2sad_jax.step_cost.request import OURS, Request
 from e2sad_jax.workdir import write_json, write_text
@@ -15,11 +15,12 @@ class StepsFailedError(Error):
 
 
 def run(request: Request) -> None:
-    """Measures, prints the table, and writes step_cost.json, .md and .png.
+    """Measures, writes step_cost.json and .md after each round, and at the end step_cost.png; prints the table.
 
     Raises:
       ConfigError: if the folder cannot be written, found before anything is measured.
-      StepsFailedError: if a step of ours failed, after the others were written.
+      StepsFailedError: if a step of ours failed, or a peer's is not ours, after the others were written.
+      Stopped: after Ctrl-C or SIGTERM, once what was measured is written.
     """
     folder = pathlib.Path(request.results).expanduser()
     try:
@@ -29,18 +30,34 @@ def run(request: Request) -> None:
             f"--results={request.results}: cannot be written ({error.strerror}); choose another folder"
         ) from error
 
+    latest: dict[str, Any] = {}
+
     def write(result: dict[str, Any]) -> None:
-        print(show.text(result))
+        latest.update(result)
         write_json(folder / "step_cost.json", result)
         write_text(folder / "step_cost.md", show.markdown(result))
-        show.plot(folder / "step_cost.png", result)
-        for name in ("step_cost.md", "step_cost.json", "step_cost.png"):
-            print(folder / name)
 
-    result = measure(request, write)
-    failed = [row["name"] for row in result["rows"] if row["error"] and row["by"] == OURS]
+    with interrupt.raising():
+        try:
+            measure(request, write)
+        finally:  # interrupted or not
+            if latest:
+                print(show.text(latest))
+                show.plot(folder / "step_cost.png", latest)
+                for name in ("step_cost.md", "step_cost.json", "step_cost.png"):
+                    print(folder / name)
+    failed = [row["name"] for row in latest["rows"] if row["error"] and row["by"] == OURS]
+    differ = [f"{row['name']} by {row['by']}" for row in latest["rows"] if row["differs"]]
+    said = []
     if failed:
-        raise StepsFailedError(
+        said.append(
             f"{len(failed)} steps could not be measured: {', '.join(failed)} (see their rows); a smaller --batch_size "
             "takes less memory"
         )
+    if differ:
+        said.append(
+            f"{len(differ)} steps of others do something else than ours: {', '.join(differ)} (see their rows); the rest "
+            "of the table stands"
+        )
+    if said:
+        raise StepsFailedError("; ".join(said))

@@ -4,9 +4,12 @@ import importlib.util
 import json
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
+import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +17,7 @@ import pytest
 
 from e2sad_jax.config import Config
 from e2sad_jax.errors import ConfigError, Stopped
-from e2sad_jax.step_cost import counts, measure, peers, run, show
+from e2sad_jax.step_cost import counts, interrupt, measure, peers, run, show
 from e2sad_jax.step_cost.request import OURS, Kind, Request
 from e2sad_jax.step_cost.step import Step, in_turn, no_compilation_cache, timer
 
@@ -168,11 +171,81 @@ def test_ctrl_c_keeps_the_rounds_that_were_done(made_up, tmp_path):
     assert asked == ["natural", "fgsm"] * 2
 
 
+def test_each_round_is_written_when_it_is_done(made_up, tmp_path):
+    """A process that is killed in the third leaves two behind."""
+    asked, raised = made_up
+    raised += [None] * 4 + [SystemExit()]
+    with pytest.raises(SystemExit):
+        run.run(Request(defense=("fgsm",), rounds=3, results=str(tmp_path)))
+    result = json.loads((tmp_path / "step_cost.json").read_text())
+    assert (result["rounds_done"], result["complete"], len(asked)) == (2, False, 5)
+    assert result["rows"][1]["seconds"] == [2.0, 2.0]
+    assert "Median of 2 rounds" in (tmp_path / "step_cost.md").read_text()
+    raised.clear()
+    run.run(Request(defense=("fgsm",), rounds=3, results=str(tmp_path)))
+    assert json.loads((tmp_path / "step_cost.json").read_text())["complete"]
+
+
 def test_ctrl_c_before_the_first_round_writes_nothing(made_up, tmp_path):
     made_up[1].append(KeyboardInterrupt())
     with pytest.raises(Stopped, match="nothing was written"):
         run.run(Request(defense=("fgsm",), results=str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_measurement_with_what_there_is(number, tmp_path):
+    """Sent twice at once, as `timeout` and a terminal do to a process and to its group."""
+    flags = ["--defense=natural", "--model=digits_cnn", "--batch_size=8", "--rounds=1000000", "--seconds=0.001"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "experiments.step_cost", *flags, f"--results={tmp_path}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for _ in range(1200):
+            if (tmp_path / "step_cost.json").exists() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        process.send_signal(number)
+        out, said = process.communicate(timeout=100)
+    assert process.returncode == 128 + number, said
+    result = json.loads((tmp_path / "step_cost.json").read_text())
+    assert result["rounds_done"] == len(result["rows"][0]["seconds"]) >= 1
+    assert not result["complete"]
+    assert f"interrupted; the {result['rounds_done']} rounds that were done are in {tmp_path}" in said
+    assert out.startswith("Cost of a training step")
+    assert (tmp_path / "step_cost.png").stat().st_size > 10_000
+
+
+def test_a_second_signal_later_is_not_caught(monkeypatch):
+    now, killed = [5.0], []
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("os.kill", lambda pid, number: killed.append((pid, number)))
+    before = signal.getsignal(signal.SIGTERM)
+    with interrupt.raising():
+        with pytest.raises(interrupt.Interrupt) as caught:
+            signal.raise_signal(signal.SIGTERM)
+        assert caught.value.number == signal.SIGTERM
+        signal.raise_signal(signal.SIGTERM)
+        assert killed == []
+        now[0] += 2
+        signal.raise_signal(signal.SIGTERM)
+        assert killed == [(os.getpid(), signal.SIGTERM)]
+        assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("devices", "count"), [(1, 1), (4, 4), (0, 8)])
+def test_the_ceiling_of_several_devices_is_so_many_times_that_of_one(devices, count, made_up, tmp_path):
+    run.run(Request(defense=("fgsm",), devices=devices, rounds=2, results=str(tmp_path)))
+    result = json.loads((tmp_path / "step_cost.json").read_text())
+    assert result["ceiling"]["float32"]["flops_per_second"] == 4e9 / 0.5, "of one device"
+    natural, fgsm = result["rows"]
+    assert natural["share_of_ceiling"] == pytest.approx(2e9 / 1.0 / (count * 8e9))
+    assert fgsm["share_of_ceiling"] == pytest.approx(2e9 / 2.0 / (count * 8e9))
 
 
 def test_precisions_are_held_against_their_own_natural_step_and_float32(made_up, tmp_path):
@@ -204,25 +277,61 @@ def test_a_peer_with_other_losses_is_refused():
             measure.check_losses(KIND, ours, [wrong, 2.4, 2.0])
 
 
-def test_a_peer_stands_below_ours(made_up, monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def made_up_peer(monkeypatch):
+    """PyTorch of made-up cost, whose compiled steps fail; in it, to be set: losses of a defense, seconds of `sleep`."""
+    losses: dict[str, Any] = {}
+
     class Peer:
         note, compile_seconds, at_once = "as it is", None, 1
 
-        def __init__(self, by):
-            self.by = by
+        def __init__(self, by, config):
+            self.by, self.config = by, config
 
         def losses(self, steps):
             if self.by == "torch.compile":
+                time.sleep(losses.get("sleep", 0.0))
                 raise RuntimeError("no double backward")
-            return [1.0] * steps
+            return losses.get(self.config.defense, [1.0] * steps)
 
         def run(self, steps):
             pass
 
     monkeypatch.setattr(peers, "check_installed", lambda name: None)
-    monkeypatch.setattr(peers, "build", lambda by, *_: Peer(by))
+    monkeypatch.setattr(peers, "build", lambda by, config, *_: Peer(by, config))
     monkeypatch.setattr(measure, "timer", lambda *_: lambda: 8.0)
     monkeypatch.setattr(measure, "_peer_versions", lambda request: {"torch": "1", "threads": "torch 2, JAX 2"})
+    return losses
+
+
+def test_a_peer_that_does_something_else_fails_its_row_and_the_others_stay(made_up, made_up_peer, tmp_path, capsys):
+    made_up_peer["fgsm"] = [1.0, 1.5, 1.0]
+    request = Request(defense=("fgsm", "e2sad"), rounds=2, peer=("torch",), results=str(tmp_path))
+    with pytest.raises(run.StepsFailedError, match=r"^1 steps of others .* than ours: fgsm by torch \(see") as failed:
+        run.run(request)
+    assert failed.value.exit_code == 1
+    rows = {(r["name"], r["by"]): r for r in json.loads((tmp_path / "step_cost.json").read_text())["rows"]}
+    why = "fgsm: torch has loss 1.5 in step 2 where ours is 1"
+    assert rows["fgsm", "torch"]["error"].startswith(why)
+    assert rows["fgsm", "torch"]["milliseconds"] is None
+    for kept in (("fgsm", OURS), ("natural", "torch"), ("e2sad", OURS), ("e2sad", "torch")):
+        assert len(rows[kept]["seconds"]) == 2
+        assert rows[kept]["error"] is None
+    assert why in " ".join(capsys.readouterr().out.split())
+    assert why in (tmp_path / "step_cost.md").read_text()
+
+
+def test_what_compiles_for_too_long_is_given_up(made_up, made_up_peer, tmp_path):
+    made_up_peer["sleep"] = 30.0
+    request = Request(defense=("natural",), rounds=1, peer=("torch",), compile_seconds=0.2, results=str(tmp_path))
+    run.run(request)
+    rows = json.loads((tmp_path / "step_cost.json").read_text())["rows"]
+    assert [row["error"] for row in rows] == [None, None, "TimeoutError: took longer than 0.2 s"]
+    assert rows[1]["milliseconds"] is not None
+
+
+@pytest.mark.usefixtures("made_up_peer")
+def test_a_peer_stands_below_ours(made_up, tmp_path, capsys):
     run.run(Request(defense=("fgsm",), rounds=1, peer=("torch",), results=str(tmp_path)))
     rows = {(r["name"], r["by"]): r for r in json.loads((tmp_path / "step_cost.json").read_text())["rows"]}
     assert list(rows) == [(n, by) for n in ("natural", "fgsm") for by in (OURS, "torch", "torch.compile")]
@@ -252,6 +361,7 @@ def test_a_peer_stands_below_ours(made_up, monkeypatch, tmp_path, capsys):
         ({"precision": ("half",)}, "--precision=half: must be of float32, tf32, bf16"),
         ({"rounds": 0}, "--rounds=0: must be at least 1"),
         ({"seconds": float("nan")}, "--seconds=nan: must be finite and at least 0"),
+        ({"compile_seconds": 0.0}, "--compile_seconds=0.0: must be finite and above 0"),
         ({"peer": ("keras",)}, "--peer=keras: must be of xla, torch, art"),
         ({"peer": ("torch",), "precision": ("bf16",)}, "--precision=bf16: must have float32 in it for --peer=torch"),
         ({"steps_per_dispatch": -1}, "--steps_per_dispatch=-1: must be at least 0"),

@@ -15,7 +15,6 @@ from e2sad_jax.errors import ConfigError
 VARIANTS = {"xla": ("xla",), "torch": ("torch", "torch.compile"), "art": ("art",)}
 PACKAGES: dict[str, tuple[str, ...]] = {"xla": (), "torch": ("torch",), "art": ("torch", "art")}
 SHIPPED_BY = {"torch": "torch", "art": "adversarial-robustness-toolbox"}
-COMPILE_SECONDS = 300.0  # that torch.compile may take for one step
 
 
 class PeerStep(Protocol):
@@ -101,7 +100,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         return
 
     def late(*_: Any) -> None:
-        raise TimeoutError(f"took longer than {seconds:.0f} s")
+        raise TimeoutError(f"took longer than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
