@@ -99,7 +99,7 @@ def test_other_data_makes_other_runs(tiny, tmp_path, monkeypatch):
     attacks = [dataclasses.asdict(stage) for stage in comparison._effort(request).stages(tiny.num_classes)]
     known = {"data": tiny.sha256, "judge": "test", "checkpoints": ["last", "best"], "examples": 10, "stages": attacks}
     pathlib.Path(a.workdir).mkdir()
-    done = {"asked": known, "last": {"step": 3}}
+    done = {"asked": known, "last": {"step": 3}, "best": {"step": 2}}
     (pathlib.Path(a.workdir) / "auto.json").write_text(json.dumps(done))
     assert comparison._judged(request, a, tiny) == done
     other = dataclasses.replace(tiny, x_test=tiny.x_test[::-1].copy())
@@ -114,15 +114,21 @@ def test_held_out_images_are_attacked_where_settings_are_chosen(tiny, tmp_path, 
 
     def attacked(config, which, images, labels, stages):
         seen.append(images)
-        return {"step": 3, "clean": 1.0, "after": {}, "robust": 0.5}
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return {"step": {"last": 3, "best": 2}[which], "clean": 1.0, "after": {}, "robust": 0.5}
 
     monkeypatch.setattr(comparison, "_attacked", attacked)
-    monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": 1.0})
+    monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": float(int(state.step) == 2)})
     monkeypatch.setattr(comparison, "_step_flops", lambda config, dataset: 1.0)
     request = comparison.Request(
         entry=("natural",), data="tiny.npz", judge="held_out", workdir=str(tmp_path / "runs"), **LITTLE
     )
-    comparison.run(request, lambda line: None)
+    with pytest.raises(KeyboardInterrupt):  # while the best is attacked
+        comparison.run(request, lambda line: None)
+    result = comparison.run(request, lambda line: None)
+    assert [result["rows"][0][which]["steps"] for which in ("last", "best")] == [[3], [2]]
+    assert len(seen) == 3, "the last is not attacked again"
     (config,) = request.configs("natural")
     train_set, watched = jobs.hold_out(tiny, config)
     np.testing.assert_array_equal(seen[0], watched.x_test)
