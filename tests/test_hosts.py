@@ -27,9 +27,7 @@ def start(
     heartbeat: int = 0,
     slurm: bool = False,
 ) -> list[subprocess.Popen]:
-    port = free_port(
-        range(61440, 65536) if slurm else range(1)
-    )  # Slurm: where JAX looks for one, after the job's number
+    port = free_port(range(61440, 65536) if slurm else range(1))  # JAX makes Slurm's port of the job's number
     module = ["-m", "experiments.mnist"]
     if heartbeat:  # seconds, instead of the usual
         run_it = "from experiments import common; common.main('mnist', {})"
