@@ -32,7 +32,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("auto", True, "the worst case over APGD-CE, targeted APGD-DLR and Square", **own)
     flags.DEFINE_integer("queries", 5000, "queries of Square; 0: leave it out", **own)
     flags.DEFINE_integer("targets", 9, "wrong classes that the targeted APGD tries; at least 1", **own)
-    flags.DEFINE_integer("fab", 0, "wrong classes that FAB tries on what then stands; 0: leave it out", **own)
+    flags.DEFINE_integer("fab", 0, "wrong classes that FAB tries on what stands before Square; 0: leave it out", **own)
     flags.DEFINE_integer("restarts", 5, "random starts of PGD; at least 1", **own)
     flags.DEFINE_string("results", "", "folder for evaluation.md, .json and .png; empty: WORKDIR/evaluation", **own)
 
