@@ -23,6 +23,8 @@ CHIPS = 256
 # A chip of the plan, TPU v5e (https://cloud.google.com/tpu/docs/v5e): peak in bfloat16, one way over all its links.
 PEAK, LINKS = 197e12, 200e9
 SHARE = 0.3  # of the peak: an assumption, to be replaced by a measurement
+HOP = 1e-6  # seconds from a chip to the next, beside what its bytes take: an assumption too
+HOPS = 2 * (CHIPS - 1)  # of a sum in a ring
 
 
 def main() -> None:
@@ -51,24 +53,30 @@ def main() -> None:
     print(READING)
     print(f"## A plan for {CHIPS} chips\n")
     print(PLAN)
-    print("| defense | GFLOP an image | bytes a chip and step, MB | of which needed | images a chip at the crossing |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    columns = ("sums", "MB a chip", "ms for bytes", "ms for hops", "images a chip: bytes alone", "with hops")
+    print(f"| defense | GFLOP an image | {' | '.join(columns)} |")
+    print(f"| --- | ---: {'| ---: ' * len(columns)}|")
     crossings: list[float] = []
     for defense in DEFENSES:
         counted = counts.counts(Config(defense=defense), SHAPE, CLASSES)
         assert counted is not None
-        per_image = counted["flops"] / batch
-        ring = 2 * (CHIPS - 1) / CHIPS
-        least = ring * 4 * parameters
-        as_compiled = ring * sent[defense]
-        crossing = [(moved / LINKS) * SHARE * PEAK / per_image for moved in (least, as_compiled)]
-        crossings += crossing
-        print(
-            f"| {defense} | {per_image / 1e9:.3f} | {as_compiled / 1e6:.1f} | {least / 1e6:.1f} | "
-            f"{crossing[0]:,.0f} (one sum) to {crossing[1]:,.0f} (as compiled here) |"
-        )
+        per_image = counted["flops"] / batch / (SHARE * PEAK)  # seconds
+        # Needed, and as compiled here.
+        for sums in dict.fromkeys((1, round(sent[defense] / (4 * parameters)))):
+            moved = HOPS / CHIPS * 4 * parameters * sums
+            for_bytes, for_hops = moved / LINKS, HOPS * HOP * sums
+            alone, both = for_bytes / per_image, (for_bytes + for_hops) / per_image
+            crossings.append(both)
+            print(
+                f"| {defense} | {counted['flops'] / batch / 1e9:.3f} | {sums} | {moved / 1e6:.1f} | {1e3 * for_bytes:.2f} | "
+                f"{1e3 * for_hops:.2f} | {alone:,.0f} | {both:,.0f} |"
+            )
     low, high = (CHIPS * images for images in (min(crossings), max(crossings)))
-    print(CONCLUSION.format(low=low, high=high, share=largest / parameters, checkpoint=3 * 4 * parameters / 1e6))
+    print(
+        CONCLUSION.format(
+            low=low, high=high, hops=HOPS, share=largest / parameters, checkpoint=3 * 4 * parameters / 1e6
+        )
+    )
     e = report.environment()
     print(f"`{report.command()}`, {e['date']}, {e['hardware']}; JAX {e['jax']}; commit {e['commit']}.")
 
@@ -86,14 +94,18 @@ XLA's passes for accelerators include one that adds first and sends once; whethe
 
 PLAN = f"""\
 For a chip of {PEAK / 1e12:.0f} TFLOP/s (bfloat16) with {LINKS / 1e9:.0f} GB/s to its neighbours
-([TPU v5e](https://cloud.google.com/tpu/docs/v5e)), of which these small convolutions reach {SHARE:.0%} (an assumption). A ring
-moves 2 (n - 1) / n times the bytes of a sum through each chip. Compute grows with the images of a chip, the bytes do not;
-below the batch in the last column the links decide, above it the chip. FLOPs are XLA's count.
+([TPU v5e](https://cloud.google.com/tpu/docs/v5e)), of which these small convolutions reach {SHARE:.0%}, and
+{1e6 * HOP:g} microsecond from a chip to the next (both assumptions). A sum in a ring of n moves 2 (n - 1) / n times its bytes
+through each chip, one after another in 2 (n - 1) = {HOPS} hops. Compute grows with the images of a chip, bytes and hops do
+not; below the batch in the last column the links decide, above it the chip. FLOPs are XLA's count. The first row of a
+defense has the one sum that it needs, the second as many as were compiled here.
 """
 
 CONCLUSION = """
 So with so many chips the links decide up to a global batch of {low:,.0f} to {high:,.0f} images, far beyond what Table 4's
-network needs: MNIST has 60,000. They are better spent on as many runs side by side, one a chip, which send nothing.
+network needs: MNIST has 60,000. Most of that is hops. A torus of 16 by 16 that sums along rows and then along columns takes
+60 of them instead of {hops}, which leaves little more than the bytes. The chips are better spent on as many runs side by
+side, one a chip, which send nothing.
 For a larger network the same arithmetic holds with its own two numbers: bytes of the parameters, and FLOPs an image;
 convolutions do more FLOPs a parameter, so the crossing comes earlier. {share:.0%} of Table 4's
 parameters stand in one dense layer.

@@ -16,13 +16,14 @@ def keep_freed() -> bool:
     keep memory of their own. Settings of the user's own in the environment have precedence.
 
     Returns:
-      Whether glibc took it; elsewhere nothing changes.
+      Whether glibc took it; elsewhere nothing changes, nor with a glibc (before about 2.35) that allows 32 MiB at most.
     """
-    if any(name.startswith("MALLOC_") and name.endswith("_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
+    if any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # no glibc
         return False
-    settings = {_ARENA_MAX: 1, _MMAP_THRESHOLD: _LIMIT, _TRIM_THRESHOLD: _LIMIT}
-    return all([mallopt(option, value) == 1 for option, value in settings.items()])
+    # That of mapping first: where it is refused the one of trimming would do harm, which ends its growth by itself.
+    settings = {_MMAP_THRESHOLD: _LIMIT, _TRIM_THRESHOLD: _LIMIT, _ARENA_MAX: 1}
+    return all(mallopt(option, value) == 1 for option, value in settings.items())

@@ -16,16 +16,18 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the flags, as the main module's own: `--help` lists those."""
-    from e2sad_jax.step_cost.request import DEFAULT_ATTACK_STEPS, DEFAULT_DEFENSES
+    from e2sad_jax.config import DEFENSES
+    from e2sad_jax.step_cost.request import IMAGE_SHAPES, ITERATED
 
     own: dict[str, Any] = {"module_name": sys.argv[0]}
-    text = "defenses; of natural, fgsm, ifgsm, pgd, hamm, e2sad, several with commas; natural is always measured"
-    flags.DEFINE_list("defense", list(DEFAULT_DEFENSES), text, **own)
-    text = "gradient steps of ifgsm and pgd, each a row; at least 1, several with commas"
-    flags.DEFINE_list("attack_steps", list(map(str, DEFAULT_ATTACK_STEPS)), text, **own)
+    text = f"defenses; of {', '.join(DEFENSES)}, several with commas; natural is always measured"
+    flags.DEFINE_list("defense", list(DEFENSES), text, **own)
+    usual = ", ".join(f"{','.join(map(str, steps))} of {defense}" for defense, steps in ITERATED.items())
+    text = f"gradient steps of {', '.join(ITERATED)}, each a row; at least 1, several with commas; empty: {usual}"
+    flags.DEFINE_list("attack_steps", [], text, **own)
     flags.DEFINE_integer("batch_size", 256, "images a step; at least 1", **own)
     flags.DEFINE_integer("devices", 1, "devices to split each batch over; at least 1, or 0: all", **own)
-    flags.DEFINE_string("model", "mnist_cnn", "network; one of mnist_cnn, svhn_cnn, digits_cnn", **own)
+    flags.DEFINE_string("model", "mnist_cnn", f"network; one of {', '.join(IMAGE_SHAPES)}", **own)
     flags.DEFINE_integer("image_size", 0, "height and width of the images, 0: those of the model's data set", **own)
     text = "what the layers compute in; of float32, tf32, bf16, several with commas"
     flags.DEFINE_list("precision", ["float32"], text, **own)

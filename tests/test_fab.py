@@ -318,7 +318,11 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"norm": "l1"}, ValueError, "fab: norm='l1'"),
     ({"bounds": (1, 0)}, ValueError, "fab: bounds="),
     ({"labels": jnp.ones(2)}, TypeError, "labels are float32"),
-    ({"targets": jnp.ones(2)}, TypeError, "labels are float32"),
+    ({"labels": jnp.array([0, 3])}, ValueError, r"fab: labels contain 3; each must be a class in \[0, 3\)"),
+    ({"targets": jnp.ones(2)}, TypeError, "fab: targets are float32"),
+    ({"targets": jnp.array([-1, 1])}, ValueError, r"fab: targets contain -1; each must be a class in \[0, 3\)"),
+    ({"targets": jnp.ones(3, int)}, ValueError, r"fab: targets have shape \(3,\); it must be \(2,\)"),
+    ({"targets": jnp.array([1, 0])}, ValueError, r"fab: targets\[1\] is that image's label"),
     ({"logits_fn": lambda z: z[:, :1]}, ValueError, r"fab: logits have shape \(2, 1\); .*at least 2"),
 ]
 

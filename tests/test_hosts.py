@@ -1,5 +1,6 @@
 """One run on two hosts: the numbers of one; all stop together; a lost process and other trouble end all with a word."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -24,10 +25,9 @@ def start(
     *flags: str,
     second: tuple[str, ...] = (),
     heartbeat: int = 0,
+    slurm: bool = False,
 ) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port(range(61440, 65536) if slurm else range(1))  # JAX makes Slurm's port of the job's number
     module = ["-m", "experiments.mnist"]
     if heartbeat:  # seconds, instead of the usual
         run_it = "from experiments import common; common.main('mnist', {})"
@@ -40,18 +40,34 @@ def start(
         "--model=digits_cnn",
     ]
     command += ["--batch_size=16", "--defense=natural", "--devices=0", "--eps1=0.05", "--eval_batch_size=50", *flags]
-    together = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"] if processes > 1 else []
+    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")}
+    own: list[tuple[list[str], dict[str, str]]] = [([], {})]  # flags and environment of each process
+    if slurm:
+        job = {"SLURM_JOB_ID": str(port - 61440), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(processes)}
+        numbers = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(processes)]
+        own = [(["--coordinator=auto"], {**job, **number}) for number in numbers]
+    elif processes > 1:
+        together = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"]
+        own = [([*together, f"--process_id={i}"], {}) for i in range(processes)]
     return [
         subprocess.Popen(
-            [*command, *together, *([f"--process_id={i}"] if together else []), *(second if i else ())],
+            [*command, *flags_of_one, *(second if i else ())],
             cwd=pathlib.Path(__file__).parents[1],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")},
+            env={**environment, **variables},
         )
-        for i in range(processes)
+        for i, (flags_of_one, variables) in enumerate(own)
     ]
+
+
+def free_port(ports: range) -> int:
+    for port in ports:
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return tried.getsockname()[1]
+    raise OSError(f"no free port in {ports}")
 
 
 def finish(processes: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str]]:
@@ -100,6 +116,15 @@ def test_two_processes_train_as_one_and_stop_together(npz, tmp_path):
     segments = json.loads((tmp_path / "two" / "training.json").read_text())
     assert [(s["devices"], s["processes"]) for s in segments] == [(4, 2), (4, 2)]
     assert e2sad_jax.load(tmp_path / "two").step == at + 30
+
+
+def test_on_a_cluster_they_find_each_other_by_themselves(npz, tmp_path):
+    """Slurm's variables say who is there and where."""
+    done = finish(start(2, npz, tmp_path / "w", "--steps=3", slurm=True))
+    assert [code for code, _ in done] == [0, 0], done
+    assert ["results:" in output for _, output in done] == [True, False], "one reports"
+    (segment,) = json.loads((tmp_path / "w" / "training.json").read_text())
+    assert (segment["devices"], segment["processes"], e2sad_jax.load(tmp_path / "w").step) == (4, 2, 3)
 
 
 @pytest.mark.parametrize("lost", [0, 1])

@@ -261,6 +261,8 @@ BY_BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 BY_ONE: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("deepfool", {"overshoot": -0.1}, ValueError, "deepfool: overshoot=-0.1"),
+    ("deepfool", {"labels": np.array([0, 3])}, ValueError, r"deepfool: labels contain 3; .* in \[0, 3\)"),
+    ("deepfool", {"labels": np.array([-1, 0])}, ValueError, r"deepfool: labels contain -1; .* in \[0, 3\)"),
     ("deepfool", {"norm": "l1"}, ValueError, "deepfool: norm='l1'"),
     ("carlini_wagner", {"binary_steps": 0}, ValueError, "carlini_wagner: binary_steps=0"),
     ("carlini_wagner", {"learning_rate": 0}, ValueError, "carlini_wagner: learning_rate=0"),

@@ -155,6 +155,20 @@ def test_stop_ends_after_the_step_with_a_checkpoint(tiny):
     assert saved == [(5, 5), (7, 7)]
 
 
+def test_the_loop_sends_nothing_to_the_device_unasked(tiny):
+    """What would be sent with every step is an error while training goes on, and none afterwards."""
+    double, sent = jax.jit(lambda x: 2 * x), []
+
+    def record(step, metrics, count):
+        sent.append(step)
+        double(np.ones(3, np.float32))
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        fit(tiny_config(defense="natural", steps=2), tiny, record=record)
+    assert sent == [1]
+    record(0, {}, 1)
+
+
 def test_non_finite_loss_stops_and_names_step_and_last_good_checkpoint(no_evaluation, tmp_path, monkeypatch):
     """The loss breaks in step 8; the checkpoint of step 5 stays and is the one to go on from."""
     real = train.training_loss

@@ -122,6 +122,23 @@ def check_steps(name: str, argument: str, value: int) -> None:
         raise ValueError(f"{name}: {argument}={value}; it must be a whole number, at least 1")
 
 
+def check_classes(name: str, argument: str, values: jax.Array, logits: tuple[int, ...]) -> None:
+    """Refuses labels that cannot be classes beside logits of shape `(N, K)`; of traced ones only type and shape are seen."""
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise TypeError(f"{name}: {argument} are {values.dtype}; they must be integer classes of shape [N]")
+    if values.shape != logits[:1]:
+        raise ValueError(f"{name}: {argument} have shape {values.shape}; it must be {logits[:1]}, one class per image")
+    if can_be_read(values):
+        wrong = np.asarray(values)[(np.asarray(values) < 0) | (np.asarray(values) >= logits[1])]
+        if wrong.size:
+            raise ValueError(f"{name}: {argument} contain {wrong[0]}; each must be a class in [0, {logits[1]})")
+
+
+def can_be_read(values: jax.Array) -> bool:
+    """Whether the numbers are there: not traced, and not on another host."""
+    return not isinstance(values, jax.core.Tracer) and getattr(values, "is_fully_addressable", True)
+
+
 def step_size(name: str, given: jax.typing.ArrayLike | None, default: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
     """The step of an attack: `given`, refused unless above 0, or where there is none `default`."""
     if given is None:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from e2sad_jax import losses
 from e2sad_jax.attacks import _ball, _loops
@@ -77,8 +78,8 @@ def fab(
 
     Raises:
       TypeError: if `x` is not floating point, or `labels` or `targets` are not integers.
-      ValueError: if an argument is out of range, more than one start lacks `key` or `eps`, or the logits are not
-        `[N, K]`.
+      ValueError: if an argument is out of range, a target is the label (where the numbers can be seen: not under `jit`),
+        more than one start lacks `key` or `eps`, or the logits are not `[N, K]`.
 
     Reference: Croce and Hein, 2019, https://arxiv.org/abs/1907.02044
     """
@@ -89,8 +90,12 @@ def fab(
     if logits.ndim != 2 or logits.shape[0] != n or logits.shape[1] < 2:
         raise ValueError(f"fab: logits have shape {logits.shape}; it must be ({n}, K), K at least 2")
 
+    _ball.check_classes("fab", "labels", labels, logits.shape)
     if targets is not None:
-        losses.margin(jnp.zeros(logits.shape), targets)  # refuses targets that are no classes
+        _ball.check_classes("fab", "targets", targets, logits.shape)
+        known = _ball.can_be_read(labels) and _ball.can_be_read(targets)
+        if known and (same := np.asarray(targets) == np.asarray(labels)).any():
+            raise ValueError(f"fab: targets[{same.argmax()}] is that image's label; it must be another class")
 
     def slack(logits: jax.Array) -> jax.Array:
         """Of every boundary, the hyperplanes too: a walk that ended on the true one would never count as a success."""

@@ -87,7 +87,7 @@ def deepfool(
     if logits.ndim != 2 or logits.shape[0] != x.shape[0] or logits.shape[1] < 2:
         raise ValueError(f"deepfool: logits have shape {logits.shape}; it must be ({x.shape[0]}, K), K at least 2")
     y = logits.argmax(-1) if labels is None else labels
-    losses.margin(logits, y)  # refuses labels that are none
+    _ball.check_classes("deepfool", "labels", y, logits.shape)
     start = (clean, logits.argmax(-1) != y)
     end, _ = _loops.repeat_while(lambda state: ~state[1].all(), steps, step, start)
     return jax.lax.stop_gradient(beyond(end))

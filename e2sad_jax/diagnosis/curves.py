@@ -26,7 +26,7 @@ class Effort:
       apgd_steps: steps of both APGD in the worst case.
       queries: of Square in the worst case; 0 leaves it out.
       targets: wrong classes that the targeted APGD tries.
-      fab: wrong classes that FAB then tries on what stands; 0 leaves it out.
+      fab: wrong classes that FAB tries on what stands before Square; 0 leaves it out.
       worst_case: whether to measure that.
     """
 
@@ -41,15 +41,18 @@ class Effort:
     worst_case: bool = True
 
     def stages(self, classes: int) -> list[Attack]:
-        """Those of the worst case: `auto.STAGES` with this effort, without the targeted one below four classes, and FAB."""
+        """Those of the worst case: `auto.STAGES` with this effort, without the targeted one below four classes, and FAB.
+
+        FAB comes before Square: what fell to Square alone is held against all attacks that follow gradients.
+        """
         ce, targeted, square = auto.STAGES
         stages = [dataclasses.replace(ce, steps=self.apgd_steps)]
         if classes >= 4:
             stages.append(dataclasses.replace(targeted, steps=self.apgd_steps, targets=self.targets))
-        if self.queries:
-            stages.append(dataclasses.replace(square, steps=self.queries))
         if self.fab:
             stages.append(dataclasses.replace(auto.FAB, targets=self.fab))
+        if self.queries:
+            stages.append(dataclasses.replace(square, steps=self.queries))
         return stages
 
 

@@ -42,7 +42,7 @@ class Request:
     auto: bool = setting(True, "the worst case over APGD-CE, targeted APGD-DLR and Square")
     queries: int = setting(5000, "queries of Square, 0: leave it out", lower=0)
     targets: int = setting(9, "wrong classes that the targeted APGD tries", lower=1)
-    fab: int = setting(0, "wrong classes that FAB tries in the worst case, 0: leave it out", lower=0)
+    fab: int = setting(0, "wrong classes that FAB tries on what stands before Square, 0: leave it out", lower=0)
     restarts: int = setting(5, "random starts of PGD", lower=1)
     results: str = setting("", "folder for evaluation.md, .json and .png; empty: WORKDIR/evaluation")
 

@@ -16,9 +16,8 @@ IMAGE_SHAPES = {
     "digits_cnn": (8, 8, 1),
     "preact_resnet18": (32, 32, 3),
 }
-DEFAULT_DEFENSES = ("natural", "fgsm", "hamm", "e2sad", "ifgsm")
-DEFAULT_ATTACK_STEPS = (1, 2, 5, 10, 20, 30, 40)
-ITERATED = ("ifgsm", "pgd", "trades")
+# Defenses whose attack takes as many steps as it is told, and how many where nothing else is asked for: the curve of one.
+ITERATED = {"ifgsm": (1, 2, 5, 10, 20, 30, 40), "pgd": (2, 10), "trades": (2, 10)}
 OURS = "e2sad_jax"
 
 
@@ -46,14 +45,14 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to measure; each field is the flag of that name.
+    """What to measure; each field is the flag of that name. No `attack_steps` stand for those of `ITERATED`.
 
     Raises:
       ConfigError: if a value is out of range, or a package that a peer needs is missing.
     """
 
-    defense: tuple[str, ...] = DEFAULT_DEFENSES
-    attack_steps: tuple[int, ...] = DEFAULT_ATTACK_STEPS
+    defense: tuple[str, ...] = DEFENSES
+    attack_steps: tuple[int, ...] = ()
     batch_size: int = 256
     devices: int = 1
     model: str = "mnist_cnn"
@@ -72,7 +71,7 @@ class Request:
             _check_list(flag, getattr(self, flag), allowed, empty=flag == "peer")
         if self.model not in IMAGE_SHAPES:
             raise ConfigError(f"--model={self.model}: must be one of {', '.join(IMAGE_SHAPES)}")
-        if not self.attack_steps or min(self.attack_steps) < 1:
+        if min(self.attack_steps, default=1) < 1:
             given = ",".join(map(str, self.attack_steps))
             raise ConfigError(f"--attack_steps={given}: must be at least 1 each; several with commas, as 1,10,30")
         check_at_least(self, batch_size=1, rounds=1, devices=0, image_size=0, steps_per_dispatch=0)
@@ -108,7 +107,7 @@ class Request:
         found: list[Kind] = []
         for precision in dict.fromkeys(self.precision):
             for defense in dict.fromkeys(("natural", *self.defense)):
-                for steps in sorted(set(self.attack_steps)) if defense in ITERATED else [0]:
+                for steps in sorted(set(self.attack_steps or ITERATED[defense])) if defense in ITERATED else [0]:
                     found.append(Kind(OURS, defense, steps, precision))
                     if precision == "float32":
                         variants = [by for peer in dict.fromkeys(self.peer) for by in peers.VARIANTS[peer]]

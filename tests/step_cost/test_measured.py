@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from e2sad_jax.config import Config
+from e2sad_jax.config import DEFENSES, Config
 from e2sad_jax.errors import ConfigError, Stopped
 from e2sad_jax.step_cost import counts, interrupt, measure, peers, run, show
 from e2sad_jax.step_cost.request import OURS, Kind, Request
@@ -343,6 +343,24 @@ def test_a_peer_stands_below_ours(made_up, tmp_path, capsys):
     assert "natural, FGSM: torch.compile: failed: RuntimeError: no double backward." in out
     assert "torch 1" in out
     assert (tmp_path / "step_cost.png").stat().st_size > 10_000
+
+
+# --- what it measures
+
+
+def test_every_defense_is_measured_unless_some_are_named():
+    names = [kind.name for kind in Request().kinds()]
+    assert names[:2] == ["natural", "fgsm"]
+    assert {name.split("-")[0] for name in names} == set(DEFENSES)
+    assert [name for name in names if "-" in name] == [
+        *(f"ifgsm-{k}" for k in (1, 2, 5, 10, 20, 30, 40)),
+        *("pgd-2", "pgd-10", "trades-2", "trades-10"),
+    ]
+
+
+def test_steps_that_are_named_are_those_of_each_attack_that_takes_steps():
+    names = [kind.name for kind in Request(defense=("trades", "e2sad", "pgd"), attack_steps=(7, 3)).kinds()]
+    assert names == ["natural", "trades-3", "trades-7", "e2sad", "pgd-3", "pgd-7"]
 
 
 # --- what it refuses
