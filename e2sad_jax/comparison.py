@@ -27,6 +27,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "FGSM (Eq. 3)": {"defense": "fgsm"},
     "RS-FGSM": {"defense": "rs_fgsm"},
     "N-FGSM": {"defense": "n_fgsm"},
+    "Hamm": {"defense": "hamm"},
     "GradAlign": {"defense": "grad_align"},
     "e2SAD, paper's points": {"defense": "e2sad"},
     "e2SAD, lambda 1": {"defense": "e2sad", "lam": 1.0},

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from e2sad_jax import checkpoint, comparison, data, jobs, train
+from e2sad_jax.config import DEFENSES
 from e2sad_jax.errors import ConfigError
 from tests.test_train import standard_promotion  # noqa: F401
 
@@ -211,6 +212,7 @@ def test_all_share_the_schedule_and_a_preset_brings_its_points():
     assert {(c.learning_rate, c.schedule, c.eps_warmup, c.eps1, c.soft_label) for c in configs.values()} == {
         (0.002, "cosine", 0.25, 0.2, False)
     }
+    assert {c.defense for c in configs.values()} == set(DEFENSES), "every defense here"
     robust, letter = configs["e2SAD, robust"], configs["e2SAD, paper's points"]
     assert (robust.eps2, robust.alpha, robust.random_start, robust.ball_second) == (0.2 * 2 / 3, 0.0, True, True)
     assert configs["PGD-2, shorter steps"].attack_step_size == pytest.approx(0.16)
