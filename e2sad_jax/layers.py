@@ -2,9 +2,10 @@
 
 XLA's CPU backend has a fast kernel for plain convolutions only: images [N, H, W, C], kernels [kh, kw, C, F], nothing turned
 round. It brings the gradients of others into that form, but not in a compiled loop, and its kernel is slow where there are
-few output channels, as in the input gradient of a first layer. So a convolution, its input gradient and its kernel gradient
-are primitives here, lowered to plain convolutions on the CPU and to XLA's own operation everywhere else. All three are
-bilinear and the transposes of one another, so derivatives of every order are made of these three again.
+few output channels, as in the input gradient of a first layer, and for images of one channel. So a convolution, its input
+gradient and its kernel gradient are primitives here, lowered to plain convolutions or elementwise products on the CPU and to
+XLA's own operation everywhere else. All three are bilinear and the transposes of one another, so derivatives of every order
+are made of these three again.
 """
 
 import functools
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -21,6 +23,7 @@ from e2sad_jax import _tracing
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 FEW_CHANNELS = 4
+MOST_TAPS = 49  # positions of a kernel for one channel that becomes as many products
 
 
 def conv_general_dilated(
@@ -132,6 +135,20 @@ def _kernel_gradient(x: jax.Array, g: jax.Array, *, size: tuple[int, int], **kwa
 # kernels [kh, kw, C, F], nothing turned round.
 
 
+def _cpu_conv(x: jax.Array, w: jax.Array, *, padding: Padding, precision: Any) -> jax.Array:
+    kh, kw, channels, features = w.shape
+    if channels > 1 or kh * kw > MOST_TAPS:
+        return _conv(x, w, padding=padding, precision=precision)
+    # The kernel would gather patches of one channel number by number. So the shifted images times the weights, which XLA
+    # computes in one pass.
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    height, width = padded.shape[1] - kh + 1, padded.shape[2] - kw + 1
+    total = jnp.zeros((), x.dtype)
+    for i, j in np.ndindex(kh, kw):
+        total = total + padded[:, i : i + height, j : j + width] * w[i, j].reshape(1, 1, 1, features)
+    return total
+
+
 def _cpu_input_gradient(
     g: jax.Array, w: jax.Array, *, size: tuple[int, int], padding: Padding, precision: Any
 ) -> jax.Array:
@@ -187,7 +204,7 @@ def _define(primitive: Primitive, xla: Callable[..., jax.Array], cpu: Callable[.
     batching.primitive_batchers[primitive] = batched
 
 
-_define(conv_p, _conv, _conv)
+_define(conv_p, _conv, _cpu_conv)
 _define(input_gradient_p, _input_gradient, _cpu_input_gradient)
 _define(kernel_gradient_p, _kernel_gradient, _cpu_kernel_gradient)
 

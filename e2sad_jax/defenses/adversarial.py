@@ -1,10 +1,8 @@
 """Adversarial training: with FGSM or IFGSM on a mixture (Eq. 3), and Madry's minmax with PGD (Eq. 4)."""
 
 import jax
-import jax.numpy as jnp
 
 from e2sad_jax.attacks import fgsm, ifgsm, pgd
-from e2sad_jax.attacks._ball import input_gradient
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, clean_term, weighted
 from e2sad_jax.losses import cross_entropy
 
@@ -81,18 +79,8 @@ def ifgsm_training(
         return cross_entropy(logits_fn(z), y) / m
 
     x_adv = ifgsm(weighted(alpha, J), x, eps=eps, steps=steps, step_size=step_size, bounds=bounds)
-    if steps > 1:
-        # So that memory holds one thing at a time, as in FGSM training: the attack's loop, then the clean pass, then the
-        # adversarial one, which waits for a gradient that is a part of the clean pass.
-        x = _after(x_adv, x)
-        x_adv = _after(jax.lax.stop_gradient(input_gradient(weighted(alpha, J), x)), x_adv)
     clean, adversarial = clean_term(alpha, J, x), J(x_adv).sum()
     return alpha * clean + (1 - alpha) * adversarial, {"clean": clean, "adversarial": adversarial}
-
-
-def _after(first: jax.Array, then: jax.Array) -> jax.Array:
-    """`then`, which XLA cannot use before `first` is known; NaN where `first` is."""
-    return jnp.where(jnp.isnan(first), first.astype(then.dtype), then)
 
 
 def pgd_minmax(
