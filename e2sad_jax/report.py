@@ -138,9 +138,12 @@ def _measured(suite: Sequence[Attack], outcomes: Mapping[str, Outcome]) -> dict[
 
 def heading(results: Mapping[str, Any]) -> str:
     """One line that says what was measured: data set, examples, steps."""
-    data, n = results["dataset"], results["examples"]
-    part = f"all {n:,}" if n == data["test_examples"] else f"the first {n:,} of {data['test_examples']:,}"
-    return f"{data['name']}: accuracy on {part} test images, {results['steps']:,} training steps"
+    return f"{results['dataset']['name']}: accuracy on {_images(results)}, {results['steps']:,} training steps"
+
+
+def _images(results: Mapping[str, Any]) -> str:
+    n, there = results["examples"], results["dataset"]["test_examples"]
+    return f"{f'all {n:,}' if n == there else f'the first {n:,} of {there:,}'} test images"
 
 
 def _cells(all_results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -242,7 +245,6 @@ def model_card(results: Mapping[str, Any]) -> str:
     accuracies = [list(line) for line in zip(*(_accuracies(measured) for _, measured in tables), strict=True)]
     for row, shown in zip([*results["attacks"], {"kind": WORST}], accuracies, strict=True):
         cells.append([*_effort(row), *shown])
-    part = "all" if n == data["test_examples"] else "the first"
     lines = [
         f"# Model card: {config.defense} on {data['name']}",
         "",
@@ -260,8 +262,8 @@ def model_card(results: Mapping[str, Any]) -> str:
         "",
         "## Evaluation",
         "",
-        f"On {part} {n:,} of {data['test_examples']:,} test images, true labels, l-infinity budgets in units of the "
-        "network's input:",
+        f"On {_images(results)}, with their true labels; attacks raise the cross-entropy, inside l-infinity balls whose "
+        "budgets are in units of the network's input:",
         "",
         *("| " + " | ".join(line) + " |" for line in _ruled(cells)),
         "",
@@ -287,7 +289,7 @@ def _effort(row: Mapping[str, Any]) -> list[str]:
             return [WORST, "", "", "", ""]
     step = row["step_size"] or (row["eps"] / row["steps"] if row["kind"] in ("fgsm", "ifgsm", "mi_fgsm") else None)
     return [
-        f"{row['name']} ({row['loss']}, {row['norm']})",
+        str(row["name"]),
         f"{row['eps']:.4g}",
         str(row["steps"]),
         "" if step is None else f"{step:.2g}",

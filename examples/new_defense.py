@@ -66,8 +66,8 @@ def main(steps: int, images: int, only: Sequence[str]) -> None:
         return models.logits_fn(model, variables)(images)
 
     def step(defense: Callable[..., Loss], variables: Any, opt_state: Any, i: jax.Array) -> tuple[Any, Any, jax.Array]:
-        order_key, key = jax.random.split(jax.random.fold_in(jax.random.key(1), i))
-        rows = jax.random.choice(order_key, len(x), (64,), replace=False)
+        batch_key, key = jax.random.split(jax.random.fold_in(jax.random.key(1), i))
+        rows = jax.random.randint(batch_key, (64,), 0, len(x))
         eps = EPS * jnp.minimum(2 * i / steps, 1)  # rises over the first half
 
         def loss(variables: Any) -> jax.Array:

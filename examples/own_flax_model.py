@@ -33,8 +33,8 @@ def fit(model: nn.Module, x: jax.Array, y: jax.Array, steps: int, *, robust: boo
 
     @jax.jit
     def step(variables: Any, opt_state: Any, i: jax.Array) -> tuple[Any, Any]:
-        order_key, key = jax.random.split(jax.random.fold_in(jax.random.key(1), i))
-        rows = jax.random.choice(order_key, len(x), (64,), replace=False)
+        batch_key, key = jax.random.split(jax.random.fold_in(jax.random.key(1), i))
+        rows = jax.random.randint(batch_key, (64,), 0, len(x))
         eps = EPS * jnp.minimum(2 * i / steps, 1)  # rises over the first half
 
         def loss(variables: Any) -> jax.Array:
