@@ -9,7 +9,14 @@ import jax
 
 from e2sad_jax import data, evaluate, models, train
 from e2sad_jax.config import Config, preset
+from e2sad_jax.evaluate import Attack
 from e2sad_jax.transforms import TRANSFORMS
+
+SUITE = (
+    Attack("clean", "clean"),
+    Attack("FGSM", "fgsm", 0.2, 1),
+    Attack("PGD-40", "pgd", 0.2, 40, 0.02),  # of one random start
+)
 
 
 def tell(step: int, metrics: dict[str, jax.Array], count: int) -> None:
@@ -37,11 +44,13 @@ def main(steps: int, images: int) -> None:
         state.params,
         digits.x_test[:images],
         digits.y_test[:images],
-        evaluate.SUITES["digits"],
+        SUITE,
         transform=TRANSFORMS[config.transform],
         num_classes=digits.num_classes,
     )
-    print(f"\ndigits, the first {len(digits.x_test[:images])} test images, {steps} steps of {config.batch_size}")
+    print(
+        f"\ndigits, the first {len(digits.x_test[:images])} test images, {steps} steps of {config.batch_size}; attacks at 0.2"
+    )
     for name, outcome in outcomes.items():
         print(f"{name:10} {outcome.accuracy:.3f}")
     print(f"{'all':10} {evaluate.worst_case(outcomes).mean():.3f}")

@@ -55,7 +55,7 @@ ATTACKS = (Attack("APGD-CE", "apgd", steps=30), Attack("Square", "square", steps
 def main(steps: int, images: int, only: Sequence[str]) -> None:
     """Trains each defense with the same updates, and prints a line for it."""
     digits = data.load("digits")
-    model = models.create("digits_cnn", digits.num_classes, digits.image_shape)
+    model = models.MnistCNN(digits.num_classes, features=(8, 16), hidden=64)
     x, y = transforms.unit(jnp.asarray(digits.x_train)), losses.soft_labels(jnp.asarray(digits.y_train), 10, delta=0)
     x_test, y_test = np.asarray(transforms.unit(jnp.asarray(digits.x_test[:images]))), digits.y_test[:images]
     tx = optax.adam(optax.linear_onecycle_schedule(steps, 5e-3))
