@@ -49,7 +49,7 @@ DEFENSES: dict[str, Callable[..., Loss]] = {
     "e2SAD, robust": e2sad_robust,
     "logit pairing": logit_pairing,
 }
-ATTACKS = (Attack("APGD-CE", "apgd", steps=30), Attack("Square", "square", steps=300))
+ATTACKS = (Attack("APGD-CE", "apgd", steps=20), Attack("Square", "square", steps=100))
 
 
 def main(steps: int, images: int, only: Sequence[str]) -> None:
@@ -78,7 +78,7 @@ def main(steps: int, images: int, only: Sequence[str]) -> None:
 
     natural = train.function_counts(functools.partial(step, DEFENSES["natural"]), *first)["flops"]
     print(f"digits at {EPS}, {steps} steps of 64, one seed, the first {len(x_test)} test images; robust: what stands")
-    print("APGD-CE of 30 steps and Square of 300 queries, one restart each; price: FLOPs of a step, natural = 1\n")
+    print("APGD-CE of 20 steps and Square of 100 queries, one restart each; price: FLOPs of a step, natural = 1\n")
     print(f"{'':16} clean  robust  price")
     for name in only or DEFENSES:
         its_step = functools.partial(step, DEFENSES[name])
@@ -93,6 +93,6 @@ def main(steps: int, images: int, only: Sequence[str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--images", type=int, default=200, help="test images to attack")
+    parser.add_argument("--images", type=int, default=100, help="test images to attack")
     parser.add_argument("--only", action="append", default=[], choices=DEFENSES, help="may be given several times")
     main(**vars(parser.parse_args()))
