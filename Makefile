@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 DEFINITION = pyproject.toml constraints.txt
 
-.PHONY: train test check clean
+.PHONY: train test check docs clean
 
 train: .venv/.installed  ## Train e2SAD and a natural model on the embedded digits, attack both, report.
 	@$(BIN)/python -m experiments.digits $(ARGS)
@@ -16,6 +16,10 @@ check: .venv/.installed-dev  ## Linter and type checker.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/.installed-dev  ## The documentation's site, into site/; a broken link is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # not --quiet: it would pass over what strict is for
+	@echo "site/index.html"
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python >= 3.11 is needed; this is " + sys.version.split()[0] + ". Choose another: make PYTHON=python3.12")'
@@ -32,4 +36,4 @@ check: .venv/.installed-dev  ## Linter and type checker.
 	@touch $@ .venv/.installed
 
 clean:  ## Remove the environment and caches; runs stay.
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache site *.egg-info

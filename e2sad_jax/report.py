@@ -1,8 +1,12 @@
-"""Results as files and tables: `results.json`, `results.md`, `outcomes.npz`, and the table at the end of a run."""
+"""Results as files and tables: `results.json`, `results.md`, `model_card.md`, `outcomes.npz`, and a run's last table.
+
+python -m e2sad_jax.report results.json    # prints the model card
+"""
 
 import dataclasses
 import datetime
 import functools
+import json
 import os
 import pathlib
 import platform
@@ -134,9 +138,12 @@ def _measured(suite: Sequence[Attack], outcomes: Mapping[str, Outcome]) -> dict[
 
 def heading(results: Mapping[str, Any]) -> str:
     """One line that says what was measured: data set, examples, steps."""
-    data, n = results["dataset"], results["examples"]
-    part = f"all {n:,}" if n == data["test_examples"] else f"the first {n:,} of {data['test_examples']:,}"
-    return f"{data['name']}: accuracy on {part} test images, {results['steps']:,} training steps"
+    return f"{results['dataset']['name']}: accuracy on {_images(results)}, {results['steps']:,} training steps"
+
+
+def _images(results: Mapping[str, Any]) -> str:
+    n, there = results["examples"], results["dataset"]["test_examples"]
+    return f"{f'all {n:,}' if n == there else f'the first {n:,} of {there:,}'} test images"
 
 
 def _cells(all_results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -208,8 +215,7 @@ def markdown(all_results: Mapping[str, Mapping[str, Any]]) -> str:
     """results.md: the table, what it was measured on and by which command."""
     first = next(iter(all_results.values()))
     cells = _cells(all_results)
-    table = [cells[0], ["---"] + ["---:"] * (len(cells[0]) - 1), *cells[1:]]
-    lines = [f"# {heading(first)}", "", *("| " + " | ".join(line) + " |" for line in table), ""]
+    lines = [f"# {heading(first)}", "", *("| " + " | ".join(line) + " |" for line in _ruled(cells)), ""]
     for name, results in all_results.items():
         if results["paper"].startswith("Table"):
             note = f"- {name}: the paper's numbers are from its {results['paper']}"
@@ -229,10 +235,85 @@ def markdown(all_results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def model_card(results: Mapping[str, Any]) -> str:
+    """model_card.md: what the model is for, what it learnt from and how, what it stood, and what that does not say."""
+    config, data, n = Config.from_json(results["config"]), results["dataset"], results["examples"]
+    shape, environment = "x".join(map(str, data["image_shape"])), results["environment"]
+    best = results["best"] if _apart(results) else None
+    tables = [("accuracy", results), *([(f"best checkpoint, step {best['step']:,}", best)] if best else [])]
+    cells = [["attack", "budget", "steps", "step", "restarts", *(name for name, _ in tables)]]
+    accuracies = [list(line) for line in zip(*(_accuracies(measured) for _, measured in tables), strict=True)]
+    for row, shown in zip([*results["attacks"], {"kind": WORST}], accuracies, strict=True):
+        cells.append([*_effort(row), *shown])
+    lines = [
+        f"# Model card: {config.defense} on {data['name']}",
+        "",
+        f"- **Model:** `{config.model}`, {results['parameters']:,} parameters, images {shape}, {data['num_classes']} classes, "
+        f"input `{config.transform}`, layers in {config.precision}.",
+        "- **For:** studying and comparing defenses against adversarial images. Not for decisions that matter, and no "
+        "protection by itself.",
+        f"- **Data:** {' '.join(filter(None, (data['name'], data['version'])))}, {data['train_examples']:,} training images "
+        f"(content SHA-256 `{data['sha256'][:16]}...`). Whatever these images leave out or get wrong, the model does too.",
+        f"- **Training:** {results['steps']:,} steps of {config.batch_size}, `{' '.join(_flags(config))}`, all else as by "
+        f"default; {results['train_seconds']:,} seconds.",
+        f"- **Command:** `{results['command']}`",
+        f"- **Measured** {environment['date']} on {environment['hardware']}; JAX {environment['jax']}; commit "
+        f"{environment['commit']}.",
+        "",
+        "## Evaluation",
+        "",
+        f"On {_images(results)}, with their true labels; attacks raise the cross-entropy, inside l-infinity balls whose "
+        "budgets are in units of the network's input:",
+        "",
+        *("| " + " | ".join(line) + " |" for line in _ruled(cells)),
+        "",
+        "## Limits",
+        "",
+        f"- One seed; the standard error of an accuracy on {n:,} images is up to {0.5 / n**0.5:.3f}.",
+        "- An accuracy under attack is an upper bound, for these attacks, budgets and steps: another norm, a larger budget "
+        "or a better attack leaves less. IFGSM, whose steps never turn back, is weak; `experiments.evaluate` attacks harder.",
+    ]
+    if results["worst_case_accuracy"] < 0.5:
+        lines.append(
+            "- The attacks above together fool it on more than half of the images: not robust at these budgets."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _effort(row: Mapping[str, Any]) -> list[str]:
+    """An attack's cells in a model card: name, budget, steps, step size, restarts."""
+    match row["kind"]:
+        case "clean":
+            return ["clean", "", "", "", ""]
+        case kind if kind == WORST:
+            return [WORST, "", "", "", ""]
+    step = row["step_size"] or (row["eps"] / row["steps"] if row["kind"] in ("fgsm", "ifgsm", "mi_fgsm") else None)
+    return [
+        str(row["name"]),
+        f"{row['eps']:.4g}",
+        str(row["steps"]),
+        "" if step is None else f"{step:.2g}",
+        str(row["restarts"]),
+    ]
+
+
+def _flags(config: Config) -> list[str]:
+    """The settings of a run that are not the defaults, as flags, the defense before them."""
+    usual = {field.name: field.default for field in dataclasses.fields(Config)}
+    own = {k: v for k, v in config.identity().items() if k != "defense" and v != usual[k]}
+    flags = [f"--no{k}" if v is False else f"--{k}" if v is True else f"--{k}={v}" for k, v in own.items()]
+    return [f"--defense={config.defense}", *flags]
+
+
+def _ruled(cells: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Cells of a table in Markdown, with the line below the first."""
+    return [cells[0], ["---"] + ["---:"] * (len(cells[0]) - 1), *cells[1:]]
+
+
 def write(
     workdir: pathlib.Path, results: Mapping[str, Any], outcomes: Mapping[str, Outcome], best: Best | None = None
 ) -> None:
-    """Writes results.json, results.md and outcomes.npz into a workdir.
+    """Writes results.json, results.md, model_card.md and outcomes.npz into a workdir.
 
     outcomes.npz holds `correct` and `prediction` per attack, `[A, N]`, and `best_correct` and `best_prediction` where the
     best checkpoint is not the last.
@@ -246,3 +327,8 @@ def write(
     os.replace(temporary, workdir / "outcomes.npz")
     write_json(workdir / "results.json", results)
     write_text(workdir / "results.md", markdown({results["config"]["defense"]: results}))
+    write_text(workdir / "model_card.md", model_card(results))
+
+
+if __name__ == "__main__":
+    print(model_card(json.loads(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8"))), end="")

@@ -315,7 +315,22 @@ def step_counts(config: Config, image_shape: Sequence[int], num_classes: int) ->
         )
     )
     with straight_line():
-        counts = step.lower(*shapes).compile().cost_analysis()  # type: ignore[attr-defined]
+        return _counts(step.lower(*shapes))  # type: ignore[attr-defined]
+
+
+def function_counts(function: Callable[..., Any], *arguments: Any) -> dict[str, float]:
+    """As `step_counts`, of a step in a loop of your own; compiled, not run.
+
+    Args:
+      function: not jitted yet: what it would be compiled to for training may have loops.
+      arguments: arrays, or shapes with dtypes (`jax.ShapeDtypeStruct`).
+    """
+    with straight_line():
+        return _counts(jax.jit(lambda *values: function(*values)).lower(*arguments))
+
+
+def _counts(lowered: jax.stages.Lowered) -> dict[str, float]:
+    counts: Any = lowered.compile().cost_analysis()
     return {"flops": float(counts["flops"]), "bytes": float(counts["bytes accessed"])}
 
 

@@ -127,7 +127,15 @@ def workdir(tmp_path_factory) -> pathlib.Path:
 
 def test_a_run_leaves_all_its_files(workdir):
     names = {path.name for path in workdir.iterdir()}
-    assert {"config.json", "metrics.jsonl", "results.json", "results.md", "outcomes.npz", "examples.png"} <= names
+    assert {
+        "config.json",
+        "metrics.jsonl",
+        "results.json",
+        "results.md",
+        "model_card.md",
+        "outcomes.npz",
+        "examples.png",
+    } <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert (workdir / "examples.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((workdir / "results.json").read_text())

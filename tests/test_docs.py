@@ -16,7 +16,9 @@ import e2sad_jax
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "benchmarks" / "scaling.md",
     ROOT / "results" / "README.md",
 ]
@@ -100,6 +102,24 @@ def test_every_accuracy_that_the_page_on_the_paper_quotes_stands_in_a_table():
     quoted = re.findall(r"(?<![\d.])\d+\.\d{3,4}(?!\d)", text)
     assert len(quoted) > 30
     assert [q for q in quoted if q not in (ours if len(q.split(".")[1]) == 3 else theirs)] == []
+
+
+@pytest.mark.parametrize("page", ["which-defense.md", "e2sad.md"])
+def test_the_numbers_of_every_defense_are_those_of_the_comparison(page):
+    """Clean, robust and price of each row, the first table on MNIST and the second on the digits."""
+    tables = (ROOT / "docs" / page).read_text().split("| trained with")[1:]
+    named = {"e2SAD, `robust`": "e2SAD, robust", "e2SAD, `paper`'s points": "e2SAD, paper's points"}
+    named["the same with lambda 1"] = "e2SAD, lambda 1"
+    for table, folder in zip(tables, ("compare", "compare_digits"), strict=False):
+        rows = json.loads((ROOT / "results" / folder / "compare.json").read_text())["rows"]
+        by = {row["name"]: row for row in rows}
+        shown = re.findall(r"^\| *([^|]+?) *\| *([\d.]+) *\| *([\d.]+) *\| *([\d.]+) *\|", table, re.M)
+        assert len(shown) >= 8
+        for name, *numbers in shown:
+            row = by[named.get(name, name)]
+            last = row.get("last", row)
+            price = row["flops"] / by["natural"]["flops"]
+            assert numbers == [f"{last['clean']:.3f}", f"{last['robust']:.3f}", f"{price:.2f}"], name
 
 
 def test_the_readmes_speeds_are_those_of_the_results():

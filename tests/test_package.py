@@ -7,6 +7,7 @@ import sys
 import tomllib
 
 import pytest
+import yaml
 
 import e2sad_jax
 
@@ -53,9 +54,11 @@ def test_declared_dependencies_are_those_that_the_constraints_pin():
     pinned = {
         line.split("==")[0].lower().replace("-", "_") for line in (ROOT / "constraints.txt").read_text().splitlines()
     }
-    for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+    extras = project["optional-dependencies"]
+    for requirement in [*project["dependencies"], *extras["dev"], *extras["docs"]]:
         assert re.split(r"[><=\[]", requirement)[0].lower().replace("-", "_") in pinned, requirement
-    assert {"dev", "bench", "cuda", "tpu"} == set(project["optional-dependencies"])
+    assert set(extras["docs"]) <= set(extras["dev"]), "the tests build the site"
+    assert {"dev", "docs", "bench", "cuda", "tpu"} == set(extras)
 
 
 def test_what_is_installed_are_the_packages_on_disk():
@@ -67,3 +70,22 @@ def test_what_is_installed_are_the_packages_on_disk():
 def test_version_is_one():
     assert e2sad_jax.__version__ == "0.1.0"
     assert (pathlib.Path(e2sad_jax.__file__).parent / "py.typed").exists()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == e2sad_jax.__version__
+    assert re.search(rf"^## \[{re.escape(e2sad_jax.__version__)}\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+
+
+def test_the_citation_has_what_its_format_asks_for():
+    """The required keys of Citation File Format 1.2.0, of the software and of the paper; nothing misspelt."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert set(citation) <= {
+        *("cff-version", "message", "title", "authors", "type", "version", "abstract", "license", "keywords"),
+        *("preferred-citation", "repository-code", "url", "date-released", "doi", "identifiers", "references"),
+    }
+    paper = citation["preferred-citation"]
+    assert {"type", "title", "authors"} <= set(paper)
+    assert all({"family-names", "given-names"} <= set(author) for author in paper["authors"])
+    assert paper["type"] == "article"
+    assert paper["year"] == 2018

@@ -1,5 +1,8 @@
 """What a report says beside the numbers: the paper's only where they are comparable, the command as it can be typed."""
 
+import json
+import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -85,3 +88,60 @@ def test_the_command_can_be_typed(monkeypatch):
 def test_hardware_is_what_a_run_uses():
     """One device, however many there are (these tests have four)."""
     assert " x " not in report.environment()["hardware"]
+
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CARDS = sorted((ROOT / "results").glob("*/*_card.md"))
+
+
+def test_a_model_card_says_what_a_number_needs_beside_it(mnist):
+    """Attack, budget, steps, step size, restarts, images; and the settings, as flags that make the same run again."""
+    results = build(
+        mnist, "mnist", 400, (1_500, 9_500), batch_size=64, soft_label=False, eps_warmup=0.5, clip_second=True
+    )
+    card = report.model_card({**results, "examples": 2_500})
+    assert card.startswith("# Model card: e2sad on mnist\n")
+    assert "On the first 2,500 of 10,000 test images" in card
+    assert "| attack | budget | steps | step | restarts | accuracy | best checkpoint, step 1,500 |\n" in card
+    assert "| PGD-40 | 0.3 | 40 | 0.02 | 1 | 0.0400 | 0.9500 |\n" in card
+    assert "| IFGSM-30 | 0.3 | 30 | 0.01 | 1 | 0.0400 | 0.9500 |\n" in card
+    assert "| every attack above |  |  |  |  | 0.0400 | 0.9500 |\n" in card
+    assert "is up to 0.010." in card
+    assert "not robust at these budgets" in card
+    assert "not robust" not in report.model_card(build(mnist, "mnist", 9_000))
+    flags = card.split("steps of 64, `")[1].split("`")[0].split()
+    changes = {"batch_size": "64", "clip_second": True, "eps_warmup": "0.5", "soft_label": False, "defense": "e2sad"}
+    read = {f.removeprefix("--").removeprefix("no").split("=")[0]: "=" in f and f.split("=")[1] for f in flags}
+    read |= {name: f"--{name}" in flags for name in ("clip_second", "soft_label")}
+    assert {k: v for k, v in read.items() if k != "steps"} == changes
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_committed_cards_are_those_of_the_results_beside_them(card):
+    results = json.loads(card.with_name(card.name.replace("_card.md", ".json")).read_text())
+    assert card.read_text() == report.model_card(results)
+    table = (card.parent / "results.md").read_text()
+    for row in results["attacks"]:  # the same numbers as in the table that was written with the run
+        assert f"{row['accuracy']:.4f}" in table
+
+
+def test_every_committed_run_has_a_card():
+    """Those of whole runs, as `report.build` made them."""
+    runs = [
+        path.with_name(f"{path.stem}_card.md")
+        for path in (ROOT / "results").glob("*/*.json")
+        if {"attacks", "config", "examples"} <= set(json.loads(path.read_text()))
+    ]
+    assert len(runs) == 8
+    assert sorted(runs) == CARDS
+
+
+def test_the_card_is_printed_by_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "e2sad_jax.report", str(ROOT / "results" / "digits" / "e2sad.json")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    assert done.stdout == (ROOT / "results" / "digits" / "e2sad_card.md").read_text()

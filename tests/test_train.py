@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import e2sad_jax
-from e2sad_jax import data, jobs, models, run, train
+from e2sad_jax import attacks, data, jobs, models, run, train
 from e2sad_jax.checkpoint import Checkpoints
 from e2sad_jax.config import DEFENSES, Config
 from e2sad_jax.errors import CheckpointError, ConfigError, LostProcessError, NonFiniteError, WorkdirError
@@ -388,3 +388,20 @@ def test_a_process_lost_while_a_checkpoint_is_written_is_a_lost_process(
     monkeypatch.setattr(jobs, "fit", fit)
     with jobs.open_job(tiny_config(workdir=str(tmp_path / "w")), tiny) as job, pytest.raises(kind):
         jobs.train(job, lambda: 0)
+
+
+def test_counts_of_a_function_are_those_of_its_products_and_of_every_turn_of_its_loops():
+    """A product of an [n, n] matrix with itself is 2 n^3; an attack's steps would be counted once if they were a loop."""
+    n = 32
+    w = jnp.full((n, n), 0.1)
+    products = train.function_counts(lambda a: a @ a @ a, jax.ShapeDtypeStruct((n, n), jnp.float32))
+    assert products["flops"] == pytest.approx(2 * 2 * n**3, rel=0.01)
+
+    def attacked(steps: int) -> float:
+        def attack(x: jax.Array) -> jax.Array:
+            return attacks.ifgsm(lambda z: jnp.tanh(z @ w).sum(-1), x, eps=0.1, steps=steps)
+
+        jax.jit(attack)(w)  # compiled for running, with its loop
+        return train.function_counts(attack, w)["flops"]
+
+    assert attacked(6) - attacked(3) == pytest.approx(3 * 4 * n**3, rel=0.2), "a pass there and back is two products"

@@ -1,0 +1,63 @@
+"""Trains e2SAD on the embedded digits and attacks it, by library calls alone.
+
+python examples/digits.py
+"""
+
+import argparse
+
+import jax
+
+from e2sad_jax import data, evaluate, models, train
+from e2sad_jax.config import Config, preset
+from e2sad_jax.evaluate import Attack
+from e2sad_jax.transforms import TRANSFORMS
+
+SUITE = (
+    Attack("clean", "clean"),
+    Attack("FGSM", "fgsm", 0.2, 1),
+    Attack("PGD-40", "pgd", 0.2, 40, 0.02),  # of one random start
+)
+
+
+def tell(step: int, metrics: dict[str, jax.Array], count: int) -> None:
+    """Prints the loss now and then; called after every step."""
+    if step % 50 == 0:
+        print(f"step {step}: loss {metrics['loss']:.3f}")
+
+
+def main(steps: int, images: int) -> None:
+    """Prints what is left under each attack."""
+    config = Config(model="digits_cnn", steps=steps, batch_size=64, eps1=0.2, **preset("robust", 0.2))
+    digits = data.load("digits")
+    model = models.create(config.model, digits.num_classes, digits.image_shape)
+    state = train.fit(
+        config,
+        model,
+        digits,
+        train.init_state(config, model, digits.image_shape),
+        steps=steps,
+        record=tell,
+        checkpoint=lambda step, state: None,  # `python -m experiments.digits` keeps them on disk
+    )
+    outcomes = evaluate.evaluate(
+        model,
+        state.params,
+        digits.x_test[:images],
+        digits.y_test[:images],
+        SUITE,
+        transform=TRANSFORMS[config.transform],
+        num_classes=digits.num_classes,
+    )
+    print(
+        f"\ndigits, the first {len(digits.x_test[:images])} test images, {steps} steps of {config.batch_size}; attacks at 0.2"
+    )
+    for name, outcome in outcomes.items():
+        print(f"{name:10} {outcome.accuracy:.3f}")
+    print(f"{'all':10} {evaluate.worst_case(outcomes).mean():.3f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--images", type=int, default=355, help="test images to attack")
+    main(**vars(parser.parse_args()))
