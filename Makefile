@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN = .venv/bin
 DEFINITION = pyproject.toml constraints.txt
+TOOLS = build cyclonedx-bom hatchling pip-audit uv # of releases, in an environment of their own
 
-.PHONY: train test check docs clean
+.PHONY: train test check docs dist smoke sbom audit lowest clean
 
 train: .venv/.installed  ## Train e2SAD and a natural model on the embedded digits, attack both, report.
 	@$(BIN)/python -m experiments.digits $(ARGS)
@@ -27,13 +28,42 @@ docs: .venv/.installed-dev  ## The documentation's site, into site/; a broken li
 
 .venv/.installed: $(DEFINITION) | .venv/bin/python
 	@echo "Installing into .venv (once) ..."
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[data,tensorboard]'
 	@touch $@
 
 .venv/.installed-dev: $(DEFINITION) | .venv/bin/python
 	@echo "Installing with the tools of development into .venv (once) ..."
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[data,dev,export,tensorboard]'
 	@touch $@ .venv/.installed
 
+dist: build/tools/.installed  ## Wheel and source distribution of the last commit, built twice and equal byte for byte, into dist/.
+	@benchmarks/dist.sh build/tools/bin/python
+
+smoke: dist  ## Install the wheel into empty environments, for each Python and JAX, and use it there. SMOKE: which Pythons.
+	@benchmarks/smoke.sh dist/*.whl $(SMOKE)
+
+sbom: build/user/.installed  ## What an installation with constraints.txt consists of, as CycloneDX, into dist/.
+	@mkdir -p dist
+	build/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file dist/e2sad_jax.cdx.json build/user/bin/python
+
+audit: build/tools/.installed  ## Known vulnerabilities of all that constraints.txt pins; fails if the service cannot be asked.
+	@benchmarks/audit.sh build/tools/bin/pip-audit
+
+lowest: build/tools/.installed  ## Some tests with the lowest versions that pyproject.toml allows.
+	@benchmarks/lowest.sh build/tools/bin/uv $(PYTHON)
+
+build/tools/.installed: $(DEFINITION)
+	@echo "Installing the tools of releases into build/tools (once) ..."
+	$(PYTHON) -m venv --clear build/tools
+	build/tools/bin/pip install --quiet --constraint constraints.txt $(TOOLS)
+	@touch $@
+
+build/user/.installed: $(DEFINITION) build/tools/.installed
+	@echo "Installing as a user does into build/user (once) ..."
+	$(PYTHON) -m venv --clear build/user
+	build/user/bin/pip install --quiet --constraint constraints.txt .
+	build/user/bin/pip uninstall --quiet --yes pip setuptools
+	@touch $@
+
 clean:  ## Remove the environment and caches; runs stay.
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache site *.egg-info
+	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache *.egg-info

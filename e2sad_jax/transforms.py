@@ -1,5 +1,6 @@
 """Named input transforms: from stored images to what the network, the attacks and every eps see."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ def standardize(images: jax.Array) -> jax.Array:
     x = unit(images)
     axes = tuple(range(1, x.ndim))
     mean, std = x.mean(axes, keepdims=True), x.std(axes, keepdims=True)
-    floor = (x.size // x.shape[0]) ** -0.5
+    floor = math.prod(x.shape[1:]) ** -0.5
     return jnp.clip((x - mean) / (3 * jnp.maximum(std, floor)), -1, 1)
 
 

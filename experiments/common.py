@@ -14,7 +14,8 @@ from e2sad_jax import _memory
 from e2sad_jax import config as config_lib
 from e2sad_jax.config import Config
 from e2sad_jax.errors import ConfigError, Error, LostProcessError, NonFiniteError, Stopped
-from experiments import watched
+
+from . import watched
 
 FLAGS = flags.FLAGS
 _connected = False  # to other processes of the same run

@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import common
+from . import common
 
 FLAGS = flags.FLAGS
 

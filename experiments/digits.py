@@ -3,7 +3,7 @@
 python -m experiments.digits
 """
 
-from experiments import common
+from . import common
 
 # Not the paper's: a narrow network, and budgets that 8x8 digits blown up to 28x28 can be defended against in minutes.
 LAPTOP = {

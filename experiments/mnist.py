@@ -3,7 +3,7 @@
 python -m experiments.mnist --defense=e2sad
 """
 
-from experiments import common
+from . import common
 
 TRADES = {"attack_steps": 40}  # its paper's
 

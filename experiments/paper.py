@@ -10,7 +10,8 @@ from absl import flags
 
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.reproduction import plan
-from experiments import common
+
+from . import common
 
 FLAGS = flags.FLAGS
 KINDS = ("table", "figure", "study")

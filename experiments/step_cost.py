@@ -9,7 +9,8 @@ from typing import Any
 from absl import flags
 
 from e2sad_jax.errors import ConfigError
-from experiments import common
+
+from . import common
 
 FLAGS = flags.FLAGS
 

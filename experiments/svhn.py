@@ -4,7 +4,8 @@ python -m experiments.svhn --defense=e2sad
 """
 
 from e2sad_jax.config import DEFENSES
-from experiments import common
+
+from . import common
 
 PAPER = {
     "data": "svhn",

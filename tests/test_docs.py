@@ -70,6 +70,7 @@ def test_flags_in_commands_exist(page):
         "help",
         "to",
         "overwrite",
+        "format",  # .export
         "constraint",
         "editable",
     }

@@ -1,5 +1,7 @@
 """The package as it is imported and shipped."""
 
+import ast
+import importlib.metadata
 import pathlib
 import re
 import subprocess
@@ -8,8 +10,10 @@ import tomllib
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import e2sad_jax
+from e2sad_jax import export
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -49,22 +53,66 @@ def test_a_whole_run_needs_no_tensorflow():
     assert "file:" not in frozen
 
 
-def test_declared_dependencies_are_those_that_the_constraints_pin():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pinned = {
-        line.split("==")[0].lower().replace("-", "_") for line in (ROOT / "constraints.txt").read_text().splitlines()
-    }
-    extras = project["optional-dependencies"]
-    for requirement in [*project["dependencies"], *extras["dev"], *extras["docs"]]:
-        assert re.split(r"[><=\[]", requirement)[0].lower().replace("-", "_") in pinned, requirement
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TESTED = ("data", "dev", "export", "tensorboard")  # extras that the tests install
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_constraints_pin_all_that_an_installation_brings():
+    """What the project asks for, and what that asks for in turn, by the metadata of the installed packages."""
+    pinned = {normal(line.split("==")[0]) for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    extras = PROJECT["optional-dependencies"]
+    assert {*TESTED, "docs", "bench", "cuda", "tpu"} == set(extras)
     assert set(extras["docs"]) <= set(extras["dev"]), "the tests build the site"
-    assert {"dev", "docs", "bench", "cuda", "tpu"} == set(extras)
+    wanted = [
+        Requirement(text) for text in [*PROJECT["dependencies"], *(text for name in TESTED for text in extras[name])]
+    ]
+    seen = set()
+    while wanted:
+        requirement = wanted.pop()
+        name = normal(requirement.name)
+        assert name in pinned, f"{name}: not in constraints.txt"
+        for extra in {"", *requirement.extras} - {known for known in seen if known[0] == name}:
+            if (name, extra) in seen:
+                continue
+            seen.add((name, extra))
+            for text in importlib.metadata.requires(name) or []:
+                needed = Requirement(text)
+                if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                    wanted.append(needed)
 
 
-def test_what_is_installed_are_the_packages_on_disk():
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    files = (ROOT / "e2sad_jax").rglob("*.py")
-    assert listed == sorted({".".join(file.relative_to(ROOT).parent.parts) for file in files})
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    """By the names in the source: without an extra what every run needs, and in the extras what only some commands do."""
+    named = {"absl": "absl-py", "orbax": "orbax-checkpoint", "PIL": "pillow"}
+    imported: dict[str, set[str]] = {}
+    for file in [*(ROOT / "e2sad_jax").rglob("*.py"), *(ROOT / "experiments").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in (name.split(".")[0] for name in names):
+                if name not in sys.stdlib_module_names and name != "e2sad_jax":
+                    imported.setdefault(normal(named.get(name, name)), set()).add(file.relative_to(ROOT).as_posix())
+    own = {normal(Requirement(text).name) for text in PROJECT["dependencies"]}
+    extra = {normal(Requirement(t).name): n for n, ts in PROJECT["optional-dependencies"].items() for t in ts}
+    assert own - set(imported) == {"jaxlib"}, "declared, but not imported (jaxlib: its versions are bounded with JAX's)"
+    assert {name: files for name, files in imported.items() if name not in own} == {
+        "etils": {"e2sad_jax/_tfds.py"},
+        "requests": {"e2sad_jax/_tfds.py"},
+        "tensorflow-datasets": {"e2sad_jax/_tfds.py"},
+        "tensorboardx": {"e2sad_jax/progress.py"},
+        "safetensors": {"e2sad_jax/export.py"},
+        "torch": imported["torch"],
+        "art": imported["art"],
+    }
+    assert all(file.startswith("e2sad_jax/step_cost/") for file in imported["torch"] | imported["art"])
+    assert [extra[name] for name in ("etils", "requests", "tensorflow-datasets")] == ["data"] * 3
+    assert (extra["tensorboardx"], extra["safetensors"]) == ("tensorboard", "export")
+    for packages in export.NEEDS.values():
+        assert {extra[normal(package)] for package in packages} == {"export"}
 
 
 def test_version_is_one():

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Are the lower bounds in pyproject.toml true? Installs the lowest versions that they allow and runs some tests there.
+#
+#   benchmarks/lowest.sh UV PYTHON
+#
+# Needs the package index. What was installed stands in build/lowest.txt.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p build
+"$1" pip compile --quiet --no-header --python "$2" --resolution lowest-direct --extra data --extra export --extra tensorboard \
+    --output-file build/lowest.txt pyproject.toml
+"$1" venv --quiet --clear --python "$2" build/lowest
+"$1" pip install --quiet --python build/lowest/bin/python --requirement build/lowest.txt pytest chex
+# Old releases warn of what was to come; that is not about our calls.
+build/lowest/bin/python -m pytest -o filterwarnings= -p no:cacheprovider tests/test_checkpoint.py tests/test_data_prepare.py \
+    tests/test_export.py tests/test_models.py

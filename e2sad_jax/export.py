@@ -1,0 +1,272 @@
+"""A trained model for programs that know nothing of this library: as StableHLO, and its parameters as safetensors.
+
+The first is the function that `e2sad_jax.load` gives up to its softmax, transform included: from images
+`[N, H, W, C]`, float32 in [0, 1], to logits `[N, K]`, float32, for any N. What is written is read back before, and must
+give the network's own logits.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from e2sad_jax import checkpoint, models, report
+from e2sad_jax.checkpoint import Classifier
+from e2sad_jax.config import Config, check, setting
+from e2sad_jax.errors import ConfigError, Error, WorkdirError, first_line
+from e2sad_jax.train import init_state
+from e2sad_jax.transforms import TRANSFORMS
+from e2sad_jax.workdir import write_bytes, write_json
+
+FORMAT = 1  # of the card and of the metadata in a file of parameters
+CARD = "export.json"
+FILES = {name: f"model.{name}" for name in ("stablehlo", "safetensors")}
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+# Packages of the extra `export` that a format needs.
+NEEDS = {"stablehlo": ("flatbuffers",), "safetensors": ("safetensors",)}
+
+# How far logits that are read back may be from the network's own, as a share of the largest.
+CLOSE = {"float32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to export; each field is the flag of that name.
+
+    Raises:
+      ConfigError: if a value is out of range, or a package that a format needs is missing.
+    """
+
+    workdir: str = setting("", "folder of the run to export")
+    which: str = setting("last", "its checkpoint", choices=("last", "best"))
+    to: str = setting("", "folder for the files; empty: WORKDIR/export")
+    format: str = setting(",".join(FILES), f"what to write; of {', '.join(FILES)}, several with commas")
+    overwrite: bool = setting(False, "replace what an earlier export left in the folder")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check(field, getattr(self, field.name))
+        if not self.workdir:
+            raise ConfigError("--workdir: must be given, the folder of a run")
+        if not set(self.formats) <= set(FILES):
+            raise ConfigError(f"--format={self.format}: must be of {', '.join(FILES)}, several with commas")
+        for name in self.formats:
+            _packages(name)
+
+    @property
+    def formats(self) -> list[str]:
+        """The formats asked for, each once."""
+        return list(dict.fromkeys(self.format.split(",")))
+
+
+def run(request: Request) -> dict[str, Any]:
+    """Exports a run's classifier; prints a line for each file.
+
+    Returns:
+      What `export.json` holds.
+
+    Raises:
+      ConfigError, WorkdirError: before anything is written.
+    """
+    folder = pathlib.Path(request.to or pathlib.Path(request.workdir) / "export").expanduser()
+    there = [name for name in (CARD, *FILES.values()) if (folder / name).exists()]
+    if there and not request.overwrite:
+        raise ConfigError(
+            f"--to={folder}: holds {', '.join(there)} of an earlier export; choose another folder, or add --overwrite"
+        )
+    classifier = checkpoint.load(request.workdir, request.which)
+    contents = {name: WRITERS[name](classifier) for name in request.formats}
+    differences = {name: _read_back(name, content, classifier) for name, content in contents.items()}
+    card = _card(classifier, request, contents, differences)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in there:  # of another export perhaps: the card must never stand beside a file that it does not mean
+            (folder / name).unlink()
+    except OSError as error:
+        raise ConfigError(f"--to={folder}: cannot be written ({error.strerror}); choose another folder") from error
+    for name, content in contents.items():
+        write_bytes(folder / FILES[name], content)
+    write_json(folder / CARD, card)
+    for path in [folder / FILES[name] for name in contents] + [folder / CARD]:
+        print(f"{path}  {path.stat().st_size:,} bytes")
+    return card
+
+
+def to_stablehlo(classifier: Classifier) -> bytes:
+    """The classifier and its gradient as StableHLO, for all of `PLATFORMS`: what `jax.export.deserialize` reads."""
+    return bytes(exported(classifier).serialize(vjp_order=1))
+
+
+def exported(classifier: Classifier, platforms: Sequence[str] = PLATFORMS, **settings: Any) -> jax.export.Exported:
+    """The classifier as JAX exports it; `settings` are those of `jax.export.export`."""
+    n = jax.export.symbolic_shape("N")
+    images = jax.ShapeDtypeStruct((*n, *classifier.dataset["image_shape"]), jnp.float32)
+    return jax.export.export(jax.jit(_function(classifier)), platforms=platforms, **settings)(images)
+
+
+def to_safetensors(classifier: Classifier) -> bytes:
+    """The classifier's parameters by name, "params.Conv_0.kernel" say, and as metadata what else `load_safetensors` needs.
+
+    Kernels lie as in Flax: `[kh, kw, C, F]` of convolutions, `[in, out]` of dense layers.
+
+    Raises:
+      ConfigError: if safetensors is missing.
+    """
+    _packages("safetensors")
+    from safetensors import numpy as safetensors
+
+    return safetensors.save(_flat(classifier.params), {"e2sad_jax": json.dumps(_about(classifier))})
+
+
+def load_safetensors(path: str | os.PathLike[str]) -> Classifier:
+    """The classifier whose parameters `to_safetensors` wrote.
+
+    Raises:
+      ConfigError: if safetensors is missing.
+      WorkdirError: if the file cannot be read, or does not hold the parameters of the network that it names.
+    """
+    (safetensors,) = _packages("safetensors")
+    path = pathlib.Path(path).expanduser()
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+            slices = {name: file.get_slice(name) for name in names}
+            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            like, rest = _described(file.metadata() or {})
+            expected = {name: (leaf.shape, "F32") for name, leaf in _flat(like, lambda leaf: leaf).items()}
+            for name in sorted({*expected, *found}):
+                if found.get(name) != expected.get(name):
+                    raise WorkdirError(
+                        f"{path}: {name} is {_shown(found, name)}, where the {rest['config'].model} of its metadata has "
+                        f"{_shown(expected, name)}; export the run anew"
+                    )
+            arrays = {name: jnp.asarray(file.get_tensor(name)) for name in names}
+    except WorkdirError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise WorkdirError(f"{path} is not a file of parameters that `export` wrote: {first_line(error)}") from error
+    return Classifier(params=traverse_util.unflatten_dict(arrays, sep="."), **rest)
+
+
+def _described(about: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
+    """From metadata: the shapes of parameters, and all of a classifier but those."""
+    if "e2sad_jax" not in about:
+        raise ValueError("its metadata does not describe a network")
+    values = json.loads(about["e2sad_jax"])
+    if values["format"] != FORMAT:
+        raise ValueError(f"its metadata has format {values['format']}, this version reads {FORMAT}")
+    config, dataset = Config.from_json(values["config"]), values["dataset"]
+    shape, classes = tuple(map(int, dataset["image_shape"])), int(dataset["num_classes"])
+    if len(shape) != 3 or min(shape) < 1 or classes < 2:
+        raise ValueError(f"its metadata has images of shape {shape} and {classes} classes")
+    model = models.create(config.model, classes, shape, config.precision)
+    like = jax.eval_shape(lambda: init_state(config, model, shape)).params
+    rest = {"config": config, "dataset": dataset, "step": int(values["step"]), "model": model}
+    return like, {**rest, "transform": TRANSFORMS[config.transform]}
+
+
+def _shown(entries: Mapping[str, tuple[tuple[int, ...], str]], name: str) -> str:
+    return f"{entries[name][1]} {list(entries[name][0])}" if name in entries else "absent"
+
+
+WRITERS: Mapping[str, Callable[[Classifier], bytes]] = {
+    "stablehlo": to_stablehlo,
+    "safetensors": to_safetensors,
+}
+
+
+def _function(classifier: Classifier) -> Callable[[jax.Array], jax.Array]:
+    """Images to logits, the parameters a part of it; a new function each time, so that nothing traced before is taken."""
+    logits = models.logits_fn(classifier.model, jax.tree.map(np.asarray, classifier.params))
+    return lambda images: logits(classifier.transform.apply(images))
+
+
+def _flat(params: Any, leaf: Callable[[Any], Any] = np.asarray) -> dict[str, Any]:
+    return {name: leaf(value) for name, value in traverse_util.flatten_dict(params, sep=".").items()}
+
+
+def _packages(name: str) -> list[Any]:
+    """The packages that a format needs.
+
+    Raises:
+      ConfigError: if one of them is missing.
+    """
+    try:
+        return [importlib.import_module(package) for package in NEEDS[name]]
+    except ImportError as error:
+        raise ConfigError(
+            f"--format={name}: needs {' and '.join(NEEDS[name])}, of which one cannot be imported ({first_line(error)}); "
+            f"pip install 'e2sad_jax[export]', or leave {name} out of --format"
+        ) from error
+
+
+def _read_back(name: str, content: bytes, classifier: Classifier) -> float:
+    """The largest difference of logits between what is to be written and the network, on three images of noise.
+
+    Raises:
+      Error: if it is too large.
+    """
+    images = np.random.default_rng(0).random((3, *classifier.dataset["image_shape"]), np.float32)
+    precision = classifier.config.precision
+    if name == "stablehlo":
+        got = jax.export.deserialize(bytearray(content)).call(jnp.asarray(images))
+    else:
+        from safetensors import numpy as safetensors
+
+        params = traverse_util.unflatten_dict(safetensors.load(content), sep=".")
+        got = jax.jit(_function(dataclasses.replace(classifier, params=params)))(jnp.asarray(images))
+    want = np.asarray(jax.jit(_function(classifier))(jnp.asarray(images)))
+    difference = float(np.abs(got - want).max())
+    if not difference <= CLOSE[precision] * np.abs(want).max():  # NaN is neither
+        raise Error(
+            f"--format={name}: what was to be written gives logits that are {difference:.3g} from the network's, "
+            f"of up to {np.abs(want).max():.3g}; nothing is written. Leave {name} out of --format"
+        )
+    return difference
+
+
+def _about(classifier: Classifier) -> dict[str, Any]:
+    """What a trained network is, without the paths of the machine that it was trained on."""
+    config = {k: v for k, v in dataclasses.asdict(classifier.config).items() if k not in ("workdir", "data_dir")}
+    config["data"] = pathlib.PurePath(config["data"]).name
+    return {"format": FORMAT, "step": classifier.step, "config": config, "dataset": dict(classifier.dataset)}
+
+
+def _card(
+    classifier: Classifier, request: Request, contents: Mapping[str, bytes], differences: Mapping[str, float]
+) -> dict[str, Any]:
+    """export.json: what the files are, so that whoever has them need not ask."""
+    return {
+        **_about(classifier),
+        "checkpoint": request.which,
+        "input": {
+            "name": "images",
+            "dtype": "float32",
+            "shape": ["N", *classifier.dataset["image_shape"]],
+            "range": [0, 1],
+        },
+        "output": {"name": "logits", "dtype": "float32", "shape": ["N", classifier.dataset["num_classes"]]},
+        "files": {
+            FILES[name]: {
+                "sha256": hashlib.sha256(content).hexdigest(),
+                "bytes": len(content),
+                "largest_difference": differences[name],
+                "written_by": {package: metadata.version(package) for package in NEEDS[name]},
+            }
+            for name, content in contents.items()
+        },
+        "platforms": list(PLATFORMS) if "stablehlo" in contents else [],
+        "environment": report.environment(),
+    }
