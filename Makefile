@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 DEFINITION = pyproject.toml constraints.txt
 
-.PHONY: train test check clean
+.PHONY: train test torture check clean
 
 train: .venv/.installed  ## Train e2SAD and a natural model on the embedded digits, attack both, report.
 	@$(BIN)/python -m experiments.digits $(ARGS)
@@ -11,6 +11,9 @@ train: .venv/.installed  ## Train e2SAD and a natural model on the embedded digi
 test: .venv/.installed-dev  ## Linter, type checker and tests.
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(ARGS)
+
+torture: .venv/.installed-dev  ## Faults done to real runs: kill -9, a full disk, damaged files, ... (as root; 20 minutes).
+	$(BIN)/python -m tests.torture --results=results $(ARGS)
 
 check: .venv/.installed-dev  ## Linter and type checker.
 	$(BIN)/ruff check .
