@@ -63,7 +63,7 @@ def main() -> None:
             batch_size=8,
             validation_examples=40,
             eval_batch_size=40,
-            checkpoint_every=max(1, FLAGS.steps // 200),
+            checkpoint_every=max(1, FLAGS.steps // 100),
             log_every=max(1, FLAGS.steps // 2000),
             workdir=folder,
         )

@@ -1,6 +1,7 @@
 """What a run tells while it works: a bar at a terminal, plain lines in a log; metrics to files, without waiting."""
 
 import collections
+import contextlib
 import functools
 import json
 import math
@@ -155,8 +156,9 @@ class Recorder:
         self._mark = None
 
     def close(self) -> None:
-        for stream in (*self._files, *self._boards):
-            stream.close()
+        with contextlib.ExitStack() as stack:  # all, even if one of them cannot be written to its end
+            for stream in (*self._files, *self._boards):
+                stack.callback(stream.close)
 
     def _too_far(self) -> bool:
         return len(self._pending) > 1 and sum(count for _, _, count in self._pending) > self.lag
