@@ -33,7 +33,7 @@ WARM = 0.1  # share of the run in which everything is compiled and opened for th
 # By how much the highest sample of the second half may lie above that of the first one, once that is warm.
 BOUNDS = {"memory_mb": 8.0, "open_files": 2, "threads": 2, "compilations": 0}
 TITLES = {
-    "memory_mb": "memory (RSS), MB",
+    "memory_mb": "memory (RSS and swapped out), MB",
     "open_files": "open files",
     "threads": "threads",
     "compilations": "compilations",
@@ -146,7 +146,8 @@ def held() -> dict[str, float]:
     status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     values = dict(line.split(":", 1) for line in status)
     files = len(list(pathlib.Path("/proc/self/fd").iterdir()))
-    return {"memory_mb": int(values["VmRSS"].split()[0]) / 1024, "open_files": files, "threads": int(values["Threads"])}
+    memory = sum(int(values[name].split()[0]) for name in ("VmRSS", "VmSwap")) / 1024
+    return {"memory_mb": memory, "open_files": files, "threads": int(values["Threads"])}
 
 
 def growth(samples: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -2,14 +2,15 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import pathlib
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import jax
@@ -17,8 +18,8 @@ import numpy as np
 
 import e2sad_jax
 from e2sad_jax import jobs
+from tests.torture import child
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 TRAIN = (
     *("-m", "experiments.digits", "--baseline=", "--steps=40", "--batch_size=16", "--checkpoint_every=10"),
     *("--log_every=2", "--validation_examples=30", "--eval_examples=30", "--eval_batch_size=30"),
@@ -57,46 +58,70 @@ class Ended:
         return self.code in (1, 2, 3, 5, 6, 7, 130, 143) and "Traceback" not in self.err and bool(self.last)
 
 
+class Started:
+    """A command under way."""
+
+    def __init__(self, process: ForkServerProcess, out: pathlib.Path, err: pathlib.Path):
+        self._process, self._files = process, (out, err)
+        process.start()
+        self.pid = process.pid
+
+    def poll(self) -> int | None:
+        """Its exit code, negative for a signal; None while it is at work."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def end(self, timeout: float = 200) -> Ended:
+        """Waits for it to end; one that hangs is killed, and says so."""
+        began = time.monotonic()
+        self._process.join(timeout)
+        hung = self._process.exitcode is None
+        if hung:
+            self._process.kill()
+            self._process.join()
+        out, err = (path.read_text(errors="replace") if path.exists() else "" for path in self._files)
+        err += f"\nkilled, because it had not ended after {timeout:.0f} s" * hung
+        return Ended(self._process.exitcode, out, err, time.monotonic() - began)
+
+
 class Runs:
     """Starts commands in one environment, with one cache of compiled programs for all."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
-        self.environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("XLA_FLAGS")},
+        (folder / "said").mkdir()
+        self._count = 0
+        before = dict(os.environ)
+        os.environ |= {
             "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(ROOT),
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["tests.torture.preload"])
+        forkserver.ensure_running()
+        os.environ.clear()
+        os.environ |= before
 
-    def start(self, *command: str, **kwargs: Any) -> subprocess.Popen[str]:
-        """Starts Python with these arguments."""
-        environment = {**self.environment, **kwargs.pop("more", {})}
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, **kwargs
-        )
+    def start(self, *command: str, patch: str = "", limit: int = 0) -> Started:
+        """Starts Python with these arguments, after the program `patch`, with at most `limit` bytes of address space."""
+        self._count += 1
+        out, err = (self.folder / "said" / f"{self._count}.{name}" for name in ("out", "err"))
+        arguments = (command, patch, str(out), str(err), limit)
+        return Started(self._context.Process(target=child.command, args=arguments), out, err)
 
     def call(self, *command: str, timeout: float = 200, **kwargs: Any) -> Ended:
-        """Runs Python with these arguments to its end; one that hangs is killed, and has the code -9."""
-        return end(self.start(*command, **kwargs), timeout)
+        """Runs Python with these arguments to its end."""
+        return self.start(*command, **kwargs).end(timeout)
 
 
-def end(process: subprocess.Popen[str], timeout: float = 200) -> Ended:
-    """Waits for a process to end."""
-    began = time.monotonic()
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, err = process.communicate()
-        err += f"\nkilled, because it had not ended after {timeout:.0f} s"
-    return Ended(process.returncode, out, err, time.monotonic() - began)
-
-
-def strike(process: subprocess.Popen[str], number: int, moment: Callable[[], bool], delay: float) -> Ended:
+def strike(process: Started, number: int, moment: Callable[[], bool], delay: float) -> Ended:
     """Sends a signal `delay` seconds after the moment has come, if the process has not ended before."""
     deadline = time.monotonic() + 200
     while process.poll() is None and not moment() and time.monotonic() < deadline:
@@ -104,7 +129,7 @@ def strike(process: subprocess.Popen[str], number: int, moment: Callable[[], boo
     time.sleep(delay)
     if process.poll() is None:
         process.send_signal(number)
-    return end(process, 60)
+    return process.end(60)
 
 
 def moments(workdir: pathlib.Path) -> dict[str, Callable[[], bool]]:
