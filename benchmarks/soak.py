@@ -76,7 +76,7 @@ def main() -> None:
             if told := interrupted():
                 raise Stopped("stopped; nothing was kept", told)
         parameters = models.count_parameters(state.params)
-    result = {
+    result: dict[str, Any] = {
         "steps": int(state.step),
         "seconds": round(time.monotonic() - began, 1),
         "parameters": parameters,
@@ -108,7 +108,7 @@ class Compilations:
         self.count = 0
 
     def listen(self) -> None:
-        def note(event: str, seconds: float, **more: Any) -> None:
+        def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
             self.count += event == "/jax/core/compile/backend_compile_duration"
 
         jax.monitoring.register_event_duration_secs_listener(note)

@@ -157,8 +157,10 @@ class Recorder:
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:  # all, even if one of them cannot be written to its end
-            for stream in (*self._files, *self._boards):
-                stack.callback(stream.close)
+            for file in self._files:
+                stack.callback(file.close)
+            for board in self._boards:
+                stack.callback(board.close)
 
     def _too_far(self) -> bool:
         return len(self._pending) > 1 and sum(count for _, _, count in self._pending) > self.lag
