@@ -101,7 +101,7 @@ class Torture:
 
     # Faults.
 
-    def kill_training(self, chains: int = 3) -> None:
+    def kill_training(self, chains: int) -> None:
         """Several kills of one run, each in another phase, then to its end."""
         for chain in range(chains):
             rng, workdir = self.random(f"kill {chain}"), self.new()
@@ -122,7 +122,7 @@ class Torture:
                     assert e2sad_jax.load(workdir).step == steps[-1]
             self.again("kill -9 in training, then to the end", workdir)
 
-    def kill_comparison(self, times: int = 5) -> None:
+    def kill_comparison(self, times: int) -> None:
         rng, folder = self.random("comparison"), self.new()
         whole = self.new()
         for workdir in (whole, self.new()):  # the second with all programs compiled before
@@ -157,7 +157,7 @@ class Torture:
                 "auto.json of experiments.compare damaged", "warned; attacked again, same numbers", same, done.err
             )
 
-    def kill_evaluation(self, times: int = 3) -> None:
+    def kill_evaluation(self, times: int) -> None:
         rng, workdir = self.random("evaluation"), self.new(self.whole)
         command = (*EVALUATE, f"--workdir={workdir}")
         done = self.runs.call(*command)
@@ -173,7 +173,7 @@ class Torture:
         same = done.code == 0 and runs.evaluated(workdir / "evaluation") == expected
         self.note("kill -9 in experiments.evaluate, then to the end", "the same numbers", same, done.err)
 
-    def kill_preparation(self, times: int = 4) -> None:
+    def kill_preparation(self, times: int) -> None:
         rng, folder = self.random("preparation"), self.new()
         folder.mkdir()
         moments: list[Callable[[], bool]] = [
@@ -209,7 +209,7 @@ class Torture:
                 "decoded copy of the data damaged", "made anew, or not in the data: the same data", same, done.err
             )
 
-    def full_disk(self, times: int = 8) -> None:
+    def full_disk(self, times: int) -> None:
         rng = self.random("full")
         size = sum(path.stat().st_size for path in self.whole.rglob("*") if path.is_file()) // 1024
         for i in range(times):
@@ -256,7 +256,7 @@ class Torture:
                 self.note(f"workdir deleted in a run ({name})", "nothing made anew", not left, str(left) + ended.err)
             self.again("workdir deleted, then again", workdir)
 
-    def damaged(self, times: int = 300) -> None:
+    def damaged(self, times: int) -> None:
         """Flipped bits and truncations in every file that is read back, one at a time."""
         rng = self.random("damage")
         whole = {which: e2sad_jax.load(self.stopped, which) for which in ("last", "best")}
@@ -474,10 +474,11 @@ def mounted(folder: pathlib.Path, options: str) -> Iterator[pathlib.Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-ALL = [
-    *("kill_training", "kill_comparison", "kill_evaluation", "kill_preparation", "full_disk", "read_only", "deleted"),
-    *("damaged", "damaged_commands", "two_runs", "told_to_stop", "told_in_compiler", "broken"),
-]
+ALL = {  # how often, where that may be chosen
+    **{"kill_training": 3, "kill_comparison": 5, "kill_evaluation": 3, "kill_preparation": 4, "full_disk": 8},
+    **{"read_only": 0, "deleted": 0, "damaged": 300, "damaged_commands": 0, "two_runs": 0, "told_to_stop": 0},
+    **{"told_in_compiler": 0, "broken": 0},
+}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -511,7 +512,8 @@ def main(argv: list[str]) -> None:
         torture = Torture(pathlib.Path(folder), FLAGS.seed)
         torture.prepare()
         for name in FLAGS.only or ALL:
-            getattr(torture, name)()
+            times = [max(1, round(ALL[name] * FLAGS.share))] if ALL[name] else []
+            getattr(torture, name)(*times)
     rows = [
         {"fault": fault, "outcome": outcome, "times": times}
         for fault, outcomes in torture.outcomes.items()
@@ -538,5 +540,6 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("results", "", "folder for torture.md and .json, empty: only print")
     flags.DEFINE_integer("seed", 0, "of moments and damage")
-    flags.DEFINE_multi_enum("only", None, ALL, "one of these alone, may be given several times")
+    flags.DEFINE_float("share", 1.0, "of the usual number of times")
+    flags.DEFINE_multi_enum("only", None, list(ALL), "one of these alone, may be given several times")
     app.run(main)
