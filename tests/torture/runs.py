@@ -76,7 +76,7 @@ class Started:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def end(self, timeout: float = 200) -> Ended:
+    def end(self, timeout: float = 600) -> Ended:
         """Waits for it to end; one that hangs is killed, and says so."""
         began = time.monotonic()
         self._process.join(timeout)
@@ -116,7 +116,7 @@ class Runs:
         arguments = (command, patch, str(out), str(err), limit)
         return Started(self._context.Process(target=child.command, args=arguments), out, err)
 
-    def call(self, *command: str, timeout: float = 200, **kwargs: Any) -> Ended:
+    def call(self, *command: str, timeout: float = 600, **kwargs: Any) -> Ended:
         """Runs Python with these arguments to its end."""
         return self.start(*command, **kwargs).end(timeout)
 
