@@ -4,7 +4,7 @@ BIN = .venv/bin
 DEFINITION = pyproject.toml constraints.txt
 TOOLS = build cyclonedx-bom hatchling pip-audit uv # of releases, in an environment of their own
 
-.PHONY: train test check docs dist smoke sbom audit lowest clean
+.PHONY: train test torture check docs dist smoke sbom audit lowest clean
 
 train: .venv/.installed  ## Train e2SAD and a natural model on the embedded digits, attack both, report.
 	@$(BIN)/python -m experiments.digits $(ARGS)
@@ -12,6 +12,9 @@ train: .venv/.installed  ## Train e2SAD and a natural model on the embedded digi
 test: .venv/.installed-dev  ## Linter, type checker and tests.
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(ARGS)
+
+torture: .venv/.installed-dev  ## Faults done to real runs: kill -9, a full disk, damaged files, ... (as root; 20 minutes).
+	$(BIN)/python -m tests.torture --results=results $(ARGS)
 
 check: .venv/.installed-dev  ## Linter and type checker.
 	$(BIN)/ruff check .

@@ -2,8 +2,12 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import pathlib
+import shutil
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -11,15 +15,26 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from e2sad_jax import models
+from e2sad_jax import models, sharding
 from e2sad_jax.config import Config
-from e2sad_jax.errors import CheckpointError, DataError, WorkdirError, first_line
+from e2sad_jax.errors import (
+    CheckpointError,
+    DamagedError,
+    DataError,
+    OutOfMemoryError,
+    WorkdirError,
+    first_line,
+    of_device,
+)
 from e2sad_jax.train import TrainState, init_state
 from e2sad_jax.transforms import TRANSFORMS, Transform
-from e2sad_jax.workdir import read_config
+from e2sad_jax.workdir import read_config, read_sealed, sealed
+
+STATE = "state_sha256"  # beside a checkpoint's score
 
 
 class Checkpoints:
@@ -42,6 +57,8 @@ class Checkpoints:
             # What Orbax would set itself, with a warning.
             **({"save_interval_steps": 0, "create": False} if read_only else {}),
         )
+        for step in steps_in(workdir):  # Orbax leaves out one without metrics, and chooses by wrong ones
+            _metrics(self.folder / str(step))
         with _only_errors() if read_only else self._writing():
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -66,16 +83,18 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Begins to write a checkpoint; `metrics` must hold `score`. A step that is there already is left alone."""
         if step != self.last_step:
+            stored = _storable(state)
             with self._writing():
-                self._manager.save(step, args=ocp.args.StandardSave(_storable(state)), metrics=dict(metrics))
+                metrics = sealed({**metrics, STATE: _digest(stored)})
+                self._manager.save(step, args=ocp.args.StandardSave(stored), metrics=metrics)
 
     def seconds(self, step: int) -> float:
         """Time spent in training up to the checkpoint of `step`."""
-        return float((self._manager.metrics(step) or {}).get("seconds", 0.0))
+        return float(_metrics(self.folder / str(step)).get("seconds", 0.0))
 
     def score(self, step: int) -> float:
         """What the checkpoint of `step` competes with for the best."""
-        return _score(self._manager.metrics(step))
+        return _score(_metrics(self.folder / str(step)))
 
     def wait(self) -> None:
         """Waits until all checkpoints are on disk."""
@@ -103,26 +122,39 @@ class Checkpoints:
           place: where the result lies, whatever it was saved from; None for the default device.
 
         Raises:
-          WorkdirError: if there is no such checkpoint, or it cannot be read or fits another network.
+          WorkdirError: if there is no such checkpoint, it fits another network, or (`DamagedError`) cannot be read or
+            does not hold what was saved.
         """
         step = self.last_step if step is None else step
         if step is None:
             raise WorkdirError(f"{self.folder} holds no checkpoint yet")
-        place = place or jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
+        return self._read(like, step, place or jax.sharding.SingleDeviceSharding(jnp.zeros(()).device))
+
+    def check(self, like: TrainState) -> None:
+        """Reads all that there are, oldest first.
+
+        Raises:
+          DamagedError: as `restore`, of the first one that is damaged.
+        """
+        for step in steps_in(self.folder.parent):
+            self._read(like, step, jax.sharding.SingleDeviceSharding(jnp.zeros(()).device))
+
+    def _read(self, like: TrainState, step: int, place: jax.sharding.Sharding) -> TrainState:
+        folder = self.folder / str(step)
         stored = jax.eval_shape(_storable, like)
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), stored)
         try:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that it cannot be used
-            raise WorkdirError(
-                f"cannot read the checkpoint {self.folder / str(step)}: {first_line(error)}; if no run is at work there, "
-                "delete that folder to go on from an earlier one or from the start"
-            ) from error
+            named = of_device(error, f"reading {folder}", "it is as it was", "--batch_size")
+            if isinstance(named, OutOfMemoryError):
+                raise named from error
+            raise DamagedError(folder, first_line(error)) from error
         for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(restored), strict=True):
             if a.shape != b.shape or a.dtype != b.dtype:
-                raise WorkdirError(
-                    f"the checkpoint {self.folder / str(step)} fits another network: {b.shape} for {a.shape}"
-                )
+                raise WorkdirError(f"the checkpoint {folder} fits another network: {b.shape} for {a.shape}")
+        if _metrics(folder).get(STATE, digest := _digest(restored)) != digest:  # those of earlier versions have none
+            raise DamagedError(folder, "its numbers are not those that were saved")
         return TrainState(**{**restored, "key": jax.random.wrap_key_data(restored["key"])})
 
 
@@ -135,6 +167,67 @@ def _only_errors() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def steps_in(workdir: str | os.PathLike[str]) -> list[int]:
+    """Steps of the checkpoints in a workdir that are whole, as far as their names tell, in their order."""
+    return sorted(int(path.name) for path in (pathlib.Path(workdir) / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def set_damaged_aside(workdir: str | os.PathLike[str], like: TrainState) -> None:
+    """Where the last checkpoint is damaged and an earlier one is whole, puts the last one out of the way, and says so.
+
+    Args:
+      workdir: folder of a run that nobody is at work on.
+      like: as of `Checkpoints.restore`.
+
+    Raises:
+      DamagedError: if one of them is damaged and there is no such way out.
+    """
+    steps = steps_in(workdir)
+    if not steps:
+        return
+    try:
+        with Checkpoints(workdir, read_only=True) as checkpoints:
+            checkpoints.check(like)
+    except DamagedError as error:
+        *earlier, last = steps
+        if not earlier or error.folder.name != str(last):
+            raise
+        aside = error.folder.with_name(f"{last}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        error.folder.rename(aside)
+        print(
+            f"WARNING: the checkpoint of step {last:,} is damaged ({error.why}). It is put aside as {aside}, and training "
+            f"goes on from the one of step {earlier[-1]:,}",
+            file=sys.stderr,
+            flush=True,
+        )
+        set_damaged_aside(workdir, like)
+
+
+def _metrics(folder: pathlib.Path) -> dict[str, Any]:
+    """What was noted beside a checkpoint.
+
+    Raises:
+      DamagedError: if it is not there any more, or is not what was written.
+    """
+    try:
+        metrics = read_sealed(folder / "metrics" / "metrics")
+        _score(metrics)
+        return metrics
+    except (OSError, ValueError, KeyError) as error:
+        raise DamagedError(folder, f"metrics: {error}") from error
+
+
+def _digest(stored: Mapping[str, Any]) -> str:
+    """Of every number in a state, and of its dtype and shape."""
+    sha = hashlib.sha256()
+    for leaf in jax.device_get(jax.tree.leaves(sharding.local(stored))):
+        array = np.ascontiguousarray(leaf)
+        sha.update(f"{array.dtype} {np.shape(leaf)}\n".encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()
 
 
 def _score(metrics: Mapping[str, float]) -> float:
@@ -231,13 +324,13 @@ def load(workdir: str | os.PathLike[str], which: str = "last") -> Classifier:
         raise WorkdirError(f"{workdir} holds no checkpoint yet")
     like = jax.eval_shape(lambda: init_state(config, model, shape))
     for attempt in range(3):
-        with Checkpoints(workdir, read_only=True) as checkpoints:
-            step = checkpoints.best_step if which == "best" else checkpoints.last_step
-            try:
-                state = checkpoints.restore(like, step)
-                break
-            except WorkdirError:
-                # A run under way may have replaced the checkpoint meanwhile.
-                if attempt == 2 or step is None or (checkpoints.folder / str(step)).exists():
-                    raise
+        steps = steps_in(workdir)
+        try:
+            with Checkpoints(workdir, read_only=True) as checkpoints:
+                state = checkpoints.restore(like, checkpoints.best_step if which == "best" else checkpoints.last_step)
+            break
+        except WorkdirError:
+            time.sleep(0.5 if steps else 0)  # a run under way may be about to replace the checkpoint
+            if attempt == 2 or steps == steps_in(workdir):
+                raise
     return Classifier(config, dataset, int(state.step), model, state.params, TRANSFORMS[config.transform])

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +18,7 @@ from e2sad_jax.diagnosis import Effort, of_classifier
 from e2sad_jax.errors import ConfigError, NonFiniteError, Stopped
 from e2sad_jax.evaluate import Attack
 from e2sad_jax.step_cost.counts import counts
-from e2sad_jax.workdir import write_config, write_json, write_text
+from e2sad_jax.workdir import read_sealed, sealed, write_config, write_json, write_text
 
 # By name in tables and pictures; the price of each in gradient steps grows downwards. eps2 and steps are in multiples of eps.
 ENTRIES: Mapping[str, Mapping[str, Any]] = {
@@ -239,7 +239,7 @@ def _judged(request: Request, config: Config, dataset: Dataset) -> dict[str, Any
         "stages": [dataclasses.asdict(stage) for stage in stages],
     }
     path = pathlib.Path(config.workdir) / ("auto.json" if request.judge == "test" else f"auto_{request.judge}.json")
-    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = _known(path)
     if known.get("asked") != asked or known["last"]["step"] != config.steps:
         known = {}
     if "best" in known:
@@ -253,7 +253,7 @@ def _judged(request: Request, config: Config, dataset: Dataset) -> dict[str, Any
         judged_on = dataset if request.judge == "test" else job.watched
     images, labels = judged_on.x_test[: request.examples], judged_on.y_test[: request.examples]
     last = known.get("last") or _attacked(config, "last", images, labels, stages)
-    write_json(path, {"asked": asked, "last": last})  # attacks take long
+    write_json(path, sealed({"asked": asked, "last": last}))  # attacks take long
     judged = {
         "asked": asked,
         "seed": config.seed,
@@ -266,8 +266,19 @@ def _judged(request: Request, config: Config, dataset: Dataset) -> dict[str, Any
         "train_seconds": round(seconds, 1),
         "workdir": config.workdir,
     }
-    write_json(path, judged)
+    write_json(path, sealed(judged))
     return judged
+
+
+def _known(path: pathlib.Path) -> dict[str, Any]:
+    """What attacks on a run were found to leave, as far as that was kept."""
+    try:
+        return read_sealed(path)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        print(f"warning: {path} is of no use ({error}); its attacks are made again", file=sys.stderr, flush=True)
+        return {}
 
 
 def _attacked(

@@ -4,10 +4,36 @@ Each message stands on its own: what is wrong, the value found, the bound, and w
 it as one line and exit with `exit_code`, so no traceback hides it.
 """
 
+import pathlib
+
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line of at most 300 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def of_device(error: BaseException, doing: str, kept: str, lower: str) -> "Error | None":
+    """The error that names what JAX raised, None if it is neither memory nor device: then it is a fault of a program.
+
+    Args:
+      error: what was raised.
+      doing: what could not be done.
+      kept: what is left, and how to go on.
+      lower: flags that take less memory when lowered.
+    """
+    words = str(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in words:
+        return OutOfMemoryError(f"out of memory {doing} ({first_line(error)}); {kept}. Try a lower {lower}")
+    if isinstance(error, RuntimeError) and any(word in words for word in _OF_DEVICES):
+        return DeviceError(
+            f"the device failed {doing} ({first_line(error)}); {kept}. If it fails again look at the device (nvidia-smi, "
+            "dmesg), or run elsewhere: JAX_PLATFORMS=cpu takes the CPU"
+        )
+    return None
+
+
+# Of what XLA and JAX say; others, such as INVALID_ARGUMENT, are no device's fault.
+_OF_DEVICES = ("INTERNAL", "UNAVAILABLE", "UNKNOWN", "ABORTED", "DATA_LOSS", "DEADLINE", "Unable to initialize backend")
 
 
 class Error(Exception):
@@ -38,6 +64,28 @@ class BusyError(WorkdirError):
     """A workdir in which another process is at work."""
 
 
+class GoneError(WorkdirError):
+    """A workdir that was deleted or moved under its run."""
+
+    exit_code = 1
+
+
+class DamagedError(WorkdirError):
+    """A checkpoint that cannot be read, or does not hold what was saved.
+
+    Attributes:
+      folder: of the checkpoint.
+      why: what is wrong with it.
+    """
+
+    def __init__(self, folder: pathlib.Path, why: str):
+        super().__init__(
+            f"cannot read the checkpoint {folder}: {why}; if no run is at work there, delete that folder to go on from an "
+            "earlier one or from the start"
+        )
+        self.folder, self.why = folder, why
+
+
 class CheckpointError(WorkdirError):
     """A checkpoint that cannot be written: a full disk, say. The one before it stays."""
 
@@ -62,6 +110,18 @@ class LostProcessError(Error):
     """Another process of the run is gone; its message names the checkpoint to go on from."""
 
     exit_code = 5
+
+
+class OutOfMemoryError(Error):
+    """The device, or the host, has not enough memory: names what was being done and the flag to lower."""
+
+    exit_code = 6
+
+
+class DeviceError(Error):
+    """The device, or the program on it, failed: names what was being done and what is left to go on from."""
+
+    exit_code = 7
 
 
 class Stopped(Error):

@@ -20,18 +20,43 @@ from jax.sharding import Mesh
 
 from e2sad_jax import models, report, sharding
 from e2sad_jax._tracing import jit
-from e2sad_jax.checkpoint import Checkpoints
+from e2sad_jax.checkpoint import Checkpoints, set_damaged_aside, steps_in
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
-from e2sad_jax.errors import CheckpointError, ConfigError, LostProcessError, NonFiniteError, WorkdirError, first_line
+from e2sad_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    LostProcessError,
+    NonFiniteError,
+    WorkdirError,
+    first_line,
+    of_device,
+)
 from e2sad_jax.evaluate import Attack, Outcome, evaluate
 from e2sad_jax.progress import Bar, Recorder
 from e2sad_jax.train import TrainState, fit, init_state, stack, unstack
 from e2sad_jax.transforms import TRANSFORMS, Transform
-from e2sad_jax.workdir import note_training, open_workdir, read_training
+from e2sad_jax.workdir import check_there, note_training, open_workdir, read_training
 
 WATCHED = 500  # images that choose the best checkpoint where none are held out
 UNJUDGED = -1.0  # score of a checkpoint that was saved because the run was stopped: below all others
+
+
+@dataclasses.dataclass
+class _Signals:
+    """What `interruptible` knows: whether it listens, the signal caught, and whether there are steps that nobody saved."""
+
+    listening: bool = False
+    caught: int = 0
+    unsaved: bool = False
+
+
+_signals = _Signals()
+
+
+def stuck() -> bool:
+    """Whether a signal was not seen to and nothing is lost by ending the process: it is in the compiler, say."""
+    return _signals.listening and not _signals.caught and not _signals.unsaved and not sharding.several()
 
 
 def workdir_of(config: Config) -> pathlib.Path:
@@ -100,14 +125,16 @@ def open_job(config: Config, dataset: Dataset) -> Iterator[Job]:
         if sharding.is_first():
             stack.enter_context(open_workdir(workdir, config, dataset))
         sharding.check_same(json.dumps([config.identity(), steps, config.checkpoint_every, dataset.sha256]))
-        checkpoints = stack.enter_context(Checkpoints(workdir))
-        start = checkpoints.last_step or 0
+        start = max([0, *steps_in(workdir)])
         if start and not config.resume:
             raise WorkdirError(
                 f"{workdir} holds a run at step {start:,} and --resume is off; choose another --workdir, or delete that one"
             )
         if start > steps:
             raise ConfigError(f"--steps={steps}: {workdir} is at step {start:,} already; it must be at least that")
+        if not sharding.several():  # else all would have to find the same
+            set_damaged_aside(workdir, jax.eval_shape(lambda: init_state(config, model, dataset.image_shape)))
+        checkpoints = stack.enter_context(Checkpoints(workdir))
         yield Job(config, dataset, train_set, watched, model, steps, workdir, checkpoints, mesh)
 
 
@@ -170,6 +197,8 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
         def checkpoint(step: int, state: TrainState) -> None:
             # Only states are kept that all metrics vouch for, and that the last update, which they have not seen, left whole.
             record.flush()
+            for job in jobs if sharding.is_first() else ():
+                check_there(job.workdir)
             with jax.transfer_guard("allow"):
                 singles = unstack(state) if together else [state]
                 for i, (job, single) in enumerate(zip(jobs, singles, strict=True)):
@@ -177,10 +206,10 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
                         where = f" in {job.workdir.name}" if together else ""
                         raise NonFiniteError(f"step {step}{where}: its update left logits that are not finite", i)
                 for i, (job, single) in enumerate(zip(jobs, singles, strict=True)):
-                    if sharding.agreed(interrupted()):  # who stops a run does not wait for an attack
-                        metrics = {"score": UNJUDGED}
-                    else:
+                    metrics = {"score": UNJUDGED}
+                    if not sharding.agreed(interrupted()):  # who stops a run does not wait for an attack
                         metrics = _watch(job, single)
+                    if metrics["score"] != UNJUDGED:
                         record.write(step, {f"validation_{name}": value for name, value in metrics.items()}, i)
                     seconds = spent[i] + time.monotonic() - began
                     job.checkpoints.save(step, single, {**metrics, "seconds": seconds})
@@ -190,11 +219,16 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
         def note(job: Job, step: int, **more: Any) -> None:
             if not sharding.is_first():
                 return
+            check_there(job.workdir)
             seconds = round(time.monotonic() - began, 1)
             segment = {"from_step": start, "to_step": step, "seconds": seconds, "runs_together": len(jobs)}
             if first.mesh is not None:
                 more = {"devices": first.mesh.size, "processes": jax.process_count(), **more}
             note_training(job.workdir, {**segment, "command": report.command(), **report.environment(), **more})
+
+        def stop() -> bool:
+            _signals.unsaved = True
+            return bool(sharding.agreed(interrupted()))
 
         state = stack(states) if together else states[0]
         del states  # donated
@@ -207,7 +241,7 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
                 steps=steps,
                 record=record,
                 checkpoint=checkpoint,
-                stop=lambda: bool(sharding.agreed(interrupted())),
+                stop=stop,
                 mesh=first.mesh,
             )
         except NonFiniteError as error:
@@ -220,29 +254,45 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
                 "--precision=float32, with another --workdir",
                 error.member,
             ) from None
-        except (jax.errors.JaxRuntimeError, CheckpointError) as error:
+        except (jax.errors.JaxRuntimeError, MemoryError, CheckpointError) as error:
             # A checkpoint's writer may be the one that waits for a process in vain.
             cause = error.__cause__ if isinstance(error, CheckpointError) else error
             own = any(word in str(cause) for word in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"))
-            if own or not (sharding.several() and isinstance(cause, jax.errors.JaxRuntimeError)):
+            lost = sharding.several() and isinstance(cause, jax.errors.JaxRuntimeError) and not own
+            if isinstance(error, CheckpointError) and not lost:
                 raise  # nobody else's fault
-            last = first.checkpoints.last_step
-            kept = (
-                f"the checkpoint of step {last:,} is whole in {first.workdir}" if last else "there is no checkpoint yet"
+            if lost:
+                raise LostProcessError(
+                    f"another of the {jax.process_count()} processes was lost after step {bar.done:,} "
+                    f"({first_line(cause or error)}); {_whole(first)}. Start all of them again to go on from there"
+                ) from error
+            for job in jobs:
+                with contextlib.suppress(CheckpointError):
+                    job.checkpoints.wait()
+            sizes = (
+                f"--eval_batch_size (now {config.eval_batch_size}), or --batch_size (now {config.batch_size}) with another "
+                "--workdir"
             )
-            raise LostProcessError(
-                f"another of the {jax.process_count()} processes was lost after step {bar.done:,} "
-                f"({first_line(cause)}); {kept}. Start all of them again to go on from there"
-            ) from error
+            kept = f"{_whole(first)}, and the same command goes on"
+            if named := of_device(error, f"in training, after step {bar.done:,}", kept, sizes):
+                raise named from error
+            raise
         finally:
             record.close()
         for job in jobs:
             job.checkpoints.wait()
+        _signals.unsaved = False
     reached = unstack(state) if together else [state]
     for job, single in zip(jobs, reached, strict=True):
         if int(single.step) == job.steps:
             note(job, job.steps, weights=digest(single.params))
     return reached, [already + time.monotonic() - began for already in spent]
+
+
+def _whole(job: Job) -> str:
+    """What there is to go on from, in words."""
+    steps = steps_in(job.workdir)
+    return f"the checkpoint of step {steps[-1]:,} is whole in {job.workdir}" if steps else "there is no checkpoint yet"
 
 
 def digest(params: Any) -> str:
@@ -271,14 +321,29 @@ def note_weights(job: Job) -> None:
 
 
 def _watch(job: Job, state: TrainState) -> dict[str, float]:
-    """Clean and robust accuracy on the watched images, and the score that orders checkpoints by robust, then by clean."""
+    """Clean and robust accuracy on the watched images, and the score that orders checkpoints by robust, then by clean.
+
+    `UNJUDGED` alone if the run is stopped meanwhile.
+    """
     eps = job.config.eps1
     suite = [Attack("clean", "clean"), Attack("robust", "pgd", eps, 10, eps / 4 or None)]
-    clean, robust, n = 0, 0, len(job.watched.x_test)
+    n, values = len(job.watched.x_test), {"clean": 0.0, "robust": 0.0, "score": UNJUDGED}
+
+    def go_on(name: str, gradients: int) -> None:
+        if _signals.caught:
+            raise _Told
+
     if sharding.is_first():
-        outcomes = attack(job, state.params, job.watched, suite)
-        clean, robust = (int(outcomes[name].correct.sum()) for name in ("clean", "robust"))
-    return sharding.from_first({"clean": clean / n, "robust": robust / n, "score": robust + clean / (n + 1)})
+        with contextlib.suppress(_Told):
+            outcomes = attack(job, state.params, job.watched, suite, progress=go_on)
+            clean, robust = (int(outcomes[name].correct.sum()) for name in ("clean", "robust"))
+            values = {"clean": clean / n, "robust": robust / n, "score": robust + clean / (n + 1)}
+    values = sharding.from_first(values)
+    return values if values["score"] != UNJUDGED else {"score": UNJUDGED}
+
+
+class _Told(Exception):
+    """Somebody stops the run."""
 
 
 def best(job: Job) -> tuple[int, str] | None:
@@ -365,18 +430,19 @@ def _check_sizes(config: Config, train_set: Dataset, steps: int) -> None:
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], int]]:
     """Catches the first Ctrl-C or SIGTERM and yields a function that says which (0: none yet); a second one interrupts."""
-    caught, first = 0, 0.0
+    first = 0.0
+    _signals.listening, _signals.caught, _signals.unsaved = True, 0, False
     previous: dict[int, Any] = {}
 
     def catch(number: int, frame: Any) -> None:
-        nonlocal caught, first
-        if caught and time.monotonic() - first < 1:
+        nonlocal first
+        if _signals.caught and time.monotonic() - first < 1:
             return  # who signals a process and its group means it once
-        if caught:
+        if _signals.caught:
             restore()
             os.kill(os.getpid(), number)
             return
-        caught, first = number, time.monotonic()
+        _signals.caught, first = number, time.monotonic()
         # Not print: the signal may come while the same stream is being written.
         os.write(2, b"\nStopping after this step; once more to stop at once.\n")
 
@@ -388,6 +454,7 @@ def interruptible() -> Iterator[Callable[[], int]]:
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, catch)
     try:
-        yield lambda: caught
+        yield lambda: _signals.caught
     finally:
+        _signals.listening, _signals.caught = False, 0
         restore()

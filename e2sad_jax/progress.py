@@ -1,6 +1,7 @@
 """What a run tells while it works: a bar at a terminal, plain lines in a log; metrics to files, without waiting."""
 
 import collections
+import contextlib
 import functools
 import json
 import math
@@ -8,9 +9,9 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TextIO
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ import tqdm
 
 from e2sad_jax._tracing import platform
 from e2sad_jax.errors import NonFiniteError, first_line
-from e2sad_jax.workdir import write_text
+from e2sad_jax.workdir import write_bytes
 
 METRICS = "metrics.jsonl"
 MEASURED = 0.2  # seconds: what is shorter may be a burst of steps that were ready together
@@ -109,13 +110,13 @@ class Recorder:
         self.lag = 2 if platform() == "cpu" else 64
         self._workdirs = workdirs
         self._files: list[TextIO] = []
-        self._boards: list[Any] = []
-        writer = None if silent else _tensorboard()
+        self._boards: list[_Board] = []
+        boards = not silent and _tensorboard()
         for workdir in () if silent else workdirs:
             _drop_lines_after(workdir / METRICS, start)
             self._files.append((workdir / METRICS).open("a", encoding="utf-8"))
-            if writer:
-                self._boards.append(writer(str(workdir), purge_step=start + 1, flush_secs=30))
+            if boards:
+                self._boards.append(_Board(workdir, start + 1))
         self._bar, self._log_every, self._images = bar, log_every, batch_size * len(workdirs)
         self._pending: collections.deque[tuple[int, dict[str, jax.Array], int]] = collections.deque()
         self._mark: tuple[int, float] | None = None  # where the clock of images/s started; the first step compiles
@@ -146,18 +147,20 @@ class Recorder:
             return
         self._files[member].write(json.dumps({"step": step, **values}) + "\n")
         self._files[member].flush()
-        for name, value in values.items() if self._boards else ():
-            self._boards[member].add_scalar(
-                name.replace("_", "/", 1) if name.startswith("validation_") else f"train/{name}", value, step
-            )
+        if self._boards:
+            tags = {n: n.replace("_", "/", 1) if n.startswith("validation_") else f"train/{n}" for n in values}
+            self._boards[member].write(step, {tags[name]: value for name, value in values.items()})
 
     def restart_clock(self) -> None:
         """Leaves what came since the last step out of images/s: a checkpoint, say."""
         self._mark = None
 
     def close(self) -> None:
-        for stream in (*self._files, *self._boards):
-            stream.close()
+        with contextlib.ExitStack() as stack:  # all, even if one of them cannot be written to its end
+            for file in self._files:
+                stack.callback(file.close)
+            for board in self._boards:
+                stack.callback(board.close)
 
     def _too_far(self) -> bool:
         return len(self._pending) > 1 and sum(count for _, _, count in self._pending) > self.lag
@@ -192,11 +195,39 @@ class Recorder:
                     self.write(step, {**values, **({"images_per_second": self._rate} if self._rate else {})}, member)
 
 
+class _Board:
+    """A file for TensorBoard. Not a `SummaryWriter`: its thread ends when the disk is full, and then the run hangs."""
+
+    def __init__(self, workdir: pathlib.Path, first_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        self._event = event_pb2.Event
+        self._writer = EventsWriter(str(workdir / "events"))
+        self._flushed = time.monotonic()
+        start = event_pb2.SessionLog(
+            status=event_pb2.SessionLog.START
+        )  # what a killed process wrote from here on is void
+        self._writer.write_event(self._event(wall_time=time.time(), step=first_step, session_log=start))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        from tensorboardX.summary import scalar
+
+        for tag, value in values.items():
+            self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
+        if time.monotonic() - self._flushed >= 30:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 @functools.cache  # says once what is missing
-def _tensorboard() -> Callable[..., Any] | None:
-    """What opens files for TensorBoard, None where its package is not."""
+def _tensorboard() -> bool:
+    """Whether there can be files for TensorBoard: whether its package is there."""
     try:
-        import tensorboardX
+        import tensorboardX.event_file_writer  # noqa: F401
     except ImportError as error:
         print(
             f"warning: no files for TensorBoard are written, because the package tensorboardX cannot be imported "
@@ -204,8 +235,8 @@ def _tensorboard() -> Callable[..., Any] | None:
             file=sys.stderr,
             flush=True,
         )
-        return None
-    return tensorboardX.SummaryWriter  # type: ignore[no-any-return]
+        return False
+    return True
 
 
 def _ready(array: jax.Array) -> bool:
@@ -216,11 +247,15 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
     """Drops what a killed run wrote beyond the checkpoint that it resumes from, torn last line included."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    kept, damaged = [], []
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+                kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError):
-            continue
-    write_text(path, "".join(kept))
+            damaged.append(number)
+    if damaged and damaged != [len(lines)]:
+        which = ", ".join(map(str, damaged))
+        print(f"warning: {path}: damaged lines are dropped ({which} of {len(lines)})", file=sys.stderr)
+    write_bytes(path, b"".join(kept))

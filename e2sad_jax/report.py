@@ -6,6 +6,7 @@ python -m e2sad_jax.report results.json    # prints the model card
 import dataclasses
 import datetime
 import functools
+import io
 import json
 import os
 import pathlib
@@ -24,7 +25,7 @@ from e2sad_jax import paper
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
 from e2sad_jax.evaluate import SUITES, Attack, Outcome, worst_case
-from e2sad_jax.workdir import describe_dataset, write_json, write_text
+from e2sad_jax.workdir import describe_dataset, write_bytes, write_json, write_text
 
 WORST = "every attack above"
 
@@ -318,13 +319,13 @@ def write(
     outcomes.npz holds `correct` and `prediction` per attack, `[A, N]`, and `best_correct` and `best_prediction` where the
     best checkpoint is not the last.
     """
-    temporary = workdir / ".outcomes.tmp.npz"
     arrays: dict[str, Any] = {"attacks": np.array(list(outcomes))}
     for prefix, of in {"": outcomes, **({"best_": best.outcomes} if best and _apart(results) else {})}.items():
         arrays[f"{prefix}correct"] = np.stack([o.correct for o in of.values()])
         arrays[f"{prefix}prediction"] = np.stack([o.prediction for o in of.values()])
-    np.savez_compressed(temporary, **arrays)
-    os.replace(temporary, workdir / "outcomes.npz")
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_bytes(workdir / "outcomes.npz", content.getvalue())
     write_json(workdir / "results.json", results)
     write_text(workdir / "results.md", markdown({results["config"]["defense"]: results}))
     write_text(workdir / "model_card.md", model_card(results))

@@ -4,14 +4,16 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from e2sad_jax import data, jobs, models, plots, report, sharding
 from e2sad_jax.config import Config
-from e2sad_jax.errors import ConfigError, Stopped
+from e2sad_jax.errors import ConfigError, Stopped, of_device
 from e2sad_jax.evaluate import SUITES, Attack, Outcome
 from e2sad_jax.jobs import Job, workdir_of
 from e2sad_jax.progress import Bar
 from e2sad_jax.train import TrainState
-from e2sad_jax.workdir import write_config, write_text
+from e2sad_jax.workdir import check_there, write_config, write_text
 
 
 def run(config: Config, suite: str) -> dict[str, Any]:
@@ -70,6 +72,7 @@ def _train_and_report(job: Job, suite: Sequence[Attack]) -> dict[str, Any]:
         train_seconds=seconds,
         best=best,
     )
+    check_there(job.workdir)
     report.write(job.workdir, results, outcomes, best)
     plots.examples(
         job.workdir / "examples.png",
@@ -99,9 +102,16 @@ def _evaluate(job: Job, state: TrainState, suite: Sequence[Attack]) -> dict[str,
     total = len(tested.x_test) * sum(attack.gradients() for attack in suite)
     which = "" if (step := int(state.step)) == job.steps else f", best checkpoint, step {step:,}"
     with Bar(f"attack {job.config.defense} on {tested.name}{which}", total, "gradients") as bar:
-        return jobs.attack(
-            job, state.params, tested, suite, progress=lambda name, gradients: bar.update(gradients, name)
-        )
+        try:
+            return jobs.attack(
+                job, state.params, tested, suite, progress=lambda name, gradients: bar.update(gradients, name)
+            )
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            kept = f"the checkpoints are whole in {job.workdir}, and the same command attacks them again"
+            lower = f"--eval_batch_size (now {job.config.eval_batch_size})"
+            if named := of_device(error, f"in the attacks on step {step:,}", kept, lower):
+                raise named from error
+            raise
 
 
 def run_beside(configs: Sequence[Config], suite: str) -> None:

@@ -2,11 +2,15 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
+import re
+import socket
+import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 try:
     import fcntl
@@ -15,11 +19,12 @@ except ImportError:  # Windows
 
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
-from e2sad_jax.errors import BusyError, ConfigError, WorkdirError
+from e2sad_jax.errors import BusyError, ConfigError, GoneError, WorkdirError
 
 FORMAT = 1  # of config.json and the checkpoints beside it
 LOCK = ".lock"
 TRAINING = "training.json"
+SEAL = "sha256"
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
@@ -41,6 +46,34 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def write_json(path: pathlib.Path, value: Any) -> None:
     """`write_text` of indented JSON; NaN is refused, no other program could read it."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with a digest of all of them, by which `unsealed` tells a file that was damaged."""
+    return {**values, SEAL: hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
+
+
+def unsealed(values: Any) -> dict[str, Any]:
+    """What `sealed` was given; files of earlier versions have no digest and are taken as they are.
+
+    Raises:
+      ValueError: if it is something else.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"holds a {type(values).__name__} instead of named values")
+    content = {name: value for name, value in values.items() if name != SEAL}
+    if SEAL in values and sealed(content) != values:
+        raise ValueError("its content is not what was written: it was damaged, or edited")
+    return content
+
+
+def read_sealed(path: pathlib.Path) -> dict[str, Any]:
+    """`unsealed` of a JSON file.
+
+    Raises:
+      OSError, ValueError: if it cannot be read, or was damaged.
+    """
+    return unsealed(json.loads(path.read_text(encoding="utf-8")))
 
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:
@@ -81,23 +114,70 @@ def open_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> Ite
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes out of a folder that is there already, where the file system has locks.
+    """Keeps other processes out of a folder that is there already; the lock file says which process has it.
+
+    Where the file system has locks, the system drops them with their process. Elsewhere the file alone counts: what a
+    dead process of this host left is taken over, what one of another host left is for people to remove.
 
     Raises:
       BusyError: if another process has it.
       OSError: if the folder cannot be written.
     """
-    with open(folder / LOCK, "a", encoding="utf-8") as lock:
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it when the process ends
-            except BlockingIOError as error:
-                raise BusyError(
-                    f"another process is at work in {folder}; wait for it to end, or choose another --workdir"
-                ) from error
-            except OSError:
-                pass  # a file system without locks
-        yield
+    path = folder / LOCK
+    with open(path, "a+", encoding="utf-8", errors="replace") as lock:
+        lock.seek(0)
+        owner = lock.read(200).strip()
+        who = f" ({owner})" if owner else ""
+        busy = f"another process is at work in {folder}{who}; wait for it to end, or choose another --workdir"
+        try:
+            if fcntl is None:
+                raise OSError
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError(busy) from error
+        except OSError as error:  # a file system without locks
+            if owner and not _dead(owner):
+                raise BusyError(f"{busy}; if it is gone, delete {path}") from error
+        try:
+            _write_owner(lock, f"process {os.getpid()} on {socket.gethostname()}")
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                _write_owner(lock, "")
+
+
+def _write_owner(lock: TextIO, owner: str) -> None:
+    lock.seek(0)
+    lock.truncate()
+    lock.write(owner)
+    lock.flush()
+
+
+def _dead(owner: str) -> bool:
+    """Whether a lock file names a process of this host that has ended."""
+    match = re.fullmatch(r"process (\d{1,9}) on (.+)", owner)
+    if match is None or match[2] != socket.gethostname() or int(match[1]) == os.getpid():
+        return False
+    try:
+        os.kill(int(match[1]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def check_there(workdir: pathlib.Path) -> None:
+    """Makes sure that nobody deleted or moved a workdir under its run, before something is written that would make it anew.
+
+    Raises:
+      GoneError: if it is gone.
+    """
+    if not (workdir / LOCK).exists():
+        raise GoneError(
+            f"{workdir} was deleted or moved while the run was at work in it, so nothing more can be saved there; put it "
+            "back to go on from its last checkpoint, or start the run anew"
+        )
 
 
 def _foreign(path: pathlib.Path) -> bool:
@@ -136,7 +216,7 @@ def write_config(workdir: pathlib.Path, config: Config, dataset: Dataset) -> Non
     """
     here = {"format": FORMAT, "config": dataclasses.asdict(config), "dataset": describe_dataset(dataset)}
     try:
-        write_json(workdir / "config.json", here)
+        write_json(workdir / "config.json", sealed(here))
     except OSError as error:
         raise _unusable(workdir, error) from error
 
@@ -147,8 +227,11 @@ def note_training(workdir: pathlib.Path, segment: Mapping[str, Any]) -> None:
     What earlier processes did after `from_step` was lost with them and is left out.
     """
     begun = segment["from_step"]
-    earlier = [{**s, "to_step": min(s["to_step"], begun)} for s in read_training(workdir) if s["from_step"] < begun]
-    write_json(workdir / TRAINING, [*earlier, dict(segment)])
+    known = read_training(workdir)
+    if not known and begun and (workdir / TRAINING).exists():
+        print(f"warning: {workdir / TRAINING} was damaged; what it said of earlier steps is lost", file=sys.stderr)
+    earlier = [{**s, "to_step": min(s["to_step"], begun)} for s in known if s["from_step"] < begun]
+    write_json(workdir / TRAINING, [sealed(s) for s in (*earlier, segment)])
 
 
 def read_training(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -158,12 +241,11 @@ def read_training(workdir: pathlib.Path) -> list[dict[str, Any]]:
     one of a finished run `weights`, the digest of its parameters.
     """
     try:
-        segments = json.loads((workdir / TRAINING).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        segments = [unsealed(s) for s in json.loads((workdir / TRAINING).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
         return []
     needed = {"from_step", "to_step", "seconds", "runs_together", "hardware", "date", "commit"}
-    right = isinstance(segments, list) and all(isinstance(s, dict) and needed <= set(s) for s in segments)
-    return segments if right else []
+    return segments if all(needed <= set(s) for s in segments) else []
 
 
 def read_config(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
@@ -174,13 +256,15 @@ def read_config(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
     """
     path = workdir / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_sealed(path)
     except FileNotFoundError as error:
         raise WorkdirError(f"{path} does not exist: {workdir} is not the workdir of a run") from error
     except (OSError, ValueError) as error:
-        raise WorkdirError(f"cannot read {path}: {error}") from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else None
+        raise WorkdirError(
+            f"cannot read {path}: {error}; restore it from a copy, or choose another --workdir to train anew"
+        ) from error
+    if values.get("format") != FORMAT:
+        found = values.get("format")
         raise WorkdirError(f"{path} has format {found}, this version reads {FORMAT}; choose another --workdir")
     try:
         dataset = values["dataset"]

@@ -3,7 +3,10 @@
 import dataclasses
 import os
 import pathlib
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -13,11 +16,12 @@ from absl import app, flags, logging
 from e2sad_jax import _memory
 from e2sad_jax import config as config_lib
 from e2sad_jax.config import Config
-from e2sad_jax.errors import ConfigError, Error, LostProcessError, NonFiniteError, Stopped
+from e2sad_jax.errors import ConfigError, Error, LostProcessError, NonFiniteError, Stopped, of_device
 
 from . import watched
 
 FLAGS = flags.FLAGS
+PATIENCE = 4.0  # seconds that Python has to see to a signal
 _connected = False  # to other processes of the same run
 DEFINE: Mapping[type, Callable[..., Any]] = {
     bool: flags.DEFINE_bool,
@@ -159,8 +163,27 @@ def _run(suite: str, by_defense: Mapping[str, Mapping[str, Any]]) -> None:
         run.run_beside(configs, suite)
 
 
+def _end_when_stuck() -> None:
+    """Ends the process on Ctrl-C or SIGTERM where Python does not see to them for long, and nothing is lost by it."""
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while True:
+            number = os.read(told, 1)[0]
+            time.sleep(PATIENCE)
+            jobs = sys.modules.get("e2sad_jax.jobs")
+            if number in (signal.SIGINT, signal.SIGTERM) and jobs and jobs.stuck():
+                os.write(2, f"\n{_program()}: stopped before the first step; the same command goes on\n".encode())
+                os._exit(128 + number)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
     _memory.keep_freed()
+    _end_when_stuck()
     try:
         run()
         sys.stdout.flush()
@@ -176,8 +199,10 @@ def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
     except KeyboardInterrupt:
         print(f"{_program()}: interrupted; {interrupted}", file=sys.stderr, flush=True)
         os._exit(130)  # not through the teardown of threads that the second Ctrl-C cut short
-    except Exception:
+    except Exception as error:
         if not _connected:
+            if named := of_device(error, "while computing", failed, "batch size"):
+                _fail(str(named), named.exit_code)
             raise
         traceback.print_exc()
         sys.stderr.flush()

@@ -11,6 +11,7 @@ import pytest
 from e2sad_jax import checkpoint, comparison, data, jobs, train
 from e2sad_jax.config import DEFENSES
 from e2sad_jax.errors import ConfigError
+from e2sad_jax.workdir import read_sealed
 from tests.test_train import standard_promotion  # noqa: F401
 
 LITTLE = {
@@ -49,7 +50,7 @@ def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypa
             own, mean = run[which], row[which]
             assert 0 <= mean["robust"] == own["robust"] <= own["after"]["APGD-CE"] <= mean["clean"] == own["clean"]
             assert mean["lowest"] == mean["highest"] == mean["robust"]
-        assert json.loads((pathlib.Path(run["workdir"]) / "auto.json").read_text()) == run
+        assert read_sealed(pathlib.Path(run["workdir"]) / "auto.json") == run
         assert len(jobs.hold_out(tiny, checkpoint.load(run["workdir"]).config)[0].x_train) == 40, "ten are held out"
     assert [row[which]["steps"] for row in result["rows"] for which in ("last", "best")] == [[3], [3], [3], [2]]
     kept = [

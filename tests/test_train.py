@@ -21,7 +21,7 @@ from e2sad_jax.config import DEFENSES, Config
 from e2sad_jax.errors import CheckpointError, ConfigError, LostProcessError, NonFiniteError, WorkdirError
 from e2sad_jax.evaluate import Outcome
 from e2sad_jax.transforms import TRANSFORMS
-from e2sad_jax.workdir import open_workdir
+from e2sad_jax.workdir import open_workdir, read_sealed, sealed, write_json
 
 N = 50
 
@@ -196,9 +196,9 @@ def test_no_checkpoint_of_a_broken_update_replaces_a_good_one(learning_rate, no_
     config = tiny_config(workdir=str(tmp_path / "w"), steps=1)
     run.run(config, "mnist")
     broken = dataclasses.replace(config, steps=4, checkpoint_every=1, learning_rate=learning_rate)
-    values = json.loads((tmp_path / "w" / "config.json").read_text())
+    values = read_sealed(tmp_path / "w" / "config.json")
     values["config"]["learning_rate"] = learning_rate  # as if it had got there by itself
-    (tmp_path / "w" / "config.json").write_text(json.dumps(values))
+    write_json(tmp_path / "w" / "config.json", sealed(values))
     with pytest.raises(NonFiniteError, match=r"step \d.*checkpoint of step 1 stays"):
         run.run(broken, "mnist")
     images = np.zeros((2, 8, 8, 1), np.uint8)

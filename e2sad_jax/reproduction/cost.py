@@ -14,7 +14,7 @@ from e2sad_jax import report
 from e2sad_jax.config import Config
 from e2sad_jax.step_cost import counts
 from e2sad_jax.step_cost.step import Step, in_turn
-from e2sad_jax.workdir import write_json
+from e2sad_jax.workdir import read_sealed, sealed, write_json
 
 ROUNDS = 7
 SECONDS = 0.1  # a timing is of so many steps that it takes at least this long
@@ -63,7 +63,7 @@ def measure(
     digest = hashlib.sha256(json.dumps([sorted(kinds), image_shape, num_classes, who]).encode()).hexdigest()[:12]
     path = cache / f"cost-{digest}.json"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return read_sealed(path)
     except (OSError, ValueError):
         pass
     times = _times(kinds, image_shape, num_classes, progress)
@@ -85,7 +85,7 @@ def measure(
         step["flops_natural"] = step["flops"] / reference_flops if reference_flops else None
     result = {"steps": steps, "rounds": ROUNDS, "command": report.command(), "environment": environment}
     cache.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
+    write_json(path, sealed(result))
     return result
 
 

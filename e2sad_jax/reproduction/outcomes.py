@@ -12,7 +12,7 @@ import numpy as np
 
 from e2sad_jax import report
 from e2sad_jax.evaluate import Attack, Outcome
-from e2sad_jax.workdir import write_json
+from e2sad_jax.workdir import read_sealed, sealed, write_json
 
 FOLDER = "evaluations"
 VERSION = 1  # of the attacks: to be raised when a change of the code changes what they do
@@ -54,7 +54,7 @@ def path_of(workdir: pathlib.Path, attack: Attack, tested: Tested) -> pathlib.Pa
 def read(path: pathlib.Path, labels: np.ndarray) -> Known | None:
     """What a file holds; None if there is none that can be read."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_sealed(path)
         predictions = [np.array(row, np.int32) for row in values["predictions"]]
         provenance = dict(values["provenance"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
@@ -69,4 +69,5 @@ def write(path: pathlib.Path, attack: Attack, tested: Tested, outcomes: list[Out
     path.parent.mkdir(exist_ok=True)
     values = {"attack": dataclasses.asdict(attack), "tested": dataclasses.asdict(tested)}
     about = {"command": report.command(), **report.environment()}
-    write_json(path, {**values, "provenance": about, "predictions": [o.prediction.tolist() for o in outcomes]})
+    predictions = [o.prediction.tolist() for o in outcomes]
+    write_json(path, sealed({**values, "provenance": about, "predictions": predictions}))
