@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
-from e2sad_jax import models
+from e2sad_jax import _stored, models
 from e2sad_jax.config import Config
 from e2sad_jax.errors import CheckpointError, DataError, WorkdirError, first_line
 from e2sad_jax.train import TrainState, init_state
@@ -42,7 +42,11 @@ class Checkpoints:
             # What Orbax would set itself, with a warning.
             **({"save_interval_steps": 0, "create": False} if read_only else {}),
         )
-        with _only_errors() if read_only else self._writing():
+        try:
+            _stored.check_folder(self.folder)
+        except (OSError, ValueError) as error:
+            raise WorkdirError(f"cannot use the checkpoints in {self.folder}: {first_line(error)}") from error
+        with self._reading() if read_only else self._writing():
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -83,6 +87,14 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            with _only_errors():
+                yield
+        except Exception as error:  # Orbax raises many kinds, those of a run that deletes a checkpoint among them
+            raise WorkdirError(f"cannot read the checkpoints in {self.folder}: {first_line(error)}") from error
+
+    @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
@@ -112,17 +124,13 @@ class Checkpoints:
         stored = jax.eval_shape(_storable, like)
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), stored)
         try:
+            _stored.check_step(self.folder / str(step), stored)
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that it cannot be used
             raise WorkdirError(
                 f"cannot read the checkpoint {self.folder / str(step)}: {first_line(error)}; if no run is at work there, "
                 "delete that folder to go on from an earlier one or from the start"
             ) from error
-        for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(restored), strict=True):
-            if a.shape != b.shape or a.dtype != b.dtype:
-                raise WorkdirError(
-                    f"the checkpoint {self.folder / str(step)} fits another network: {b.shape} for {a.shape}"
-                )
         return TrainState(**{**restored, "key": jax.random.wrap_key_data(restored["key"])})
 
 
@@ -229,7 +237,10 @@ def load(workdir: str | os.PathLike[str], which: str = "last") -> Classifier:
     model = models.create(config.model, dataset["num_classes"], shape, config.precision)
     if not (workdir / "checkpoints").is_dir():
         raise WorkdirError(f"{workdir} holds no checkpoint yet")
-    like = jax.eval_shape(lambda: init_state(config, model, shape))
+    try:
+        like = jax.eval_shape(lambda: init_state(config, model, shape))
+    except Exception as error:  # JAX and Flax raise many kinds where a size cannot be
+        raise WorkdirError(f"{workdir / 'config.json'} describes no network: {first_line(error)}") from error
     for attempt in range(3):
         with Checkpoints(workdir, read_only=True) as checkpoints:
             step = checkpoints.best_step if which == "best" else checkpoints.last_step

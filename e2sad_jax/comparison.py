@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from e2sad_jax import data, jobs, plots, report
+from e2sad_jax._bounded import read_json
 from e2sad_jax.auto import auto
 from e2sad_jax.checkpoint import load
 from e2sad_jax.config import SCHEDULE, SCHEDULES, Config, check, preset, setting
@@ -238,9 +238,7 @@ def _judged(request: Request, config: Config, dataset: Dataset) -> dict[str, Any
         "stages": [dataclasses.asdict(stage) for stage in stages],
     }
     path = pathlib.Path(config.workdir) / ("auto.json" if request.judge == "test" else f"auto_{request.judge}.json")
-    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if known.get("asked") != asked or known["last"]["step"] != config.steps:
-        known = {}
+    known = _known(path, asked, config.steps)
     if "best" in known:
         return known
     with jobs.open_job(config, dataset) as job, jobs.interruptible() as interrupted:
@@ -267,6 +265,25 @@ def _judged(request: Request, config: Config, dataset: Dataset) -> dict[str, Any
     }
     write_json(path, judged)
     return judged
+
+
+def _known(path: pathlib.Path, asked: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """What `_judged` has written of a run for the same question; empty where nothing readable says so."""
+
+    def number(value: Any) -> bool:
+        return type(value) in (int, float)
+
+    try:
+        known = read_json(path)
+        right = known["asked"] == asked and known["last"]["step"] == steps
+        for which in CHECKPOINTS if "best" in known else ("last",):
+            right &= type(known[which]["step"]) is int and all(number(known[which][k]) for k in ("clean", "robust"))
+        if "best" in known:
+            right &= all(number(known[key]) for key in ("flops", "train_seconds", "eps", "images", "seed"))
+            right &= isinstance(known["chosen_on"], str)
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return known if right else {}
 
 
 def _attacked(

@@ -16,11 +16,13 @@ import jax
 import numpy as np
 import tqdm
 
+from e2sad_jax._bounded import parse_json
 from e2sad_jax._tracing import platform
 from e2sad_jax.errors import NonFiniteError, first_line
 from e2sad_jax.workdir import write_text
 
 METRICS = "metrics.jsonl"
+LINE_BYTES = 2**16
 MEASURED = 0.2  # seconds: what is shorter may be a burst of steps that were ready together
 
 
@@ -217,10 +219,11 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
+    with path.open("rb") as file:
+        while line := file.readline(LINE_BYTES):
+            try:
+                if parse_json(line)["step"] <= step:
+                    kept.append(line.decode().rstrip() + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
     write_text(path, "".join(kept))

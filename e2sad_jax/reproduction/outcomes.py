@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from e2sad_jax import report
+from e2sad_jax._bounded import read_json
 from e2sad_jax.evaluate import Attack, Outcome
 from e2sad_jax.workdir import write_json
 
 FOLDER = "evaluations"
+BYTES = 256 * 2**20  # a row of predictions for every model that was asked
 VERSION = 1  # of the attacks: to be raised when a change of the code changes what they do
 
 
@@ -54,7 +56,7 @@ def path_of(workdir: pathlib.Path, attack: Attack, tested: Tested) -> pathlib.Pa
 def read(path: pathlib.Path, labels: np.ndarray) -> Known | None:
     """What a file holds; None if there is none that can be read."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, BYTES)
         predictions = [np.array(row, np.int32) for row in values["predictions"]]
         provenance = dict(values["provenance"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
