@@ -20,7 +20,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # of address space that nobody uses, threads would take gigabytes
@@ -44,6 +44,16 @@ class Finding:
     index: int
     kind: str
     what: str
+
+
+class Refused(NamedTuple):
+    """How an input was refused, by which error of ours."""
+
+    error: BaseException
+
+
+class Wrong(Exception):
+    """An input was taken, but not as what it is."""
 
 
 class Watch:
@@ -76,8 +86,6 @@ class Watch:
 
 def attempt(target: Any, seed: int, index: int, watch: Watch | None = None) -> tuple[str, bool, str, Any]:
     """One input: its kind, whether it was taken, what is wrong (empty: nothing), and the input."""
-    from benchmarks.fuzz_targets import Refused
-
     kind, given = target.input(random.Random(f"{seed} {target.name} {index}"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     with warnings.catch_warnings(record=True) as warned:
@@ -91,12 +99,8 @@ def attempt(target: Any, seed: int, index: int, watch: Watch | None = None) -> t
             raise
         except BaseException as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            return (
-                kind,
-                False,
-                f"{type(error).__name__}: {error!s:.300} ({pathlib.Path(place.filename).name}:{place.lineno})",
-                given,
-            )
+            where = f"{pathlib.Path(place.filename).name}:{place.lineno}"
+            return kind, False, f"{type(error).__name__}: {error!s:.300} ({where})", given
         finally:
             if watch:
                 watch.on = False
@@ -125,49 +129,47 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _work(
-    work: Sequence[tuple[str, int, int]], seed: int, keep: str, at: Any, results: Any, memory: int = LIMIT_BYTES
+    work: Sequence[tuple[str, int, int]], targets: Mapping[str, type[Any]], seed: int, keep: str, at: Any, results: Any
 ) -> None:
     """Runs inputs `first` to `last` of targets in this process; `at` says which is under way."""
-    from benchmarks.fuzz_targets import TARGETS
-
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary).resolve()
         os.chdir(folder)
         watch = Watch(folder)
         for place, (name, first, last) in enumerate(work):
-            (folder / name).mkdir()
-            target = TARGETS[name](folder / name)
+            at[0], at[1] = place, -1
+            own = folder / f"{name}-{place}"
+            own.mkdir()
+            target = targets[name](own)
             attempt(target, seed, -1)  # imports what it needs
             taken = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (taken + memory, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_AS, (taken + LIMIT_BYTES, resource.RLIM_INFINITY))
             counts: collections.Counter[tuple[str, str]] = collections.Counter()
             for index in range(first, last):
-                at[0], at[1] = place, index
+                at[1] = index
                 kind, accepted, wrong, given = attempt(target, seed, index, watch)
                 counts[kind, "found" if wrong else "accepted" if accepted else "refused"] += 1
                 if wrong:
                     pathlib.Path(keep).mkdir(parents=True, exist_ok=True)
                     target.save(given, pathlib.Path(keep) / f"{name}-{index}")
                     results.send(Finding(name, index, kind, wrong))
-                if (index + 1 - first) % 500 == 0 or index + 1 == last:
-                    results.send((name, counts, place, index))
+                if (index + 1 - first) % 500 == 0 or index + 1 == last or wrong:
+                    results.send((name, counts, index + 1))
                     counts = collections.Counter()
             resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     results.send(None)
 
 
-def plan(inputs: int, targets: Sequence[str]) -> list[tuple[str, int, int]]:
-    """How many inputs each target gets, of so many in all."""
-    from benchmarks.fuzz_targets import TARGETS
-
-    shares = {name: TARGETS[name].share for name in targets}
+def plan(inputs: int, shares: Mapping[str, float]) -> list[tuple[str, int, int]]:
+    """The first and last input of each target, of so many in all."""
     counts = {name: int(inputs * share / sum(shares.values())) for name, share in shares.items()}
-    counts[targets[0]] += inputs - sum(counts.values())
+    counts[next(iter(shares))] += inputs - sum(counts.values())
     return [(name, 0, count) for name, count in counts.items()]
 
 
 def fuzz(
     work: Sequence[tuple[str, int, int]],
+    targets: Mapping[str, type[Any]],
     *,
     seed: int = 0,
     keep: pathlib.Path,
@@ -178,11 +180,13 @@ def fuzz(
     context = multiprocessing.get_context("spawn")
     counts: dict[str, collections.Counter[tuple[str, str]]] = {name: collections.Counter() for name, _, _ in work}
     findings: list[Finding] = []
-    left = list(work)
+    left, told = list(work), {name: first for name, first, _ in work}
     while left:
         at = context.Array("q", [-1, -1], lock=False)
         ours, theirs = context.Pipe(duplex=False)
-        worker = context.Process(target=_work, args=(left, seed, str(keep.absolute()), at, theirs), daemon=True)
+        worker = context.Process(
+            target=_work, args=(left, targets, seed, str(keep.absolute()), at, theirs), daemon=True
+        )
         worker.start()
         theirs.close()
         seen, since, done, lost = (-1, -1), time.monotonic(), False, ""
@@ -197,6 +201,7 @@ def fuzz(
                         say(f"{message.target}:{message.index} ({message.kind}): {message.what}")
                     else:
                         counts[message[0]] += message[1]
+                        told[message[0]] = message[2]
                         say(f"{message[0]}: {counts[message[0]].total():,} inputs")
             except EOFError:
                 worker.join()
@@ -204,7 +209,7 @@ def fuzz(
             now = (at[0], at[1])
             if now != seen:
                 seen, since = now, time.monotonic()
-            elif now[0] >= 0 and time.monotonic() - since > limit + 5:
+            elif now[1] >= 0 and time.monotonic() - since > limit:
                 lost = f"not done after {limit:g} s"
         worker.kill()
         worker.join()
@@ -212,12 +217,14 @@ def fuzz(
         if done:
             break
         place, index = seen
-        if place < 0:
+        if index < 0:
             raise RuntimeError(f"the first input was never reached: {lost}")
         name, _, last = left[place]
         findings.append(Finding(name, index, "", lost))
         say(f"{name}:{index}: {lost}")
-        left = [(name, index + 1, last), *left[place + 1 :]]  # what it had not told of yet is missing from the counts
+        counts[name]["lost", "found"] += 1
+        again = [(name, told[name], index)] if told[name] < index else []  # what it had not told of yet
+        left = [*again, (name, index + 1, last), *left[place + 1 :]]
     return counts, findings
 
 
@@ -271,7 +278,8 @@ def main(argv: Sequence[str]) -> int:
 
     report.commit()
     began = time.monotonic()
-    counts, findings = fuzz(plan(values.inputs, values.target), seed=values.seed, keep=folder / "fuzz")
+    work = plan(values.inputs, {name: TARGETS[name].share for name in values.target})
+    counts, findings = fuzz(work, TARGETS, seed=values.seed, keep=folder / "fuzz")
     result = {
         "inputs": sum(c.total() for c in counts.values()),
         "seed": values.seed,

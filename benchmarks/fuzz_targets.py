@@ -16,7 +16,7 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ import tensorstore as ts
 from absl import flags
 
 import e2sad_jax
+from benchmarks.fuzz import Refused, Wrong
 from e2sad_jax import _npz, comparison, models, progress, train, workdir
 from e2sad_jax.checkpoint import Checkpoints
 from e2sad_jax.config import Config
@@ -41,16 +42,6 @@ ODD: Sequence[Any] = (
     *("", "a", "0", "e2sad", "mnist", "../../x", "/etc/passwd", "\x00", "\x1b[2J", "\ud800", "é", "x" * 5000, "\n"),
     *([], {}, [[]], [1, 2, 3], {"": 0}, {"a": {"b": {}}}),
 )
-
-
-class Refused(NamedTuple):
-    """How an input was refused, by which error of ours."""
-
-    error: BaseException
-
-
-class Wrong(Exception):
-    """An input was taken, but not as what it is."""
 
 
 class Canary:

@@ -96,7 +96,8 @@ def walk(folder: pathlib.Path, limit: int) -> Iterator[tuple[pathlib.Path, os.st
     left, folders = limit, [folder]
     while folders:
         try:
-            entries = list(itertools.islice(os.scandir(folders.pop()), left + 1))
+            with os.scandir(folders.pop()) as scan:
+                entries = list(itertools.islice(scan, left + 1))
         except FileNotFoundError:
             continue
         left -= len(entries)

@@ -564,15 +564,13 @@ for path in sorted(folder.glob("w*")):
     except Error:
         refused += 1
     workdir.read_training(path)
-if "control" in str(folder):  # that the hook hears at all
-    pickle.loads(pickle.dumps(Canary()))
-print(json.dumps([refused, heard]))
+silent = list(heard)
+pickle.loads(pickle.dumps(Canary()))  # that the hook hears at all
+print(json.dumps([refused, silent, [event for event, _ in heard]]))
 """
 
 
-@pytest.mark.parametrize("control", [False, True])
-def test_no_file_runs_code_or_opens_another(trained, tmp_path, control):
-    folder = tmp_path / ("control" if control else "files")
+def test_no_file_runs_code_or_opens_another(trained, tmp_path):
     for i, (name, content) in enumerate(
         [
             ("checkpoints/4/default/_METADATA", pickle.dumps(print)),
@@ -582,11 +580,12 @@ def test_no_file_runs_code_or_opens_another(trained, tmp_path, control):
             ("training.json", pickle.dumps(print)),
         ]
     ):
-        shutil.copytree(trained, folder / f"w{i}")
-        (folder / f"w{i}" / name).write_bytes(content)
-    command = [sys.executable, "-c", HEARD, str(folder), str(trained)]
+        shutil.copytree(trained, tmp_path / f"w{i}")
+        (tmp_path / f"w{i}" / name).write_bytes(content)
+    command = [sys.executable, "-c", HEARD, str(tmp_path), str(trained)]
     elsewhere = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=elsewhere)
-    refusals, heard = json.loads(done.stdout.splitlines()[-1])
+    refusals, heard, control = json.loads(done.stdout.splitlines()[-1])
     assert refusals == 8 + 4
-    assert [event for event, _ in heard] == (["pickle.find_class", "os.mkdir"] if control else [])
+    assert heard == []
+    assert control == ["pickle.find_class", "os.mkdir"]
