@@ -322,7 +322,7 @@ class Npz(Target):
         with warnings.catch_warnings(), np.load(self.path, allow_pickle=False) as members:  # by another reader
             warnings.simplefilter("ignore")
             for name in _npz.ARRAYS:
-                ours, theirs = getattr(got, name), members[name]
+                ours, theirs = getattr(got, name), members[f"{name}.npy"]
                 if name.startswith("x") and theirs.dtype != np.uint8:
                     theirs = theirs.astype(np.float32)
                 if ours.dtype not in (np.uint8, np.float32, np.int32) or not np.array_equal(
@@ -461,7 +461,7 @@ class Notes(Target):
 class Checkpoint(Target):
     """A whole workdir, and the network in it."""
 
-    name, share = "checkpoint", 0.015
+    name, share = "checkpoint", 0.006
 
     def __init__(self, folder: pathlib.Path):
         super().__init__(folder)
@@ -564,7 +564,7 @@ class _Reached(Exception):
 class Flags(Target):
     """Command lines, up to where a run would begin."""
 
-    name, share = "flags", 0.185
+    name, share = "flags", 0.194
 
     def __init__(self, folder: pathlib.Path):
         super().__init__(folder)
@@ -637,7 +637,7 @@ class Flags(Target):
         except _Reached:
             return arguments
         except Error as error:
-            return Refused(error)
+            return Refused(Error(common._told(error)))
         except SystemExit as error:
             if error.code != 2 or len(told.getvalue().splitlines()) != 1:
                 raise Wrong(f"exit code {error.code}, {told.getvalue()!r}") from error

@@ -16,7 +16,7 @@ FREE = 64 * 2**20  # bytes that any checkpoint may take in memory
 RATIO = 64  # beyond that: how many times its size on disk; trained parameters hardly compress
 PIECES = 4096  # of an array: one for each device that wrote
 _BLOCK = 128 * 2**10  # bytes that one block of zstd may become
-_JSON = ("_CHECKPOINT_METADATA", "metrics/metrics", "default/_METADATA", "default/_sharding")
+_JSON = ("default/_METADATA", "default/_sharding")
 
 
 def check_folder(folder: pathlib.Path) -> None:
@@ -30,22 +30,26 @@ def check_folder(folder: pathlib.Path) -> None:
         raise ValueError("it is a link; let the workdir be one instead")
     for path, _ in _bounded.walk(folder, ENTRIES):
         step, *rest = path.relative_to(folder).parts
-        if step.isdecimal() and rest == ["metrics", "metrics"]:
-            _check_metrics(path)
+        if step.isdecimal() and rest in (["metrics", "metrics"], ["_CHECKPOINT_METADATA"]):
+            try:
+                _check_read_at_once(path)
+            except FileNotFoundError:  # a run under way deletes what is no longer the last or the best
+                continue
+            except ValueError as error:
+                raise ValueError(f"{path.relative_to(folder)}: {error}") from error
 
 
-def _check_metrics(path: pathlib.Path) -> None:
-    try:
-        metrics = _bounded.read_json(path)
-    except FileNotFoundError:  # a run under way deletes what is no longer the last or the best
+def _check_read_at_once(path: pathlib.Path) -> None:
+    values = _bounded.read_json(path)
+    if not isinstance(values, dict):
+        raise ValueError("it is no list of names")
+    if path.name != "metrics":
         return
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(metrics, dict) or "score" not in metrics:
-        raise ValueError(f"{path}: misses the score")
-    for name, value in metrics.items():
+    if "score" not in values:
+        raise ValueError("it misses the score")
+    for name, value in values.items():
         if type(value) not in (int, float):
-            raise ValueError(f"{path}: {name[:60]!r} is no number")
+            raise ValueError(f"{name[:60]!r} is no number")
 
 
 def check_step(folder: pathlib.Path, expected: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from e2sad_jax import losses
 from e2sad_jax.attacks import _ball
