@@ -168,7 +168,7 @@ class Target:
 class Npz(Target):
     """Data sets in one file."""
 
-    name, share = "npz", 0.5
+    name, share = "npz", 0.3
 
     def __init__(self, folder: pathlib.Path):
         super().__init__(folder)
@@ -352,7 +352,7 @@ def a_config() -> dict[str, Any]:
 class ConfigFile(Target):
     """config.json, and settings by name."""
 
-    name, share = "config", 0.2
+    name, share = "config", 0.4
 
     def __init__(self, folder: pathlib.Path):
         super().__init__(folder)
@@ -392,7 +392,7 @@ class ConfigFile(Target):
 class Notes(Target):
     """What commands keep beside a run so as not to do it again: unreadable ones count as none."""
 
-    name, share = "notes", 0.1
+    name, share = "notes", 0.196
 
     def __init__(self, folder: pathlib.Path):
         super().__init__(folder)
@@ -461,7 +461,7 @@ class Notes(Target):
 class Checkpoint(Target):
     """A whole workdir, and the network in it."""
 
-    name, share = "checkpoint", 0.006
+    name, share = "checkpoint", 0.004
 
     def __init__(self, folder: pathlib.Path):
         super().__init__(folder)
@@ -564,7 +564,7 @@ class _Reached(Exception):
 class Flags(Target):
     """Command lines, up to where a run would begin."""
 
-    name, share = "flags", 0.194
+    name, share = "flags", 0.1
 
     def __init__(self, folder: pathlib.Path):
         super().__init__(folder)
