@@ -284,7 +284,8 @@ def main(argv: Sequence[str]) -> int:
     values(list(argv))
     folder = pathlib.Path(values.results)
     if values.only:
-        return _again(*values.only.split(":"), values.seed)
+        name, _, number = values.only.partition(":")
+        return _again(name, int(number), values.seed)
 
     from e2sad_jax import report
     from e2sad_jax.workdir import write_json, write_text
@@ -310,12 +311,12 @@ def main(argv: Sequence[str]) -> int:
     return 1 if findings else 0
 
 
-def _again(name: str, index: str, seed: int) -> int:
+def _again(name: str, index: int, seed: int) -> int:
     from benchmarks.fuzz_targets import TARGETS
 
     with tempfile.TemporaryDirectory() as temporary:
         target = TARGETS[name](pathlib.Path(temporary).resolve())
-        kind, given = target.input(random.Random(f"{seed} {name} {int(index)}"))
+        kind, given = target.input(random.Random(f"{seed} {name} {index}"))
         print(f"{kind}: {given!r:.2000}")
         print(target.run(given))
     return 0

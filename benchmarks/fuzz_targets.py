@@ -174,11 +174,16 @@ class Npz(Target):
         super().__init__(folder)
         rs = np.random.RandomState(0)
         images, labels = rs.randint(0, 256, (12, 4, 3, 1)).astype(np.uint8), np.arange(12, dtype=np.int64) % 3
-        plain = {"x_train": images, "y_train": labels, "x_test": images[:5], "y_test": labels[:5]}
+        plain: dict[str, np.ndarray] = {
+            "x_train": images,
+            "y_train": labels,
+            "x_test": images[:5],
+            "y_test": labels[:5],
+        }
         floats = {k: (v / 255).astype(np.float32) if k.startswith("x") else v for k, v in plain.items()}
         self.arrays = [plain, floats, {**plain, "num_classes": np.array(7)}]
         self.files = [self._write(arrays, compressed) for arrays in self.arrays for compressed in (False, True)]
-        write_npz(Dataset("mine", "1", *plain.values(), num_classes=3), folder / "mine.npz")
+        write_npz(Dataset(name="mine", version="1", **plain, num_classes=3, source_sha256={}), folder / "mine.npz")
         self.files.append((folder / "mine.npz").read_bytes())
         self.path = folder / "input.npz"
 
@@ -216,20 +221,20 @@ class Npz(Target):
             big = io.BytesIO()
             np.lib.format.write_array(big, np.zeros(rng.choice((2**20, 2**22)), np.uint8))
             members[at] = (members[at][0], big.getvalue())
-        content = bytearray(self._zip(rng, members, rng.choice((0, 8, 12, 14)) if how == "method" else None))
+        damaged = bytearray(self._zip(rng, members, rng.choice((0, 8, 12, 14)) if how == "method" else None))
         if how in ("announce", "field"):
             # Sizes lie at 18 and 22 of a local header and at 20 and 24 of the directory's, method and flags before them.
             signature, sizes, others = rng.choice(
                 ((b"PK\x03\x04", (18, 22), range(4, 30)), (b"PK\x01\x02", (20, 24), range(4, 46)))
             )
-            starts = [i for i in range(len(content)) if content.startswith(signature, i)]
+            starts = [i for i in range(len(damaged)) if damaged.startswith(signature, i)]
             for start in starts if rng.random() < 0.5 else [rng.choice(starts)]:
                 offset = start + rng.choice(sizes if how == "announce" else list(others))
-                content[offset : offset + 4] = struct.pack("<I", rng.choice(INTERESTING) % 2**32)
+                damaged[offset : offset + 4] = struct.pack("<I", rng.choice(INTERESTING) % 2**32)
         elif how == "comment":
-            content[-2:] = struct.pack("<H", 40)
-            content += rng.choice((b"PK\x05\x06" * 10, bytes(40), rng.randbytes(39)))
-        return f"zip: {how}", bytes(content)
+            damaged[-2:] = struct.pack("<H", 40)
+            damaged += rng.choice((b"PK\x05\x06" * 10, bytes(40), rng.randbytes(39)))
+        return f"zip: {how}", bytes(damaged)
 
     @staticmethod
     def _zip(rng: random.Random, members: Sequence[tuple[str, bytes]], method: int | None = None) -> bytes:
@@ -268,7 +273,7 @@ class Npz(Target):
         text, rest = content[10 : 10 + length].decode("latin1"), content[10 + length :]
         version, how = content[6:8], rng.randrange(8)
         if how == 0:
-            odd = (
+            types = (
                 "|O",
                 "|V1000000000",
                 "<f16",
@@ -281,10 +286,10 @@ class Npz(Target):
                 "\\x41",
                 "<U99999999",
             )
-            text = text.replace(text.split("'")[3], rng.choice(odd))
+            text = text.replace(text.split("'")[3], rng.choice(types))
             rest = pickle.dumps(Canary()) if "|O" in text else rest
         elif how == 1:
-            odd = (
+            shapes = (
                 "(-1,)",
                 "(99999999999,)",
                 "(0, 10**9)",
@@ -297,7 +302,7 @@ class Npz(Target):
                 "[3]",
             )
             start, end = text.index("("), text.index(")") + 1
-            text = text[:start] + rng.choice(odd) + text[end:]
+            text = text[:start] + rng.choice(shapes) + text[end:]
         elif how == 2:
             text = text.replace("False", rng.choice(("True", "0", "None", "__import__('os').getenv('RUN')", "1e999")))
         elif how == 3:
@@ -373,8 +378,8 @@ class ConfigFile(Target):
         (self.folder / "config.json").write_bytes(given)
         got = refusing(lambda: workdir.read_config(self.folder))
         with contextlib.suppress(ValueError, RecursionError):
-            loose = json.loads(given)
-            values = loose.get("config") if isinstance(loose, dict) else loose
+            loose: Any = json.loads(given)
+            values: Any = loose.get("config") if isinstance(loose, dict) else loose
             made = refusing(lambda: Config.from_json(values), ConfigError)
             if isinstance(made, Config):
                 made.default_workdir(), refusing(lambda: made.total_steps(60_000), ConfigError)
