@@ -17,7 +17,7 @@ from e2sad_jax._bounded import read_json
 from e2sad_jax._npz import MAX_CLASSES
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
-from e2sad_jax.errors import BusyError, ConfigError, DataError, WorkdirError, first_line
+from e2sad_jax.errors import BusyError, ConfigError, DataError, WorkdirError, first_line, printable
 
 FORMAT = 1  # of config.json and the checkpoints beside it
 LOCK = ".lock"
@@ -201,7 +201,7 @@ def read_config(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
         _check_dataset(dataset)
         return config, dataset
     except (KeyError, TypeError, ConfigError, DataError) as error:
-        raise WorkdirError(f"{path} is not a configuration of this version: {error}") from error
+        raise WorkdirError(f"{path} is not a configuration of this version: {printable(str(error))}") from error
 
 
 def _check_dataset(dataset: Mapping[str, Any]) -> None:
@@ -216,8 +216,8 @@ def _check_dataset(dataset: Mapping[str, Any]) -> None:
     shape = dataset["image_shape"]
     if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 1 <= n <= MAX_SIDE for n in shape):
         raise DataError(
-            f"the data set's image_shape is {str(shape)[:60]}; it must be [H, W, C], each from 1 to {MAX_SIDE:,}"
+            f"the data set's image_shape is {ascii(shape)[:60]}; it must be [H, W, C], each from 1 to {MAX_SIDE:,}"
         )
     classes = dataset["num_classes"]
     if type(classes) is not int or not 2 <= classes <= MAX_CLASSES:
-        raise DataError(f"the data set's num_classes is {str(classes)[:60]}; it must be from 2 to {MAX_CLASSES:,}")
+        raise DataError(f"the data set's num_classes is {ascii(classes)[:60]}; it must be from 2 to {MAX_CLASSES:,}")

@@ -234,6 +234,8 @@ def within(part, **changes):
         (within("dataset", image_shape=[8, 8, -1]), "image_shape"),
         (within("dataset", image_shape=[10**9, 10**9, 1]), "from 1 to 65,536"),
         (within("dataset", image_shape="888"), "image_shape"),
+        (within("dataset", image_shape="\x1b[2J"), "image_shape is '\\x1b[2J'"),
+        (within("dataset", num_classes="\x1b[2J"), "num_classes is '\\x1b[2J'"),
         (within("dataset", name="a\nb"), "name is no line of text"),
         (within("dataset", sha256=None), "sha256 is no line of text"),
     ],
