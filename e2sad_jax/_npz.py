@@ -7,20 +7,26 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import secrets
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from e2sad_jax.errors import DataError
+from e2sad_jax import _bounded
+from e2sad_jax.errors import DataError, printable
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 FORMAT = "e2sad_jax.data/1"
-_MAX_CLASSES = 2**31 - 1  # labels are int32
+MAX_CLASSES = 2**31 - 1  # labels are int32
+SMALL = 2**20  # bytes of a member that only describes the others
+INFLATED = 2**28  # bytes that any compressed member may become
+RATIO = 100  # beyond that: how many times its own size in the file
 
 
 class Official(NamedTuple):
@@ -91,7 +97,7 @@ class Dataset:
 
 def one_line(error: object, limit: int = 240) -> str:
     """Returns an error's text in one line of about `limit` characters: its two ends, where it is longer."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 
@@ -107,12 +113,15 @@ def read_members(path: pathlib.Path, required: Sequence[str], optional: Sequence
         The arrays by member.
 
     Raises:
-        DataError: No such file, not an npz, a member missing, pickled or damaged.
+        DataError: No such file, not an npz, a member missing, there twice, pickled, damaged, or one that would become
+            far larger than the file.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file; give the path of an existing .npz file")
     if path.is_dir():
         raise DataError(f"{path}: is a folder; give the path of a .npz file")
+    if not path.is_file():
+        raise DataError(f"{path}: is a pipe or a device; give the path of a .npz file")
     try:
         archive = zipfile.ZipFile(path)
     except OSError as err:
@@ -122,25 +131,35 @@ def read_members(path: pathlib.Path, required: Sequence[str], optional: Sequence
             f"{path}: not an npz file, or a truncated one ({one_line(err)}); write it with numpy.savez"
         ) from err
     with archive:
-        present = set(archive.namelist())
+        present = archive.namelist()
         missing = [member for member in required if f"{member}.npy" not in present]
         if missing:
-            found = ", ".join(sorted(name.removesuffix(".npy") for name in present)) or "nothing"
+            found = printable(", ".join(sorted(name.removesuffix(".npy") for name in present))) or "nothing"
             raise DataError(
                 f"{path}: misses {', '.join(missing)} (it holds {found[:200]}); write it with "
                 f"numpy.savez(path, {', '.join(f'{member}=...' for member in required)})"
             )
         wanted = [member for member in (*required, *optional) if f"{member}.npy" in present]
-        return {member: _read_member(path, archive, member) for member in wanted}
+        for member in wanted:
+            if (count := present.count(f"{member}.npy")) > 1:
+                raise DataError(f"{path}: member {member} is there {count} times; write each array once")
+        return {member: _read_member(path, archive, member, small=member in optional) for member in wanted}
 
 
-def _read_member(path: pathlib.Path, archive: zipfile.ZipFile, member: str) -> np.ndarray:
+def _read_member(path: pathlib.Path, archive: zipfile.ZipFile, member: str, *, small: bool) -> np.ndarray:
     # A hostile or damaged file can raise nearly anything here (zlib.error, struct.error, MemoryError, SyntaxError from
     # the header, RuntimeError for an encrypted member, ...), hence the broad clause.
     try:
-        with archive.open(f"{member}.npy") as stream:
+        info = archive.getinfo(f"{member}.npy")
+        _check_size(path, member, info, small)
+        with archive.open(info) as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what Python thinks of the header's text
+            _check_header(stream, info.file_size)
+            stream.seek(0)
             array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
             rest = stream.read(1)  # also makes zipfile compare the CRC
+    except DataError:
+        raise
     except Exception as err:
         if isinstance(err, ValueError) and "allow_pickle" in str(err):
             raise DataError(
@@ -154,6 +173,37 @@ def _read_member(path: pathlib.Path, archive: zipfile.ZipFile, member: str) -> n
     if rest:
         raise DataError(f"{path}: member {member} goes on after its array; the file is damaged: write or copy it again")
     return array
+
+
+def _check_size(path: pathlib.Path, member: str, info: zipfile.ZipInfo, small: bool) -> None:
+    """Refuses a member before any of it is inflated; zipfile never gives more bytes than are announced."""
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(
+            f"{path}: member {member} is compressed by method {info.compress_type}; only what numpy.savez (0) and "
+            "numpy.savez_compressed (8) write is read"
+        )
+    stored = min(info.compress_size, path.stat().st_size)
+    bound = stored if info.compress_type == zipfile.ZIP_STORED else max(INFLATED, RATIO * stored)
+    bound = min(bound, SMALL) if small else bound
+    if info.file_size > bound:
+        raise DataError(
+            f"{path}: member {member} would become {info.file_size:,} bytes out of {stored:,} in the file; at most "
+            f"{bound:,} are read; write it with numpy.savez"
+        )
+
+
+def _check_header(stream: IO[bytes], size: int) -> None:
+    """Refuses a header that is not for the bytes that follow, before memory is taken for what it announces."""
+    version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"its header has version {version}; numbers have 1.0 or 2.0")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)  # type: ignore[no-untyped-call]
+    if dtype.hasobject:
+        return  # numpy says so
+    needed, found = math.prod(shape) * dtype.itemsize, size - stream.tell()
+    if needed != found:
+        raise ValueError(f"its header announces {dtype} {shape}, {needed:,} bytes, but {found:,} follow")
 
 
 def check_images(where: str, member: str, images: np.ndarray) -> np.ndarray:
@@ -225,9 +275,9 @@ def check_labels(where: str, member: str, labels: np.ndarray, count: int) -> np.
     if labels.min() < 0:
         index = int(labels.argmin())
         raise DataError(f"{where}: {member}[{index}] is {labels[index]}; labels must be integers in [0, K)")
-    if labels.max() >= _MAX_CLASSES:
+    if labels.max() >= MAX_CLASSES:
         index = int(labels.argmax())
-        raise DataError(f"{where}: {member}[{index}] is {labels[index]}; labels must be below {_MAX_CLASSES}")
+        raise DataError(f"{where}: {member}[{index}] is {labels[index]}; labels must be below {MAX_CLASSES}")
     return labels.astype(np.int32)
 
 
@@ -241,8 +291,8 @@ def check_num_classes(where: str, value: Any) -> int:
     if array.size != 1 or array.dtype.kind not in "iu":
         raise DataError(f"{where}: num_classes has dtype {array.dtype}, shape {array.shape}; expected one integer")
     count = int(array.reshape(()))
-    if not 2 <= count <= _MAX_CLASSES:
-        raise DataError(f"{where}: num_classes is {count}; it must be between 2 and {_MAX_CLASSES}")
+    if not 2 <= count <= MAX_CLASSES:
+        raise DataError(f"{where}: num_classes is {count}; it must be between 2 and {MAX_CLASSES}")
     return count
 
 
@@ -322,10 +372,10 @@ def _parse_metadata(where: str, member: np.ndarray) -> dict[str, Any]:
             text = str(member)
         else:
             raise ValueError(f"dtype {member.dtype}, shape {member.shape}")
-        metadata = json.loads(text)
+        metadata = _bounded.parse_json(text)
         if not isinstance(metadata, dict):
             raise ValueError(f"a JSON {type(metadata).__name__}")
-    except (ValueError, RecursionError) as err:
+    except ValueError as err:
         raise DataError(f"{where}: member metadata is not JSON of e2sad_jax ({one_line(err)}); {remedy}") from err
     if metadata.get("format") != FORMAT:
         raise DataError(

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from e2sad_jax import models, sharding
+from e2sad_jax import _stored, models, sharding
 from e2sad_jax.config import Config
 from e2sad_jax.errors import (
     CheckpointError,
@@ -59,7 +59,11 @@ class Checkpoints:
         )
         for step in steps_in(workdir):  # Orbax leaves out one without metrics, and chooses by wrong ones
             _metrics(self.folder / str(step))
-        with _only_errors() if read_only else self._writing():
+        try:
+            _stored.check_folder(self.folder)
+        except (OSError, ValueError) as error:
+            raise WorkdirError(f"cannot use the checkpoints in {self.folder}: {first_line(error)}") from error
+        with self._reading() if read_only else self._writing():
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -100,6 +104,14 @@ class Checkpoints:
         """Waits until all checkpoints are on disk."""
         with self._writing():
             self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            with _only_errors():
+                yield
+        except Exception as error:  # Orbax raises many kinds, those of a run that deletes a checkpoint among them
+            raise WorkdirError(f"cannot read the checkpoints in {self.folder}: {first_line(error)}") from error
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -144,15 +156,13 @@ class Checkpoints:
         stored = jax.eval_shape(_storable, like)
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), stored)
         try:
+            _stored.check_step(self.folder / str(step), stored)
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that it cannot be used
             named = of_device(error, f"reading {folder}", "it is as it was", "--batch_size")
             if isinstance(named, OutOfMemoryError):
                 raise named from error
             raise DamagedError(folder, first_line(error)) from error
-        for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(restored), strict=True):
-            if a.shape != b.shape or a.dtype != b.dtype:
-                raise WorkdirError(f"the checkpoint {folder} fits another network: {b.shape} for {a.shape}")
         if _metrics(folder).get(STATE, digest := _digest(restored)) != digest:  # those of earlier versions have none
             raise DamagedError(folder, "its numbers are not those that were saved")
         return TrainState(**{**restored, "key": jax.random.wrap_key_data(restored["key"])})
@@ -322,7 +332,10 @@ def load(workdir: str | os.PathLike[str], which: str = "last") -> Classifier:
     model = models.create(config.model, dataset["num_classes"], shape, config.precision)
     if not (workdir / "checkpoints").is_dir():
         raise WorkdirError(f"{workdir} holds no checkpoint yet")
-    like = jax.eval_shape(lambda: init_state(config, model, shape))
+    try:
+        like = jax.eval_shape(lambda: init_state(config, model, shape))
+    except Exception as error:  # JAX and Flax raise many kinds where a size cannot be
+        raise WorkdirError(f"{workdir / 'config.json'} describes no network: {first_line(error)}") from error
     for attempt in range(3):
         steps = steps_in(workdir)
         try:

@@ -239,9 +239,7 @@ def _judged(request: Request, config: Config, dataset: Dataset) -> dict[str, Any
         "stages": [dataclasses.asdict(stage) for stage in stages],
     }
     path = pathlib.Path(config.workdir) / ("auto.json" if request.judge == "test" else f"auto_{request.judge}.json")
-    known = _known(path)
-    if known.get("asked") != asked or known["last"]["step"] != config.steps:
-        known = {}
+    known = _known(path, asked, config.steps)
     if "best" in known:
         return known
     with jobs.open_job(config, dataset) as job, jobs.interruptible() as interrupted:
@@ -270,15 +268,26 @@ def _judged(request: Request, config: Config, dataset: Dataset) -> dict[str, Any
     return judged
 
 
-def _known(path: pathlib.Path) -> dict[str, Any]:
-    """What attacks on a run were found to leave, as far as that was kept."""
+def _known(path: pathlib.Path, asked: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """What `_judged` has written of a run for the same question; empty where nothing readable says so."""
+
+    def number(value: Any) -> bool:
+        return type(value) in (int, float)
+
     try:
-        return read_sealed(path)
+        known = read_sealed(path)
+        right = known["asked"] == asked and known["last"]["step"] == steps
+        for which in CHECKPOINTS if "best" in known else ("last",):
+            right &= type(known[which]["step"]) is int and all(number(known[which][k]) for k in ("clean", "robust"))
+        if "best" in known:
+            right &= all(number(known[key]) for key in ("flops", "train_seconds", "eps", "images", "seed"))
+            right &= isinstance(known["chosen_on"], str)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"warning: {path} is of no use ({error}); its attacks are made again", file=sys.stderr, flush=True)
         return {}
+    return known if right else {}
 
 
 def _attacked(

@@ -18,6 +18,7 @@ DEFENSES = (
 )
 SCHEDULES = ("constant", "cyclic", "piecewise", "cosine")
 PRESETS = ("paper", "robust")
+LARGEST = 2**53  # of any number of things: what a float64 still counts
 
 
 def preset(name: str, eps1: float) -> dict[str, Any]:
@@ -79,7 +80,7 @@ class Config:
     transform: str = setting("unit", "input transform; every eps is in its units", choices=("unit", "standardize"))
     steps: int = setting(30_000, "training steps", lower=1, identity=False)
     epochs: float = setting(
-        0.0, "passes over the training set instead of --steps, 0: use --steps", lower=0, identity=False
+        0.0, "passes over the training set instead of --steps, 0: use --steps", lower=0, upper=1e6, identity=False
     )
     batch_size: int = setting(256, "images a step", lower=1)
     learning_rate: float = setting(1e-3, "Adam's learning rate", above=0)
@@ -190,10 +191,12 @@ class Config:
         Raises:
           ConfigError: if a setting is unknown, has another type, or is out of range.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"the settings are {_short(values)}; they must be given by name")
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name in values:
             if name not in fields:
-                raise ConfigError(f"unknown setting {name!r}; this version knows {', '.join(fields)}")
+                raise ConfigError(f"unknown setting {_short(name)}; this version knows {', '.join(fields)}")
         return cls(**values)
 
 
@@ -222,6 +225,14 @@ def range_of(field: "dataclasses.Field[Any]") -> str:
     return ""
 
 
+def _short(value: object) -> str:
+    """A value in a message, whatever its length."""
+    if isinstance(value, int) and abs(value) > 10**40:
+        return f"an integer of {value.bit_length():,} bits"
+    text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
+    return text if len(text) <= 120 else f"{text[:60]} ... {text[-60:]}"
+
+
 def check(field: "dataclasses.Field[Any]", value: Any) -> None:
     """Refuses a value of the wrong type or out of range.
 
@@ -230,15 +241,20 @@ def check(field: "dataclasses.Field[Any]", value: Any) -> None:
     """
     m: Mapping[str, Any] = field.metadata
     kind: type[Any] = type(field.default)
+    if kind in (int, float) and type(value) is int and not -LARGEST <= value <= LARGEST:  # Python's own have no end
+        raise ConfigError(f"--{field.name}={_short(value)}: must be {range_of(field) or 'finite'}, at most {LARGEST:,}")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise ConfigError(f"--{field.name}={value!r}: must be of type {kind.__name__}")
+        raise ConfigError(f"--{field.name}={_short(value)}: must be of type {kind.__name__}")
+    if kind is str and not value.isprintable():
+        raise ConfigError(f"--{field.name}={_short(value)}: must be printable text")
     right = not m["choices"] or value in m["choices"]
     if kind in (int, float):
-        right &= math.isfinite(float(value))
+        right &= math.isfinite(value)
         right &= m["lower"] is None or value >= m["lower"]
         right &= m["above"] is None or value > m["above"]
         right &= m["upper"] is None or value <= m["upper"]
     if not right:
-        raise ConfigError(f"--{field.name}={value}: must be {range_of(field) or 'finite'}")
+        shown = value if kind in (int, float) else _short(value)[1:-1]
+        raise ConfigError(f"--{field.name}={shown}: must be {range_of(field) or 'finite'}")

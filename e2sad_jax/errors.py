@@ -7,9 +7,14 @@ it as one line and exit with `exit_code`, so no traceback hides it.
 import pathlib
 
 
+def printable(text: str) -> str:
+    """A text that may come from a file, without what would reach into a terminal."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line of at most 300 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:300])
 
 
 def of_device(error: BaseException, doing: str, kept: str, lower: str) -> "Error | None":

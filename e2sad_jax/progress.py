@@ -17,11 +17,13 @@ import jax
 import numpy as np
 import tqdm
 
+from e2sad_jax._bounded import parse_json
 from e2sad_jax._tracing import platform
 from e2sad_jax.errors import NonFiniteError, first_line
 from e2sad_jax.workdir import write_bytes
 
 METRICS = "metrics.jsonl"
+LINE_BYTES = 2**16
 MEASURED = 0.2  # seconds: what is shorter may be a burst of steps that were ready together
 
 
@@ -247,15 +249,16 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
     """Drops what a killed run wrote beyond the checkpoint that it resumes from, torn last line included."""
     if not path.exists():
         return
-    kept, damaged = [], []
-    lines = path.read_bytes().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError):
-            damaged.append(number)
-    if damaged and damaged != [len(lines)]:
+    kept, damaged, number = [], [], 0
+    with path.open("rb") as file:
+        while line := file.readline(LINE_BYTES):
+            number += 1
+            try:
+                if parse_json(line)["step"] <= step:
+                    kept.append(line.rstrip() + b"\n")
+            except (ValueError, KeyError, TypeError):
+                damaged.append(number)
+    if damaged and damaged != [number]:
         which = ", ".join(map(str, damaged))
-        print(f"warning: {path}: damaged lines are dropped ({which} of {len(lines)})", file=sys.stderr)
+        print(f"warning: {path}: damaged lines are dropped ({which} of {number})", file=sys.stderr)
     write_bytes(path, b"".join(kept))

@@ -17,14 +17,18 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+from e2sad_jax._bounded import JSON_BYTES, read_json
+from e2sad_jax._npz import MAX_CLASSES
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
-from e2sad_jax.errors import BusyError, ConfigError, GoneError, WorkdirError
+from e2sad_jax.errors import BusyError, ConfigError, DataError, GoneError, WorkdirError, first_line, printable
 
 FORMAT = 1  # of config.json and the checkpoints beside it
 LOCK = ".lock"
 TRAINING = "training.json"
 SEAL = "sha256"
+CONFIG_BYTES = 2**20
+MAX_SIDE = 2**16  # height, width, channels of an image
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
@@ -67,13 +71,13 @@ def unsealed(values: Any) -> dict[str, Any]:
     return content
 
 
-def read_sealed(path: pathlib.Path) -> dict[str, Any]:
-    """`unsealed` of a JSON file.
+def read_sealed(path: pathlib.Path, limit: int = JSON_BYTES) -> dict[str, Any]:
+    """`unsealed` of a JSON file of at most `limit` bytes.
 
     Raises:
       OSError, ValueError: if it cannot be read, or was damaged.
     """
-    return unsealed(json.loads(path.read_text(encoding="utf-8")))
+    return unsealed(read_json(path, limit))
 
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:
@@ -241,35 +245,63 @@ def read_training(workdir: pathlib.Path) -> list[dict[str, Any]]:
     one of a finished run `weights`, the digest of its parameters.
     """
     try:
-        segments = [unsealed(s) for s in json.loads((workdir / TRAINING).read_text(encoding="utf-8"))]
+        segments = [unsealed(segment) for segment in read_json(workdir / TRAINING)]
     except (OSError, ValueError, TypeError):
         return []
     needed = {"from_step", "to_step", "seconds", "runs_together", "hardware", "date", "commit"}
-    return segments if all(needed <= set(s) for s in segments) else []
+    right = all(
+        needed <= set(s)
+        and all(type(s[key]) is int for key in ("from_step", "to_step", "runs_together"))
+        and type(s["seconds"]) in (int, float)
+        and all(isinstance(s[key], str) for key in ("hardware", "date"))
+        for s in segments
+    )
+    return segments if right else []
 
 
 def read_config(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
     """Configuration and data set description from a workdir's config.json.
 
     Raises:
-      WorkdirError: if it is missing, damaged, or of another format.
+      WorkdirError: if it is missing, damaged, of another format, or describes no data set that there can be.
     """
     path = workdir / "config.json"
     try:
-        values = read_sealed(path)
+        values = read_sealed(path, CONFIG_BYTES)
     except FileNotFoundError as error:
         raise WorkdirError(f"{path} does not exist: {workdir} is not the workdir of a run") from error
     except (OSError, ValueError) as error:
         raise WorkdirError(
-            f"cannot read {path}: {error}; restore it from a copy, or choose another --workdir to train anew"
+            f"cannot read {path}: {first_line(error)}; restore it from a copy, or choose another --workdir to train anew"
         ) from error
     if values.get("format") != FORMAT:
-        found = values.get("format")
+        found = first_line(ValueError(values.get("format")))
         raise WorkdirError(f"{path} has format {found}, this version reads {FORMAT}; choose another --workdir")
     try:
         dataset = values["dataset"]
         if missing := {"name", "sha256", "image_shape", "num_classes"} - set(dataset):
             raise KeyError(f"dataset without {', '.join(sorted(missing))}")
-        return Config.from_json(values["config"]), dataset
-    except (KeyError, TypeError, ConfigError) as error:
-        raise WorkdirError(f"{path} is not a configuration of this version: {error}") from error
+        config = Config.from_json(values["config"])
+        _check_dataset(dataset)
+        return config, dataset
+    except (KeyError, TypeError, ConfigError, DataError) as error:
+        raise WorkdirError(f"{path} is not a configuration of this version: {printable(str(error))}") from error
+
+
+def _check_dataset(dataset: Mapping[str, Any]) -> None:
+    """Refuses the description of a data set that there cannot be.
+
+    Raises:
+      DataError: naming the value and its range.
+    """
+    for name in ("name", "sha256"):
+        if not isinstance(dataset[name], str) or not dataset[name].isprintable() or len(dataset[name]) > 1000:
+            raise DataError(f"the data set's {name} is no line of text")
+    shape = dataset["image_shape"]
+    if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 1 <= n <= MAX_SIDE for n in shape):
+        raise DataError(
+            f"the data set's image_shape is {ascii(shape)[:60]}; it must be [H, W, C], each from 1 to {MAX_SIDE:,}"
+        )
+    classes = dataset["num_classes"]
+    if type(classes) is not int or not 2 <= classes <= MAX_CLASSES:
+        raise DataError(f"the data set's num_classes is {ascii(classes)[:60]}; it must be from 2 to {MAX_CLASSES:,}")

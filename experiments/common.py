@@ -15,8 +15,18 @@ from absl import app, flags, logging
 
 from e2sad_jax import _memory
 from e2sad_jax import config as config_lib
+from e2sad_jax._npz import one_line
 from e2sad_jax.config import Config
-from e2sad_jax.errors import ConfigError, Error, LostProcessError, NonFiniteError, Stopped, of_device
+from e2sad_jax.errors import (
+    ConfigError,
+    Error,
+    LostProcessError,
+    NonFiniteError,
+    OutOfTimeError,
+    Stopped,
+    of_device,
+    printable,
+)
 
 from . import watched
 
@@ -144,7 +154,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
             raise flags.Error(f"unexpected argument {rest[1]!r}; settings are given as --name=value")
         return rest
     except flags.Error as error:
-        _fail(" ".join(str(error).split()), 2)
+        _fail(one_line(error), 2)
 
 
 def _run(suite: str, by_defense: Mapping[str, Mapping[str, Any]]) -> None:
@@ -192,7 +202,7 @@ def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
         if isinstance(error, LostProcessError) or (_connected and not isinstance(error, (Stopped, NonFiniteError))):
             print(f"{_program()}: {error}", file=sys.stderr, flush=True)
             os._exit(error.exit_code)
-        _fail(str(error), error.exit_code)
+        _fail(_told(error), error.exit_code)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # if it was standard output that failed, not again at the exit
         _fail(f"{error}; {failed}", 1)
@@ -211,6 +221,11 @@ def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
 
 def _program() -> str:
     return pathlib.PurePath(sys.argv[0]).stem
+
+
+def _told(error: Error) -> str:
+    """The message of an error in one line, whatever it quotes; of a run that was stopped, with the command that goes on."""
+    return str(error) if isinstance(error, (Stopped, OutOfTimeError)) else printable(str(error))
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

@@ -101,7 +101,9 @@ def test_other_data_makes_other_runs(tiny, tmp_path, monkeypatch):
     attacks = [dataclasses.asdict(stage) for stage in comparison._effort(request).stages(tiny.num_classes)]
     known = {"data": tiny.sha256, "judge": "test", "checkpoints": ["last", "best"], "examples": 10, "stages": attacks}
     pathlib.Path(a.workdir).mkdir()
-    done = {"asked": known, "last": {"step": 3}, "best": {"step": 2}}
+    last, best = ({"step": step, "clean": 1.0, "robust": 0.5} for step in (3, 2))
+    done = {"asked": known, "last": last, "best": best, "seed": 0, "eps": 0.3, "images": 10, "chosen_on": "10 images"}
+    done |= {"flops": 1.0, "train_seconds": 1.0}
     (pathlib.Path(a.workdir) / "auto.json").write_text(json.dumps(done))
     assert comparison._judged(request, a, tiny) == done
     other = dataclasses.replace(tiny, x_test=tiny.x_test[::-1].copy())

@@ -89,7 +89,8 @@ def unit(x: jax.Array) -> jax.Array:
     """Each image at l2 norm 1; zero stays zero."""
     largest = jnp.abs(x).max(tuple(range(1, x.ndim)), keepdims=True)
     x = x / jnp.where(largest > 0, largest, 1)  # the square of a saturated network's gradient would be zero
-    return x / jnp.where(largest > 0, length(x), 1)
+    size = length(x)
+    return x / jnp.where(size > 0, size, 1)  # zero beside the largest numbers too, whose reciprocals are rounded to it
 
 
 def check_images(name: str, x: jax.Array) -> None:

@@ -78,6 +78,7 @@ def deepfool(
         distance = jnp.where(jnp.isfinite(distance), distance, jnp.inf)
         nearest, away = distance.argmin(0), distance.min(0)
         towards = jnp.take_along_axis(w, nearest.reshape(1, -1, *[1] * (x.ndim - 1)), 0)[0]
+        towards = _ball.finite(towards)
         towards = jnp.sign(towards) if norm == "linf" else _ball.unit(towards)
         moves = ~fooled & jnp.isfinite(away)
         z = everywhere.clip(z + _ball.broadcast(jnp.where(moves, away, 0), x) * towards)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from e2sad_jax import losses
 from e2sad_jax.attacks import _ball
@@ -132,4 +131,4 @@ def second_step(
             assert key is not None
             direction = jax.random.rademacher(key, x_adv.shape, x_adv.dtype)
     limits = _ball.box(x_adv, eps, bounds)
-    return _ball.settle(limits, _ball.widen(x_adv) + eps * jnp.sign(_ball.widen(direction)), x_adv.dtype)
+    return _ball.settle(limits, _ball.widen(x_adv) + eps * limits.direction(_ball.widen(direction)), x_adv.dtype)

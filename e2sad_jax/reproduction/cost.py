@@ -5,7 +5,7 @@ import json
 import math
 import pathlib
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,10 +62,8 @@ def measure(
     who = {k: environment[k] for k in ("hardware", "jax", "jaxlib", "commit")}
     digest = hashlib.sha256(json.dumps([sorted(kinds), image_shape, num_classes, who]).encode()).hexdigest()[:12]
     path = cache / f"cost-{digest}.json"
-    try:
-        return read_sealed(path)
-    except (OSError, ValueError):
-        pass
+    if known := _known(path, kinds):
+        return known
     times = _times(kinds, image_shape, num_classes, progress)
     steps: dict[str, Any] = {}
     for name, config in kinds.items():
@@ -87,6 +85,20 @@ def measure(
     cache.mkdir(parents=True, exist_ok=True)
     write_json(path, sealed(result))
     return result
+
+
+def _known(path: pathlib.Path, kinds: Collection[str]) -> dict[str, Any] | None:
+    """What `measure` has written; None where nothing readable says so."""
+    needed = ("milliseconds", "fastest", "slowest", "time_natural")
+    try:
+        known = read_sealed(path)
+        right = isinstance(known["environment"], dict) and isinstance(known["command"], str)
+        for step in (known["steps"][name] for name in kinds):
+            right &= all(type(step[key]) in (int, float) for key in needed)
+            right &= all(step[key] is None or type(step[key]) in (int, float) for key in ("flops", "flops_natural"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return known if right else None
 
 
 def _natural(config: Config) -> Config:
@@ -131,7 +143,7 @@ def faster_together(
     question = [key(config), image_shape, num_classes, runs, environment["hardware"], environment["jaxlib"]]
     path = cache / f"together-{hashlib.sha256(json.dumps(question).encode()).hexdigest()[:12]}.json"
     try:
-        return bool(json.loads(path.read_text(encoding="utf-8"))["faster"])
+        return bool(read_sealed(path)["faster"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     try:

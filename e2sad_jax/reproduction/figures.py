@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import pathlib
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax import attacks, losses, models, surfaces
+from e2sad_jax._bounded import read_json
 from e2sad_jax._tracing import jit, platform
 from e2sad_jax.config import Config
 from e2sad_jax.evaluate import Attack, batches, perturb
@@ -71,7 +71,7 @@ def write(r: Reproduction, item: Item) -> list[pathlib.Path]:
 def _drawn_of(paths: Sequence[pathlib.Path]) -> Any:
     """What the figure in these files was drawn of, None if one of them is missing or cannot be read."""
     try:
-        return json.loads(paths[2].read_text(encoding="utf-8"))["drawn_of"] if all(p.exists() for p in paths) else None
+        return read_json(paths[2])["drawn_of"] if all(p.exists() for p in paths) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

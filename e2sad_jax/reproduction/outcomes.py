@@ -15,6 +15,7 @@ from e2sad_jax.evaluate import Attack, Outcome
 from e2sad_jax.workdir import read_sealed, sealed, write_json
 
 FOLDER = "evaluations"
+BYTES = 256 * 2**20  # a row of predictions for every model that was asked
 VERSION = 1  # of the attacks: to be raised when a change of the code changes what they do
 
 
@@ -54,7 +55,7 @@ def path_of(workdir: pathlib.Path, attack: Attack, tested: Tested) -> pathlib.Pa
 def read(path: pathlib.Path, labels: np.ndarray) -> Known | None:
     """What a file holds; None if there is none that can be read."""
     try:
-        values = read_sealed(path)
+        values = read_sealed(path, BYTES)
         predictions = [np.array(row, np.int32) for row in values["predictions"]]
         provenance = dict(values["provenance"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError):

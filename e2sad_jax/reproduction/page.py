@@ -2,12 +2,12 @@
 
 import base64
 import html
-import json
 import pathlib
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+from e2sad_jax._bounded import read_bytes, read_json
 from e2sad_jax.reproduction import tables
 from e2sad_jax.workdir import write_text
 
@@ -16,6 +16,7 @@ TABLES = (
     "table1", "table2", "table3", "study_second_step", "study_lam", "study_alpha", "study_labels", "models",
 )  # fmt: skip
 FIGURES = ("figure2", "figure3", "figure4")
+PICTURE_BYTES = 64 * 2**20
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 90rem; margin: 0 auto; padding: 1rem; }
@@ -51,7 +52,7 @@ def write(folder: pathlib.Path) -> pathlib.Path:
         if not path.exists():
             continue
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             body = _figure(content, folder) if name in FIGURES else _table(content, folder / f"{name}.png")
             title = content["title"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -90,7 +91,7 @@ def _about(content: Mapping[str, Any]) -> str:
 
 
 def _picture(path: pathlib.Path, alt: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
+    data = base64.b64encode(read_bytes(path, PICTURE_BYTES)).decode()
     return f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
 
 

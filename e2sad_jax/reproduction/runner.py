@@ -392,7 +392,7 @@ class Reproduction:
         if config in self._failed:
             return 0.0
         folder = pathlib.Path(config.workdir) / "checkpoints"
-        reached = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+        reached = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
         left = plan.work(config, self.steps(config) - max([0, *reached]))
         return left + plan.attack_work(config, self.missing(config), self.examples(config))
 

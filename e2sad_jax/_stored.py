@@ -1,0 +1,181 @@
+"""What a folder of checkpoints claims, found to be what a run writes before Orbax reads it and memory is taken."""
+
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+
+from e2sad_jax import _bounded
+
+ENTRIES = 10_000  # files and folders of all checkpoints of a run
+FREE = 64 * 2**20  # bytes that any checkpoint may take in memory
+RATIO = 64  # beyond that: how many times its size on disk; trained parameters hardly compress
+PIECES = 4096  # of an array: one for each device that wrote
+_BLOCK = 128 * 2**10  # bytes that one block of zstd may become
+_JSON = ("default/_METADATA", "default/_sharding")
+
+
+def check_folder(folder: pathlib.Path) -> None:
+    """Makes sure that nothing in a folder of checkpoints leads out of it, and that Orbax can list them.
+
+    Raises:
+      ValueError: at a link, a pipe, too many files, or metrics that are no numbers.
+      OSError: if it cannot be read.
+    """
+    if folder.is_symlink():
+        raise ValueError("it is a link; let the workdir be one instead")
+    for path, _ in _bounded.walk(folder, ENTRIES):
+        step, *rest = path.relative_to(folder).parts
+        if step.isdecimal() and rest in (["metrics", "metrics"], ["_CHECKPOINT_METADATA"]):
+            try:
+                _check_read_at_once(path)
+            except FileNotFoundError:  # a run under way deletes what is no longer the last or the best
+                continue
+            except ValueError as error:
+                raise ValueError(f"{path.relative_to(folder)}: {error}") from error
+
+
+def _check_read_at_once(path: pathlib.Path) -> None:
+    values = _bounded.read_json(path)
+    if not isinstance(values, dict):
+        raise ValueError("it is no list of names")
+    if path.name != "metrics":
+        return
+    if "score" not in values:
+        raise ValueError("it misses the score")
+    for name, value in values.items():
+        if type(value) not in (int, float):
+            raise ValueError(f"{name[:60]!r} is no number")
+
+
+def check_step(folder: pathlib.Path, expected: Mapping[str, Any]) -> None:
+    """Makes sure that a checkpoint holds arrays of these shapes and dtypes, and that reading it takes no more memory.
+
+    Args:
+      folder: of one step.
+      expected: a tree of shapes and dtypes.
+
+    Raises:
+      ValueError: naming what differs, with value and bound.
+      OSError: if it cannot be read.
+    """
+    leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(expected)}
+    needed = sum(_bytes(leaf) for leaf in leaves.values())
+    sizes = {path.relative_to(folder).as_posix(): status.st_size for path, status in _bounded.walk(folder, ENTRIES)}
+    for name, size in sizes.items():
+        if size > (bound := 2 * needed + FREE):
+            raise ValueError(f"{name} has {size:,} bytes; at most {bound:,} are read for this network")
+        if name in _JSON or name.startswith("default/array_metadatas/"):
+            try:
+                _bounded.read_json(folder / name)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    if needed > (bound := max(FREE, RATIO * sum(sizes.values()))):
+        raise ValueError(
+            f"it has {sum(sizes.values()):,} bytes and would become {needed:,}; at most {bound:,} are read of so few"
+        )
+    _check_tree(folder / "default" / "_METADATA", leaves)
+    base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder / 'default'}/"}}
+    store = ts.KvStore.open(base).result()
+    opened = {
+        name: ts.open({"driver": "zarr", "kvstore": {**base, "path": name}}, open=True, read=True) for name in leaves
+    }
+    for name, leaf in leaves.items():
+        chunks = _check_array(name, opened[name].result(), leaf)
+        bound = 4 * math.prod(chunks) * leaf.dtype.itemsize + _BLOCK  # blocks may be shorter than they can be
+        # Their keys are known, and so never listed: a crafted tree of keys may have no end.
+        for place in np.ndindex(*(-(-side // chunk) for side, chunk in zip(leaf.shape, chunks, strict=True))):
+            found = store.read(f"{name}/{'.'.join(map(str, place)) or '0'}").result()
+            if found.state != "value":
+                raise ValueError(f"{name} is not there as a whole")
+            if (inflated := inflates_to(found.value)) > bound:
+                raise ValueError(f"{name} may become {inflated:,} bytes in a piece; at most {bound:,} are read for it")
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """How Orbax names a leaf: `params.params.Dense_0.kernel`."""
+    return ".".join(str(next(getattr(key, a) for a in ("key", "name", "idx") if hasattr(key, a))) for key in path)
+
+
+def _bytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def _check_tree(path: pathlib.Path, leaves: Mapping[str, Any]) -> None:
+    """Makes sure that what Orbax goes by names arrays, in the format that runs write, and just those expected."""
+    metadata = _bounded.read_json(path)
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("tree_metadata"), dict):
+        raise ValueError(f"{path.name} describes no checkpoint")
+    if metadata.get("use_ocdbt") is not True or metadata.get("use_zarr3") or metadata.get("value_metadata_tree"):
+        raise ValueError(f"{path.name} describes a format that runs do not write")
+    found = set()
+    for entry in metadata["tree_metadata"].values():
+        try:
+            name = ".".join(str(key["key"]) for key in entry["key_metadata"])
+            kind, empty = entry["value_metadata"]["value_type"], entry["value_metadata"]["skip_deserialize"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path.name} describes no checkpoint") from error
+        if empty is True and name not in leaves:  # a node of the tree without arrays
+            continue
+        if kind != "jax.Array" or empty is not False or name not in leaves:
+            raise ValueError(f"{path.name} holds {name[:100]!r}, which this network has not, or as no array")
+        found.add(name)
+    if missing := sorted(leaves.keys() - found):
+        raise ValueError(f"{path.name} misses {missing[0]}, which this network has")
+
+
+def _check_array(name: str, array: ts.TensorStore, leaf: Any) -> tuple[int, ...]:
+    """Makes sure that an array is the one expected, without reading it; returns the shape of the pieces it lies in."""
+    dtype, shape = array.dtype.numpy_dtype, tuple(array.shape)
+    if shape != leaf.shape or dtype != np.dtype(leaf.dtype):
+        raise ValueError(f"{name} is {dtype} {shape}, but {leaf.dtype} {leaf.shape} in this network")
+    metadata = array.spec().to_json()["metadata"]
+    chunks = tuple(metadata["chunks"])
+    if any(chunk > max(1, side) for chunk, side in zip(chunks, shape, strict=True)):
+        raise ValueError(f"{name} is {shape} in pieces of {chunks}, larger than itself")
+    if math.prod(-(-side // chunk) for side, chunk in zip(shape, chunks, strict=True)) > PIECES:
+        raise ValueError(f"{name} is {shape} in pieces of {chunks}, more than the {PIECES:,} that are read")
+    if metadata["filters"] is not None or (metadata["compressor"] or {}).get("id") != "zstd":
+        raise ValueError(f"{name} is compressed by {metadata['compressor']}; runs write zstd")
+    if metadata.get("dimension_separator", ".") != ".":
+        raise ValueError(f"{name} has pieces of other names than runs write")
+    return chunks
+
+
+def inflates_to(content: bytes) -> int:
+    """The most bytes that frames of zstd can become, by their blocks' headers; nothing is inflated.
+
+    Raises:
+      ValueError: if it is not zstd, or damaged.
+    """
+    total, at = 0, 0
+
+    def take(count: int) -> bytes:
+        nonlocal at
+        at += count
+        if at > len(content):
+            raise ValueError("its zstd frame ends early")
+        return content[at - count : at]
+
+    while at < len(content):
+        if take(4) != b"\x28\xb5\x2f\xfd":
+            raise ValueError("it is not compressed by zstd")
+        (flags,) = take(1)
+        single = flags >> 5 & 1
+        take(not single)  # window
+        take((0, 1, 2, 4)[flags & 3])  # dictionary
+        take((single, 2, 4, 8)[flags >> 6])  # content size: may lie
+        last = 0
+        while not last:
+            header = int.from_bytes(take(3), "little")
+            last, kind, size = header & 1, header >> 1 & 3, header >> 3
+            if kind == 3:
+                raise ValueError("its zstd frame has a block of no kind")
+            take(1 if kind == 1 else size)  # one byte, repeated; else the block as it is
+            total += _BLOCK if kind == 2 else size
+        take(4 * (flags >> 2 & 1))  # checksum
+    return total
