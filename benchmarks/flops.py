@@ -19,7 +19,7 @@ SETTINGS: Sequence[tuple[str, Mapping[str, Any]]] = [
     ("hamm", {}),
     ("e2sad", {}),
     ("e2sad", {"preset": "robust"}),
-    ("ifgsm", {"attack_steps": 30}),
+    *(("ifgsm", {"attack_steps": k}) for k in (2, 3, 30)),
     ("rs_fgsm", {}),
     ("n_fgsm", {}),
     ("free", {}),

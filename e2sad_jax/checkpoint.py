@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import pathlib
+import re
 import shutil
 import sys
 import time
@@ -19,13 +21,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from e2sad_jax import _stored, models, sharding
+from e2sad_jax import _bounded, _stored, models, sharding
 from e2sad_jax.config import Config
 from e2sad_jax.errors import (
     CheckpointError,
     DamagedError,
     DataError,
-    OutOfMemoryError,
     WorkdirError,
     first_line,
     of_device,
@@ -35,6 +36,8 @@ from e2sad_jax.transforms import TRANSFORMS, Transform
 from e2sad_jax.workdir import read_config, read_sealed, sealed
 
 STATE = "state_sha256"  # beside a checkpoint's score
+PASSING = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE)  # errors that say nothing of a file
+DELETED = "deleted"  # where Orbax moves what is to go, so that a kill leaves no half of a checkpoint
 
 
 class Checkpoints:
@@ -46,6 +49,7 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike[str], *, read_only: bool = False):
         """Opens the folder of a run; `read_only` changes nothing there, so that the run may be under way."""
         policies = ocp.checkpoint_managers
+        self._read_only = read_only
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(
@@ -55,14 +59,17 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,  # what a killed process left
             read_only=read_only,
             # What Orbax would set itself, with a warning.
-            **({"save_interval_steps": 0, "create": False} if read_only else {}),
+            **({"save_interval_steps": 0, "create": False} if read_only else {"todelete_subdir": DELETED}),
         )
-        for step in steps_in(workdir):  # Orbax leaves out one without metrics, and chooses by wrong ones
-            _metrics(self.folder / str(step))
         try:
             _stored.check_folder(self.folder)
         except (OSError, ValueError) as error:
             raise WorkdirError(f"cannot use the checkpoints in {self.folder}: {first_line(error)}") from error
+        if not read_only:
+            self._forget()
+        for step in steps_in(workdir):  # Orbax leaves out one without metrics, and chooses by wrong ones
+            _metrics(self.folder / str(step))
+            _check_description(self.folder / str(step))
         with self._reading() if read_only else self._writing():
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -73,6 +80,13 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._manager.close()
+        if not self._read_only:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Deletes what Orbax has put out of the way, now or before a kill."""
+        if sharding.is_first():
+            shutil.rmtree(self.folder / DELETED, ignore_errors=True)
 
     @property
     def last_step(self) -> int | None:
@@ -88,8 +102,8 @@ class Checkpoints:
         """Begins to write a checkpoint; `metrics` must hold `score`. A step that is there already is left alone."""
         if step != self.last_step:
             stored = _storable(state)
+            metrics = sealed({**metrics, STATE: _digest(stored)})
             with self._writing():
-                metrics = sealed({**metrics, STATE: _digest(stored)})
                 self._manager.save(step, args=ocp.args.StandardSave(stored), metrics=metrics)
 
     def seconds(self, step: int) -> float:
@@ -104,6 +118,7 @@ class Checkpoints:
         """Waits until all checkpoints are on disk."""
         with self._writing():
             self._manager.wait_until_finished()
+        self._forget()
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -160,8 +175,10 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that it cannot be used
             named = of_device(error, f"reading {folder}", "it is as it was", "--batch_size")
-            if isinstance(named, OutOfMemoryError):
+            if named and isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
                 raise named from error
+            if isinstance(error, OSError) and error.errno in PASSING:
+                raise WorkdirError(f"cannot read the checkpoint {folder}: {first_line(error)}") from error
             raise DamagedError(folder, first_line(error)) from error
         if _metrics(folder).get(STATE, digest := _digest(restored)) != digest:  # those of earlier versions have none
             raise DamagedError(folder, "its numbers are not those that were saved")
@@ -181,7 +198,8 @@ def _only_errors() -> Iterator[None]:
 
 def steps_in(workdir: str | os.PathLike[str]) -> list[int]:
     """Steps of the checkpoints in a workdir that are whole, as far as their names tell, in their order."""
-    return sorted(int(path.name) for path in (pathlib.Path(workdir) / "checkpoints").glob("*") if path.name.isdigit())
+    names = [path.name for path in (pathlib.Path(workdir) / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
 def set_damaged_aside(workdir: str | os.PathLike[str], like: TrainState) -> None:
@@ -224,10 +242,23 @@ def _metrics(folder: pathlib.Path) -> dict[str, Any]:
     """
     try:
         metrics = read_sealed(folder / "metrics" / "metrics")
-        _score(metrics)
+        _stored.check_metrics(metrics)
         return metrics
-    except (OSError, ValueError, KeyError) as error:
-        raise DamagedError(folder, f"metrics: {error}") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in PASSING:
+            raise WorkdirError(f"cannot read the checkpoint {folder}: {first_line(error)}") from error
+        raise DamagedError(folder, f"metrics: {first_line(error)}") from error
+
+
+def _check_description(folder: pathlib.Path) -> None:
+    """Reads what Orbax will read as soon as it lists the checkpoints."""
+    try:
+        if not isinstance(_bounded.read_json(folder / "_CHECKPOINT_METADATA"), dict):
+            raise ValueError("it is no list of names")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise DamagedError(folder, f"_CHECKPOINT_METADATA: {first_line(error)}") from error
 
 
 def _digest(stored: Mapping[str, Any]) -> str:

@@ -90,7 +90,7 @@ def _load_prepared(name: str, root: pathlib.Path) -> Dataset:
     except ImportError as err:
         raise DataError(
             f"{name}: not decoded in {root}, and preparing it needs tensorflow-datasets with array_record, which cannot be "
-            f"imported ({_npz.one_line(err)}); install them (pip install tensorflow-datasets array_record), or export the "
+            f"imported ({_npz.one_line(err)}); install them (pip install 'e2sad_jax[data]'), or export the "
             f"data where they are (python -m e2sad_jax.data {name} --to={name}.npz) and use --data={name}.npz, or use "
             "--data=digits"
         ) from err

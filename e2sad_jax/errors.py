@@ -29,7 +29,7 @@ def of_device(error: BaseException, doing: str, kept: str, lower: str) -> "Error
     words = str(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in words:
         return OutOfMemoryError(f"out of memory {doing} ({first_line(error)}); {kept}. Try a lower {lower}")
-    if isinstance(error, RuntimeError) and any(word in words for word in _OF_DEVICES):
+    if isinstance(error, RuntimeError) and (words.startswith(_OF_DEVICES) or _NO_BACKEND in words):
         return DeviceError(
             f"the device failed {doing} ({first_line(error)}); {kept}. If it fails again look at the device (nvidia-smi, "
             "dmesg), or run elsewhere: JAX_PLATFORMS=cpu takes the CPU"
@@ -38,7 +38,8 @@ def of_device(error: BaseException, doing: str, kept: str, lower: str) -> "Error
 
 
 # Of what XLA and JAX say; others, such as INVALID_ARGUMENT, are no device's fault.
-_OF_DEVICES = ("INTERNAL", "UNAVAILABLE", "UNKNOWN", "ABORTED", "DATA_LOSS", "DEADLINE", "Unable to initialize backend")
+_OF_DEVICES = ("INTERNAL", "UNAVAILABLE", "UNKNOWN", "ABORTED", "DATA_LOSS", "DEADLINE")
+_NO_BACKEND = "Unable to initialize backend"
 
 
 class Error(Exception):

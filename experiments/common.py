@@ -185,7 +185,7 @@ def _end_when_stuck() -> None:
             time.sleep(PATIENCE)
             jobs = sys.modules.get("e2sad_jax.jobs")
             if number in (signal.SIGINT, signal.SIGTERM) and jobs and jobs.stuck():
-                os.write(2, f"\n{_program()}: stopped before the first step; the same command goes on\n".encode())
+                os.write(2, f"\n{_program()}: stopped while it compiled; the same command goes on\n".encode())
                 os._exit(128 + number)
 
     threading.Thread(target=watch, daemon=True).start()

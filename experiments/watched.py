@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def run_again(workdir: str) -> NoReturn:
     code = child.wait()
     if code in (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS):
         folder = pathlib.Path(workdir).expanduser() / "checkpoints"
-        steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+        steps = [int(path.name) for path in folder.glob("*") if re.fullmatch("[0-9]+", path.name)]
         kept = f"the checkpoint of step {max(steps):,} is whole in {folder.parent}" if steps else "no checkpoint yet"
         raise LostProcessError(
             f"JAX ended this process ({signal.Signals(-code).name}), most likely because another one of the run was lost or "

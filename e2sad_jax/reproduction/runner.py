@@ -391,9 +391,7 @@ class Reproduction:
     def _work_left(self, config: Config) -> float:
         if config in self._failed:
             return 0.0
-        folder = pathlib.Path(config.workdir) / "checkpoints"
-        reached = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
-        left = plan.work(config, self.steps(config) - max([0, *reached]))
+        left = plan.work(config, self.steps(config) - max([0, *checkpoint.steps_in(config.workdir)]))
         return left + plan.attack_work(config, self.missing(config), self.examples(config))
 
     def _stopped(self) -> Stopped | OutOfTimeError:
