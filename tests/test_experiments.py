@@ -107,7 +107,7 @@ def test_help_explains_every_setting_with_its_range_and_default():
         "--alpha: weight of the clean loss; in [0, 1] (default: '0.6')",
         "--lam: weight lambda of e2SAD's dissimilarity; at least 0 (default: '0.3')",
         "--second_step: what e2SAD's second step differentiates; one of total, noise, loss, literal, random",
-        "--epochs: passes over the training set instead of --steps, 0: use --steps; at least 0 (default: '20.0')",
+        "--epochs: passes over the training set instead of --steps, 0: use --steps; in [0, 1000000.0] (default: '20.0')",
         "False for natural",
     ]:
         assert words in text

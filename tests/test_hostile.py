@@ -213,7 +213,7 @@ def within(part, **changes):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ([], "format None"),
+        ([], "holds a list instead of named values"),
         (a_config(format="x" * 10_000), "format x"),
         (a_config(config=[1]), "must be given by name"),
         (a_config(config=None), "must be given by name"),
