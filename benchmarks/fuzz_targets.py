@@ -435,6 +435,15 @@ class Notes(Target):
         name, content = given
         path = self.folder / name
         path.write_bytes(content)
+        told = io.StringIO()
+        with contextlib.redirect_stderr(told):
+            result = self._read(name, path)
+        for line in told.getvalue().split("\n"):
+            if line and not (line.startswith("warning: ") and line.isprintable()):
+                raise Wrong(f"said {line!r:.200}")
+        return result
+
+    def _read(self, name: str, path: pathlib.Path) -> Any:
         match name:
             case "training.json":
                 segments = workdir.read_training(self.folder)

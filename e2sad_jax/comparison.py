@@ -15,7 +15,7 @@ from e2sad_jax.checkpoint import load
 from e2sad_jax.config import SCHEDULE, SCHEDULES, Config, check, preset, setting
 from e2sad_jax.data import Dataset
 from e2sad_jax.diagnosis import Effort, of_classifier
-from e2sad_jax.errors import ConfigError, NonFiniteError, Stopped
+from e2sad_jax.errors import ConfigError, NonFiniteError, Stopped, first_line
 from e2sad_jax.evaluate import Attack
 from e2sad_jax.step_cost.counts import counts
 from e2sad_jax.workdir import read_sealed, sealed, write_config, write_json, write_text
@@ -285,7 +285,11 @@ def _known(path: pathlib.Path, asked: Mapping[str, Any], steps: int) -> dict[str
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"warning: {path} is of no use ({error}); its attacks are made again", file=sys.stderr, flush=True)
+        print(
+            f"warning: {path} is of no use ({first_line(error)}); its attacks are made again",
+            file=sys.stderr,
+            flush=True,
+        )
         return {}
     return known if right else {}
 

@@ -147,7 +147,7 @@ def test_without_tensorflow_datasets_the_error_says_what_to_do(tmp_path):
     out = python(
         BLOCK + "try: data.load('mnist', sys.argv[1])\nexcept data.DataError as err: print(err)", tmp_path / "none"
     )
-    for word in ("pip install tensorflow-datasets", "--data=mnist.npz", "--data=digits", str(tmp_path / "none")):
+    for word in ("pip install 'e2sad_jax[data]'", "--data=mnist.npz", "--data=digits", str(tmp_path / "none")):
         assert word in out
 
 
