@@ -104,7 +104,7 @@ class Request:
             check(field, getattr(self, field.name))
         for name in self.entry:
             if name not in {**ENTRIES, **PARTS}:
-                raise ConfigError(f"--entry={name}: must be of {_KNOWN}")
+                raise ConfigError(f"--entry={name:.100}: must be of {_KNOWN}")
         if self.parts and self.entry:
             raise ConfigError(f"--parts: chooses what is compared; leave out --entry={self.entry[0]}, or --parts")
         if self.judge == "held_out" and self.examples > self.validation_examples:

@@ -49,7 +49,7 @@ def _chosen(kind: str) -> list[plan.Item]:
     names, given = plan.NAMES[kind], FLAGS[kind].value or ()
     for name in given:
         if name not in (*names, "all"):
-            raise ConfigError(f"--{kind}={name}: must be of {', '.join(names)}, all")
+            raise ConfigError(f"--{kind}={name:.100}: must be of {', '.join(names)}, all")
     return [plan.Item(kind, name) for name in names if name in given or "all" in given]
 
 
@@ -58,7 +58,7 @@ def _run() -> None:
     if not items:
         items = [plan.Item(kind, name) for kind in ("table", "study", "figure") for name in plan.NAMES[kind]]
     if FLAGS.scale not in plan.SCALES:
-        raise ConfigError(f"--scale={FLAGS.scale}: must be one of {', '.join(plan.SCALES)}")
+        raise ConfigError(f"--scale={FLAGS.scale:.100}: must be one of {', '.join(plan.SCALES)}")
     for name in ("seeds", "time_budget_minutes", "together"):
         if not (FLAGS[name].value or 0.0) >= 0:
             raise ConfigError(f"--{name}={FLAGS[name].value}: must be at least 0")

@@ -131,4 +131,4 @@ def _check_list(flag: str, values: Sequence[str], allowed: Sequence[str], *, emp
         raise ConfigError(f"--{flag}=: must name at least one of {', '.join(allowed)}")
     for value in values:
         if value not in allowed:
-            raise ConfigError(f"--{flag}={value}: must be of {', '.join(allowed)}; several with commas")
+            raise ConfigError(f"--{flag}={value:.100}: must be of {', '.join(allowed)}; several with commas")
