@@ -26,6 +26,7 @@ from e2sad_jax.config import Config
 from e2sad_jax.data import load_npz
 from e2sad_jax.errors import ConfigError, DataError, WorkdirError
 from e2sad_jax.reproduction import cost, outcomes, page
+from e2sad_jax.step_cost import request
 from e2sad_jax.workdir import read_config, read_training
 
 SHAPE = (8, 8, 1)
@@ -591,3 +592,11 @@ def test_no_file_runs_code_or_opens_another(trained, tmp_path):
     assert refusals == 8 + 4
     assert heard == []
     assert control == ["pickle.find_class", "os.mkdir"]
+
+
+def test_messages_quote_the_beginning_of_a_long_value_alone():
+    for ask in (comparison.Request, request.Request):
+        field = {"entry": ("x" * 9999,)} if ask is comparison.Request else {"defense": ("x" * 9999,)}
+        with pytest.raises(ConfigError, match=r"=x{100}: must be of") as caught:
+            ask(**field)
+        assert len(str(caught.value)) < 2000
