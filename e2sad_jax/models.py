@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from e2sad_jax import batch_stats, layers
-from e2sad_jax._tracing import platform
 from e2sad_jax.errors import DataError
 from e2sad_jax.resnet import PreActResNet18
 
@@ -44,7 +43,7 @@ class MnistCNN(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kwargs = {"dtype": self.dtype, "precision": self.precision}
         for features in self.features:
-            x = nn.relu(max_pool(Conv(features, (5, 5), padding=2, **kwargs)(x)))
+            x = nn.relu(layers.max_pool(Conv(features, (5, 5), padding=2, **kwargs)(x)))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(self.hidden, **kwargs)(x))
         return _logits(nn.Dense(self.num_classes, **kwargs)(x))
@@ -70,37 +69,12 @@ class SvhnCNN(nn.Module):
         kwargs = {"padding": "VALID", "dtype": self.dtype, "precision": self.precision}
         first, second, third = self.features
         x = nn.relu(Conv(first, (5, 5), **kwargs)(x))
-        x = nn.relu(max_pool(Conv(second, (5, 5), **kwargs)(x)))
-        x = nn.relu(max_pool(Conv(third, (3, 3), **kwargs)(x)))
+        x = nn.relu(layers.max_pool(Conv(second, (5, 5), **kwargs)(x)))
+        x = nn.relu(layers.max_pool(Conv(third, (3, 3), **kwargs)(x)))
         x = x.reshape(x.shape[0], -1)
         del kwargs["padding"]
         x = nn.relu(nn.Dense(self.hidden, **kwargs)(x))
         return _logits(nn.Dense(self.num_classes, **kwargs)(x))
-
-
-def max_pool(x: jax.Array) -> jax.Array:
-    """Maximum over 2x2 windows, a last odd row or column left out: `flax.linen.max_pool(x, (2, 2), strides=(2, 2))`.
-
-    On the CPU it is taken over four strided slices, because the gradient of XLA's own pooling is more than ten times
-    slower there: half the time of a training step. Values are the same, NaN included, and so is the gradient: where
-    several are largest it goes to the first.
-
-    Args:
-      x: `[N, H, W, C]`.
-
-    Returns:
-      `[N, H // 2, W // 2, C]`.
-    """
-    if platform() != "cpu":
-        return nn.max_pool(x, (2, 2), strides=(2, 2))
-    x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
-    above = _larger(x[:, ::2, ::2], x[:, ::2, 1::2])
-    below = _larger(x[:, 1::2, ::2], x[:, 1::2, 1::2])
-    return _larger(above, below)
-
-
-def _larger(first: jax.Array, second: jax.Array) -> jax.Array:
-    return jnp.where((first >= second) | jnp.isnan(first), first, second)
 
 
 def _logits(x: jax.Array) -> jax.Array:

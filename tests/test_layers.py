@@ -1,13 +1,15 @@
-"""Convolutions of the CPU against XLA's own, SciPy's and finite differences; which form is chosen where."""
+"""Convolutions and pooling of the CPU against XLA's own, SciPy's and finite differences; which form is chosen where."""
 
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.signal
+from flax import linen as nn
 from jax.test_util import check_grads
 
 from e2sad_jax import layers, models, sharding
@@ -234,6 +236,55 @@ def test_a_network_and_its_gradients_are_those_of_plain_layers(name, monkeypatch
 
     ours = quantities()
     monkeypatch.setattr(models, "Conv", models.nn.Conv)
-    monkeypatch.setattr(models, "platform", lambda: "gpu")  # XLA's own pooling too
+    monkeypatch.setattr(layers, "max_pool", lambda x: nn.max_pool(x, (2, 2), strides=(2, 2)))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(quantities()), strict=True):
         assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max()
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8, 5), (2, 7, 9, 1), (1, 2, 3, 4)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pooling_is_flax_own_with_its_gradient(shape, dtype):
+    """Half of the values are equal to a neighbour: after a ReLU, or on a flat background, many are."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-2, 3, shape), dtype)
+    weights = jnp.asarray(rng.integers(1, 9, (shape[0], shape[1] // 2, shape[2] // 2, shape[3])), dtype)
+
+    def theirs(x):
+        return nn.max_pool(x, (2, 2), strides=(2, 2))
+
+    chex.assert_trees_all_equal(layers.max_pool(x), theirs(x))
+    ours, reference = (jax.grad(lambda x, f=f: (weights * f(x) ** 2).sum())(x) for f in (layers.max_pool, theirs))
+    chex.assert_trees_all_equal(ours, reference)
+    assert float(jnp.abs(ours).sum()) > 0
+
+
+def test_pooling_hands_on_what_is_not_a_number():
+    for place in np.ndindex(2, 2):
+        x = np.zeros((1, 2, 2, 1), np.float32)
+        x[0, *place] = np.nan
+        assert np.isnan(layers.max_pool(jnp.asarray(x))).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (2, 5, 3, 1)])
+def test_derivatives_of_pooling_of_every_kind_are_those_of_finite_differences(shape):
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).permutation(np.prod(shape)).reshape(shape), jnp.float64)
+        check_grads(jax.jit(lambda x: layers.max_pool(x**2) ** 2), (x / x.size,), order=2, modes=("fwd", "rev"))
+
+
+def test_pooling_under_vmap():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 6, 5, 4))
+    for axis in (0, 3):
+        gradients = jax.vmap(jax.grad(lambda x: (layers.max_pool(x) ** 2).sum()), axis, axis)(jnp.moveaxis(x, 0, axis))
+        for one, gradient in zip(x, jnp.moveaxis(gradients, axis, 0), strict=True):
+            expected = jax.grad(lambda x: (nn.max_pool(x, (2, 2), strides=(2, 2)) ** 2).sum())(one)
+            np.testing.assert_array_equal(gradient, expected)
+
+
+def test_pooling_inside_shard_map():
+    x = jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("data")
+    gradient = jax.grad(lambda x: (layers.max_pool(x) ** 2).sum())
+    sharded = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=rows, out_specs=rows))
+    np.testing.assert_array_equal(sharded(x), gradient(x))

@@ -1,7 +1,5 @@
 """The paper's networks: sizes, shapes, precision, gradients, and which images they refuse."""
 
-import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,27 +160,3 @@ def test_an_image_does_not_see_its_neighbours():
     f = jax.jit(models.logits_fn(model, jax.jit(model.init)(jax.random.key(0), x)))
     np.testing.assert_allclose(f(x)[2:3], f(x[2:3]), rtol=1e-5, atol=1e-6)
     assert np.abs(f(x)[0] - f(x)[1]).max() > 1e-3
-
-
-@pytest.mark.parametrize("shape", [(3, 8, 8, 5), (2, 7, 9, 1), (1, 2, 3, 4)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_pooling_is_flax_own_with_its_gradient(shape, dtype):
-    """Half of the values are equal to a neighbour: after a ReLU, or on a flat background, many are."""
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.integers(-2, 3, shape), dtype)
-    weights = jnp.asarray(rng.integers(1, 9, (shape[0], shape[1] // 2, shape[2] // 2, shape[3])), dtype)
-
-    def theirs(x):
-        return nn.max_pool(x, (2, 2), strides=(2, 2))
-
-    chex.assert_trees_all_equal(models.max_pool(x), theirs(x))
-    ours, reference = (jax.grad(lambda x, f=f: (weights * f(x) ** 2).sum())(x) for f in (models.max_pool, theirs))
-    chex.assert_trees_all_equal(ours, reference)
-    assert float(jnp.abs(ours).sum()) > 0
-
-
-def test_pooling_hands_on_what_is_not_a_number():
-    for place in np.ndindex(2, 2):
-        x = np.zeros((1, 2, 2, 1), np.float32)
-        x[0, *place] = np.nan
-        assert np.isnan(models.max_pool(jnp.asarray(x))).all()
