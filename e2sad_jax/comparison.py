@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from e2sad_jax import data, jobs, plots, report
+from e2sad_jax._bounded import read_json
 from e2sad_jax.auto import auto
 from e2sad_jax.checkpoint import load
 from e2sad_jax.config import SCHEDULE, SCHEDULES, Config, check, preset, setting
@@ -53,6 +54,7 @@ _PARTS: Mapping[str, Mapping[str, Any]] = {
     "lambda 3": {"lam": 3.0},
 }
 PARTS = {f"e2SAD, robust, {n}": {"defense": "e2sad", "preset": "robust", **c} for n, c in _PARTS.items()}
+_ORDER = {name: i for i, name in enumerate([*ENTRIES, *PARTS])}
 REFERENCE = "e2SAD, robust"  # whose steps are counted where all spend the same FLOPs
 _KNOWN = ", ".join(f'"{name}"' for name in {**ENTRIES, **PARTS})
 CHECKPOINTS = ("last", "best")
@@ -139,7 +141,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
 
     Hard labels everywhere, so that only the defense differs. Both the last checkpoint and the best, chosen by PGD-10 on
     images that no run trains on, are attacked. What training costs are FLOPs by XLA's count for the CPU
-    (`step_cost.counts`) times the steps.
+    (`step_cost.counts`) times the steps. What a compare.json of the same question has of other entries is kept.
 
     Returns:
       What compare.json holds.
@@ -152,9 +154,10 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     report.commit()  # before the results that are written make it one with changes
     dataset = data.load(request.data, request.data_dir or None)
     folder = pathlib.Path(request.results or request.workdir).expanduser()
-    entries = [name for name in {**ENTRIES, **PARTS} if name in request.entries()]
+    entries = sorted(set(request.entries()), key=lambda name: _ORDER[name])
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
+    earlier = _earlier(folder / "compare.json", request)
     for name in entries:
         runs = []
         for config in request.configs(name):
@@ -172,13 +175,14 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
             "eps": runs[0]["eps"],
             "images": runs[0]["images"],
             "chosen_on": runs[0]["chosen_on"],
-            "rows": rows,
+            "rows": sorted([*rows, *_kept(earlier, rows[0])], key=lambda row: _ORDER[row["name"]]),
             "command": report.command(),
             "environment": report.environment(),
         }
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "compare.json", result)
         write_text(folder / "compare.md", markdown(result))
+        write_text(folder / "compare_card.md", card(result))
         plot(folder / "compare.png", result)
         last, best = (f"clean {rows[-1][c]['clean']:.3f}, robust {rows[-1][c]['robust']:.3f}" for c in CHECKPOINTS)
         apart = rows[-1]["best"]["steps"] != rows[-1]["last"]["steps"]
@@ -186,6 +190,30 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     if not rows:
         raise NonFiniteError("every run diverged; nothing was compared")
     return result
+
+
+def _earlier(path: pathlib.Path, request: Request) -> list[dict[str, Any]]:
+    """Rows that a run before, for the same request, wrote of entries that are not asked for now, with their origin."""
+    asked = {**dataclasses.asdict(request), "entry": []}
+    try:
+        before = read_json(path)
+        here = {key: before["request"][key] for key in ("data_dir", "workdir", "results")}
+        if {**before["request"], "entry": []} != {**asked, **here}:
+            return []
+        origin = {"command": before["command"], "environment": before["environment"]}
+        rows = [{"origin": origin, **row} for row in before["rows"] if row["name"] not in request.entries()]
+        markdown({**before, "rows": rows})  # has all that is shown
+        return [row for row in rows if row["name"] in _ORDER and row["runs"][0]["asked"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        print(f"warning: {path} is of no use ({first_line(error)}); written anew", file=sys.stderr, flush=True)
+        return []
+
+
+def _kept(earlier: Sequence[dict[str, Any]], row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those earlier rows whose models faced the same attacks on the same images as this one's."""
+    return [other for other in earlier if other["runs"][0]["asked"] == row["runs"][0]["asked"]]
 
 
 def _affordable(request: Request, config: Config, dataset: Dataset) -> Config:
@@ -363,7 +391,6 @@ def markdown(result: Mapping[str, Any]) -> str:
             cells.append(", ".join(f"{step:,}" for step in sorted(set(own["steps"]))))
         cells.append(f"{row['flops']:.3g}")
         lines.append("| " + " | ".join([*cells, f"{row['flops'] / natural:.2f}" if natural else ""]) + " |")
-    e = result["environment"]
     return "\n".join(
         [
             "# Robust accuracy against the price of training",
@@ -374,10 +401,51 @@ def markdown(result: Mapping[str, Any]) -> str:
             "",
             "![Robust accuracy against training FLOPs](compare.png)",
             "",
-            f"`{result['command']}`, {e['hardware']}, {e['date']}, commit {e['commit']}",
+            "\n\n".join(_origins(result)),
             "",
         ]
     )
+
+
+def _origins(result: Mapping[str, Any]) -> list[str]:
+    """What printed the rows; of which it did, where there are several."""
+    origins: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        origin = row.get("origin", result)
+        e = origin["environment"]
+        made = f"`{origin['command']}`, {e['hardware']}, {e['date']}, commit {e['commit']}"
+        origins.setdefault(made, []).append(row["name"])
+    return list(origins) if len(origins) == 1 else [f"{made}: {'; '.join(of)}" for made, of in origins.items()]
+
+
+def card(result: Mapping[str, Any]) -> str:
+    """compare_card.md: of all models of the comparison, what `report.model_card` says of one."""
+    r, rows = result["request"], result["rows"]
+    robust = sorted(rows, key=lambda row: float(row["last"]["robust"]))
+    best, clean = robust[-1], sorted(float(row["last"]["clean"]) for row in rows)
+    runs = sum(len(row["runs"]) for row in rows)
+    digest = rows[0]["runs"][0]["asked"]["data"][:16]
+    lines = [
+        "# Model card: all models of [the comparison](compare.md)",
+        "",
+        f"- **Models:** `{r['model']}`, {runs} of them: {'; '.join(row['name'] for row in rows)}.",
+        report.PURPOSE,
+        f"- **Data:** {r['data']} (content SHA-256 `{digest}...`). Whatever these images leave out or get wrong, the models do "
+        "too.",
+        f"- **Training and evaluation:** {_about(result)}.",
+        *(f"- **Command:** {origin}." for origin in _origins(result)),
+        "",
+        "## Evaluation",
+        "",
+        f"Each model's accuracies are in [compare.md](compare.md). Clean from {clean[0]:.3f} to {clean[-1]:.3f}; in the "
+        f"worst case, at the last checkpoint, from {robust[0]['last']['robust']:.3f} to {best['last']['robust']:.3f} "
+        f"({best['name']}).",
+        "",
+        "## Limits",
+        "",
+        *report.limits(r["seeds"], result["images"]),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:

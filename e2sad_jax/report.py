@@ -236,6 +236,22 @@ def markdown(all_results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+PURPOSE = (
+    "- **For:** studying and comparing defenses against adversarial images. Not for decisions that matter, and no "
+    "protection by itself."
+)
+
+
+def limits(seeds: int, *images: int) -> list[str]:
+    """What the numbers of any model card do not say; they are accuracies on so many images, or on so many."""
+    errors = (f"on {n:,} images is up to {0.5 / n**0.5:.3f}" for n in images)
+    return [
+        f"- {'One seed' if seeds == 1 else f'{seeds} seeds'}; the standard error of an accuracy {', '.join(errors)}.",
+        "- An accuracy under attack is an upper bound, for these attacks, budgets and steps: another norm, a larger budget "
+        "or a better attack leaves less. IFGSM, whose steps never turn back, is weak; `experiments.evaluate` attacks harder.",
+    ]
+
+
 def model_card(results: Mapping[str, Any]) -> str:
     """model_card.md: what the model is for, what it learnt from and how, what it stood, and what that does not say."""
     config, data, n = Config.from_json(results["config"]), results["dataset"], results["examples"]
@@ -251,8 +267,7 @@ def model_card(results: Mapping[str, Any]) -> str:
         "",
         f"- **Model:** `{config.model}`, {results['parameters']:,} parameters, images {shape}, {data['num_classes']} classes, "
         f"input `{config.transform}`, layers in {config.precision}.",
-        "- **For:** studying and comparing defenses against adversarial images. Not for decisions that matter, and no "
-        "protection by itself.",
+        PURPOSE,
         f"- **Data:** {' '.join(filter(None, (data['name'], data['version'])))}, {data['train_examples']:,} training images "
         f"(content SHA-256 `{data['sha256'][:16]}...`). Whatever these images leave out or get wrong, the model does too.",
         f"- **Training:** {results['steps']:,} steps of {config.batch_size}, `{' '.join(_flags(config))}`, all else as by "
@@ -270,9 +285,7 @@ def model_card(results: Mapping[str, Any]) -> str:
         "",
         "## Limits",
         "",
-        f"- One seed; the standard error of an accuracy on {n:,} images is up to {0.5 / n**0.5:.3f}.",
-        "- An accuracy under attack is an upper bound, for these attacks, budgets and steps: another norm, a larger budget "
-        "or a better attack leaves less. IFGSM, whose steps never turn back, is weak; `experiments.evaluate` attacks harder.",
+        *limits(1, n),
     ]
     if results["worst_case_accuracy"] < 0.5:
         lines.append(

@@ -60,6 +60,12 @@ def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypa
     assert attacked == [jobs.digest(classifier.params) for classifier in kept], "once where the best is the last"
     assert len(set(attacked)) == 3
     assert ["best checkpoint" in line for line in said] == [False, True]
+    card = (tmp_path / "out" / "compare_card.md").read_text()
+    assert "`digits_cnn`, 2 of them: natural; RS-FGSM." in card
+    assert f"SHA-256 `{tiny.sha256[:16]}...`" in card
+    assert f"Command:** `{result['command']}`" in card
+    assert "One seed; the standard error of an accuracy on 10 images is up to 0.158." in card
+    assert f" to {max(row['last']['robust'] for row in result['rows']):.3f} (" in card
     page = (tmp_path / "out" / "compare.md").read_text()
     assert f"| RS-FGSM | {rs_fgsm['last']['clean']:.3f} |" in page
     assert "tiny.npz, digits_cnn, 3 steps of 16, 1 seed(s)" in page
@@ -90,6 +96,39 @@ def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypa
     for other in ({"examples": 5}, {"judge": "held_out"}):
         with jax.numpy_dtype_promotion("standard"), pytest.raises(AssertionError, match="done before"):
             comparison.run(comparison.Request(**{**LITTLE, **other}, data="tiny.npz", workdir="~/runs"), said.append)
+
+
+def test_what_is_not_asked_for_again_stays_in_the_table(tiny, tmp_path, monkeypatch, unoptimized, capsys):
+    monkeypatch.setattr(data, "load", lambda name, data_dir: tiny)
+    paths = {"workdir": str(tmp_path / "runs"), "results": str(tmp_path)}
+    request = comparison.Request(entry=("RS-FGSM",), data="tiny.npz", **paths, **LITTLE)
+    (rs_fgsm,) = comparison.run(request)["rows"]
+    result = comparison.run(dataclasses.replace(request, entry=("natural",)))
+    assert [row["name"] for row in result["rows"]] == ["natural", "RS-FGSM"]
+    kept = result["rows"][1]
+    assert {**kept, "origin": 0} == {**rs_fgsm, "origin": 0}
+    assert kept["origin"]["command"] == result["command"]
+    assert f": natural\n\n`{result['command']}`" in comparison.markdown(
+        {
+            **result,
+            "rows": [
+                result["rows"][0],
+                {**kept, "origin": {**kept["origin"], "environment": {**result["environment"], "date": "then"}}},
+            ],
+        }
+    )
+    written = json.loads((tmp_path / "compare.json").read_text())
+    assert written["rows"] == result["rows"]
+
+    again = comparison.run(dataclasses.replace(request, entry=("RS-FGSM",)))
+    assert [row["name"] for row in again["rows"]] == ["natural", "RS-FGSM"]
+    assert "origin" not in again["rows"][1], "asked for, so its own"
+    other = comparison.run(dataclasses.replace(request, entry=("natural",), queries=6))
+    assert [row["name"] for row in other["rows"]] == ["natural"], "other attacks, another table"
+    (tmp_path / "compare.json").write_text("{}")
+    capsys.readouterr()
+    assert [row["name"] for row in comparison.run(request)["rows"]] == ["RS-FGSM"]
+    assert "compare.json is of no use" in capsys.readouterr().err
 
 
 def test_other_data_makes_other_runs(tiny, tmp_path, monkeypatch):

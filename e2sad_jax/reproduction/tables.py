@@ -426,4 +426,38 @@ def write_models(r: Reproduction) -> list[pathlib.Path]:
         ],
         "provenance": about(),
     }
-    return save(r.results, "models", table, records)
+    write_text(r.results / "models_card.md", card(r.scale.name, records))
+    return [*save(r.results, "models", table, records), r.results / "models_card.md"]
+
+
+def card(scale: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """models_card.md: of all runs of a scale, what `report.model_card` says of one.
+
+    Args:
+      scale: its name.
+      records: as in models.json.
+    """
+
+    def all_of(key: str) -> str:
+        return ", ".join(sorted({str(record[key]) for record in records}))
+
+    lines = [
+        f"# Model card: all models of the {scale} scale",
+        "",
+        f"- **Models:** {len(records)}, each with its settings in [models.md](models.md); networks: {all_of('network')}, "
+        f"layers in {all_of('precision')}.",
+        report.PURPOSE,
+        f"- **Data:** {all_of('data')}. Whatever these images leave out or get wrong, the models do too.",
+        f"- **Training:** {all_of('defense')}; batches of {all_of('batch')}, steps: {all_of('steps')}; {all_of('hardware')}; "
+        f"commits {all_of('commit')}.",
+        "",
+        "## Evaluation",
+        "",
+        "In the tables and figures beside this file ([all on one page](report.html)), each with its attacks, budgets, steps "
+        "and number of test images.",
+        "",
+        "## Limits",
+        "",
+        *report.limits(len({record["seed"] for record in records}), 500, 1_000, 10_000),
+    ]
+    return "\n".join(lines) + "\n"

@@ -75,6 +75,9 @@ def test_tables_and_figures_from_start_to_report(ask, trained, tmp_path, labels,
     for name in ("figure2", "figure3", "figure4", "study_labels"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert len(lines_of(folder / "models.csv")) == 15
+    card = (folder / "models_card.md").read_text()
+    assert "**Models:** 15, each with" in card
+    assert all(f"{name}" in card for name in ("natural", "fgsm", "e2sad", "an upper bound"))
 
     # The report: one file, nothing fetched.
     text = (folder / "report.html").read_text()
