@@ -175,7 +175,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
             "eps": runs[0]["eps"],
             "images": runs[0]["images"],
             "chosen_on": runs[0]["chosen_on"],
-            "rows": sorted([*rows, *_kept(earlier, rows[0])], key=lambda row: _ORDER[row["name"]]),
+            "rows": sorted([*rows, *_kept(earlier, rows[0], say)], key=lambda row: _ORDER[row["name"]]),
             "command": report.command(),
             "environment": report.environment(),
         }
@@ -201,9 +201,14 @@ def _earlier(path: pathlib.Path, request: Request) -> list[dict[str, Any]]:
         if {**before["request"], "entry": []} != {**asked, **here}:
             return []
         origin = {"command": before["command"], "environment": before["environment"]}
-        rows = [{"origin": origin, **row} for row in before["rows"] if row["name"] not in request.entries()]
-        markdown({**before, "rows": rows})  # has all that is shown
-        return [row for row in rows if row["name"] in _ORDER and row["runs"][0]["asked"]]
+        rows = {row["name"]: {"origin": origin, **row} for row in before["rows"]}
+        card({**before, "rows": list(rows.values())})  # has all that is shown
+        markdown({**before, "rows": list(rows.values())})
+        return [
+            row
+            for name, row in rows.items()
+            if name in _ORDER and name not in request.entries() and _same(request, row)
+        ]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -211,9 +216,21 @@ def _earlier(path: pathlib.Path, request: Request) -> list[dict[str, Any]]:
         return []
 
 
-def _kept(earlier: Sequence[dict[str, Any]], row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Those earlier rows whose models faced the same attacks on the same images as this one's."""
-    return [other for other in earlier if other["runs"][0]["asked"] == row["runs"][0]["asked"]]
+def _same(request: Request, row: Mapping[str, Any]) -> bool:
+    """Whether the runs of an earlier row are those that this request would make: their folders' names are of their settings."""
+    ours = {pathlib.Path(config.workdir).name for config in request.configs(row["name"])}
+    return all(any(pathlib.Path(run["workdir"]).name.startswith(name) for name in ours) for run in row["runs"])
+
+
+def _kept(
+    earlier: list[dict[str, Any]], row: Mapping[str, Any], say: Callable[[str], None]
+) -> Sequence[dict[str, Any]]:
+    """Those earlier rows whose models faced the same attacks on the same images as this one's; the others are forgotten."""
+    for other in list(earlier):
+        if other["runs"][0]["asked"] != row["runs"][0]["asked"]:
+            say(f"{other['name']}: an earlier row, of other images or attacks; left out")
+            earlier.remove(other)
+    return earlier
 
 
 def _affordable(request: Request, config: Config, dataset: Dataset) -> Config:

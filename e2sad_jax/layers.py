@@ -61,7 +61,7 @@ def conv_general_dilated(
         and {*window_strides, *(lhs_dilation or ()), *(rhs_dilation or ()), feature_group_count} == {1}
         and lhs.dtype == rhs.dtype
         and lhs.dtype in (jnp.float32, jnp.float64)
-        and not _shards_are_tracked()
+        and not _shards_are_tracked(lhs)
     )
     if ours:
         if isinstance(padding, str):
@@ -112,7 +112,7 @@ def max_pool(x: jax.Array) -> jax.Array:
 
     On the CPU it is taken over four strided slices, and its gradient is put together of four arrays, because XLA's own
     pooling is more than ten times slower there: half the time of a training step. Values are the same, NaN included, and so
-    is the gradient: where several are largest it goes to the first.
+    is the gradient, but where there is NaN: where several are largest it goes to the first.
 
     Args:
       x: `[N, H, W, C]`.
@@ -120,15 +120,15 @@ def max_pool(x: jax.Array) -> jax.Array:
     Returns:
       `[N, H // 2, W // 2, C]`.
     """
-    if _tracing.platform() != "cpu" or _shards_are_tracked():
+    if _tracing.platform() != "cpu" or _shards_are_tracked(x):
         return nn.max_pool(x, (2, 2), strides=(2, 2))
     return _max_pool(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
 
 
-def _shards_are_tracked() -> bool:
+def _shards_are_tracked(x: jax.Array) -> bool:
     """Inside of `shard_map` or on a mesh with explicit axes, where only JAX's own operations say what is split and how."""
     mesh = jax.sharding.get_abstract_mesh()
-    return bool(mesh.explicit_axes or mesh.manual_axes)
+    return bool(mesh.explicit_axes or mesh.manual_axes or jax.typeof(x).sharding.mesh.explicit_axes)
 
 
 conv_p = Primitive("conv")  # x [N, H, W, C], w [kh, kw, C, F] -> y [N, h, w, F]
@@ -226,7 +226,8 @@ def _define(primitive: Primitive, xla: Callable[..., jax.Array], cpu: Callable[.
     primitive.def_impl(evaluate)
     primitive.def_abstract_eval(shape_of)
     mlir.register_lowering(primitive, mlir.lower_fun(xla, multiple_results=False))
-    mlir.register_lowering(primitive, lower_for_cpu, platform="cpu")
+    if cpu is not xla:
+        mlir.register_lowering(primitive, lower_for_cpu, platform="cpu")
     batching.primitive_batchers[primitive] = batched
 
 
@@ -291,8 +292,8 @@ def _max_pool(x: jax.Array) -> jax.Array:
 
 @_max_pool.defjvp
 def _max_pool_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    y, masks = _choose(*primals)
-    return y, pick_p.bind(*tangents, *masks)
+    _, masks = _choose(*primals)
+    return _max_pool(*primals), pick_p.bind(*tangents, *masks)
 
 
 def _pick(x: jax.Array, above: jax.Array, below: jax.Array, up: jax.Array) -> jax.Array:
@@ -301,7 +302,7 @@ def _pick(x: jax.Array, above: jax.Array, below: jax.Array, up: jax.Array) -> ja
 
 
 def _place(g: jax.Array, above: jax.Array, below: jax.Array, up: jax.Array) -> jax.Array:
-    # The gradient of slices that XLA's CPU backend would compute, padding with gaps and adding, takes it ten times as long.
+    # Slices have padding with gaps as their gradient, which XLA's CPU backend computes number by number.
     n, h, w, channels = g.shape
     zero = jnp.zeros((), g.dtype)
     rows = []

@@ -243,10 +243,10 @@ PURPOSE = (
 
 
 def limits(seeds: int, *images: int) -> list[str]:
-    """What the numbers of any model card do not say; they are accuracies on so many images, or on so many."""
+    """What the numbers of any model card do not say; `images`: how many the accuracies are of, each number that there is."""
     errors = (f"on {n:,} images is up to {0.5 / n**0.5:.3f}" for n in images)
     return [
-        f"- {'One seed' if seeds == 1 else f'{seeds} seeds'}; the standard error of an accuracy {', '.join(errors)}.",
+        f"- {'One seed' if seeds == 1 else f'At most {seeds} seeds'}; the standard error of an accuracy {', '.join(errors)}.",
         "- An accuracy under attack is an upper bound, for these attacks, budgets and steps: another norm, a larger budget "
         "or a better attack leaves less. IFGSM, whose steps never turn back, is weak; `experiments.evaluate` attacks harder.",
     ]

@@ -123,6 +123,19 @@ def test_what_is_not_asked_for_again_stays_in_the_table(tiny, tmp_path, monkeypa
     again = comparison.run(dataclasses.replace(request, entry=("RS-FGSM",)))
     assert [row["name"] for row in again["rows"]] == ["natural", "RS-FGSM"]
     assert "origin" not in again["rows"][1], "asked for, so its own"
+    monkeypatch.chdir(tmp_path)
+    moved = dataclasses.replace(request, entry=("natural",), workdir="runs", results=".", data_dir="elsewhere")
+    assert [row["name"] for row in comparison.run(moved)["rows"]] == ["natural", "RS-FGSM"], "wherever it lies"
+    said: list[str] = []
+    with monkeypatch.context() as changed:
+        changed.setattr(data, "load", lambda name, data_dir: dataclasses.replace(tiny, x_test=255 - tiny.x_test))
+        there = dataclasses.replace(moved, workdir="there")
+        assert [row["name"] for row in comparison.run(there, said.append)["rows"]] == ["natural"], "other test images"
+    assert said[0].startswith("RS-FGSM: an earlier row, of other images")
+    comparison.run(request)
+    with monkeypatch.context() as changed:
+        changed.setattr(comparison, "ENTRIES", {**comparison.ENTRIES, "RS-FGSM": {"defense": "rs_fgsm", "alpha": 0.5}})
+        assert [row["name"] for row in comparison.run(moved)["rows"]] == ["natural"], "of another recipe by now"
     other = comparison.run(dataclasses.replace(request, entry=("natural",), queries=6))
     assert [row["name"] for row in other["rows"]] == ["natural"], "other attacks, another table"
     (tmp_path / "compare.json").write_text("{}")

@@ -377,7 +377,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_models(r: Reproduction) -> list[pathlib.Path]:
     """Writes models.json, .csv and .md: how each finished run of this scale was trained, on what, when."""
-    records = []
+    records, images = [], set()
     for path in sorted(r.root.glob("*/config.json")):
         try:
             config, dataset = read_config(path.parent)
@@ -387,6 +387,7 @@ def write_models(r: Reproduction) -> list[pathlib.Path]:
         if not segments or "weights" not in segments[-1]:
             continue
         ours = config.defense == "e2sad"
+        images.add(config.eval_examples or dataset["test_examples"])
         seconds = sum(s["seconds"] / s["runs_together"] for s in segments)
         records.append(
             {
@@ -426,20 +427,23 @@ def write_models(r: Reproduction) -> list[pathlib.Path]:
         ],
         "provenance": about(),
     }
-    write_text(r.results / "models_card.md", card(r.scale.name, records))
+    write_text(r.results / "models_card.md", card(r.scale.name, records, sorted(images)))
     return [*save(r.results, "models", table, records), r.results / "models_card.md"]
 
 
-def card(scale: str, records: Sequence[Mapping[str, Any]]) -> str:
+def card(scale: str, records: Sequence[Mapping[str, Any]], images: Sequence[int]) -> str:
     """models_card.md: of all runs of a scale, what `report.model_card` says of one.
 
     Args:
       scale: its name.
       records: as in models.json.
+      images: how many test images the attacks of a run have.
     """
 
     def all_of(key: str) -> str:
-        return ", ".join(sorted({str(record[key]) for record in records}))
+        return ", ".join(dict.fromkeys(part for record in records for part in str(record[key]).split(", ")))
+
+    seeds = len({record["seed"] for record in records})
 
     lines = [
         f"# Model card: all models of the {scale} scale",
@@ -458,6 +462,6 @@ def card(scale: str, records: Sequence[Mapping[str, Any]]) -> str:
         "",
         "## Limits",
         "",
-        *report.limits(len({record["seed"] for record in records}), 500, 1_000, 10_000),
+        *report.limits(seeds, *images),
     ]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Our own step as XLA has it on the CPU without `e2sad_jax.layers`: its convolutions, and attacks unrolled for them."""
+"""Our own step as XLA has it on the CPU without `layers.conv`: its convolutions, and attacks unrolled for them."""
 
 from e2sad_jax._tracing import straight_line
 from e2sad_jax.config import Config
