@@ -65,11 +65,9 @@ def main(steps: int, images: int, only: Sequence[str]) -> None:
     def apply(variables: Any, images: jax.Array) -> jax.Array:
         return models.logits_fn(model, variables)(images)
 
-    def step(
-        defense: Callable[..., Loss], batch: int, variables: Any, opt_state: Any, i: jax.Array
-    ) -> tuple[Any, Any, jax.Array]:
+    def step(defense: Callable[..., Loss], variables: Any, opt_state: Any, i: jax.Array) -> tuple[Any, Any, jax.Array]:
         batch_key, key = jax.random.split(jax.random.fold_in(jax.random.key(1), i))
-        rows = jax.random.randint(batch_key, (batch,), 0, len(x))
+        rows = jax.random.randint(batch_key, (64,), 0, len(x))
         eps = EPS * jnp.minimum(2 * i / steps, 1)  # rises over the first half
 
         def loss(variables: Any) -> jax.Array:
@@ -81,13 +79,10 @@ def main(steps: int, images: int, only: Sequence[str]) -> None:
     print(f"digits at {EPS}, {steps} steps of 64, one seed, the first {len(x_test)} test images; robust: what stands")
     print("APGD-CE of 20 steps and Square of 100 queries, one restart each; price: FLOPs of a step, natural = 1\n")
     print(f"{'':16} clean  robust  price")
-    flops = {  # of few images, which are compiled sooner: a price is a ratio
-        name: train.function_counts(functools.partial(step, DEFENSES[name], 16), *first)["flops"]
-        for name in ("natural", *(only or DEFENSES))
-    }
+    its_step = {name: functools.partial(step, DEFENSES[name]) for name in ("natural", *(only or DEFENSES))}
+    flops = {name: train.function_counts(function, *first)["flops"] for name, function in its_step.items()}
     for name in only or DEFENSES:
-        price = flops[name] / flops["natural"]
-        state, jitted = first, jax.jit(functools.partial(step, DEFENSES[name], 64))
+        price, state, jitted = flops[name] / flops["natural"], first, jax.jit(its_step[name])
         for _ in range(steps):
             state = jitted(*state)
         result = auto(apply, state[0], x_test, y_test, eps=EPS, stages=ATTACKS)
