@@ -1,7 +1,9 @@
 """What a folder of checkpoints claims, found to be what a run writes before Orbax reads it and memory is taken."""
 
 import math
+import mmap
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +19,11 @@ RATIO = 64  # beyond that: how many times its size on disk; trained parameters h
 PIECES = 4096  # of an array: one for each device that wrote
 _BLOCK = 128 * 2**10  # bytes that one block of zstd may become
 _JSON = ("default/_METADATA", "default/_sharding")
+_INDEX = re.compile(
+    rb"\x0c\xdb(?:\x3a\x2a|\x20\xde|\x12\x34)"
+)  # how parts of OCDBT's index begin, alone or between pieces
+_VARINT = rb"[\x80-\xff]{0,9}[\x00-\x7f]"
+_HEADER = re.compile(rb"(.{8})" + _VARINT + rb"(" + _VARINT + rb")", re.DOTALL)  # length, version, compression
 
 
 def check_folder(folder: pathlib.Path) -> None:
@@ -71,6 +78,9 @@ def check_step(folder: pathlib.Path, expected: Mapping[str, Any]) -> None:
         raise ValueError(
             f"it has {sum(sizes.values()):,} bytes and would become {needed:,}; at most {bound:,} are read of so few"
         )
+    indexes = sum(_index_inflates_to(folder / name) for name in sizes if name.startswith("default/") and sizes[name])
+    if indexes > FREE:
+        raise ValueError(f"its index may become more than the {FREE:,} bytes that are read for it")
     _check_tree(folder / "default" / "_METADATA", leaves)
     base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder / 'default'}/"}}
     store = ts.KvStore.open(base).result()
@@ -85,8 +95,8 @@ def check_step(folder: pathlib.Path, expected: Mapping[str, Any]) -> None:
             found = store.read(f"{name}/{'.'.join(map(str, place)) or '0'}").result()
             if found.state != "value":
                 raise ValueError(f"{name} is not there as a whole")
-            if (inflated := inflates_to(found.value)) > bound:
-                raise ValueError(f"{name} may become {inflated:,} bytes in a piece; at most {bound:,} are read for it")
+            if inflates_to(found.value, bound) > bound:
+                raise ValueError(f"{name} may become more than the {bound:,} bytes that are read for it in a piece")
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -139,8 +149,30 @@ def _check_array(name: str, array: ts.TensorStore, leaf: Any) -> tuple[int, ...]
     return chunks
 
 
-def inflates_to(content: bytes) -> int:
+def _index_inflates_to(path: pathlib.Path) -> int:
+    """The most bytes that parts of OCDBT's index in a file can become, but for those of a block at most.
+
+    Raises:
+      ValueError: if one of them is damaged.
+    """
+    total = 0
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for begin in _INDEX.finditer(content):
+            header = _HEADER.match(content, begin.end())
+            if header is None or header[2].rstrip(b"\x00\x80") not in (b"\x01", b"\x81"):
+                continue  # it is not compressed, or only looks like a part
+            end = begin.start() + int.from_bytes(header[1], "little") - 4  # a checksum follows
+            if end > len(content) - 4:
+                continue
+            if (inflated := inflates_to(content[header.end() : end], FREE)) > _BLOCK:
+                total += inflated
+    return total
+
+
+def inflates_to(content: bytes, enough: float = math.inf) -> int:
     """The most bytes that frames of zstd can become, by their blocks' headers; nothing is inflated.
+
+    Beyond `enough` they are not counted any further.
 
     Raises:
       ValueError: if it is not zstd, or damaged.
@@ -170,5 +202,7 @@ def inflates_to(content: bytes) -> int:
                 raise ValueError("its zstd frame has a block of no kind")
             take(1 if kind == 1 else size)  # one byte, repeated; else the block as it is
             total += _BLOCK if kind == 2 else size
+            if total > enough:
+                return total
         take(4 * (flags >> 2 & 1))  # checksum
     return total

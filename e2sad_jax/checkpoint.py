@@ -6,7 +6,6 @@ import errno
 import hashlib
 import os
 import pathlib
-import re
 import shutil
 import sys
 import time
@@ -33,7 +32,7 @@ from e2sad_jax.errors import (
 )
 from e2sad_jax.train import TrainState, init_state
 from e2sad_jax.transforms import TRANSFORMS, Transform
-from e2sad_jax.workdir import read_config, read_sealed, sealed
+from e2sad_jax.workdir import read_config, read_sealed, sealed, steps_in
 
 STATE = "state_sha256"  # beside a checkpoint's score
 PASSING = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE)  # errors that say nothing of a file
@@ -46,9 +45,15 @@ class Checkpoints:
     Orbax writes each into a temporary folder and renames it when it is whole, in the background while training goes on.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], *, read_only: bool = False):
-        """Opens the folder of a run; `read_only` changes nothing there, so that the run may be under way."""
+    def __init__(
+        self, workdir: str | os.PathLike[str], *, read_only: bool = False, last_state: TrainState | None = None
+    ):
+        """Opens the folder of a run; `read_only` changes nothing there, so that the run may be under way.
+
+        `last_state` is that of the newest checkpoint where it has been read already: the first `restore` gives it away.
+        """
         policies = ocp.checkpoint_managers
+        self._last_state = last_state
         self._read_only = read_only
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(
@@ -101,6 +106,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Begins to write a checkpoint; `metrics` must hold `score`. A step that is there already is left alone."""
         if step != self.last_step:
+            self._last_state = None
             stored = _storable(state)
             metrics = sealed({**metrics, STATE: _digest(stored)})
             with self._writing():
@@ -155,16 +161,22 @@ class Checkpoints:
         step = self.last_step if step is None else step
         if step is None:
             raise WorkdirError(f"{self.folder} holds no checkpoint yet")
-        return self._read(like, step, place or jax.sharding.SingleDeviceSharding(jnp.zeros(()).device))
+        place = place or jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
+        if self._last_state is not None and step == self.last_step:
+            state, self._last_state = self._last_state, None  # who gets it may donate it
+            return jax.device_put(state, place)
+        return self._read(like, step, place)
 
-    def check(self, like: TrainState) -> None:
-        """Reads all that there are, oldest first.
+    def check(self, like: TrainState) -> TrainState | None:
+        """Reads all that there are, oldest first; returns the state of the last one.
 
         Raises:
           DamagedError: as `restore`, of the first one that is damaged.
         """
+        state = None
         for step in steps_in(self.folder.parent):
-            self._read(like, step, jax.sharding.SingleDeviceSharding(jnp.zeros(()).device))
+            state = self._read(like, step, jax.sharding.SingleDeviceSharding(jnp.zeros(()).device))
+        return state
 
     def _read(self, like: TrainState, step: int, place: jax.sharding.Sharding) -> TrainState:
         folder = self.folder / str(step)
@@ -196,28 +208,25 @@ def _only_errors() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def steps_in(workdir: str | os.PathLike[str]) -> list[int]:
-    """Steps of the checkpoints in a workdir that are whole, as far as their names tell, in their order."""
-    names = [path.name for path in (pathlib.Path(workdir) / "checkpoints").glob("*")]
-    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
-
-
-def set_damaged_aside(workdir: str | os.PathLike[str], like: TrainState) -> None:
+def set_damaged_aside(workdir: str | os.PathLike[str], like: TrainState) -> TrainState | None:
     """Where the last checkpoint is damaged and an earlier one is whole, puts the last one out of the way, and says so.
 
     Args:
       workdir: folder of a run that nobody is at work on.
       like: as of `Checkpoints.restore`.
 
+    Returns:
+      The state of the last one that is left, None where there is none.
+
     Raises:
       DamagedError: if one of them is damaged and there is no such way out.
     """
     steps = steps_in(workdir)
     if not steps:
-        return
+        return None
     try:
         with Checkpoints(workdir, read_only=True) as checkpoints:
-            checkpoints.check(like)
+            return checkpoints.check(like)
     except DamagedError as error:
         *earlier, last = steps
         if not earlier or error.folder.name != str(last):
@@ -231,7 +240,7 @@ def set_damaged_aside(workdir: str | os.PathLike[str], like: TrainState) -> None
             file=sys.stderr,
             flush=True,
         )
-        set_damaged_aside(workdir, like)
+    return set_damaged_aside(workdir, like)
 
 
 def _metrics(folder: pathlib.Path) -> dict[str, Any]:

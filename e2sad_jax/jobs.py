@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from e2sad_jax import models, report, sharding
 from e2sad_jax._tracing import jit
-from e2sad_jax.checkpoint import Checkpoints, set_damaged_aside, steps_in
+from e2sad_jax.checkpoint import Checkpoints, set_damaged_aside
 from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
 from e2sad_jax.errors import (
@@ -36,7 +36,7 @@ from e2sad_jax.evaluate import Attack, Outcome, evaluate
 from e2sad_jax.progress import Bar, Recorder
 from e2sad_jax.train import TrainState, fit, init_state, stack, unstack
 from e2sad_jax.transforms import TRANSFORMS, Transform
-from e2sad_jax.workdir import check_there, note_training, open_workdir, read_training
+from e2sad_jax.workdir import check_there, note_training, open_workdir, read_training, steps_in
 
 WATCHED = 500  # images that choose the best checkpoint where none are held out
 UNJUDGED = -1.0  # score of a checkpoint that was saved because the run was stopped: below all others
@@ -132,9 +132,10 @@ def open_job(config: Config, dataset: Dataset) -> Iterator[Job]:
             )
         if start > steps:
             raise ConfigError(f"--steps={steps}: {workdir} is at step {start:,} already; it must be at least that")
+        state = None
         if not sharding.several():  # else all would have to find the same
-            set_damaged_aside(workdir, jax.eval_shape(lambda: init_state(config, model, dataset.image_shape)))
-        checkpoints = stack.enter_context(Checkpoints(workdir))
+            state = set_damaged_aside(workdir, jax.eval_shape(lambda: init_state(config, model, dataset.image_shape)))
+        checkpoints = stack.enter_context(Checkpoints(workdir, last_state=state))
         yield Job(config, dataset, train_set, watched, model, steps, workdir, checkpoints, mesh)
 
 

@@ -177,11 +177,17 @@ def check_there(workdir: pathlib.Path) -> None:
     Raises:
       GoneError: if it is gone.
     """
-    if not (workdir / LOCK).exists():
+    if not (workdir / "config.json").exists():  # a folder of the same name may have been made since
         raise GoneError(
-            f"{workdir} was deleted or moved while the run was at work in it, so nothing more can be saved there; put it "
-            "back to go on from its last checkpoint, or start the run anew"
+            f"{workdir}/config.json is gone: the workdir was deleted or moved while the run was at work in it, so nothing more "
+            "can be saved there; put it back to go on from its last checkpoint, or start the run anew"
         )
+
+
+def steps_in(workdir: str | os.PathLike[str]) -> list[int]:
+    """Steps of the checkpoints in a workdir that are whole, as far as their names tell, in their order."""
+    names = [path.name for path in (pathlib.Path(workdir) / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
 def _foreign(path: pathlib.Path) -> bool:

@@ -76,14 +76,13 @@ def main(steps: int, images: int, only: Sequence[str]) -> None:
         updates, opt_state = tx.update(jax.grad(loss)(variables), opt_state)
         return optax.apply_updates(variables, updates), opt_state, i + 1
 
-    natural = train.function_counts(functools.partial(step, DEFENSES["natural"]), *first)["flops"]
     print(f"digits at {EPS}, {steps} steps of 64, one seed, the first {len(x_test)} test images; robust: what stands")
     print("APGD-CE of 20 steps and Square of 100 queries, one restart each; price: FLOPs of a step, natural = 1\n")
     print(f"{'':16} clean  robust  price")
+    its_step = {name: functools.partial(step, DEFENSES[name]) for name in ("natural", *(only or DEFENSES))}
+    flops = {name: train.function_counts(function, *first)["flops"] for name, function in its_step.items()}
     for name in only or DEFENSES:
-        its_step = functools.partial(step, DEFENSES[name])
-        price = train.function_counts(its_step, *first)["flops"] / natural
-        state, jitted = first, jax.jit(its_step)
+        price, state, jitted = flops[name] / flops["natural"], first, jax.jit(its_step[name])
         for _ in range(steps):
             state = jitted(*state)
         result = auto(apply, state[0], x_test, y_test, eps=EPS, stages=ATTACKS)

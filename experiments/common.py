@@ -155,6 +155,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         return rest
     except flags.Error as error:
         _fail(one_line(error), 2)
+    except SystemExit:  # after --help, which is no failure
+        sys.exit(0)
 
 
 def _run(suite: str, by_defense: Mapping[str, Mapping[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import time
 from typing import Any, NoReturn
 
 from e2sad_jax.errors import LostProcessError
+from e2sad_jax.workdir import steps_in
 
 PARENT = "E2SAD_JAX_WATCHED_BY"
 
@@ -49,9 +49,9 @@ def run_again(workdir: str) -> NoReturn:
         signal.signal(number, pass_on)
     code = child.wait()
     if code in (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS):
-        folder = pathlib.Path(workdir).expanduser() / "checkpoints"
-        steps = [int(path.name) for path in folder.glob("*") if re.fullmatch("[0-9]+", path.name)]
-        kept = f"the checkpoint of step {max(steps):,} is whole in {folder.parent}" if steps else "no checkpoint yet"
+        folder = pathlib.Path(workdir).expanduser()
+        steps = steps_in(folder)
+        kept = f"the checkpoint of step {steps[-1]:,} is whole in {folder}" if steps else "no checkpoint yet"
         raise LostProcessError(
             f"JAX ended this process ({signal.Signals(-code).name}), most likely because another one of the run was lost or "
             f"ended first (above is what it says); {kept}. Start all of them again to go on from there"

@@ -52,30 +52,90 @@ def images(tmp_path_factory) -> pathlib.Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--alpha=1.5"], "--alpha=1.5: must be in [0, 1]"),
-        (["--eps1=24"], "--eps1=24.0: must be in [0, 1.0]"),
-        (["--steps=many"], "flag --steps=many"),
-        (["--lambda=0.1"], "Unknown command line flag 'lambda'"),
-        (["--defense=mart"], "must be one of natural, fgsm"),
-        (["--baseline=best"], "--baseline=best: must be empty or one of"),
-        (["--preset=best"], "--preset=best: must be one of paper, robust"),
-        (["--preset=robust", "--defense=pgd"], "--preset=robust: is one of --defense=e2sad, not of pgd"),
-        (["e2sad"], "unexpected argument 'e2sad'"),
-        (["--data=nowhere.npz"], "nowhere.npz"),
-        (["--data=cifar"], "cifar"),
-    ],
-)
-def test_a_bad_value_is_one_line_and_exit_code_2(flags, words, tmp_path):
-    code, out, err = call("mnist", f"--data_dir={tmp_path / 'none'}", f"--workdir={tmp_path / 'w'}", *flags)
+# Each as `python -m experiments.NAME FLAGS` would, forked from one process that has imported what they need.
+FORKED = """
+import json, os, runpy, sys
+from e2sad_jax import export, run
+from e2sad_jax.reproduction import runner
+from e2sad_jax.step_cost import measure
+
+folder, codes = sys.argv[1], []
+for i, (name, *flags) in enumerate(json.loads(sys.argv[2])):
+    if os.fork():
+        codes.append(os.waitstatus_to_exitcode(os.wait()[1]))
+        continue
+    for number, stream in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{i}.{stream}", os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = ["-m", *flags]
+    runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
+    break
+else:
+    print(json.dumps(codes))
+"""
+REFUSED = [
+    ("mnist", ["--alpha=1.5"], "--alpha=1.5: must be in [0, 1]"),
+    ("mnist", ["--eps1=24"], "--eps1=24.0: must be in [0, 1.0]"),
+    ("mnist", ["--steps=many"], "flag --steps=many"),
+    ("mnist", ["--lambda=0.1"], "Unknown command line flag 'lambda'"),
+    ("mnist", ["--defense=mart"], "must be one of natural, fgsm"),
+    ("mnist", ["--baseline=best"], "--baseline=best: must be empty or one of"),
+    ("mnist", ["--preset=best"], "--preset=best: must be one of paper, robust"),
+    ("mnist", ["--preset=robust", "--defense=pgd"], "--preset=robust: is one of --defense=e2sad, not of pgd"),
+    ("mnist", ["e2sad"], "unexpected argument 'e2sad'"),
+    ("mnist", ["--data=nowhere.npz"], "nowhere.npz"),
+    ("mnist", ["--data=cifar"], "cifar"),
+    ("paper", ["--table=4"], "--table=4: must be of 1, 2, 3, all"),
+    ("paper", ["--figure=1"], "--figure=1: must be of 2, 3, 4, all"),
+    ("paper", ["--study=eps"], "--study=eps: must be of second_step, lam, alpha, labels, all"),
+    ("paper", ["--scale=huge"], "--scale=huge: must be one of full, small"),
+    ("paper", ["--seeds=-1"], "--seeds=-1: must be at least 0"),
+    ("paper", ["--time_budget_minutes=nan"], "--time_budget_minutes=nan: must be at least 0"),
+    ("paper", ["--table=1", "--precision=fp8"], "--precision=fp8: must be one of float32, tf32, bf16"),
+    ("paper", ["--table=1", "--data=nowhere.npz"], "nowhere.npz"),
+    ("step_cost", ["--attack_steps=1,two"], "step_cost: --attack_steps=1,two: must be "),
+    ("step_cost", ["--peer=keras"], "step_cost: --peer=keras: must be "),
+    ("export", [], "export: WORKDIR/config.json does not exist: WORKDIR is not the workdir of a run"),
+]
+PATHS = {
+    "mnist": ("data_dir", "workdir"),
+    "paper": ("workdir", "results"),
+    "step_cost": ("results",),
+    "export": ("workdir",),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> list[tuple[int, str, str, pathlib.Path]]:
+    """Of each of `REFUSED`, and of two that are not: exit code, standard output and error, and the folder for its files."""
+    said, commands, folders = tmp_path_factory.mktemp("said"), [], []
+    for name, flags, _ in REFUSED:
+        folders.append(tmp_path_factory.mktemp("none"))
+        commands.append([name, *(f"--{flag}={folders[-1] / flag}" for flag in PATHS[name]), *flags])
+    commands += [["svhn", "--help"], ["svhn", "--describe"]]
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(said), json.dumps(commands)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    return [
+        (code, (said / f"{i}.out").read_text(), (said / f"{i}.err").read_text(), folder)
+        for i, (code, folder) in enumerate(zip(json.loads(done.stdout), [*folders, said, said], strict=True))
+    ]
+
+
+@pytest.mark.parametrize("case", range(len(REFUSED)), ids=lambda case: " ".join([REFUSED[case][0], *REFUSED[case][1]]))
+def test_a_bad_value_is_one_line_and_exit_code_2(case, ended):
+    (name, _, words), (code, out, err, folder) = REFUSED[case], ended[case]
     assert code == 2
     assert out == ""
-    assert words in err
+    assert words.replace("WORKDIR", str(folder / "workdir")) in err
     assert len(err.strip().splitlines()) == 1
-    assert err.startswith("mnist: ")
-    assert list(tmp_path.iterdir()) == [], "nothing was loaded, nothing written"
+    assert err.startswith(f"{name}: ")
+    assert list(folder.iterdir()) == [], "nothing was loaded, nothing written"
 
 
 def test_a_preset_gives_way_to_flags_and_its_schedule_is_the_baselines_too():
@@ -100,9 +160,10 @@ print(json.dumps([dataclasses.asdict(c) for c in common.read_configs({})]))
     assert [beside[name] for name in settings] == [3.0, 0.1, 0.6, False, False, False, "cyclic", 0.5]
 
 
-def test_help_explains_every_setting_with_its_range_and_default():
-    _code, out, err = call("svhn", "--help")
-    text = " ".join((out + err).split())
+def test_help_explains_every_setting_with_its_range_and_default(ended):
+    code, out, err, _ = ended[-2]
+    assert (code, err) == (0, "")
+    text = " ".join(out.split())
     for words in [
         "--alpha: weight of the clean loss; in [0, 1] (default: '0.6')",
         "--lam: weight lambda of e2SAD's dissimilarity; at least 0 (default: '0.3')",
@@ -115,8 +176,8 @@ def test_help_explains_every_setting_with_its_range_and_default():
     assert abs(float(re.search(r"--eps2: .*?\(default: '([\d.]+)'\)", text).group(1)) - 8 / 255) < 1e-12
 
 
-def test_describe_prints_the_layer_table():
-    code, out, _ = call("svhn", "--describe")
+def test_describe_prints_the_layer_table(ended):
+    code, out, _, _ = ended[-1]
     assert code == 0
     assert "1,771,594" in out
     assert "float32[1,28,28,32]" in out
@@ -202,33 +263,3 @@ def test_divergence_ends_with_exit_code_3_and_what_to_do(images, tmp_path):
     assert code == 3
     assert re.search(r"mnist: step \d+: .*loss=(nan|inf).*Try a lower --learning_rate", err)
     assert "Traceback" not in err
-
-
-@pytest.mark.parametrize(
-    ("flags", "code", "words"),
-    [
-        (["--table=4"], 2, "--table=4: must be of 1, 2, 3, all"),
-        (["--figure=1"], 2, "--figure=1: must be of 2, 3, 4, all"),
-        (["--study=eps"], 2, "--study=eps: must be of second_step, lam, alpha, labels, all"),
-        (["--scale=huge"], 2, "--scale=huge: must be one of full, small"),
-        (["--seeds=-1"], 2, "--seeds=-1: must be at least 0"),
-        (["--time_budget_minutes=nan"], 2, "--time_budget_minutes=nan: must be at least 0"),
-        (["--table=1", "--precision=fp8"], 2, "--precision=fp8: must be one of float32, tf32, bf16"),
-        (["--table=1", "--data=nowhere.npz"], 2, "nowhere.npz"),
-    ],
-)
-def test_the_papers_command_refuses_what_it_does_not_know(flags, code, words, tmp_path):
-    paths = [f"--workdir={tmp_path / 'w'}", f"--results={tmp_path / 'r'}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.paper", *paths, *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == code
-    assert words in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert done.stdout == ""
-    assert list(tmp_path.iterdir()) == []

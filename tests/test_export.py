@@ -27,7 +27,6 @@ from e2sad_jax.errors import ConfigError, Error, WorkdirError
 from e2sad_jax.transforms import TRANSFORMS
 from e2sad_jax.workdir import describe_dataset, write_config
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 LABELS = np.array([0, 1, 2, 0, 1])
 
 # (model, transform, precision, image)
@@ -306,14 +305,3 @@ def test_a_package_that_is_missing_is_named_before_anything_is_done(monkeypatch)
 def test_refuses(changes, words):
     with pytest.raises(ConfigError, match=words):
         export.Request(**{"workdir": "w", **changes})
-
-
-def test_the_command_ends_as_the_others_do(tmp_path):
-    """One line and exit code 2 where there is no run."""
-    command = [sys.executable, "-m", "experiments.export", f"--workdir={tmp_path / 'none'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert (
-        done.stderr
-        == f"export: {tmp_path}/none/config.json does not exist: {tmp_path}/none is not the workdir of a run\n"
-    )

@@ -3,6 +3,7 @@
 The short version of `make torture`, which does such things to many real runs.
 """
 
+import dataclasses
 import errno
 import fcntl
 import os
@@ -15,9 +16,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from e2sad_jax import comparison, jobs, progress, run
@@ -99,6 +102,26 @@ def test_no_damage_to_a_checkpoint_gives_another_network(config, tiny):
         path.write_bytes(content)
     assert refused > len(files) / 2
     assert jobs.digest(load(workdir).params) == whole
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_who_goes_on_reads_each_checkpoint_once(config, tiny, devices, monkeypatch):
+    """The state found to be whole is the one that is gone on from; whoever asks again gets another, read anew."""
+    read, real = [], ocp.CheckpointManager.restore
+
+    def restore(self, step, **kwargs):
+        read.append(step)
+        return real(self, step, **kwargs)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", restore)
+    with jobs.open_job(dataclasses.replace(config, devices=devices), tiny) as job:
+        first, second, best = job.restore(), job.restore(), job.restore(10)
+    assert read == [10, 12, 12, 10]
+    assert (int(first.step), int(best.step)) == (12, 10)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert a.sharding == b.sharding
+        assert a is not b
+        assert (a == b).all()
 
 
 def test_orbax_does_not_see_a_number_that_was_changed_but_we_do(config):
@@ -266,20 +289,31 @@ def test_a_full_disk_ends_the_files_for_tensorboard_with_an_error_and_no_hang(tm
     record.close()
 
 
-def test_a_workdir_that_is_gone_is_named_and_not_made_anew(fresh, monkeypatch):
+def between_checkpoints(config: Config, monkeypatch: pytest.MonkeyPatch, do: Callable[[], object]) -> None:
+    """Does something at step 8 of 12, when the checkpoint of step 5 is whole."""
     take = jobs.Recorder.__call__
 
-    def deleting(self, step, *rest):
+    def doing(self, step, *rest):
         if step == 8:
-            while not jobs.steps_in(fresh.workdir):
+            while not jobs.steps_in(config.workdir):
                 time.sleep(0.01)
-            shutil.rmtree(fresh.workdir)
+            do()
         return take(self, step, *rest)
 
-    monkeypatch.setattr(jobs.Recorder, "__call__", deleting)
+    monkeypatch.setattr(jobs.Recorder, "__call__", doing)
+
+
+def test_a_workdir_that_is_gone_is_named_and_not_made_anew(fresh, monkeypatch):
+    between_checkpoints(fresh, monkeypatch, lambda: shutil.rmtree(fresh.workdir))
     with pytest.raises(GoneError, match="was deleted or moved while the run was at work in it"):
         run.run(fresh, "mnist")
     assert not pathlib.Path(fresh.workdir).exists()
+
+
+def test_a_lock_file_deleted_under_a_run_does_not_end_it(fresh, monkeypatch):
+    between_checkpoints(fresh, monkeypatch, (pathlib.Path(fresh.workdir) / LOCK).unlink)
+    assert run.run(fresh, "mnist")["steps"] == 12
+    assert jobs.steps_in(fresh.workdir) == [10, 12]
 
 
 @pytest.mark.parametrize(

@@ -405,11 +405,62 @@ def test_a_piece_that_would_inflate_is_refused(copy):
     last = (2**17 << 3 | 1 << 1 | 1).to_bytes(3, "little") + b"\x00"
     kv = store(copy)
     kv.write(f"{KERNEL}/0.0", frame(block * 50_000 + last)).result()
-    refused(copy, KERNEL, "may become 6,553,731,072 bytes")
+    refused(copy, KERNEL, "may become more than the 655,360 bytes that are read for it in a piece")
     kv.write(f"{KERNEL}/0.0", b"not zstd").result()
     refused(copy, "not compressed by zstd")
     kv.delete_range(ts.KvStore.KeyRange(f"{KERNEL}/0.0", f"{KERNEL}/0.1")).result()
     refused(copy, KERNEL, "not there as a whole")
+
+
+def test_an_index_that_would_inflate_is_refused_before_tensorstore_reads_it(copy, tmp_path, monkeypatch):
+    """Beside all that the network needs: values of zeros within the index itself, 80 MiB of them in a few thousand bytes."""
+    base = {"driver": "file", "path": f"{tmp_path / 'bomb'}/"}
+    config = {"max_inline_value_bytes": 2**20, "max_decoded_node_bytes": 2**30}
+    kv, there = ts.KvStore.open({"driver": "ocdbt", "base": base, "config": config}).result(), store(copy)
+    values = {key: there[key] for key in there.list().result()}
+    with ts.Transaction() as together:
+        writing = kv.with_transaction(together)
+        for key, value in {**values, **{f"z{i}": bytes(2**20) for i in range(80)}}.items():
+            writing[key] = value
+    folder = copy / "checkpoints/4/default"
+    for name in ("d", "ocdbt.process_0"):
+        shutil.rmtree(folder / name)
+    shutil.copytree(tmp_path / "bomb", folder, dirs_exist_ok=True)
+    left = store(copy)
+    assert left["z7"] == bytes(2**20)
+    assert all(left[key] == value for key, value in values.items())
+    monkeypatch.setattr(ts.KvStore, "open", lambda *args, **kwargs: pytest.fail("TensorStore was asked"))
+    refused(copy, "its index may become more than the 67,108,864 bytes")
+
+
+KIND = b"\x0c\xdb\x20\xde"
+
+
+def part(compression, content, kind=KIND):
+    """Of an index; nobody looks at its checksum."""
+    length = 4 + 8 + 1 + len(compression) + len(content) + 4
+    return kind + length.to_bytes(8, "little") + b"\x00" + compression + content + bytes(4)
+
+
+@pytest.mark.parametrize("kind", [b"\x0c\xdb\x3a\x2a", b"\x0c\xdb\x20\xde", b"\x0c\xdb\x12\x34"], ids=bytes.hex)
+@pytest.mark.parametrize("compression", [b"\x01", b"\x81\x00", b"\x81\x80\x80\x00"], ids=bytes.hex)
+@pytest.mark.parametrize("before", [b"", KIND, KIND + b"\xff\xff\xff", bytes(9), part(b"\x00", b"ab")], ids=bytes.hex)
+def test_parts_of_an_index_are_found_wherever_they_are(tmp_path, before, compression, kind):
+    more, last = (((2**17 << 3 | 1 << 1 | end).to_bytes(3, "little") + b"\x00") for end in (0, 1))
+    (tmp_path / "d").write_bytes(before + part(compression, frame(9 * more + last), kind) + b"after")
+    assert _stored._index_inflates_to(tmp_path / "d") == 10 * 2**17
+    (tmp_path / "d").write_bytes(before + part(compression, frame(9_999 * more), kind))  # which fails, but late
+    assert _stored._index_inflates_to(tmp_path / "d") > _stored.FREE
+    old = b"\x25\xb5\x2f\xfd"  # of zstd before its format was settled
+    (tmp_path / "d").write_bytes(before + part(compression, old + bytes(50), kind))
+    with pytest.raises(ValueError, match="not compressed by zstd"):
+        _stored._index_inflates_to(tmp_path / "d")
+
+
+def test_what_only_looks_like_part_of_an_index_is_none(tmp_path):
+    for content in (KIND, part(b"\x01", frame(b""))[:-1], part(b"\x02", b""), part(b"\x80\x02", b"")):
+        (tmp_path / "d").write_bytes(b"a" + content)
+        assert _stored._index_inflates_to(tmp_path / "d") == 0
 
 
 @pytest.mark.parametrize("kind", ["zeros", "noise", "text", "one"])

@@ -20,7 +20,7 @@ from e2sad_jax.reproduction.clock import Clock, Interruption
 from e2sad_jax.reproduction.outcomes import Known, Tested
 from e2sad_jax.reproduction.plan import Entry, Item, Scale
 from e2sad_jax.train import population_key
-from e2sad_jax.workdir import check_workdir, locked, write_config
+from e2sad_jax.workdir import check_workdir, locked, steps_in, write_config
 
 TOGETHER = 8  # runs of one population on an accelerator, if it is faster so; the CPU never is
 POLL = 2.0  # seconds between looks at what another process is at work on
@@ -391,7 +391,7 @@ class Reproduction:
     def _work_left(self, config: Config) -> float:
         if config in self._failed:
             return 0.0
-        left = plan.work(config, self.steps(config) - max([0, *checkpoint.steps_in(config.workdir)]))
+        left = plan.work(config, self.steps(config) - max([0, *steps_in(config.workdir)]))
         return left + plan.attack_work(config, self.missing(config), self.examples(config))
 
     def _stopped(self) -> Stopped | OutOfTimeError:

@@ -425,16 +425,6 @@ def command(*flags):
     )
 
 
-@pytest.mark.parametrize("flag", ["--attack_steps=1,two", "--peer=keras"])
-def test_a_bad_flag_is_one_line_and_exit_code_2(flag, tmp_path):
-    done = command(flag, f"--results={tmp_path / 'r'}")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith(f"step_cost: {flag}: must be ")
-    assert len(done.stderr.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_from_the_command_to_its_files(tmp_path):
     flags = ["--defense=natural", "--model=digits_cnn", "--batch_size=8", "--rounds=2", "--seconds=0.001"]
     done = command(*flags, f"--results={tmp_path}")
