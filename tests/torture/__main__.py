@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -104,7 +105,12 @@ def main(argv: list[str]) -> None:
             for name in FLAGS.only or ALL:
                 began = time.monotonic()
                 times = [max(1, round(ALL[name] * FLAGS.share))] if ALL[name] else []
-                getattr(torture, name)(*times)
+                try:
+                    getattr(torture, name)(*times)
+                except Exception:  # of this suite: the other kinds have their turn
+                    traceback.print_exc()
+                    torture.taken()
+                    continue
                 kinds[name] = {
                     **torture.taken(),
                     "seed": FLAGS.seed,
