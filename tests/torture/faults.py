@@ -69,7 +69,7 @@ class Torture:
             for outcome, times in outcomes.most_common()
         ]
         wrong = sum(row["times"] for row in rows if row["outcome"].startswith("WRONG"))
-        kills = {"kills": dict(self.kills), "landed": self.kills.total(), "missed": self.missed}
+        kills = {"kills": dict(+self.kills), "landed": self.kills.total(), "missed": self.missed}
         self.outcomes, self.kills, self.missed = {}, collections.Counter(), 0
         return {"rows": rows, "wrong": wrong, **kills}
 
@@ -82,11 +82,10 @@ class Torture:
         where = ended.phases[-1][0]
         if where in (phases.STEP, phases.JUDGING) and runs.writing(command):
             where = phases.CHECKPOINT  # in the background
-        if ended.code == KILLED:
-            self.kills[where] += 1
-        else:
-            self.missed += 1
-        told = f"killed: {where}" if ended.code == KILLED else "ended before the kill"
+        landed = ended.code == KILLED and where != phases.END
+        self.kills[where] += landed
+        self.missed += not landed
+        told = f"killed: {where}" if landed else "ended before the kill"
         self.note(fault, told, ended.code in (KILLED, 0), ended.err)
 
     def random(self, name: str) -> random.Random:
