@@ -214,8 +214,9 @@ def fuzz(
         )
         worker.start()
         theirs.close()
-        seen, since, done, lost = (-1, -1), time.monotonic(), False, ""
+        seen, taken, done, lost = (-1, -1), 0.0, False, ""
         while not done and not lost:
+            before = time.monotonic()
             try:
                 while ours.poll(0.2):
                     message = ours.recv()
@@ -232,9 +233,10 @@ def fuzz(
                 worker.join()
                 lost = "" if done else f"the process ended with code {worker.exitcode}"
             now = (at[0], at[1])
+            taken += min(time.monotonic() - before, 1.0)  # who stops both processes for a while loses no input
             if now != seen:
-                seen, since = now, time.monotonic()
-            elif now[1] >= 0 and time.monotonic() - since > limit:
+                seen, taken = now, 0.0
+            elif now[1] >= 0 and taken > limit:
                 lost = f"not done after {limit:g} s"
         worker.kill()
         worker.join()
@@ -285,7 +287,7 @@ OUTCOMES = ("accepted", "refused", "found")
 def main(argv: Sequence[str]) -> int:
     from absl import flags
 
-    from benchmarks.fuzz_targets import TARGETS
+    from benchmarks.fuzzing import TARGETS
 
     values = flags.FlagValues()  # type: ignore[no-untyped-call]
     flags.DEFINE_integer("inputs", 100_000, "inputs in all", lower_bound=1, flag_values=values)
@@ -324,7 +326,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _again(name: str, index: int, seed: int) -> int:
-    from benchmarks.fuzz_targets import TARGETS
+    from benchmarks.fuzzing import TARGETS
 
     with tempfile.TemporaryDirectory() as temporary:
         target = TARGETS[name](pathlib.Path(temporary).resolve())

@@ -30,7 +30,8 @@ from e2sad_jax.errors import BusyError, DamagedError, DeviceError, Error, GoneEr
 from e2sad_jax.evaluate import Outcome
 from e2sad_jax.workdir import LOCK, TRAINING, locked, read_config, read_training, sealed, write_json
 from tests.test_train import no_last_evaluation, standard_promotion, tiny_config  # noqa: F401
-from tests.torture import runs
+from tests.torture import __main__ as torture
+from tests.torture import phases, runs
 from tests.torture.damage import flip, truncate
 
 pytestmark = pytest.mark.usefixtures("little")
@@ -402,8 +403,33 @@ def test_killed_while_it_writes_a_checkpoint_a_run_ends_as_if_nothing_had_been(t
     whole = started.call(*runs.TRAIN, *flags, f"--workdir={tmp_path / 'whole'}")
     assert whole.code == 0, whole.err
     process = started.start(*runs.TRAIN, *flags, f"--workdir={tmp_path / 'killed'}")
-    ended = runs.strike(process, signal.SIGKILL, runs.moments(tmp_path / "killed")["checkpoint"], 0)
+    process.reach(phases.CHECKPOINT)
+    process.kill()
+    ended = process.end()
     assert ended.code == runs.KILLED, ended.err
     again = started.call(*runs.TRAIN, *flags, f"--workdir={tmp_path / 'killed'}")
     assert again.code == 0, again.err
     assert runs.differing(runs.left(tmp_path / "killed"), runs.left(tmp_path / "whole")) == ""
+
+
+def test_faults_that_prove_too_little_fail():
+    about = {"date": "2026-11-25", "hardware": "CPU", "python": "3.11", "jax": "0.10", "commit": "abc"}
+    kind = {"rows": [], "kills": {}, "landed": 0, "missed": 0, "wrong": 0, "environment": about}
+    kind |= {"seconds": 60.0, "command": "python -m tests.torture"}
+    kinds = {name: kind for name in torture.ALL}
+
+    def with_kills(landed: int, missed: int):
+        killed = {"kills": {"checkpoint write": landed}, "landed": landed, "missed": missed}
+        return {**kinds, "kill_training": kind | killed | {"rows": [{"fault": "f", "outcome": "o", "times": landed}]}}
+
+    assert torture.wrong(with_kills(30, 10), 1.0) == []
+    assert torture.wrong(with_kills(29, 0), 0.5) == []
+    for few in (with_kills(29, 0), with_kills(60, 21)):
+        (told,) = torture.wrong(few, 1.0)
+        assert "they prove too little" in told
+    assert torture.wrong({**kinds, "broken": kind | {"wrong": 1}}, 0.1) == ["broken: 1 wrong"]
+    page = torture.markdown(with_kills(30, 2))
+    assert "| kill_training | f | o | 30 |" in page
+    assert "30 kills while it lived, 2 after its end" in page
+    assert "| checkpoint write | 30 |" in page
+    assert torture.markdown({"broken": kind}).count("Not done: kill_training, ") == 1

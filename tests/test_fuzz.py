@@ -97,9 +97,9 @@ def test_every_kind_of_misbehaviour_is_found(tmp_path):
 @pytest.mark.parametrize("bug", ["raises", "wrong", "none"])
 def test_a_bug_in_the_reader_is_found(tmp_path, monkeypatch, bug):
     """Of data sets that nobody has damaged much, some are read."""
-    from benchmarks import fuzz_targets
+    from benchmarks.fuzzing import npz
 
-    reader = fuzz_targets.load_npz
+    reader = npz.load_npz
 
     def planted(path: pathlib.Path):
         dataset = reader(path)
@@ -109,15 +109,15 @@ def test_a_bug_in_the_reader_is_found(tmp_path, monkeypatch, bug):
             object.__setattr__(dataset, "x_test", dataset.x_test[::-1].copy())
         return dataset
 
-    monkeypatch.setattr(fuzz_targets, "load_npz", planted)
-    target = fuzz_targets.Npz(tmp_path)
+    monkeypatch.setattr(npz, "load_npz", planted)
+    target = npz.Npz(tmp_path)
     wrong = [what for i in range(60) if (what := fuzz.attempt(target, 0, i)[2])]
     assert bool(wrong) == (bug != "none")
     assert all(("KeyError" if bug == "raises" else "x_test is not what numpy reads") in what for what in wrong)
 
 
 def test_a_short_run_finds_nothing(tmp_path):
-    from benchmarks.fuzz_targets import TARGETS
+    from benchmarks.fuzzing import TARGETS
 
     work = fuzz.plan(300, {name: target.share for name, target in TARGETS.items()})
     counts, findings = fuzz.fuzz(work, TARGETS, keep=tmp_path, say=lambda line: None)

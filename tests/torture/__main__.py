@@ -2,544 +2,142 @@
 
 python -m tests.torture --results=results
 
-Linux, as root (a full disk and a read-only one are mounted); about twenty minutes on one core. Exits with 1 if a fault led to
-anything but a clear word, or the numbers of a run that nothing befell.
+Linux, as root (a full disk and a read-only one are mounted). Ends after `--minutes` at the latest. Exits with 1 if a fault led
+to anything but a clear word, or the numbers of a run that nothing befell; if too few kills came while the process lived; or if
+time was up before all was done. Results are written after each kind, and `--only` renews its kinds there alone.
 """
 
 import collections
-import contextlib
+import json
 import pathlib
-import random
-import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+import traceback
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-import e2sad_jax
-from e2sad_jax import jobs, report
-from e2sad_jax.errors import Error
-from e2sad_jax.workdir import LOCK, write_json, write_text
-from tests.torture import preload, runs  # noqa: F401
-from tests.torture.damage import flip, truncate
-from tests.torture.runs import COMPARE, EVALUATE, KILLED, TRAIN, Ended, Runs
+from e2sad_jax import report
+from e2sad_jax.workdir import write_json, write_text
+from tests.torture.faults import Torture
 
 FLAGS = flags.FLAGS
-GRACE = 10.0  # seconds in which a run ends that is told to
-
-
-class Torture:
-    """All faults, one method a kind, and what became of each."""
-
-    def __init__(self, folder: pathlib.Path, seed: int):
-        self.folder, self.seed, self.runs = folder, seed, Runs(folder)
-        self.outcomes: dict[str, collections.Counter[str]] = {}
-        self.wrong: list[str] = []
-        self._names = iter(range(1_000_000))
-
-    def prepare(self) -> None:
-        """The runs that nothing befalls, which fill the cache of compiled programs too."""
-        self.whole = self.folder / "whole"
-        done = self.runs.call(*TRAIN, f"--workdir={self.whole}")
-        assert done.code == 0, done.err
-        self.seconds = done.seconds
-        self.expected = runs.left(self.whole)
-        self.stopped = self.folder / "stopped"  # with a last checkpoint that is not the best
-        for _ in range(5):
-            process = self.runs.start(*TRAIN, f"--workdir={self.stopped}")
-            ended = runs.strike(process, signal.SIGTERM, runs.moments(self.stopped)["step"], 0)
-            if len(list((self.stopped / "checkpoints").glob("*"))) == 2:
-                break
-            shutil.rmtree(self.stopped)
-        assert ended.code == 143, ended.err
-
-    def note(self, fault: str, outcome: str, right: bool, said: str = "") -> None:
-        """Counts an outcome of a fault, and prints one that is not right."""
-        self.outcomes.setdefault(fault, collections.Counter())[outcome if right else f"WRONG: {outcome}"] += 1
-        if not right:
-            self.wrong.append(f"{fault}: {outcome}")
-        print(f"{'' if right else 'WRONG: '}{fault}: {outcome}{'' if right else chr(10) + said}", flush=True)
-
-    def random(self, name: str) -> random.Random:
-        return random.Random(f"{self.seed} {name}")
-
-    def new(self, like: pathlib.Path | None = None) -> pathlib.Path:
-        """A folder of its own, a copy of another if there is one."""
-        folder = self.folder / f"w{next(self._names)}"
-        if like:
-            shutil.copytree(like, folder)
-        return folder
-
-    def again(self, fault: str, workdir: pathlib.Path, words: str = "", judged: bool = True) -> Ended:
-        """The same command once more: it must end with the numbers of the run that nothing befell.
-
-        Args:
-          fault: what befell it.
-          workdir: its folder.
-          words: what must be said of that.
-          judged: whether all checkpoints were, so that the best must be the same too.
-        """
-        done = self.runs.call(*TRAIN, f"--workdir={workdir}")
-        if done.code or "Traceback" in done.err:
-            self.note(fault, f"the same command ended with {done.code}", False, done.err)
-        elif words not in done.err:
-            self.note(fault, f"not a word of it: {words!r}", False, done.err)
-        elif different := runs.differing(*(runs.left(w, judged) for w in (workdir, self.whole))):
-            self.note(fault, f"other numbers than an uninterrupted run: {different}", False, done.err)
-        else:
-            self.note(
-                fault, f"{'warned; ' if words else ''}the same command ended with the numbers of a whole run", True
-            )
-        shutil.rmtree(workdir, ignore_errors=True)
-        return done
-
-    # Faults.
-
-    def kill_training(self, chains: int) -> None:
-        """Several kills of one run, each in another phase, then to its end."""
-        for chain in range(chains):
-            rng, workdir = self.random(f"kill {chain}"), self.new()
-            for name in ("compile", "step", "validation", "checkpoint", "second checkpoint", "evaluation", "results"):
-                moment, delay = runs.moments(workdir)[name], rng.choice([0, 0.01 * rng.random(), 0.2 * rng.random()])
-                had, before = jobs.steps_in(workdir), {*workdir.glob(".*.tmp")}
-                process = self.runs.start(*TRAIN, f"--workdir={workdir}")
-                if name == "compile":
-                    delay = self.seconds / 3 * rng.random()
-                ended = runs.strike(process, signal.SIGKILL, moment, delay)
-                where = runs.phase(workdir, before)
-                if had and had[-1] < 40 and "Going on from" not in ended.err:
-                    where = "starting again"
-                told = f"killed: {where}" if ended.code == KILLED else f"ended with {ended.code} before the kill"
-                print(f"{name}, {delay:.3f} s later, after {ended.seconds:.1f} s:", end=" ")
-                self.note("kill -9 in training", told, ended.code in (KILLED, 0), ended.err)
-                if steps := jobs.steps_in(workdir):
-                    assert e2sad_jax.load(workdir).step == steps[-1]
-            self.again("kill -9 in training, then to the end", workdir)
-
-    def kill_comparison(self, times: int) -> None:
-        rng, folder = self.random("comparison"), self.new()
-        whole = self.new()
-        for workdir in (whole, self.new()):  # the second with all programs compiled before
-            done = self.runs.call(*COMPARE, f"--workdir={workdir}")
-            assert done.code == 0, done.err
-        moments: list[Callable[[], bool]] = [
-            lambda: any(folder.glob("*/checkpoints/8")),
-            lambda: any(folder.glob("*/auto.json")),
-            lambda: (folder / "compare.json").exists(),
-        ]
-        for i in range(times):
-            moment = moments[i % 3] if i < 3 else lambda: True
-            delay = 0.5 * rng.random() if i < 3 else done.seconds * (0.3 + 0.6 * rng.random())
-            ended = runs.strike(self.runs.start(*COMPARE, f"--workdir={folder}"), signal.SIGKILL, moment, delay)
-            kept = len(list(folder.glob("*/auto.json")))
-            what = "before the first result" if not kept else f"with results of {kept} of 2 models"
-            told = f"killed {what}" if ended.code == KILLED else "ended before the kill"
-            self.note("kill -9 in experiments.compare", told, ended.code in (KILLED, 0), ended.err)
-        done = self.runs.call(*COMPARE, f"--workdir={folder}")
-        same = done.code == 0 and runs.compared(folder) == runs.compared(whole)
-        told = "the same command ended with the numbers of a whole one"
-        self.note("kill -9 in experiments.compare, then to the end", told, same, done.err)
-        for path in (*folder.glob("*/auto.json"), *folder.glob("*/auto.json")):
-            rng.choice([flip, truncate])(path, rng)
-            done = self.runs.call(*COMPARE, f"--workdir={folder}")
-            same = (
-                done.code == 0
-                and "attacks are made again" in done.err
-                and runs.compared(folder) == runs.compared(whole)
-            )
-            self.note(
-                "auto.json of experiments.compare damaged", "warned; attacked again, same numbers", same, done.err
-            )
-
-    def kill_evaluation(self, times: int) -> None:
-        rng, workdir = self.random("evaluation"), self.new(self.whole)
-        command = (*EVALUATE, f"--workdir={workdir}")
-        done = self.runs.call(*command)
-        assert done.code == 0, done.err
-        expected = runs.evaluated(workdir / "evaluation")
-        done = self.runs.call(*command)
-        for _ in range(times):
-            delay = done.seconds * (0.3 + 0.7 * rng.random())
-            ended = runs.strike(self.runs.start(*command), signal.SIGKILL, lambda: True, delay)
-            told = "killed" if ended.code == KILLED else "ended before the kill"
-            self.note("kill -9 in experiments.evaluate", told, ended.code in (KILLED, 0), ended.err)
-        done = self.runs.call(*command)
-        same = done.code == 0 and runs.evaluated(workdir / "evaluation") == expected
-        self.note("kill -9 in experiments.evaluate, then to the end", "the same numbers", same, done.err)
-
-    def kill_preparation(self, times: int) -> None:
-        rng, folder = self.random("preparation"), self.new()
-        folder.mkdir()
-        moments: list[Callable[[], bool]] = [
-            lambda: any(folder.glob("data/array_record/mnist/*incomplete*")),
-            lambda: any(folder.glob("data/array_record/mnist/3*")),
-            lambda: any(folder.glob("data/decoded/.*")),
-            lambda: (folder / "data/decoded/mnist.npz").exists(),
-        ]
-        for i in range(times):
-            process = self.runs.start("-c", PREPARE, str(folder))
-            ended = runs.strike(process, signal.SIGKILL, moments[i % 4], 0.02 * rng.random())
-            there = sorted(p.name for p in folder.glob("data/decoded/mnist.npz"))
-            told = (
-                f"killed {'with' if there else 'before'} the decoded copy"
-                if ended.code == KILLED
-                else "ended before the kill"
-            )
-            self.note("kill -9 in data preparation", told, ended.code in (KILLED, 0), ended.err)
-        done = self.runs.call("-c", PREPARE, str(folder))
-        whole = self.new()
-        whole.mkdir()
-        expected = self.runs.call("-c", PREPARE, str(whole))
-        same = done.code == expected.code == 0 and done.out == expected.out
-        self.note(
-            "kill -9 in data preparation, then again", "the data of an undisturbed one", same, done.err + expected.err
-        )
-        copy = folder / "data/decoded/mnist.npz"
-        for _ in range(times):
-            rng.choice([flip, truncate])(copy, rng)
-            done = self.runs.call("-c", PREPARE, str(folder))
-            same = done.code == 0 and done.out == expected.out
-            self.note(
-                "decoded copy of the data damaged", "made anew, or not in the data: the same data", same, done.err
-            )
-
-    def full_disk(self, times: int) -> None:
-        rng = self.random("full")
-        size = sum(path.stat().st_size for path in self.whole.rglob("*") if path.is_file()) // 1024
-        for i in range(times):
-            with mounted(self.new(), f"size={int(size * (i + rng.random()) * 1.6 / times) + 8}k") as disk:
-                ended = self.runs.call(*TRAIN, f"--workdir={disk / 'w'}", timeout=90)
-                names = {p.name for p in (disk / "w").glob("*")} if (disk / "w").exists() else set()
-                reached = max([0, *jobs.steps_in(disk / "w")])
-                when = "after the results" if "results.json" in names else f"with the checkpoint of step {reached}"
-                full = "No space left" in ended.err or "ENOSPC" in ended.err
-                if ended.code == 0:
-                    self.note("disk full", "it sufficed", True)
-                else:
-                    right = ended.clear and ended.code in (1, 2) and full
-                    self.note("disk full", f"exit code {ended.code} {when}", right, f"{ended.code} {ended.err}")
-                subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
-                self.again("disk full, then room again", disk / "w")
-
-    def read_only(self) -> None:
-        for what in ("a new workdir", "a stopped run"):
-            with mounted(self.new(), "size=1g") as disk:
-                if what == "a stopped run":
-                    shutil.copytree(self.stopped, disk / "w")
-                subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-                ended = self.runs.call(*TRAIN, f"--workdir={disk / 'w'}")
-                right = ended.code == 2 and ended.clear and "Read-only file system" in ended.last
-                self.note("read-only disk", f"refused with exit code {ended.code}", right, ended.err)
-                subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-                self.again("read-only disk, then writable", disk / "w")
-
-    def deleted(self) -> None:
-        for name in ("step", "validation", "evaluation"):
-            workdir = self.new()
-            moment = runs.moments(workdir)[name]
-            process = self.runs.start(*TRAIN, f"--workdir={workdir}")
-            while process.poll() is None and not moment():
-                time.sleep(0.002)
-            shutil.rmtree(workdir, ignore_errors=True)
-            shutil.rmtree(workdir, ignore_errors=True)
-            ended = process.end()
-            right = ended.code == 1 and ended.clear
-            self.note(f"workdir deleted in a run ({name})", f"exit code {ended.code}, in one line", right, ended.err)
-            if workdir.exists():
-                left = sorted(str(p.relative_to(workdir)) for p in workdir.rglob("*"))
-                self.note(f"workdir deleted in a run ({name})", "nothing made anew", not left, str(left) + ended.err)
-            self.again("workdir deleted, then again", workdir)
-
-    def damaged(self, times: int) -> None:
-        """Flipped bits and truncations in every file that is read back, one at a time."""
-        rng = self.random("damage")
-        whole = {which: e2sad_jax.load(self.stopped, which) for which in ("last", "best")}
-        expected = {which: (jobs.digest(c.params), c.step, c.config) for which, c in whole.items()}
-        files = [p for p in (self.stopped / "checkpoints").rglob("*") if p.is_file()] + [self.stopped / "config.json"]
-        for i in range(times):
-            path = files[i % len(files)]
-            kind = "config.json" if path.name == "config.json" else f"checkpoint file {path.name}"
-            kind = "checkpoint array data" if path.parent.name == "d" else kind
-            before = path.read_bytes()
-            how = rng.choice([flip, flip, flip, truncate])
-            how(path, rng)
-            for which in ("last", "best"):
-                try:
-                    found = e2sad_jax.load(self.stopped, which)
-                    same = (jobs.digest(found.params), found.step, found.config) == expected[which]
-                    self.note(f"{kind} damaged, read by load", "the right network" if same else "A WRONG ONE", same)
-                except Error as error:
-                    self.note(f"{kind} damaged, read by load", "refused", "\n" not in str(error), str(error))
-                except Exception as error:
-                    self.note(f"{kind} damaged, read by load", f"{type(error).__name__}: {error}", False)
-            path.write_bytes(before)
-
-    def damaged_commands(self) -> None:
-        """The same through the command line: what it does about each."""
-        rng = self.random("damaged commands")
-        last, best = sorted(jobs.steps_in(self.stopped), reverse=True)
-
-        def largest(workdir: pathlib.Path, step: int) -> pathlib.Path:
-            return max((workdir / f"checkpoints/{step}").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
-
-        for how in (flip, truncate):
-            for what in ("array", "metrics/metrics", "default/_METADATA"):
-                workdir = self.new(self.stopped)
-                path = largest(workdir, last) if what == "array" else workdir / f"checkpoints/{last}/{what}"
-                how(path, rng)
-                words = (
-                    f"the checkpoint of step {last} is damaged"
-                    if what != "default/_METADATA" or how == truncate
-                    else ""
-                )
-                self.again(f"last checkpoint damaged ({what}), an earlier one whole", workdir, words)
-            for step, only in ((best, False), (last, True)):
-                workdir = self.new(self.stopped)
-                if only:
-                    shutil.rmtree(workdir / f"checkpoints/{best}")
-                how(largest(workdir, step), rng)
-                ended = self.runs.call(*TRAIN, f"--workdir={workdir}")
-                right = (
-                    ended.code == 2 and ended.clear and f"checkpoints/{step}" in ended.last and "delete" in ended.last
-                )
-                fault = "the only checkpoint damaged" if only else "best checkpoint damaged, not the last"
-                self.note(fault, "refused, saying what to do", right, ended.err)
-                shutil.rmtree(workdir / f"checkpoints/{step}")
-                if only:
-                    self.again(f"{fault}, then deleted", workdir)
-            workdir = self.new(self.stopped)
-            how(workdir / "config.json", rng)
-            ended = self.runs.call(*TRAIN, f"--workdir={workdir}")
-            self.note("config.json damaged", "refused", ended.code == 2 and ended.clear, ended.err)
-            for name in ("metrics.jsonl", "training.json", "results.json", "outcomes.npz"):
-                workdir = self.new(self.whole if name in ("results.json", "outcomes.npz") else self.stopped)
-                how(workdir / name, rng)
-                if name == "metrics.jsonl":  # a log, whose numbers nothing is computed from
-                    done = self.runs.call(*TRAIN, f"--workdir={workdir}")
-                    found = {k: v for k, v in runs.left(workdir).items() if k != "metrics"} if done.code == 0 else {}
-                    same = found == {k: v for k, v in self.expected.items() if k != "metrics"}
-                    self.note("metrics.jsonl damaged", "the same results", same, done.err)
-                else:
-                    self.again(f"{name} damaged", workdir)
-
-    def two_runs(self) -> None:
-        workdir = self.new()
-        process = self.runs.start(*TRAIN, f"--workdir={workdir}", "--steps=100000")
-        while process.poll() is None and not runs.moments(workdir)["step"]():
-            time.sleep(0.01)
-        ended = self.runs.call(*TRAIN, f"--workdir={workdir}", "--steps=100000")
-        named = f"process {process.pid} on {socket.gethostname()}" in ended.last
-        self.note("second run in a workdir", "refused, naming the first", ended.code == 2 and named, ended.err)
-        self.note("second run in a workdir", "the first goes on", process.poll() is None)
-        process.kill()
-        process.end()
-        owner = (workdir / LOCK).read_text()
-        self.note("lock of a killed process", "names it", str(process.pid) in owner, owner)
-        ended = self.runs.call(*TRAIN, f"--workdir={workdir}", f"--steps={max(jobs.steps_in(workdir)) + 10}")
-        self.note("lock of a killed process", "taken over", ended.code == 0, ended.err)
-
-    def told_to_stop(self) -> None:
-        """SIGTERM and Ctrl-C in every phase of a run, and in the other commands."""
-        rng, longest = self.random("signals"), 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            for name in ("start", "compile", "step", "validation", "checkpoint", "evaluation"):
-                workdir = self.new()
-                process = self.runs.start(*TRAIN, f"--workdir={workdir}")
-                delay = rng.random() * (self.seconds / 3 if name == "start" else 0.1)
-                moment = runs.moments(workdir)[name]
-                while process.poll() is None and not moment():
-                    time.sleep(0.002)
-                time.sleep(delay)
-                struck = time.monotonic()
-                process.send_signal(number)
-                ended = process.end(60)
-                seconds = time.monotonic() - struck
-                right = ended.code in (128 + number, -number, 0) and seconds < GRACE and "Traceback" not in ended.err
-                code = {0: "had finished", -number: "ended by the signal"}.get(ended.code, f"exit code {ended.code}")
-                self.note(f"{number.name} in {name}", code, right, f"{seconds:.1f} s, {ended.code}, {ended.err}")
-                longest = max(longest, seconds)
-                self.again(f"{number.name}, then the same command", workdir, judged=False)
-        self.note("SIGTERM and SIGINT, all of these", f"at most {longest:.1f} s from the signal to the end", True)
-
-    def told_in_compiler(self) -> None:
-        """Of a step for which XLA takes long, with nothing compiled before."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            workdir = self.new()
-            anew = "import jax; jax.config.update('jax_enable_compilation_cache', False)"
-            command = (*TRAIN, f"--workdir={workdir}", "--defense=pgd", "--attack_steps=60", "--steps=1")
-            process = self.runs.start(*command, patch=anew)
-            while process.poll() is None and not (workdir / "metrics.jsonl").exists():
-                time.sleep(0.01)
-            time.sleep(2)
-            ended = runs.strike(process, number, lambda: True, 0)
-            right = ended.code == 128 + number and ended.seconds < GRACE and "Traceback" not in ended.err
-            told = (
-                "exit code 128 + signal, before the compiler is done"
-                if "before the first" in ended.err
-                else "exit code"
-            )
-            self.note(f"{number.name} in a long compilation", told, right, f"{ended.seconds:.1f} s {ended.err}")
-            done = self.runs.call(*command)
-            self.note(f"{number.name} in a long compilation", "the same command ends", done.code == 0, done.err)
-
-    def broken(self) -> None:
-        """A loss that is not finite, memory that does not suffice, a device that fails."""
-        for what, (code, error, words) in ERRORS.items():
-            for where, (patch, kept) in PATCHES.items():
-                workdir, fault = self.new(), f"{what} in {where} (raised on purpose)"
-                ended = self.runs.call(*TRAIN, f"--workdir={workdir}", patch=patch.format(error=error))
-                right = ended.code == code and ended.clear and all(word in ended.last for word in (*words, *kept))
-                self.note(fault, f"exit code {ended.code}, naming step, checkpoint, remedy", right, ended.err)
-                self.again(f"{what}, then without it", workdir)
-        workdir = self.new()
-        ended = self.runs.call(*TRAIN, f"--workdir={workdir}", "--learning_rate=1e35")
-        right = ended.code == 3 and ended.clear and "--learning_rate" in ended.last
-        self.note("loss not finite", "exit code 3, naming the flag", right, ended.err)
-        for gigabytes in (4, 3, 2):
-            flags = ("--batch_size=1400", "--defense=pgd", "--model=mnist_cnn", "--steps=2", f"--workdir={self.new()}")
-            ended = self.runs.call(*TRAIN, *flags, timeout=100, limit=gigabytes * 2**30)
-            self.note(
-                f"address space of {gigabytes} GiB", f"exit code {ended.code}: {ended.last[:70]}", True, ended.err
-            )
-
-
-ERRORS = {  # exit code; what XLA says; what must be said of it
-    "out of memory": (
-        6,
-        "RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes",
-        ("out of memory", "--eval_batch_size"),
-    ),
-    "dead device": (
-        7,
-        "INTERNAL: an illegal memory access was encountered",
-        ("the device failed", "JAX_PLATFORMS=cpu"),
-    ),
-}
-PATCHES = {  # where it is raised; what must be said of that
-    "a step": (
-        """
-import jax
-from e2sad_jax import jobs
-real = jobs.Recorder.__call__
-def call(self, step, *rest):
-    if step == 25:
-        raise jax.errors.JaxRuntimeError("{error}")
-    return real(self, step, *rest)
-jobs.Recorder.__call__ = call
-""",
-        ("after step 2", "the checkpoint of step 20 is whole"),
-    ),
-    "evaluation": (
-        """
-import jax
-from e2sad_jax import jobs
-real = jobs.attack
-def attack(job, params, tested, *rest, **more):
-    if tested is not job.watched:
-        raise jax.errors.JaxRuntimeError("{error}")
-    return real(job, params, tested, *rest, **more)
-jobs.attack = attack
-""",
-        ("in the attacks on step 40", "the checkpoints are whole"),
-    ),
-}
-PREPARE = """
-import os, pathlib, sys
-import pytest
-from e2sad_jax import data
-from tests.test_data_prepare import Mini
-
-folder = pathlib.Path(sys.argv[1])
-mini = Mini("mnist", folder / f"origin{os.getpid()}", pytest.MonkeyPatch())
-mini.place(folder / "data")
-dataset = data.load("mnist", folder / "data")
-print(dataset.sha256)
-"""
-
-
-@contextlib.contextmanager
-def mounted(folder: pathlib.Path, options: str) -> Iterator[pathlib.Path]:
-    """A small disk of its own."""
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 ALL = {  # how often, where that may be chosen
     **{"kill_training": 3, "kill_comparison": 5, "kill_evaluation": 3, "kill_preparation": 4, "full_disk": 8},
     **{"read_only": 0, "deleted": 0, "damaged": 300, "damaged_commands": 0, "two_runs": 0, "told_to_stop": 0},
     **{"told_in_compiler": 0, "broken": 0},
 }
+PROMISED = 30  # kills -9 of living processes, where none of the kinds is left out or done less often
+LANDED = 0.75  # of all kills, at least
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """torture.md: each fault, how often, what became of it, and by which command."""
-    e = result["environment"]
+class OutOfTime(BaseException):
+    """`--minutes` are over."""
+
+
+def markdown(kinds: dict[str, Any]) -> str:
+    """torture.md: each fault, how often, what became of it, where kills landed, and by which command."""
+    rows = [(kind, *row.values()) for kind in kinds for row in kinds[kind]["rows"]]
+    kills: collections.Counter[str] = collections.Counter()
+    for kind in kinds.values():
+        kills.update(kind["kills"])
+    missed, wrong = (sum(kind[name] for kind in kinds.values()) for name in ("missed", "wrong"))
     lines = [
         "# Faults, and what became of the runs",
         "",
         "Real processes on the embedded digits, forked from one that has imported all; a `digits_cnn` of 4 and 8 filters, "
-        f"40 steps of 16, three attacks; {result['faults']:,} outcomes, "
-        f"{result['wrong']:,} of them wrong; seed {result['seed']}, {result['seconds'] / 60:.0f} minutes.",
+        f"40 steps of 16, three attacks. {sum(row[-1] for row in rows):,} outcomes, {wrong:,} of them wrong.",
         "",
-        "| fault | times | outcome |",
-        "| --- | ---: | --- |",
     ]
-    for row in result["rows"]:
-        lines += [f"| {row['fault']} | {row['times']:,} | {row['outcome']} |"]
+    if left := [name for name in ALL if name not in kinds]:
+        lines += [f"Not done: {', '.join(left)}.", ""]
+    lines += ["| kind | fault | outcome | times |", "| --- | --- | --- | ---: |"]
+    lines += [f"| {' | '.join(map(str, row[:-1]))} | {row[-1]:,} |" for row in rows]
     lines += [
         "",
-        f"- Command: `{result['command']}`",
-        f"- Run {e['date']} on {e['hardware']}; Python {e['python']}, JAX {e['jax']}; commit {e['commit']}.",
+        f"Where `kill -9` found the process: {kills.total():,} kills while it lived, {missed:,} after its end.",
+        "",
+        "| phase | kills |",
+        "| --- | ---: |",
+        *(f"| {phase} | {times:,} |" for phase, times in kills.most_common()),
+        "",
     ]
+    for name, kind in kinds.items():
+        e = kind["environment"]
+        lines += [
+            f"- {name}: `{kind['command']}`, {e['date']}, {e['hardware']}, {kind['seconds'] / 60:.1f} minutes; "
+            f"Python {e['python']}, JAX {e['jax']}; commit {e['commit']}."
+        ]
     return "\n".join(lines) + "\n"
 
 
+def wrong(kinds: dict[str, Any], share: float) -> list[str]:
+    """What is not as it must be, where kinds of faults were done that share of the usual number of times."""
+    found = [f"{name}: {kind['wrong']} wrong" for name, kind in kinds.items() if kind["wrong"]]
+    landed, missed = (sum(kind[what] for kind in kinds.values()) for what in ("landed", "missed"))
+    if landed < LANDED * (landed + missed) or (share >= 1 and set(kinds) >= set(ALL) and landed < PROMISED):
+        found += [f"kills: {landed} while the process lived, {missed} after its end: they prove too little"]
+    return found
+
+
 def main(argv: list[str]) -> None:
-    began = time.monotonic()
+    from tests.torture import preload  # noqa: F401  # makes networks small, so not where tests import this
+
     report.commit()
     logging.set_verbosity(logging.WARNING)
-    with tempfile.TemporaryDirectory(prefix="torture_") as folder:
+    results = pathlib.Path(FLAGS.results) if FLAGS.results else None
+    kinds: dict[str, Any] = {}
+    if results and FLAGS.only and (results / "torture.json").exists():
+        kinds = json.loads((results / "torture.json").read_text())
+
+    def out_of_time(number: int, frame: Any) -> NoReturn:
+        raise OutOfTime
+
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.setitimer(signal.ITIMER_REAL, 60 * FLAGS.minutes)
+    done: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="torture_", ignore_cleanup_errors=True) as folder:
         torture = Torture(pathlib.Path(folder), FLAGS.seed)
-        torture.prepare()
-        for name in FLAGS.only or ALL:
-            times = [max(1, round(ALL[name] * FLAGS.share))] if ALL[name] else []
-            getattr(torture, name)(*times)
-    rows = [
-        {"fault": fault, "outcome": outcome, "times": times}
-        for fault, outcomes in torture.outcomes.items()
-        for outcome, times in outcomes.most_common()
-    ]
-    result = {
-        "rows": rows,
-        "faults": sum(row["times"] for row in rows),
-        "wrong": len(torture.wrong),
-        "seed": FLAGS.seed,
-        "seconds": round(time.monotonic() - began, 1),
-        "command": report.command(),
-        "environment": report.environment(),
-    }
-    print("\n" + markdown(result))
-    if FLAGS.results:
-        results = pathlib.Path(FLAGS.results)
-        results.mkdir(parents=True, exist_ok=True)
-        write_json(results / "torture.json", result)
-        write_text(results / "torture.md", markdown(result))
-    sys.exit(bool(torture.wrong))
+        try:
+            torture.prepare()
+            for name in FLAGS.only or ALL:
+                began = time.monotonic()
+                times = [max(1, round(ALL[name] * FLAGS.share))] if ALL[name] else []
+                try:
+                    getattr(torture, name)(*times)
+                except Exception:  # of this suite: the other kinds have their turn
+                    traceback.print_exc()
+                    torture.taken()
+                    continue
+                kinds[name] = {
+                    **torture.taken(),
+                    "seed": FLAGS.seed,
+                    "seconds": round(time.monotonic() - began, 1),
+                    "command": report.command(),
+                    "environment": report.environment(),
+                }
+                kinds = {name: kinds[name] for name in ALL if name in kinds}
+                done.append(name)
+                if results:
+                    results.mkdir(parents=True, exist_ok=True)
+                    write_json(results / "torture.json", kinds)
+                    write_text(results / "torture.md", markdown(kinds))
+        except OutOfTime:
+            print(f"--minutes={FLAGS.minutes}: over", file=sys.stderr)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            torture.runs.kill()
+    print("\n" + markdown(kinds))
+    left = [f"not done: {name}" for name in FLAGS.only or ALL if name not in done]
+    sys.exit("\n".join(left + wrong(kinds, FLAGS.share)) or 0)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("results", "", "folder for torture.md and .json, empty: only print")
     flags.DEFINE_integer("seed", 0, "of moments and damage")
     flags.DEFINE_float("share", 1.0, "of the usual number of times")
+    flags.DEFINE_float("minutes", 60.0, "after so many it ends, whatever is left to do", lower_bound=0)
     flags.DEFINE_multi_enum("only", None, list(ALL), "one of these alone, may be given several times")
     app.run(main)

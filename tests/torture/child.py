@@ -7,8 +7,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from tests.torture.phases import END, tell
 
-def command(argv: Sequence[str], patch: str, out: str, err: str, limit: int) -> None:
+
+def command(argv: Sequence[str], patch: str, out: str, err: str, phases: str, limit: int) -> None:
     """`python -m MODULE FLAGS ...` or `python -c PROGRAM ...`, in a process of its own.
 
     Args:
@@ -16,6 +18,7 @@ def command(argv: Sequence[str], patch: str, out: str, err: str, limit: int) -> 
       patch: a program to be run before.
       out: file for standard output.
       err: file for standard error.
+      phases: file for the phases that it enters.
       limit: bytes of address space, 0 for no limit.
     """
     for number, path in ((1, out), (2, err)):
@@ -24,6 +27,7 @@ def command(argv: Sequence[str], patch: str, out: str, err: str, limit: int) -> 
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    enter = tell(phases)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     sys.argv = ["-c", *argv[2:]]
     code: object = 0
@@ -39,5 +43,6 @@ def command(argv: Sequence[str], patch: str, out: str, err: str, limit: int) -> 
         traceback.print_exc()
         code = 1
     atexit._run_exitfuncs()
+    enter(END)
     sys.stdout.flush()
     os._exit(code if isinstance(code, int) else 1)

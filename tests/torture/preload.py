@@ -5,16 +5,20 @@ import functools
 import matplotlib.figure  # noqa: F401
 import tensorboardX.event_file_writer  # noqa: F401
 
-from e2sad_jax import comparison, data, evaluate, models, plots, run  # noqa: F401
-from e2sad_jax.diagnosis import run as diagnosis  # noqa: F401
+from e2sad_jax import data, evaluate, jobs, models, plots, run  # noqa: F401
+from e2sad_jax.diagnosis import curves
+from e2sad_jax.diagnosis import run as diagnosis
 from e2sad_jax.evaluate import Attack
 from experiments import common  # noqa: F401
+from tests.torture import phases  # noqa: F401
 
 models.MODELS["digits_cnn"] = functools.partial(models.MnistCNN, features=(4, 8), hidden=64)
 evaluate.SUITES["digits"] = (
     Attack("clean", "clean"),
     Attack("FGSM 0.2", "fgsm", 0.2, 1),
-    Attack("PGD-4", "pgd", 0.2, 4, 0.1),
+    Attack("PGD-2", "pgd", 0.2, 2, 0.1),
 )
+jobs.Attack = lambda name, kind, eps=0.0, steps=0, *rest: Attack(name, kind, eps, min(steps, 2), *rest)
+diagnosis.Effort = functools.partial(curves.Effort, budgets=(0.5, 1.0), steps=(1, 2), pgd_steps=2, apgd_steps=4)
 digits, load = data.load("digits"), data.load
 data.load = lambda name, data_dir=None: digits if name == "digits" else load(name, data_dir)

@@ -1,5 +1,6 @@
 """Real commands as real processes: started, watched, struck at a moment, and what they leave told in a few values."""
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -8,7 +9,7 @@ import pathlib
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from typing import Any
@@ -26,7 +27,7 @@ TRAIN = (
 )
 COMPARE = (
     *("-m", "experiments.compare", "--data=digits", "--steps=8", "--batch_size=16", "--validation_examples=30"),
-    *("--examples=30", "--queries=30", "--apgd_steps=4", "--targets=2", "--entry=natural", "--entry=PGD-2"),
+    *("--examples=30", "--queries=10", "--apgd_steps=4", "--targets=1", "--entry=natural", "--entry=PGD-2"),
 )
 EVALUATE = ("-m", "experiments.evaluate", "--examples=12", "--batch_size=12", "--queries=20", "--targets=1")
 
@@ -39,12 +40,14 @@ class Ended:
       code: exit code, negative for a signal.
       out: standard output.
       err: standard error.
-      seconds: from the blow, or from the start, to the end.
+      phases: that it entered, and the seconds of computing until then.
+      seconds: waited for the end.
     """
 
     code: int
     out: str
     err: str
+    phases: list[tuple[str, float]]
     seconds: float
 
     @property
@@ -57,12 +60,27 @@ class Ended:
         """Whether it ended with a word of ours: a documented code, one line of reason and no traceback."""
         return self.code in (1, 2, 3, 5, 6, 7, 130, 143) and "Traceback" not in self.err and bool(self.last)
 
+    def lasted(self, phase: str) -> list[float]:
+        """Seconds of computing in each of its times in a phase, but for the very last one."""
+        following = zip(self.phases, self.phases[1:], strict=False)
+        return [then - since for (name, since), (_, then) in following if name == phase]
+
+
+def waiting(seconds: float, step: float = 0.005) -> Iterator[float]:
+    """The turns of a wait, each with the seconds waited; a time in which this process itself was stopped counts as one."""
+    waited = 0.0
+    while waited < seconds:
+        yield waited
+        before = time.monotonic()
+        time.sleep(step)
+        waited += min(time.monotonic() - before, 1.0)
+
 
 class Started:
     """A command under way."""
 
-    def __init__(self, process: ForkServerProcess, out: pathlib.Path, err: pathlib.Path):
-        self._process, self._files = process, (out, err)
+    def __init__(self, process: ForkServerProcess, out: pathlib.Path, err: pathlib.Path, phases: pathlib.Path):
+        self._process, self._files, self._phases = process, (out, err), phases
         process.start()
         self.pid = process.pid
 
@@ -70,23 +88,48 @@ class Started:
         """Its exit code, negative for a signal; None while it is at work."""
         return self._process.exitcode
 
+    def computed(self) -> float:
+        """Seconds of computing so far, whatever else the machine has to do; 0 once it has ended."""
+        try:
+            return time.clock_gettime((~self.pid << 3) | 2)  # Linux's clock of a process
+        except OSError:
+            return 0.0
+
+    def phases(self) -> list[tuple[str, float]]:
+        """Those that it entered, and the seconds of computing until then."""
+        lines = self._phases.read_text().splitlines() if self._phases.exists() else []
+        return [(phase, float(seconds)) for seconds, _, phase in (line.partition(" ") for line in lines)]
+
+    def reach(self, phase: str, times: int = 1, seconds: float = 0.0) -> bool:
+        """Waits until it has entered a phase so many times, and computed for so long since; whether it still lives."""
+        for _ in waiting(600, 0.001):
+            if self.poll() is not None:
+                break
+            since = [then for name, then in self.phases() if name == phase]
+            if len(since) >= times and self.computed() >= since[times - 1] + seconds:
+                return True
+        return False
+
     def send_signal(self, number: int) -> None:
-        os.kill(self._process.pid, number)
+        """Sends a signal, if it has not ended before."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
     def end(self, timeout: float = 600) -> Ended:
         """Waits for it to end; one that hangs is killed, and says so."""
-        began = time.monotonic()
-        self._process.join(timeout)
-        hung = self._process.exitcode is None
+        for seconds in waiting(timeout):  # noqa: B007
+            if self.poll() is not None:
+                break
+        hung = self.poll() is None
         if hung:
-            self._process.kill()
+            self.kill()
             self._process.join()
         out, err = (path.read_text(errors="replace") if path.exists() else "" for path in self._files)
         err += f"\nkilled, because it had not ended after {timeout:.0f} s" * hung
-        return Ended(self._process.exitcode, out, err, time.monotonic() - began)
+        return Ended(self._process.exitcode, out, err, self.phases(), seconds)
 
 
 class Runs:
@@ -95,10 +138,11 @@ class Runs:
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         (folder / "said").mkdir()
-        self._count = 0
+        self._started: list[Started] = []
         before = dict(os.environ)
         os.environ |= {
             "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_backend_optimization_level=1",  # less for the compiler to do
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -111,65 +155,26 @@ class Runs:
 
     def start(self, *command: str, patch: str = "", limit: int = 0) -> Started:
         """Starts Python with these arguments, after the program `patch`, with at most `limit` bytes of address space."""
-        self._count += 1
-        out, err = (self.folder / "said" / f"{self._count}.{name}" for name in ("out", "err"))
-        arguments = (command, patch, str(out), str(err), limit)
-        return Started(self._context.Process(target=child.command, args=arguments), out, err)
+        files = [self.folder / "said" / f"{len(self._started)}.{name}" for name in ("out", "err", "phases")]
+        arguments = (command, patch, *map(str, files), limit)
+        self._started.append(Started(self._context.Process(target=child.command, args=arguments), *files))
+        return self._started[-1]
 
     def call(self, *command: str, timeout: float = 600, **kwargs: Any) -> Ended:
         """Runs Python with these arguments to its end."""
         return self.start(*command, **kwargs).end(timeout)
 
-
-def strike(process: Started, number: int, moment: Callable[[], bool], delay: float) -> Ended:
-    """Sends a signal `delay` seconds after the moment has come, if the process has not ended before."""
-    deadline = time.monotonic() + 200
-    while process.poll() is None and not moment() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    time.sleep(delay)
-    if process.poll() is None:
-        process.send_signal(number)
-    return process.end(60)
+    def kill(self) -> None:
+        """Ends what is still at work."""
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
 
 
-def moments(workdir: pathlib.Path) -> dict[str, Callable[[], bool]]:
-    """Phases of a training run by what its workdir shows."""
-    kept = workdir / "checkpoints"
-
-    def step() -> int:
-        lines = (workdir / "metrics.jsonl").read_text().splitlines() if (workdir / "metrics.jsonl").exists() else []
-        return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
-
-    return {
-        "start": lambda: True,
-        "compile": lambda: (workdir / "metrics.jsonl").exists(),
-        "step": lambda: step() % 10 > 2 and step() > 10,
-        "validation": lambda: step() in (20, 30) and not (kept / str(step())).exists(),
-        "checkpoint": lambda: any(kept.glob("*orbax-checkpoint-tmp*")),
-        "second checkpoint": lambda: (kept / "20").exists() and any(kept.glob("*orbax-checkpoint-tmp*")),
-        "evaluation": lambda: (kept / "40").exists() and not (workdir / "results.json").exists(),
-        "results": lambda: (workdir / "outcomes.npz").exists() or any(workdir.glob(".outcomes*")),
-    }
-
-
-def phase(workdir: pathlib.Path, before: set[pathlib.Path]) -> str:
-    """In which phase a training run was when it was killed, by what it left beside the temporary files of `before`."""
-    kept = workdir / "checkpoints"
-    if (workdir / "results.md").exists():
-        return "after the results"
-    if {*workdir.glob(".*.tmp")} - before or (workdir / "outcomes.npz").exists():
-        return "writing a file"
-    if any(kept.glob("*orbax-checkpoint-tmp*")):
-        return "writing a checkpoint"
-    if (kept / "40").exists():
-        return "evaluation"
-    if not (workdir / "metrics.jsonl").exists():
-        return "before training"
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    if not lines:
-        return "compiling the first step"
-    last = json.loads(lines[-1])["step"] if lines[-1].endswith("}") else -1
-    return "judging a checkpoint" if last % 10 == 0 and not (kept / str(last)).exists() else "a step"
+def writing(command: Sequence[str]) -> bool:
+    """Whether a command that was killed left a checkpoint in the middle."""
+    (workdir,) = (pathlib.Path(word.removeprefix("--workdir=")) for word in command if word.startswith("--workdir="))
+    return any(workdir.rglob("checkpoints/*orbax-checkpoint-tmp*"))
 
 
 def left(workdir: pathlib.Path, judged: bool = True) -> dict[str, Any]:
