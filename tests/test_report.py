@@ -1,5 +1,6 @@
 """What a report says beside the numbers: the paper's only where they are comparable, the command as it can be typed."""
 
+import importlib.machinery
 import json
 import pathlib
 import subprocess
@@ -83,6 +84,10 @@ def test_lines_of_cells_are_aligned():
 def test_the_command_can_be_typed(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mnist.py", "--data=my file.npz", "--steps=3"])
     assert report.command().endswith(" '--data=my file.npz' --steps=3")
+    for name in ("package", "package.__main__"):
+        spec = importlib.machinery.ModuleSpec(name, None)
+        monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec, raising=False)
+        assert report.command() == "python -m package '--data=my file.npz' --steps=3"
 
 
 def test_hardware_is_what_a_run_uses():
