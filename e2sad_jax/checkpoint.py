@@ -29,6 +29,7 @@ from e2sad_jax.errors import (
     WorkdirError,
     first_line,
     of_device,
+    reason,
 )
 from e2sad_jax.train import TrainState, init_state
 from e2sad_jax.transforms import TRANSFORMS, Transform
@@ -140,7 +141,7 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds, those of the thread that writes among them
             raise CheckpointError(
-                f"cannot write a checkpoint in {self.folder}: {first_line(error)}; what was saved before stays, and the "
+                f"cannot write a checkpoint in {self.folder}: {reason(error)}; what was saved before stays, and the "
                 "same command goes on from there"
             ) from error
 

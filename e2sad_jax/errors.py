@@ -17,6 +17,14 @@ def first_line(error: BaseException) -> str:
     return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:300])
 
 
+FULL = "No space left on device"
+
+
+def reason(error: BaseException) -> str:
+    """`first_line`; of a full disk only that, which TensorStore says last, as one of several resources that are exhausted."""
+    return FULL if FULL in str(error) else first_line(error)
+
+
 def of_device(error: BaseException, doing: str, kept: str, lower: str) -> "Error | None":
     """The error that names what JAX raised, None if it is neither memory nor device: then it is a fault of a program.
 
@@ -27,6 +35,8 @@ def of_device(error: BaseException, doing: str, kept: str, lower: str) -> "Error
       lower: flags that take less memory when lowered.
     """
     words = str(error)
+    if FULL in words:
+        return None
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in words:
         return OutOfMemoryError(f"out of memory {doing} ({first_line(error)}); {kept}. Try a lower {lower}")
     if isinstance(error, RuntimeError) and (words.startswith(_OF_DEVICES) or _NO_BACKEND in words):

@@ -90,7 +90,11 @@ def commit() -> str | None:
 def command() -> str:
     """The command line of this process as a user types it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"python -m {spec.name.removesuffix('.__main__')}" if spec is not None and spec.name else f"python {sys.argv[0]}"
+    program = (
+        f"python -m {spec.name.removesuffix('.__main__')}"
+        if spec is not None and spec.name
+        else f"python {sys.argv[0]}"
+    )
     return " ".join([program, *map(shlex.quote, sys.argv[1:])])
 
 

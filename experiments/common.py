@@ -18,6 +18,7 @@ from e2sad_jax import config as config_lib
 from e2sad_jax._npz import one_line
 from e2sad_jax.config import Config
 from e2sad_jax.errors import (
+    FULL,
     ConfigError,
     Error,
     LostProcessError,
@@ -196,6 +197,7 @@ def _end_when_stuck() -> None:
 def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
     _memory.keep_freed()
     _end_when_stuck()
+    logging.get_absl_logger().addFilter(_not_told_elsewhere)
     try:
         run()
         sys.stdout.flush()
@@ -213,12 +215,19 @@ def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
         os._exit(130)  # not through the teardown of threads that the second Ctrl-C cut short
     except Exception as error:
         if not _connected:
+            if FULL in str(error):
+                _fail(f"{FULL}; {failed}", 1)
             if named := of_device(error, "while computing", failed, "batch size"):
                 _fail(str(named), named.exit_code)
             raise
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
+
+
+def _not_told_elsewhere(record: Any) -> bool:
+    """Leaves out the tracebacks of Orbax's threads: what they raise is raised again where the run waits for them."""
+    return not (record.exc_info and "orbax" in pathlib.PurePath(record.pathname).parts)
 
 
 def _program() -> str:

@@ -6,6 +6,7 @@ The short version of `make torture`, which does such things to many real runs.
 import dataclasses
 import errno
 import fcntl
+import logging
 import os
 import pathlib
 import random
@@ -23,12 +24,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from e2sad_jax import comparison, jobs, progress, run
+from e2sad_jax import comparison, errors, jobs, progress, run
 from e2sad_jax.checkpoint import Checkpoints, load
 from e2sad_jax.config import Config
 from e2sad_jax.errors import BusyError, DamagedError, DeviceError, Error, GoneError, OutOfMemoryError, WorkdirError
 from e2sad_jax.evaluate import Outcome
 from e2sad_jax.workdir import LOCK, TRAINING, locked, read_config, read_training, sealed, write_json
+from experiments import common
 from tests.test_train import no_last_evaluation, standard_promotion, tiny_config  # noqa: F401
 from tests.torture import __main__ as torture
 from tests.torture import phases, runs
@@ -433,3 +435,25 @@ def test_faults_that_prove_too_little_fail():
     assert "30 kills while it lived, 2 after its end" in page
     assert "| checkpoint write | 30 |" in page
     assert torture.markdown({"broken": kind}).count("Not done: kill_training, ") == 1
+
+
+def test_a_full_disk_is_not_taken_for_memory_and_orbaxs_threads_tell_nothing_twice(capsys):
+    """TensorStore counts a disk among the resources that are exhausted, and tells which after long names."""
+    error = ValueError(
+        f'RESOURCE_EXHAUSTED: Error writing "{"x" * 400}": [OS error 28: ENOSPC No space left on device]'
+    )
+    assert errors.of_device(error, "in training", "all is kept", "--batch_size") is None
+    assert errors.reason(error) == "No space left on device"
+    assert isinstance(errors.of_device(ValueError("RESOURCE_EXHAUSTED: Out of memory"), "", "", ""), OutOfMemoryError)
+
+    def record(path: str, raised: bool) -> logging.LogRecord:
+        return logging.LogRecord(
+            "absl", logging.ERROR, path, 1, "failed", (), (ValueError, error, None) if raised else None
+        )
+
+    told = [
+        common._not_told_elsewhere(record(f"/lib/{package}/checkpoint/future.py", raised))
+        for package in ("orbax", "orbaxes")
+        for raised in (True, False)
+    ]
+    assert told == [False, True, True, True]
