@@ -1,6 +1,7 @@
 """What the binaries share: one flag per setting of `Config`, errors as one line, and the call into the library."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import signal
@@ -198,6 +199,7 @@ def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
     _memory.keep_freed()
     _end_when_stuck()
     logging.get_absl_logger().addFilter(_not_told_elsewhere)
+    sys.excepthook = functools.partial(_told_late, sys.excepthook)
     try:
         run()
         sys.stdout.flush()
@@ -228,6 +230,12 @@ def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
 def _not_told_elsewhere(record: Any) -> bool:
     """Leaves out the tracebacks of Orbax's threads: what they raise is raised again where the run waits for them."""
     return not (record.exc_info and "orbax" in pathlib.PurePath(record.pathname).parts)
+
+
+def _told_late(told: Callable[..., None], kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Leaves out what TensorStore says when a write comes back after Orbax has given up on it."""
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        told(kind, error, trace)
 
 
 def _program() -> str:

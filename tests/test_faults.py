@@ -457,3 +457,7 @@ def test_a_full_disk_is_not_taken_for_memory_and_orbaxs_threads_tell_nothing_twi
         for raised in (True, False)
     ]
     assert told == [False, True, True, True]
+    late: list[str] = []
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("another"), ValueError("Event loop is closed")):
+        common._told_late(lambda kind, error, trace: late.append(f"{kind.__name__} {error}"), type(error), error, None)
+    assert late == ["RuntimeError another", "ValueError Event loop is closed"]
