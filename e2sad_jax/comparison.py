@@ -56,7 +56,7 @@ _PARTS: Mapping[str, Mapping[str, Any]] = {
 PARTS = {f"e2SAD, robust, {n}": {"defense": "e2sad", "preset": "robust", **c} for n, c in _PARTS.items()}
 _ORDER = {name: i for i, name in enumerate([*ENTRIES, *PARTS])}
 REFERENCE = "e2SAD, robust"  # whose steps are counted where all spend the same FLOPs
-_KNOWN = ", ".join(f'"{name}"' for name in {**ENTRIES, **PARTS})
+_KNOWN = ", ".join(f'"{name}"' for name in _ORDER)
 CHECKPOINTS = ("last", "best")
 _JUDGES = {"test": "test images", "held_out": "images held out of the training set"}
 
@@ -105,7 +105,7 @@ class Request:
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
         for name in self.entry:
-            if name not in {**ENTRIES, **PARTS}:
+            if name not in _ORDER:
                 raise ConfigError(f"--entry={name:.100}: must be of {_KNOWN}")
         if self.parts and self.entry:
             raise ConfigError(f"--parts: chooses what is compared; leave out --entry={self.entry[0]}, or --parts")
@@ -168,6 +168,8 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
         if not runs:
             continue
         rows.append(_row(name, runs))
+        if len(rows) == 1:
+            earlier = _kept(earlier, rows[0], say)
         result = {
             "format": 3,
             "request": dataclasses.asdict(request),
@@ -175,7 +177,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
             "eps": runs[0]["eps"],
             "images": runs[0]["images"],
             "chosen_on": runs[0]["chosen_on"],
-            "rows": sorted([*rows, *_kept(earlier, rows[0], say)], key=lambda row: _ORDER[row["name"]]),
+            "rows": sorted([*rows, *earlier], key=lambda row: _ORDER[row["name"]]),
             "command": report.command(),
             "environment": report.environment(),
         }
@@ -223,14 +225,14 @@ def _same(request: Request, row: Mapping[str, Any]) -> bool:
 
 
 def _kept(
-    earlier: list[dict[str, Any]], row: Mapping[str, Any], say: Callable[[str], None]
-) -> Sequence[dict[str, Any]]:
+    earlier: Sequence[dict[str, Any]], row: Mapping[str, Any], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """Those earlier rows whose models faced the same attacks on the same images as this one's; the others are forgotten."""
-    for other in list(earlier):
-        if other["runs"][0]["asked"] != row["runs"][0]["asked"]:
+    kept = [other for other in earlier if other["runs"][0]["asked"] == row["runs"][0]["asked"]]
+    for other in earlier:
+        if other not in kept:
             say(f"{other['name']}: an earlier row, of other images or attacks; left out")
-            earlier.remove(other)
-    return earlier
+    return kept
 
 
 def _affordable(request: Request, config: Config, dataset: Dataset) -> Config:

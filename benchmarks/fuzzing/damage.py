@@ -1,5 +1,6 @@
 """Damage to bytes and to JSON, odd values, and what a target of `benchmarks.fuzz` is."""
 
+import abc
 import contextlib
 import json
 import os
@@ -110,7 +111,7 @@ def damage_json(rng: random.Random, value: Any) -> tuple[str, bytes]:
     return (kind, content) if kind != "bytes" else ("bytes", damage_bytes(rng, content)[1])
 
 
-class Target:
+class Target(abc.ABC):
     """Something that reads what others may have written.
 
     Attributes:
@@ -125,17 +126,17 @@ class Target:
         """Makes what is to be damaged, in `folder`."""
         self.folder = folder
 
+    @abc.abstractmethod
     def input(self, rng: random.Random) -> tuple[str, Any]:
         """A kind of damage, and a damaged input; of bytes, or what `save` writes."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def run(self, given: Any) -> Any:
         """What became of it: `Refused`, or anything else where it was taken.
 
         Raises:
           Wrong: if it was taken for something that it is not.
         """
-        raise NotImplementedError
 
     def save(self, given: Any, path: pathlib.Path) -> None:
         """Writes an input for people to look at."""
