@@ -15,17 +15,18 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the flags, as the main module's own: `--help` lists those."""
-    from e2sad_jax.comparison import Request
+    from e2sad_jax.comparison.request import Request
 
     for field in dataclasses.fields(Request):
         common.define_flag(field)
 
 
 def _run() -> None:
-    from e2sad_jax import comparison
+    from e2sad_jax.comparison.request import Request
+    from e2sad_jax.comparison.run import run
 
-    values: dict[str, Any] = {f.name: FLAGS[f.name].value for f in dataclasses.fields(comparison.Request)}
-    comparison.run(comparison.Request(**{**values, "entry": tuple(values["entry"] or ())}))
+    values: dict[str, Any] = {f.name: FLAGS[f.name].value for f in dataclasses.fields(Request)}
+    run(Request(**{**values, "entry": tuple(values["entry"] or ())}))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from e2sad_jax import checkpoint, comparison, data, jobs, train
+from e2sad_jax import checkpoint, data, jobs, train
+from e2sad_jax.comparison import judge, price, show
+from e2sad_jax.comparison.request import ENTRIES, PARTS, Request
+from e2sad_jax.comparison.run import run
 from e2sad_jax.config import DEFENSES
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.workdir import read_sealed
@@ -30,28 +33,28 @@ def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypa
     scores = {"natural": {1: 0.0, 2: 1.0, 3: 1.0}, "rs_fgsm": {1: 0.0, 2: 2.0, 3: 1.0}}
     monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": scores[job.config.defense][int(state.step)]})
     monkeypatch.setenv("HOME", str(tmp_path))
-    request = comparison.Request(
+    request = Request(
         entry=("RS-FGSM", "natural"), data="tiny.npz", workdir="~/runs", results=str(tmp_path / "out"), **LITTLE
     )
-    said, attacked, auto = [], [], comparison.auto
+    said, attacked, auto = [], [], judge.auto
 
     def counting(apply, params, *args, **kwargs):
         attacked.append(jobs.digest(params))
         return auto(apply, params, *args, **kwargs)
 
-    monkeypatch.setattr(comparison, "auto", counting)
-    result = comparison.run(request, said.append)
+    monkeypatch.setattr(judge, "auto", counting)
+    result = run(request, said.append)
     assert [row["name"] for row in result["rows"]] == ["natural", "RS-FGSM"], "in the order of their price"
     natural, rs_fgsm = result["rows"]
     assert rs_fgsm["flops"] == pytest.approx(1.7 * natural["flops"], rel=0.1)
     for row in result["rows"]:
-        (run,) = row["runs"]
+        (one,) = row["runs"]
         for which in ("last", "best"):
-            own, mean = run[which], row[which]
+            own, mean = one[which], row[which]
             assert 0 <= mean["robust"] == own["robust"] <= own["after"]["APGD-CE"] <= mean["clean"] == own["clean"]
             assert mean["lowest"] == mean["highest"] == mean["robust"]
-        assert read_sealed(pathlib.Path(run["workdir"]) / "auto.json") == run
-        assert len(jobs.hold_out(tiny, checkpoint.load(run["workdir"]).config)[0].x_train) == 40, "ten are held out"
+        assert read_sealed(pathlib.Path(one["workdir"]) / "auto.json") == one
+        assert len(jobs.hold_out(tiny, checkpoint.load(one["workdir"]).config)[0].x_train) == 40, "ten are held out"
     assert [row[which]["steps"] for row in result["rows"] for which in ("last", "best")] == [[3], [3], [3], [2]]
     kept = [
         checkpoint.load(row["runs"][0]["workdir"], which)
@@ -85,30 +88,30 @@ def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypa
         raise AssertionError("done before")
 
     monkeypatch.setattr(jobs, "train", no_more)
-    monkeypatch.setattr(comparison, "auto", no_more)
-    assert comparison.run(request, said.append)["rows"] == result["rows"]
+    monkeypatch.setattr(judge, "auto", no_more)
+    assert run(request, said.append)["rows"] == result["rows"]
     path = pathlib.Path(rs_fgsm["runs"][0]["workdir"]) / "auto.json"
     known = json.loads(path.read_text())
     of_before = {"asked": {k: v for k, v in known["asked"].items() if k != "checkpoints"}, "step": 3, "robust": 0.5}
     path.write_text(json.dumps(of_before))
     with pytest.raises(AssertionError, match="done before"):
-        comparison.run(request, said.append)
+        run(request, said.append)
     for other in ({"examples": 5}, {"judge": "held_out"}):
         with jax.numpy_dtype_promotion("standard"), pytest.raises(AssertionError, match="done before"):
-            comparison.run(comparison.Request(**{**LITTLE, **other}, data="tiny.npz", workdir="~/runs"), said.append)
+            run(Request(**{**LITTLE, **other}, data="tiny.npz", workdir="~/runs"), said.append)
 
 
 def test_what_is_not_asked_for_again_stays_in_the_table(tiny, tmp_path, monkeypatch, unoptimized, capsys):
     monkeypatch.setattr(data, "load", lambda name, data_dir: tiny)
     paths = {"workdir": str(tmp_path / "runs"), "results": str(tmp_path)}
-    request = comparison.Request(entry=("RS-FGSM",), data="tiny.npz", **paths, **LITTLE)
-    (rs_fgsm,) = comparison.run(request)["rows"]
-    result = comparison.run(dataclasses.replace(request, entry=("natural",)))
+    request = Request(entry=("RS-FGSM",), data="tiny.npz", **paths, **LITTLE)
+    (rs_fgsm,) = run(request)["rows"]
+    result = run(dataclasses.replace(request, entry=("natural",)))
     assert [row["name"] for row in result["rows"]] == ["natural", "RS-FGSM"]
     kept = result["rows"][1]
     assert {**kept, "origin": 0} == {**rs_fgsm, "origin": 0}
     assert kept["origin"]["command"] == result["command"]
-    assert f": natural\n\n`{result['command']}`" in comparison.markdown(
+    assert f": natural\n\n`{result['command']}`" in show.markdown(
         {
             **result,
             "rows": [
@@ -120,47 +123,49 @@ def test_what_is_not_asked_for_again_stays_in_the_table(tiny, tmp_path, monkeypa
     written = json.loads((tmp_path / "compare.json").read_text())
     assert written["rows"] == result["rows"]
 
-    again = comparison.run(dataclasses.replace(request, entry=("RS-FGSM",)))
+    again = run(dataclasses.replace(request, entry=("RS-FGSM",)))
     assert [row["name"] for row in again["rows"]] == ["natural", "RS-FGSM"]
     assert "origin" not in again["rows"][1], "asked for, so its own"
     monkeypatch.chdir(tmp_path)
     moved = dataclasses.replace(request, entry=("natural",), workdir="runs", results=".", data_dir="elsewhere")
-    assert [row["name"] for row in comparison.run(moved)["rows"]] == ["natural", "RS-FGSM"], "wherever it lies"
+    assert [row["name"] for row in run(moved)["rows"]] == ["natural", "RS-FGSM"], "wherever it lies"
     said: list[str] = []
     with monkeypatch.context() as changed:
         changed.setattr(data, "load", lambda name, data_dir: dataclasses.replace(tiny, x_test=255 - tiny.x_test))
         there = dataclasses.replace(moved, workdir="there")
-        assert [row["name"] for row in comparison.run(there, said.append)["rows"]] == ["natural"], "other test images"
+        assert [row["name"] for row in run(there, said.append)["rows"]] == ["natural"], "other test images"
     assert said[0].startswith("RS-FGSM: an earlier row, of other images")
-    comparison.run(request)
+    run(request)
     with monkeypatch.context() as changed:
-        changed.setattr(comparison, "ENTRIES", {**comparison.ENTRIES, "RS-FGSM": {"defense": "rs_fgsm", "alpha": 0.5}})
-        assert [row["name"] for row in comparison.run(moved)["rows"]] == ["natural"], "of another recipe by now"
-    other = comparison.run(dataclasses.replace(request, entry=("natural",), queries=6))
+        changed.setattr(
+            "e2sad_jax.comparison.request.ENTRIES", {**ENTRIES, "RS-FGSM": {"defense": "rs_fgsm", "alpha": 0.5}}
+        )
+        assert [row["name"] for row in run(moved)["rows"]] == ["natural"], "of another recipe by now"
+    other = run(dataclasses.replace(request, entry=("natural",), queries=6))
     assert [row["name"] for row in other["rows"]] == ["natural"], "other attacks, another table"
     (tmp_path / "compare.json").write_text("{}")
     capsys.readouterr()
-    assert [row["name"] for row in comparison.run(request)["rows"]] == ["RS-FGSM"]
+    assert [row["name"] for row in run(request)["rows"]] == ["RS-FGSM"]
     assert "compare.json is of no use" in capsys.readouterr().err
 
 
 def test_other_data_makes_other_runs(tiny, tmp_path, monkeypatch):
-    request = comparison.Request(entry=("natural",), data="a.npz", workdir=str(tmp_path), **LITTLE)
+    request = Request(entry=("natural",), data="a.npz", workdir=str(tmp_path), **LITTLE)
     (a,), (b,) = (dataclasses.replace(request, data=name).configs("natural") for name in ("a.npz", "b.npz"))
     assert a.workdir != b.workdir
     asked = []
-    monkeypatch.setattr(comparison.jobs, "open_job", lambda config, dataset: asked.append(dataset) or 1 / 0)
-    attacks = [dataclasses.asdict(stage) for stage in comparison._effort(request).stages(tiny.num_classes)]
+    monkeypatch.setattr(judge.jobs, "open_job", lambda config, dataset: asked.append(dataset) or 1 / 0)
+    attacks = [dataclasses.asdict(stage) for stage in request.stages(tiny.num_classes)]
     known = {"data": tiny.sha256, "judge": "test", "checkpoints": ["last", "best"], "examples": 10, "stages": attacks}
     pathlib.Path(a.workdir).mkdir()
     last, best = ({"step": step, "clean": 1.0, "robust": 0.5} for step in (3, 2))
     done = {"asked": known, "last": last, "best": best, "seed": 0, "eps": 0.3, "images": 10, "chosen_on": "10 images"}
     done |= {"flops": 1.0, "train_seconds": 1.0}
     (pathlib.Path(a.workdir) / "auto.json").write_text(json.dumps(done))
-    assert comparison._judged(request, a, tiny) == done
+    assert judge.judge(request, a, tiny) == done
     other = dataclasses.replace(tiny, x_test=tiny.x_test[::-1].copy())
     with pytest.raises(ZeroDivisionError):  # a file of the same name with other images
-        comparison._judged(request, a, other)
+        judge.judge(request, a, other)
     assert asked == [other]
 
 
@@ -174,15 +179,13 @@ def test_held_out_images_are_attacked_where_settings_are_chosen(tiny, tmp_path, 
             raise KeyboardInterrupt
         return {"step": {"last": 3, "best": 2}[which], "clean": 1.0, "after": {}, "robust": 0.5}
 
-    monkeypatch.setattr(comparison, "_attacked", attacked)
+    monkeypatch.setattr(judge, "_attacked", attacked)
     monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": float(int(state.step) == 2)})
-    monkeypatch.setattr(comparison, "_step_flops", lambda config, dataset: 1.0)
-    request = comparison.Request(
-        entry=("natural",), data="tiny.npz", judge="held_out", workdir=str(tmp_path / "runs"), **LITTLE
-    )
+    monkeypatch.setattr(judge, "step_flops", lambda config, dataset: 1.0)
+    request = Request(entry=("natural",), data="tiny.npz", judge="held_out", workdir=str(tmp_path / "runs"), **LITTLE)
     with pytest.raises(KeyboardInterrupt):  # while the best is attacked
-        comparison.run(request, lambda line: None)
-    result = comparison.run(request, lambda line: None)
+        run(request, lambda line: None)
+    result = run(request, lambda line: None)
     assert [result["rows"][0][which]["steps"] for which in ("last", "best")] == [[3], [2]]
     assert len(seen) == 3, "the last is not attacked again"
     (config,) = request.configs("natural")
@@ -207,10 +210,10 @@ def row(name, flops, last, best):
 def drawn(rows, monkeypatch, **request):
     """The axes of the picture of such rows."""
     figures = []
-    monkeypatch.setattr(comparison.plots, "save", lambda path, figure, dpi: figures.append(figure))
+    monkeypatch.setattr(show.plots, "save", lambda path, figure, dpi: figures.append(figure))
     about = {"attacks": [], "eps": 0.3, "images": 500, "chosen_on": "1,000 held-out images"}
-    request = dataclasses.asdict(comparison.Request(**request))
-    comparison.plot(pathlib.Path("compare.png"), {"request": request, "rows": rows, **about})
+    request = dataclasses.asdict(Request(**request))
+    show.plot(pathlib.Path("compare.png"), {"request": request, "rows": rows, **about})
     (axes,) = figures[0].axes
     return axes, [line for line in axes.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
 
@@ -251,19 +254,19 @@ def test_what_the_data_is_too_small_for_is_refused_before_training(tiny, tmp_pat
         ({"validation_examples": 40}, r"--batch_size=16: must be at most the 10 training images"),
     ]:
         with pytest.raises(ConfigError, match=words):
-            comparison.run(comparison.Request(**{**LITTLE, **changes}, data="t.npz", workdir=str(tmp_path / "runs")))
+            run(Request(**{**LITTLE, **changes}, data="t.npz", workdir=str(tmp_path / "runs")))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_best_is_chosen_among_several_of_a_short_run():
     for steps, every in [(1, 1), (3, 1), (400, 100), (2000, 500), (6000, 500)]:
-        (config,) = comparison.Request(steps=steps, entry=("natural",)).configs("natural")
+        (config,) = Request(steps=steps, entry=("natural",)).configs("natural")
         assert (config.checkpoint_every, config.validation_examples) == (every, 1000)
 
 
 def test_all_share_the_schedule_and_a_preset_brings_its_points():
-    request = comparison.Request(eps=0.2, learning_rate=0.002, schedule="cosine", eps_warmup=0.25)
-    configs = {name: request.configs(name)[0] for name in comparison.ENTRIES}
+    request = Request(eps=0.2, learning_rate=0.002, schedule="cosine", eps_warmup=0.25)
+    configs = {name: request.configs(name)[0] for name in ENTRIES}
     assert {(c.learning_rate, c.schedule, c.eps_warmup, c.eps1, c.soft_label) for c in configs.values()} == {
         (0.002, "cosine", 0.25, 0.2, False)
     }
@@ -271,7 +274,7 @@ def test_all_share_the_schedule_and_a_preset_brings_its_points():
     robust, letter = configs["e2SAD, robust"], configs["e2SAD, paper's points"]
     assert (robust.eps2, robust.alpha, robust.random_start, robust.ball_second) == (0.2 * 2 / 3, 0.0, True, True)
     assert configs["PGD-2, shorter steps"].attack_step_size == pytest.approx(0.16)
-    parts = {name: request.configs(name)[0] for name in comparison.PARTS}
+    parts = {name: request.configs(name)[0] for name in PARTS}
     assert parts["e2SAD, robust, second step of eps"].eps2 == 0.2
     assert len({c.workdir for c in [*parts.values(), robust]}) == len(parts) + 1
     assert (letter.eps2, letter.alpha, letter.random_start, letter.ball_second) == (0.2 / 3, 0.6, False, False)
@@ -279,13 +282,13 @@ def test_all_share_the_schedule_and_a_preset_brings_its_points():
 
 
 def test_with_equal_flops_all_spend_what_e2sad_does(tiny):
-    request = comparison.Request(steps=1000, batch_size=8, equal_flops=True)
+    request = Request(steps=1000, batch_size=8, equal_flops=True)
     spent = {}
     for name in ("natural", "PGD-3", "e2SAD, robust"):
         (config,) = request.configs(name)
         # Networks need larger images than the tiny ones; the number of classes is what is left.
         images = dataclasses.replace(tiny, x_train=np.zeros((9, 28, 28, 1), np.uint8))
-        own = comparison._affordable(request, config, images)
+        own = price.affordable(request, config, images)
         spent[name] = own.steps * train.step_flops(config, (28, 28, 1), tiny.num_classes)
         assert (own.steps == 1000) == (name == "e2SAD, robust")
         assert own.workdir == (config.workdir if own.steps == 1000 else f"{config.workdir}-{own.steps}")
@@ -294,16 +297,16 @@ def test_with_equal_flops_all_spend_what_e2sad_does(tiny):
 
 def test_requests_that_cannot_be_right_are_refused():
     with pytest.raises(ConfigError, match=r'--entry=pgd: must be of "natural", '):
-        comparison.Request(entry=("pgd",))
+        Request(entry=("pgd",))
     with pytest.raises(ConfigError, match=r"--eps=0.0: must be above 0"):
-        comparison.Request(eps=0.0)
+        Request(eps=0.0)
     with pytest.raises(ConfigError, match=r"--seeds=0: must be at least 1"):
-        comparison.Request(seeds=0)
+        Request(seeds=0)
     with pytest.raises(ConfigError, match=r"--validation_examples=-1: must be at least 0"):
-        comparison.Request(validation_examples=-1)
+        Request(validation_examples=-1)
     with pytest.raises(ConfigError, match=r"--parts: .* leave out --entry=natural"):
-        comparison.Request(parts=True, entry=("natural",))
+        Request(parts=True, entry=("natural",))
     with pytest.raises(
         ConfigError, match=r"--examples=500: must be at most --validation_examples=400 for --judge=held"
     ):
-        comparison.Request(judge="held_out", validation_examples=400)
+        Request(judge="held_out", validation_examples=400)

@@ -24,8 +24,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from e2sad_jax import comparison, errors, jobs, progress, run
+from e2sad_jax import errors, jobs, progress, run
 from e2sad_jax.checkpoint import Checkpoints, load
+from e2sad_jax.comparison import judge
 from e2sad_jax.config import Config
 from e2sad_jax.errors import BusyError, DamagedError, DeviceError, Error, GoneError, OutOfMemoryError, WorkdirError
 from e2sad_jax.evaluate import Outcome
@@ -217,13 +218,13 @@ def test_damaged_notes_of_training_and_lines_of_metrics_are_dropped_with_a_word(
 def test_what_attacks_left_is_never_read_wrong(tmp_path, capsys):
     path, asked = tmp_path / "auto.json", {"examples": 5}
     right = {"asked": asked, "last": {"step": 3, "clean": 1.0, "robust": 0.25}}
-    assert comparison._known(path, asked, 3) == {}
+    assert judge.known_of(path, asked, 3) == {}
     assert capsys.readouterr().err == ""
     write_json(path, sealed(right))
-    assert comparison._known(path, asked, 3) == right
+    assert judge.known_of(path, asked, 3) == right
     for damaged in damages(random.Random(0), path.read_bytes(), 200):
         path.write_bytes(damaged)
-        found = {k: v for k, v in comparison._known(path, asked, 3).items() if k in right}
+        found = {k: v for k, v in judge.known_of(path, asked, 3).items() if k in right}
         assert found in ({}, right), damaged
     assert "auto.json is of no use" in capsys.readouterr().err
 

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from e2sad_jax import comparison, data, report
+from e2sad_jax import data, report
+from e2sad_jax.comparison import show
 from e2sad_jax.config import Config
 from e2sad_jax.evaluate import SUITES, Outcome
 from e2sad_jax.report import Best
@@ -137,7 +138,7 @@ def test_committed_cards_of_many_models_are_those_of_the_results_beside_them():
     cards = sorted((ROOT / "results").glob("**/compare_card.md"))
     assert [card.parent.name for card in cards] == ["compare", "e2sad_robust", "standard"]
     for card in cards:
-        assert card.read_text() == comparison.card(json.loads((card.parent / "compare.json").read_text()))
+        assert card.read_text() == show.card(json.loads((card.parent / "compare.json").read_text()))
     small = ROOT / "results" / "small"
     records = json.loads((small / "models.json").read_text())["records"]
     assert (small / "models_card.md").read_text() == tables.card("small", records, [1_000])

@@ -13,7 +13,7 @@ from absl import flags
 
 from benchmarks.fuzz import Refused, Wrong
 from benchmarks.fuzzing.damage import ODD, Target, damage_bytes
-from e2sad_jax import comparison
+from e2sad_jax.comparison import run as comparison
 from e2sad_jax.errors import Error
 from e2sad_jax.reproduction import runner
 from e2sad_jax.step_cost import run as step_cost_run

@@ -19,8 +19,10 @@ import tensorstore as ts
 import e2sad_jax
 from benchmarks.fuzz import Refused, Wrong
 from benchmarks.fuzzing.damage import ODD, Target, damage_bytes, damage_json, refusing
-from e2sad_jax import comparison, models, progress, train, workdir
+from e2sad_jax import models, progress, train, workdir
 from e2sad_jax.checkpoint import Checkpoints
+from e2sad_jax.comparison.judge import known_of
+from e2sad_jax.comparison.run import row_of
 from e2sad_jax.config import Config
 from e2sad_jax.errors import ConfigError, Error
 from e2sad_jax.reproduction import cost, outcomes
@@ -135,9 +137,9 @@ class Notes(Target):
                         raise Wrong("what was noted behind it cannot be read")
                 return segments or Refused(Error("none"))
             case "auto.json":
-                known = comparison._known(path, {"data": "x"}, 4)
+                known = known_of(path, {"data": "x"}, 4)
                 if "best" in known:
-                    comparison._row("x", [known])
+                    row_of("x", [known])
                 return known or Refused(Error("none"))
             case "cost.json":
                 return cost._known(path, ["natural"]) or Refused(Error("none"))

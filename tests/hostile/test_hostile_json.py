@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import e2sad_jax
-from e2sad_jax import _bounded, comparison, progress, workdir
+from e2sad_jax import _bounded, progress, workdir
+from e2sad_jax.comparison import judge
+from e2sad_jax.comparison.request import Request
 from e2sad_jax.config import Config
 from e2sad_jax.errors import ConfigError, WorkdirError
 from e2sad_jax.reproduction import cost, outcomes, page
@@ -133,8 +135,8 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 
 def test_messages_quote_the_beginning_of_a_long_value_alone():
-    for ask in (comparison.Request, request.Request):
-        field = {"entry": ("x" * 9999,)} if ask is comparison.Request else {"defense": ("x" * 9999,)}
+    for ask in (Request, request.Request):
+        field = {"entry": ("x" * 9999,)} if ask is Request else {"defense": ("x" * 9999,)}
         with pytest.raises(ConfigError, match=r"=x{100}: must be of") as caught:
             ask(**field)
         assert len(str(caught.value)) < 2000
@@ -151,7 +153,7 @@ def test_damaged_notes_count_as_none(tmp_path, content):
     for name in ("training.json", "x.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes(content)
     assert read_training(tmp_path) == []
-    assert comparison._known(tmp_path / "x.json", {}, 4) == {}
+    assert judge.known_of(tmp_path / "x.json", {}, 4) == {}
     assert cost._known(tmp_path / "x.json", ["natural"]) is None
     assert outcomes.read(tmp_path / "x.json", np.arange(3)) is None
     progress._drop_lines_after(tmp_path / "metrics.jsonl", 5)
@@ -169,7 +171,7 @@ def test_notes_of_the_right_names_and_wrong_types_count_as_none(tmp_path):
     known |= {"images": 5, "seed": 0}
     for change in ({}, {"flops": "1"}, {"best": {}}, {"last": judged | {"robust": None}}, {"chosen_on": 3}):
         workdir.write_json(tmp_path / "auto.json", known | change)
-        assert comparison._known(tmp_path / "auto.json", {}, 4) == ({} if change else known)
+        assert judge.known_of(tmp_path / "auto.json", {}, 4) == ({} if change else known)
 
 
 def test_metrics_before_a_damaged_line_and_after_it_are_kept(tmp_path):

@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from e2sad_jax import _tfds, comparison, jobs, plots, report, run
+from e2sad_jax import _tfds, jobs, plots, report, run
+from e2sad_jax.comparison import judge
+from e2sad_jax.comparison import run as comparison
 from e2sad_jax.diagnosis import run as diagnosis
 
 START, END = "start", "end"
@@ -16,7 +18,7 @@ DOWNLOAD, DECODING, COPY = "data preparation: records", "data preparation: decod
 TOLD = (
     *((jobs, "fit", FIRST), (jobs.Recorder, "__call__", STEP), (jobs, "_watch", JUDGING)),
     *((jobs.Checkpoints, "save", CHECKPOINT), (run, "_evaluate", EVALUATION), (report, "write", RESULTS)),
-    *((comparison, "_attacked", EVALUATION), (comparison, "plot", RESULTS), (diagnosis, "diagnose", EVALUATION)),
+    *((judge, "_attacked", EVALUATION), (comparison, "plot", RESULTS), (diagnosis, "diagnose", EVALUATION)),
     *((plots, "examples", RESULTS), (_tfds, "_prepare", DOWNLOAD), (_tfds, "_decode", DECODING)),
     (_tfds, "_keep_decoded", COPY),
 )

@@ -1,0 +1,36 @@
+"""What training costs, in FLOPs by XLA's count for the CPU."""
+
+import dataclasses
+import functools
+import pathlib
+
+from e2sad_jax.comparison.request import REFERENCE, Request
+from e2sad_jax.config import Config
+from e2sad_jax.data import Dataset
+from e2sad_jax.errors import ConfigError
+from e2sad_jax.step_cost.counts import counts
+
+
+def affordable(request: Request, config: Config, dataset: Dataset) -> Config:
+    """With `equal_flops` as many steps as `request.steps` of e2SAD cost."""
+    if not request.equal_flops:
+        return config
+    (other,) = dataclasses.replace(request, seeds=1).configs(REFERENCE)
+    steps = max(1, round(request.steps * step_flops(other, dataset) / step_flops(config, dataset)))
+    if steps == config.steps:
+        return config
+    folder = pathlib.Path(config.workdir)
+    config = dataclasses.replace(config, steps=steps, checkpoint_every=min(500, max(1, steps // 4)))
+    return dataclasses.replace(config, workdir=str(folder.with_name(f"{folder.name}-{steps}")))
+
+
+def step_flops(config: Config, dataset: Dataset) -> float:
+    """XLA's count of one training step, compiled for the CPU once for all seeds."""
+    any_run = {f: getattr(Config, f) for f in ("seed", "steps", "checkpoint_every", "workdir", "data_dir")}
+    counted = _counts(dataclasses.replace(config, **any_run), dataset.image_shape, dataset.num_classes)
+    if counted is None:
+        raise ConfigError("JAX_PLATFORMS leaves out the CPU, for which FLOPs are counted: add cpu, as in cuda,cpu")
+    return counted["flops"]
+
+
+_counts = functools.cache(counts)

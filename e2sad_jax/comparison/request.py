@@ -1,0 +1,129 @@
+"""What is compared, and with what effort."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from e2sad_jax.config import SCHEDULE, SCHEDULES, Config, check, preset, setting
+from e2sad_jax.diagnosis import Effort
+from e2sad_jax.errors import ConfigError
+from e2sad_jax.evaluate import Attack
+
+# By name in tables and pictures; the price of each in gradient steps grows downwards. eps2 and steps are in multiples of eps.
+ENTRIES: Mapping[str, Mapping[str, Any]] = {
+    "natural": {"defense": "natural"},
+    "input gradient": {"defense": "input_gradient"},
+    "FGSM (Eq. 3)": {"defense": "fgsm"},
+    "RS-FGSM": {"defense": "rs_fgsm"},
+    "N-FGSM": {"defense": "n_fgsm"},
+    "Hamm": {"defense": "hamm"},
+    "GradAlign": {"defense": "grad_align"},
+    "e2SAD, paper's points": {"defense": "e2sad"},
+    "e2SAD, lambda 1": {"defense": "e2sad", "lam": 1.0},
+    "e2SAD, robust": {"defense": "e2sad", "preset": "robust"},
+    "PGD-2": {"defense": "pgd", "attack_steps": 2},
+    "PGD-2, shorter steps": {"defense": "pgd", "attack_steps": 2, "attack_step_size": 0.8},
+    "PGD-3": {"defense": "pgd", "attack_steps": 3},
+    "TRADES-2": {"defense": "trades", "attack_steps": 2},
+    "Free-8": {"defense": "free"},
+    "PGD-10": {"defense": "pgd", "attack_steps": 10},
+    "IFGSM-30 (Eq. 3)": {"defense": "ifgsm", "attack_steps": 30},
+}
+# What each part of it does: all else as in "e2SAD, robust".
+_PARTS: Mapping[str, Mapping[str, Any]] = {
+    "no second point": {"lam": 0.0},
+    "second point at random": {"second_step": "random"},
+    "second point up the loss": {"second_step": "loss"},
+    "second step a third": {"eps2": 1 / 3},  # the paper's ratio
+    "second step of eps": {"eps2": 1.0},
+    "second point outside the ball": {"ball_second": False},
+    "no random start": {"random_start": False},
+    "clean images too": {"alpha": 0.6},
+    "lambda 3": {"lam": 3.0},
+}
+PARTS = {f"e2SAD, robust, {n}": {"defense": "e2sad", "preset": "robust", **c} for n, c in _PARTS.items()}
+ORDER = {name: i for i, name in enumerate([*ENTRIES, *PARTS])}
+REFERENCE = "e2SAD, robust"  # whose steps are counted where all spend the same FLOPs
+_KNOWN = ", ".join(f'"{name}"' for name in ORDER)
+CHECKPOINTS = ("last", "best")
+JUDGES = {"test": "test images", "held_out": "images held out of the training set"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to compare; each field is the flag of that name.
+
+    Raises:
+      ConfigError: if a value is out of range.
+    """
+
+    entry: tuple[str, ...] = setting((), f"one to compare, may be given several times; none: all; of {_KNOWN}")
+    data: str = setting("mnist", "mnist, digits, or a file PATH.npz of images in [0, 1]")
+    data_dir: str = setting("", "where data sets lie, empty: $E2SAD_DATA_DIR or ~/.cache/e2sad_jax")
+    model: str = setting("digits_cnn", "network; mnist_cnn is the paper's")
+    steps: int = setting(2000, "training steps of each", lower=1)
+    batch_size: int = setting(128, "images a step", lower=1)
+    eps: float = setting(0.3, "l-infinity budget of training and attack", above=0, upper=1)
+    eps_warmup: float = setting(
+        SCHEDULE["eps_warmup"], "steps over which eps rises, below 1: so much of all steps", lower=0
+    )
+    schedule: str = setting(SCHEDULE["schedule"], "learning rate over all steps", choices=SCHEDULES)
+    learning_rate: float = setting(SCHEDULE["learning_rate"], "Adam's, at its highest", above=0)
+    equal_flops: bool = setting(
+        False, f"train each as many steps as cost what --steps of {REFERENCE} do, instead of the same number"
+    )
+    parts: bool = setting(False, "compare what each part of e2SAD's robust preset does, instead of every defense")
+    seeds: int = setting(1, "seeds of each", lower=1)
+    validation_examples: int = setting(
+        1000, "training images held out to choose the best checkpoint, 0: watch 500 of the training images", lower=0
+    )
+    judge: str = setting(
+        "test",
+        "images to attack: of the test set, or, to choose settings by, those held out of the training set",
+        choices=tuple(JUDGES),
+    )
+    examples: int = setting(500, "images to attack, the first ones, or all if there are fewer", lower=1)
+    queries: int = setting(1000, "queries of Square, 0: leave it out", lower=0)
+    apgd_steps: int = setting(50, "steps of both APGD", lower=1)
+    targets: int = setting(9, "wrong classes that the targeted APGD tries", lower=1)
+    workdir: str = setting("runs/compare", "where the runs are kept")
+    results: str = setting("", "folder for compare.md, .json and .png, empty: --workdir")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check(field, getattr(self, field.name))
+        for name in self.entry:
+            if name not in ORDER:
+                raise ConfigError(f"--entry={name:.100}: must be of {_KNOWN}")
+        if self.parts and self.entry:
+            raise ConfigError(f"--parts: chooses what is compared; leave out --entry={self.entry[0]}, or --parts")
+        if self.judge == "held_out" and self.examples > self.validation_examples:
+            raise ConfigError(
+                f"--examples={self.examples}: must be at most --validation_examples={self.validation_examples} "
+                "for --judge=held_out"
+            )
+
+    def entries(self) -> tuple[str, ...]:
+        """What is compared, by name."""
+        return self.entry or (("natural", REFERENCE, *PARTS) if self.parts else tuple(ENTRIES))
+
+    def stages(self, num_classes: int) -> list[Attack]:
+        """The attacks, all of which an image has to stand."""
+        return Effort(apgd_steps=self.apgd_steps, queries=self.queries, targets=self.targets).stages(num_classes)
+
+    def configs(self, name: str) -> list[Config]:
+        """The runs of an entry, one for each seed, all under the same schedule; a preset brings its own points."""
+        shared = ("data", "data_dir", "model", "steps", "batch_size", "validation_examples", *SCHEDULE)
+        common: dict[str, Any] = {key: getattr(self, key) for key in shared}
+        common["checkpoint_every"] = min(500, max(1, self.steps // 4))  # the best is one of at least four
+        budgets = {"eps1": self.eps, "eps2": self.eps / 3}  # the paper's ratio
+        entry = dict({**ENTRIES, **PARTS}[name])
+        own = {**preset(entry.pop("preset", "paper"), self.eps), **entry, "soft_label": False}
+        own |= {key: entry[key] * self.eps for key in ("eps2", "attack_step_size") if key in entry}
+        found = []
+        for seed in range(self.seeds):
+            config = Config(**{**budgets, **own, **common, "seed": seed})
+            folder = pathlib.Path(self.workdir).expanduser() / pathlib.Path(config.default_workdir()).name
+            found.append(dataclasses.replace(config, workdir=str(folder)))
+        return found
