@@ -6,9 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from e2sad_jax import models, report, sharding
+from e2sad_jax._interrupts import first_to
 from e2sad_jax._tracing import jit
 from e2sad_jax.checkpoint import Checkpoints, set_damaged_aside
 from e2sad_jax.config import Config
@@ -431,31 +430,15 @@ def _check_sizes(config: Config, train_set: Dataset, steps: int) -> None:
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], int]]:
     """Catches the first Ctrl-C or SIGTERM and yields a function that says which (0: none yet); a second one interrupts."""
-    first = 0.0
-    _signals.listening, _signals.caught, _signals.unsaved = True, 0, False
-    previous: dict[int, Any] = {}
 
-    def catch(number: int, frame: Any) -> None:
-        nonlocal first
-        if _signals.caught and time.monotonic() - first < 1:
-            return  # who signals a process and its group means it once
-        if _signals.caught:
-            restore()
-            os.kill(os.getpid(), number)
-            return
-        _signals.caught, first = number, time.monotonic()
+    def told(number: int) -> None:
+        _signals.caught = number
         # Not print: the signal may come while the same stream is being written.
         os.write(2, b"\nStopping after this step; once more to stop at once.\n")
 
-    def restore() -> None:
-        while previous:
-            signal.signal(*previous.popitem())
-
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, catch)
+    _signals.listening, _signals.caught, _signals.unsaved = True, 0, False
     try:
-        yield lambda: _signals.caught
+        with first_to(told):
+            yield lambda: _signals.caught
     finally:
         _signals.listening, _signals.caught = False, 0
-        restore()

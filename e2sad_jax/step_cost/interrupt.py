@@ -1,12 +1,9 @@
 """Ctrl-C and SIGTERM as an exception: a measurement has no step after which it could be asked, and one may take minutes."""
 
 import contextlib
-import os
-import signal
-import threading
-import time
 from collections.abc import Iterator
-from typing import Any
+
+from e2sad_jax._interrupts import first_to
 
 
 class Interrupt(KeyboardInterrupt):
@@ -24,26 +21,9 @@ class Interrupt(KeyboardInterrupt):
 @contextlib.contextmanager
 def raising() -> Iterator[None]:
     """Raises the first Ctrl-C or SIGTERM as an `Interrupt`, so that what is there can be written; a second ends all."""
-    caught = 0.0
-    previous: dict[int, Any] = {}
 
-    def catch(number: int, frame: Any) -> None:
-        nonlocal caught
-        if not caught:
-            caught = time.monotonic()
-            raise Interrupt(number)
-        if time.monotonic() - caught >= 1:  # who signals a process and its group means it once
-            restore()
-            os.kill(os.getpid(), number)
+    def told(number: int) -> None:
+        raise Interrupt(number)
 
-    def restore() -> None:
-        while previous:
-            signal.signal(*previous.popitem())
-
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, catch)
-    try:
+    with first_to(told):
         yield
-    finally:
-        restore()
