@@ -276,6 +276,9 @@ def test_all_share_the_schedule_and_a_preset_brings_its_points():
     assert configs["PGD-2, shorter steps"].attack_step_size == pytest.approx(0.16)
     parts = {name: request.configs(name)[0] for name in PARTS}
     assert parts["e2SAD, robust, second step of eps"].eps2 == 0.2
+    assert parts["e2SAD, robust, full eps from the start"].eps_warmup == 0
+    constant = parts["e2SAD, robust, constant learning rate"]
+    assert (constant.schedule, constant.learning_rate, constant.eps_warmup) == ("constant", 0.001, 0.25)
     assert len({c.workdir for c in [*parts.values(), robust]}) == len(parts) + 1
     assert (letter.eps2, letter.alpha, letter.random_start, letter.ball_second) == (0.2 / 3, 0.6, False, False)
     assert len({c.workdir for c in configs.values()}) == len(configs)

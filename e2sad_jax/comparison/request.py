@@ -41,6 +41,8 @@ _PARTS: Mapping[str, Mapping[str, Any]] = {
     "no random start": {"random_start": False},
     "clean images too": {"alpha": 0.6},
     "lambda 3": {"lam": 3.0},
+    "full eps from the start": {"eps_warmup": 0.0},
+    "constant learning rate": {"schedule": "constant", "learning_rate": 1e-3},  # the paper's
 }
 PARTS = {f"e2SAD, robust, {n}": {"defense": "e2sad", "preset": "robust", **c} for n, c in _PARTS.items()}
 ORDER = {name: i for i, name in enumerate([*ENTRIES, *PARTS])}
@@ -113,17 +115,17 @@ class Request:
         return Effort(apgd_steps=self.apgd_steps, queries=self.queries, targets=self.targets).stages(num_classes)
 
     def configs(self, name: str) -> list[Config]:
-        """The runs of an entry, one for each seed, all under the same schedule; a preset brings its own points."""
+        """The runs of an entry, one for each seed; those without a schedule of their own share one, a preset has its points."""
         shared = ("data", "data_dir", "model", "steps", "batch_size", "validation_examples", *SCHEDULE)
         common: dict[str, Any] = {key: getattr(self, key) for key in shared}
         common["checkpoint_every"] = min(500, max(1, self.steps // 4))  # the best is one of at least four
         budgets = {"eps1": self.eps, "eps2": self.eps / 3}  # the paper's ratio
         entry = dict({**ENTRIES, **PARTS}[name])
-        own = {**preset(entry.pop("preset", "paper"), self.eps), **entry, "soft_label": False}
-        own |= {key: entry[key] * self.eps for key in ("eps2", "attack_step_size") if key in entry}
+        points = preset(entry.pop("preset", "paper"), self.eps)
+        own = {**entry, **{key: entry[key] * self.eps for key in ("eps2", "attack_step_size") if key in entry}}
         found = []
         for seed in range(self.seeds):
-            config = Config(**{**budgets, **own, **common, "seed": seed})
+            config = Config(**{**budgets, **points, **common, **own, "soft_label": False, "seed": seed})
             folder = pathlib.Path(self.workdir).expanduser() / pathlib.Path(config.default_workdir()).name
             found.append(dataclasses.replace(config, workdir=str(folder)))
         return found

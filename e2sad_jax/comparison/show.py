@@ -159,7 +159,7 @@ def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
         _name_points(
             axes, [(row["name"], row["flops"] / (natural or 1), row["last"]["robust"]) for row in result["rows"]]
         )
-    axes.set_title(textwrap.fill(_about(result), 110), fontsize=8)
+    figure.suptitle(textwrap.fill(_about(result), 130), fontsize=8)  # across all: names may take half of the width
     plots.save(path, figure, dpi=120)
 
 
