@@ -105,22 +105,41 @@ def test_every_accuracy_that_the_page_on_the_paper_quotes_stands_in_a_table():
     assert [q for q in quoted if q not in (ours if len(q.split(".")[1]) == 3 else theirs)] == []
 
 
-@pytest.mark.parametrize("page", ["which-defense.md", "e2sad.md"])
-def test_the_numbers_of_every_defense_are_those_of_the_comparison(page):
-    """Clean, robust and price of each row, the first table on MNIST and the second on the digits."""
-    tables = (ROOT / "docs" / page).read_text().split("| trained with")[1:]
-    named = {"e2SAD, `robust`": "e2SAD, robust", "e2SAD, `paper`'s points": "e2SAD, paper's points"}
-    named["the same with lambda 1"] = "e2SAD, lambda 1"
-    for table, folder in zip(tables, ("compare", "compare_digits"), strict=False):
-        rows = json.loads((ROOT / "results" / folder / "compare.json").read_text())["rows"]
-        by = {row["name"]: row for row in rows}
-        shown = re.findall(r"^\| *([^|]+?) *\| *([\d.]+) *\| *([\d.]+) *\| *([\d.]+) *\|", table, re.M)
-        assert len(shown) >= 8
-        for name, *numbers in shown:
-            row = by[named.get(name, name)]
-            last = row.get("last", row)
-            price = row["flops"] / by["natural"]["flops"]
-            assert numbers == [f"{last['clean']:.3f}", f"{last['robust']:.3f}", f"{price:.2f}"], name
+NAMED = {
+    "e2SAD, `robust`": "e2SAD, robust",
+    "e2SAD, `paper`'s points": "e2SAD, paper's points",
+    "the same with lambda 1": "e2SAD, lambda 1",
+    "nothing": "e2SAD, robust",
+}
+
+
+@pytest.mark.parametrize(
+    ("page", "number", "folder", "rows"),
+    [
+        ("which-defense.md", 1, "compare", 15),
+        ("which-defense.md", 2, "compare_digits", 8),
+        ("e2sad.md", 2, "compare_parts", 12),
+        ("e2sad.md", 3, "compare", 11),
+        ("e2sad.md", 4, "compare_equal", 8),
+    ],
+)
+def test_the_numbers_of_every_defense_are_those_of_the_comparison(page, number, folder, rows):
+    """Name, clean, robust, and price or steps."""
+    text = (ROOT / "docs" / page).read_text()
+    table = re.findall(r"(?:^\|.*\n)+", text, re.M)[number - 1]
+    by = {row["name"]: row for row in json.loads((ROOT / "results" / folder / "compare.json").read_text())["rows"]}
+    shown = re.findall(r"^\| *([^|]+?) *\| *([\d.]+) *\| *([\d.]+) *\| *([\d.,]+) *\|", table, re.M)
+    assert len(shown) == rows
+    assert f"](../results/{folder}/compare.md)" in text
+    for name, clean, robust, last in shown:
+        name = re.sub(r" \(.*\)$", "", name) if folder == "compare_parts" else name
+        row = by.get(name) or by.get(NAMED.get(name)) or by[f"e2SAD, robust, {name}"]
+        own = row.get("last", row)
+        assert (clean, robust) == (f"{own['clean']:.3f}", f"{own['robust']:.3f}"), name
+        if "| steps |" in table:
+            assert last == f"{own['steps'][0]:,}", name
+        else:
+            assert last == f"{row['flops'] / by['natural']['flops']:.2f}", name
 
 
 def test_the_readmes_speeds_are_those_of_the_results():
