@@ -83,7 +83,7 @@ def main() -> None:
     right = np.asarray(classifier(digits.x_test)).argmax(1) == digits.y_test
     assert right.mean() > 0.5, right.mean()
 
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # the rest is a compiler's work above all
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1"  # the rest is a compiler's work above all
     few = ("--examples=8", "--queries=20", "--targets=1")
     succeed("evaluate", *few, "--batch_size=8", "--restarts=1", "--fab=1")
     checked = json.loads((WORKDIR / "evaluation" / "evaluation.json").read_text())
