@@ -15,6 +15,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 unset PYTHONPATH
+install() { environment/bin/pip install --quiet --disable-pip-version-check "$@"; }
 ran=0 failed=0
 for python in "$@"; do
     if ! version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); then
@@ -25,14 +26,15 @@ for python in "$@"; do
         if [ "$version" = 3.11 ] && [ "$jax" = 0.11 ]; then continue; fi # which needs Python 3.12
         name="Python $version, JAX $jax"
         rm -rf environment user
+        : >more
         "$python" -m venv environment
         mkdir user
         ran=$((ran + 1))
-        if environment/bin/pip install --quiet --disable-pip-version-check "$wheel" "jax==$jax.*" >log 2>&1 &&
-            (cd user && ../environment/bin/python "$test") >>log 2>&1; then
+        if install "$wheel" "jax==$jax.*" >log 2>&1 && (cd user && ../environment/bin/python "$test") >>log 2>&1 &&
+            install "$wheel[export]" "jax==$jax.*" >more 2>&1 && (cd user && ../environment/bin/python "$test" export) >>more 2>&1; then
             echo "smoke: $name: $(tail -n 1 log)"
         else
-            cat log
+            cat log more
             echo "smoke: $name: FAILED, see above"
             failed=1
         fi

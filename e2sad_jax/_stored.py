@@ -113,7 +113,7 @@ def _check_tree(path: pathlib.Path, leaves: Mapping[str, Any]) -> None:
     metadata = _bounded.read_json(path)
     if not isinstance(metadata, dict) or not isinstance(metadata.get("tree_metadata"), dict):
         raise ValueError(f"{path.name} describes no checkpoint")
-    if metadata.get("use_ocdbt") is not True or metadata.get("use_zarr3") or metadata.get("value_metadata_tree"):
+    if metadata.get("use_ocdbt", True) is not True or metadata.get("use_zarr3") or metadata.get("value_metadata_tree"):
         raise ValueError(f"{path.name} describes a format that runs do not write")
     found = set()
     for entry in metadata["tree_metadata"].values():

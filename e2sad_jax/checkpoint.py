@@ -85,7 +85,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.close()
+        with contextlib.nullcontext() if self._read_only else self._writing():
+            self._manager.close()
         if not self._read_only:
             self._forget()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging as standard_logging
 import os
 import pathlib
 import signal
@@ -198,8 +199,9 @@ def _end_when_stuck() -> None:
 def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
     _memory.keep_freed()
     _end_when_stuck()
-    logging.get_absl_logger().addFilter(_not_told_elsewhere)
-    sys.excepthook = functools.partial(_told_late, sys.excepthook)
+    for logger in (logging.get_absl_logger(), standard_logging.getLogger("asyncio")):
+        logger.addFilter(_not_told_elsewhere)
+    sys.unraisablehook = functools.partial(_told_late, sys.unraisablehook)
     try:
         run()
         sys.stdout.flush()
@@ -227,15 +229,16 @@ def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
         os._exit(1)
 
 
-def _not_told_elsewhere(record: Any) -> bool:
-    """Leaves out the tracebacks of Orbax's threads: what they raise is raised again where the run waits for them."""
-    return not (record.exc_info and "orbax" in pathlib.PurePath(record.pathname).parts)
+def _not_told_elsewhere(record: standard_logging.LogRecord) -> bool:
+    """Leaves out the tracebacks of Orbax's threads and tasks: what they raise is raised again where the run waits for them."""
+    in_task = record.name == "asyncio" and "exception was never retrieved" in record.getMessage()
+    return not (record.exc_info and (in_task or "orbax" in pathlib.PurePath(record.pathname).parts))
 
 
-def _told_late(told: Callable[..., None], kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Leaves out what TensorStore says when a write comes back after Orbax has given up on it."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        told(kind, error, trace)
+def _told_late(told: Callable[[Any], None], late: Any) -> None:
+    """Leaves out what TensorStore's threads say of a write that comes back after Orbax has given up on it, and on its loop."""
+    if not (late.exc_type is RuntimeError and str(late.exc_value) == "Event loop is closed" and late.object is None):
+        told(late)
 
 
 def _program() -> str:

@@ -62,6 +62,18 @@ def test_last_and_best_are_kept_and_nothing_else(tmp_path):
             chex.assert_trees_all_equal(jax.random.key_data(restored.key), jax.random.key_data(state_at(step).key))
 
 
+def test_a_checkpoint_of_an_orbax_that_did_not_name_its_format_is_read(tmp_path):
+    """Orbax 0.11.30, the earliest that is allowed, writes no `use_ocdbt`, and goes by the files."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state_at(1), {"score": 1.0})
+    path = tmp_path / "checkpoints/1/default/_METADATA"
+    metadata = json.loads(path.read_text())
+    metadata.pop("use_ocdbt", None)
+    path.write_text(json.dumps(metadata))
+    with Checkpoints(tmp_path) as checkpoints:
+        np.testing.assert_array_equal(first_leaf(checkpoints.restore(state_at(0))), first_leaf(state_at(1)))
+
+
 def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     """The write goes on in the background: it must not see what the next steps make of the buffers."""
     state = state_at(1)
