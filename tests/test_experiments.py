@@ -242,7 +242,7 @@ def test_interrupted_run_saves_says_how_to_go_on_and_goes_on(number, images, tmp
     assert process.returncode == 128 + number, err
     step = int(re.search(r"Stopped at step ([\d,]+) of 1,000,000", err).group(1).replace(",", ""))
     assert step > 0
-    assert "python -m experiments.mnist" in err
+    assert "-m experiments.mnist" in err
     assert "Traceback" not in err
     assert (tmp_path / "w" / "checkpoints" / str(step)).is_dir()
 
