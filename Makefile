@@ -26,7 +26,7 @@ docs: .venv/.installed-dev  ## The documentation's site, into site/; a broken li
 	@echo "site/index.html"
 
 .venv/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python >= 3.11 is needed; this is " + sys.version.split()[0] + ". Choose another: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python >= 3.11 is needed; this is " + sys.version.split()[0] + ". Choose another: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: $(DEFINITION) | .venv/bin/python

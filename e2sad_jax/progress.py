@@ -24,6 +24,9 @@ from e2sad_jax.workdir import write_bytes
 
 METRICS = "metrics.jsonl"
 LINE_BYTES = 2**16
+SHOWN = (
+    "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # tqdm's rate would leave no room for the note
+)
 MEASURED = 0.2  # seconds: what is shorter may be a burst of steps that were ready together
 
 
@@ -48,7 +51,7 @@ class Bar:
         if sys.stderr.isatty() and not silent:
             known = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # some pseudo terminals have no size
             width = {"dynamic_ncols": True} if known else {"ncols": 100, "nrows": 24}
-            self._bar = tqdm.tqdm(desc=title, total=total, unit=f" {unit}", initial=initial, smoothing=0.1, **width)
+            self._bar = tqdm.tqdm(desc=title, total=total, initial=initial, smoothing=0.1, bar_format=SHOWN, **width)
 
     def update(self, amount: int, note: str = "") -> None:
         """Moves on by `amount`; `note` is shown behind the count."""

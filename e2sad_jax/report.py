@@ -12,6 +12,7 @@ import os
 import pathlib
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -96,6 +97,15 @@ def command() -> str:
         else f"python {sys.argv[0]}"
     )
     return " ".join([program, *map(shlex.quote, sys.argv[1:])])
+
+
+def again() -> str:
+    """`command` for who reads it in this terminal: by its path the interpreter, where `python` there is another one."""
+    own, usual = pathlib.Path(sys.executable), shutil.which("python")
+    if usual and pathlib.Path(usual).absolute().parent == own.absolute().parent:
+        return command()
+    here = os.path.relpath(own) if own.is_relative_to(pathlib.Path.cwd()) else str(own)
+    return shlex.quote(here) + command().removeprefix("python")
 
 
 def build(

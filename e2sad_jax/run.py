@@ -92,7 +92,7 @@ def _stopped(job: Job, step: int, signal_number: int) -> Stopped:
     how = "The same command" if job.config.resume else "The same command without --noresume"
     return Stopped(
         f"Stopped at step {step:,} of {job.steps:,}; everything is saved in {job.workdir}. {how} goes on from there:\n"
-        f"  {report.command()}",
+        f"  {report.again()}",
         signal_number,
     )
 

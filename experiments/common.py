@@ -160,6 +160,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
         _fail(one_line(error), 2)
     except SystemExit:  # after --help, which is no failure
         sys.exit(0)
+    except BrokenPipeError:  # nor is a reader of --help who has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(0)
 
 
 def _run(suite: str, by_defense: Mapping[str, Mapping[str, Any]]) -> None:

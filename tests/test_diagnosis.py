@@ -35,10 +35,16 @@ def value(result, name):
 
 
 @pytest.fixture(scope="module")
-def honest(problem):
+def told():
+    """What `diagnose` told of its progress."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def honest(problem, told):
     w, images, labels = problem
     subject = of_function(lambda x: x.reshape(len(x), -1) @ w, images, labels, batch_size=25)
-    return diagnose(subject, eps=EPS, effort=LITTLE, substitute=subject)
+    return diagnose(subject, eps=EPS, effort=LITTLE, substitute=subject, progress=lambda *what: told.append(what))
 
 
 def test_fab_finds_what_a_saturated_loss_hides(problem, unoptimized):
@@ -91,6 +97,18 @@ def test_an_honest_model_is_not_suspected(honest):
     assert honest["worst_case"]["robust"] <= min(pgd[1], honest["worst_case"]["accuracy"]["APGD-T"])
     assert honest["transfer"]["accuracy"] == honest["transfer"]["accuracy_of_substitute"] < 1
     assert value(honest, "right in the whole range")["value"] == 0
+
+
+def test_progress_is_in_gradients_the_worst_case_included(honest, told):
+    names, taken = [name for name, _ in told], np.cumsum([gradients for _, gradients in told])
+    curves = N * (3 + 2 * (1 + 5 + 5) + (1 + 5) + 5 + 5 + 5)  # clean, budgets, steps, the restart, the range, transfer
+    assert taken[names.index("APGD-CE")] == curves, "where the worst case begins"
+    assert taken[names.index("APGD-T") - 1] <= taken[names.index("APGD-T")]
+    last = len(names) - 1 - names[::-1].index("APGD-T")
+    assert curves + 5 * N < taken[last] <= curves + (5 + 2 * 5) * N, "two classes; fewer batches where images fell"
+    assert names[-1] == "Square"
+    assert curves + (5 + 2 * 5) * N < taken[-1] <= curves + (5 + 2 * 5 + 150 // 3) * N
+    assert diagnosis.work(LITTLE, N, K, transfer=True) == curves + (5 + 2 * 5 + 150 // 3) * N
 
 
 def test_a_model_without_gradients_is_found_out(masked):

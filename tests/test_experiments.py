@@ -106,12 +106,12 @@ PATHS = {
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory) -> list[tuple[int, str, str, pathlib.Path]]:
-    """Of each of `REFUSED`, and of two that are not: exit code, standard output and error, and the folder for its files."""
+    """Of each of `REFUSED`, and of four that train nothing: exit code, output and errors, and the folder for its files."""
     said, commands, folders = tmp_path_factory.mktemp("said"), [], []
     for name, flags, _ in REFUSED:
         folders.append(tmp_path_factory.mktemp("none"))
         commands.append([name, *(f"--{flag}={folders[-1] / flag}" for flag in PATHS[name]), *flags])
-    commands += [["svhn", "--help"], ["svhn", "--describe"]]
+    commands += [["__main__"], ["__main__", "mnist"], ["svhn", "--help"], ["svhn", "--describe"]]
     done = subprocess.run(
         [sys.executable, "-c", FORKED, str(said), json.dumps(commands)],
         cwd=ROOT,
@@ -123,7 +123,7 @@ def ended(tmp_path_factory) -> list[tuple[int, str, str, pathlib.Path]]:
     assert done.returncode == 0, done.stderr
     return [
         (code, (said / f"{i}.out").read_text(), (said / f"{i}.err").read_text(), folder)
-        for i, (code, folder) in enumerate(zip(json.loads(done.stdout), [*folders, said, said], strict=True))
+        for i, (code, folder) in enumerate(zip(json.loads(done.stdout), [*folders, *[said] * 4], strict=True))
     ]
 
 
@@ -174,6 +174,26 @@ def test_help_explains_every_setting_with_its_range_and_default(ended):
         assert words in text
     assert abs(float(re.search(r"--eps1: .*?\(default: '([\d.]+)'\)", text).group(1)) - 24 / 255) < 1e-12
     assert abs(float(re.search(r"--eps2: .*?\(default: '([\d.]+)'\)", text).group(1)) - 8 / 255) < 1e-12
+
+
+def test_who_has_read_enough_of_the_help_sees_no_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "experiments.mnist", "--help"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=280)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_package_of_the_commands_lists_them(ended):
+    code, out, err, _ = ended[-4]
+    assert (code, err) == (0, "")
+    listed = dict(re.findall(r"^python -m experiments\.(\w+)\n    (.+)$", out, re.M))
+    assert set(listed) == {"compare", "digits", "evaluate", "export", "mnist", "paper", "step_cost", "svhn"}
+    assert listed["mnist"].startswith("Trains a classifier on MNIST")
+    code, out, err, _ = ended[-3]
+    assert (code, out) == (2, "")
+    assert err == "experiments: is no command itself ('mnist'); python -m experiments lists those that are\n"
 
 
 def test_describe_prints_the_layer_table(ended):
@@ -242,7 +262,7 @@ def test_interrupted_run_saves_says_how_to_go_on_and_goes_on(number, images, tmp
     assert process.returncode == 128 + number, err
     step = int(re.search(r"Stopped at step ([\d,]+) of 1,000,000", err).group(1).replace(",", ""))
     assert step > 0
-    assert "python -m experiments.mnist" in err
+    assert "-m experiments.mnist" in err
     assert "Traceback" not in err
     assert (tmp_path / "w" / "checkpoints" / str(step)).is_dir()
 

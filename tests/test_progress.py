@@ -98,9 +98,9 @@ def test_a_metric_that_is_not_finite_names_itself_and_its_step(value, tmp_path):
     assert lines(tmp_path) == []
 
 
-@pytest.mark.parametrize("columns", [100, 0])
+@pytest.mark.parametrize("columns", [100, 80, 0])
 def test_at_a_terminal_there_is_a_bar_with_step_loss_speed_and_time_left(columns, monkeypatch):
-    """A terminal of 100 columns, and one that does not tell its width."""
+    """A terminal of 100 columns, the usual one of 80, and one that does not tell its width."""
     controller, terminal = pty.openpty()
     if columns:
         import fcntl

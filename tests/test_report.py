@@ -92,6 +92,21 @@ def test_the_command_can_be_typed(monkeypatch):
         assert report.command() == "python -m package '--data=my file.npz' --steps=3"
 
 
+def test_the_command_that_goes_on_names_the_interpreter_where_python_is_another(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["mnist.py", "--steps=3"])
+    for folder in (tmp_path / "other", tmp_path / "my env"):
+        folder.mkdir()
+        (folder / "python").touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "my env" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "my env"))
+    assert report.again() == report.command()
+    for elsewhere in (tmp_path / "other", tmp_path / "nothing"):
+        monkeypatch.setenv("PATH", str(elsewhere))
+        assert report.again() == f"'{tmp_path}/my env/python'{report.command().removeprefix('python')}"
+    monkeypatch.chdir(tmp_path)
+    assert report.again().startswith("'my env/python' "), "as short as it can be typed"
+
+
 def test_hardware_is_what_a_run_uses():
     """One device, however many there are (these tests have four)."""
     assert " x " not in report.environment()["hardware"]

@@ -1,5 +1,6 @@
 """The measurements: accuracy against budget, steps and restarts, under transfer, and in the worst case."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from e2sad_jax import auto
 from e2sad_jax.diagnosis import checks as checks_lib
 from e2sad_jax.diagnosis.subject import Subject
-from e2sad_jax.evaluate import Attack
+from e2sad_jax.evaluate import TARGETED, Attack
 
 FORMAT = 1  # of evaluation.json
 
@@ -62,7 +63,7 @@ def diagnose(
     eps: float,
     effort: Effort = Effort(),
     substitute: Subject | None = None,
-    progress: Callable[[str], None] = lambda what: None,
+    progress: Callable[[str, int], None] = lambda what, gradients: None,
 ) -> dict[str, Any]:
     """Judges a model under l-infinity attacks.
 
@@ -71,7 +72,7 @@ def diagnose(
       eps: the budget, above 0, in the images' own units.
       effort: how much to spend.
       substitute: a model, naturally trained say, on the same images, whose adversarial images are tried on `subject`.
-      progress: told what is measured next.
+      progress: told what is measured next, and how many gradients were taken, of the `work`, since it was told last.
 
     Returns:
       What evaluation.json holds: curves, the worst case, checks and verdict. Every accuracy stands beside attack, steps,
@@ -84,7 +85,8 @@ def diagnose(
         raise ValueError(f"diagnose: eps={eps}; it must be above 0")
     fgsm, pgd = Attack("FGSM", "fgsm", steps=1), Attack(f"PGD-{effort.pgd_steps}", "pgd", steps=effort.pgd_steps)
     margin = dataclasses.replace(pgd, name=f"PGD-{effort.pgd_steps}, margin", loss="margin")
-    progress("clean accuracy and gradients")
+    n, meter = len(subject.x), _Meter(progress)
+    meter("clean accuracy and gradients", n * _CLEAN)
     clean = subject.clean()
     gradients = checks_lib.gradients(subject, eps)
 
@@ -93,7 +95,7 @@ def diagnose(
     attacked = subject.x
     for fraction in effort.budgets:
         for attack in (fgsm, pgd, margin):
-            progress(f"{attack.name}, eps {fraction * eps:.4g}")
+            meter(f"{attack.name}, eps {fraction * eps:.4g}", n * attack.gradients())
             standing, made = subject.under(dataclasses.replace(attack, eps=fraction * eps))
             right[attack.name, fraction] = standing
             over_eps[attack.name].append(float(standing.mean()))
@@ -107,17 +109,17 @@ def diagnose(
 
     longer: list[np.ndarray] = []
     for steps in effort.steps:
-        progress(f"PGD-{steps}")
+        meter(f"PGD-{steps}", n * steps)
         longer.append(subject.under(Attack(f"PGD-{steps}", "pgd", eps, steps))[0])
 
-    progress("restarts")
+    meter("restarts", n * pgd.gradients() * (effort.restarts - 1))
     worst = right[pgd.name, 1.0].copy()
     over_restarts = [float(worst.mean())]
     for restart in range(1, effort.restarts):
         worst &= subject.under(dataclasses.replace(pgd, eps=eps), restart=restart)[0]
         over_restarts.append(float(worst.mean()))
 
-    progress("the whole range")
+    meter("the whole range", n * pgd.gradients())
     width = subject.bounds[1] - subject.bounds[0]
     whole_range = subject.under(dataclasses.replace(pgd, eps=width))[0]
 
@@ -125,7 +127,7 @@ def diagnose(
     black_box: dict[str, np.ndarray] = {}
     transfer = None
     if substitute is not None:
-        progress(f"transfer from {substitute.name}")
+        meter(f"transfer from {substitute.name}", n * pgd.gradients())
         left, made = substitute.under(dataclasses.replace(pgd, eps=eps))
         black_box[f"transfer from {substitute.name}"] = subject.right_on(made)
         transfer = {
@@ -147,7 +149,7 @@ def diagnose(
             stages=stages,
             batch_size=subject.batch_size,
             seed=subject.seed,
-            progress=lambda name, images: progress(name),
+            progress=meter.through(stages, n, subject.batch_size, subject.classes),
         )
         before = np.ones_like(clean)
         for stage in stages:
@@ -197,6 +199,48 @@ def diagnose(
     }
 
 
-def measurements(effort: Effort, transfer: bool) -> int:
-    """How many times `diagnose` tells its progress, but for the batches of the worst case."""
-    return 1 + 3 * len(effort.budgets) + len(effort.steps) + 2 + int(transfer)
+class _Meter:
+    """Tells what is measured next, and the gradients that were taken since it told last."""
+
+    def __init__(self, tell: Callable[[str, int], None]):
+        self._tell, self._told, self._taken = tell, 0, 0
+
+    def __call__(self, what: str, gradients: int) -> None:
+        """Says `what` is next, which takes so many."""
+        self._tell(what, self._taken - self._told)
+        self._told, self._taken = self._taken, self._taken + gradients
+
+    def through(self, stages: Sequence[Attack], n: int, batch_size: int, classes: int) -> Callable[[str, int], None]:
+        """The `progress` of `auto`: a batch is its share of a stage in which all images stand, and no more."""
+        first, ends = self._taken, np.cumsum([n * _cost(stage) for stage in stages])
+        place = {stage.name: i for i, stage in enumerate(stages)}
+        batches_of = {
+            s.name: -(-n // batch_size) * (min(s.targets, classes - 1) if s.loss in TARGETED else 1) for s in stages
+        }
+        seen: collections.Counter[str] = collections.Counter()
+        self(stages[0].name, 0)
+
+        def after(name: str, images: int) -> None:
+            seen[name] += 1
+            i = place[name]
+            begin = ends[i - 1] if i else 0
+            self._taken = first + int(begin + (ends[i] - begin) * min(1, seen[name] / batches_of[name]))
+            self(name, 0)
+
+        return after
+
+
+_CLEAN = 3  # gradients at the images and near them, and a pass
+
+
+def _cost(stage: Attack) -> int:
+    """Gradients of an image, to which three queries come up."""
+    return stage.gradients() // 3 if stage.kind == "square" else stage.gradients()
+
+
+def work(effort: Effort, images: int, classes: int, transfer: bool) -> int:
+    """How many gradients `diagnose` takes at most, for a progress bar."""
+    curves = len(effort.budgets) * (1 + 2 * effort.pgd_steps) + sum(effort.steps)
+    again = effort.pgd_steps * (effort.restarts + int(transfer))  # restarts but the first, and the whole range
+    worst = sum(map(_cost, effort.stages(classes))) if effort.worst_case else 0
+    return images * (_CLEAN + curves + again + worst)

@@ -10,7 +10,7 @@ from typing import Any
 from e2sad_jax import checkpoint, data, report
 from e2sad_jax.config import check, setting
 from e2sad_jax.diagnosis import show
-from e2sad_jax.diagnosis.curves import Effort, diagnose, measurements
+from e2sad_jax.diagnosis.curves import Effort, diagnose, work
 from e2sad_jax.diagnosis.subject import Subject, apply_of, of_classifier, of_function
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.progress import Bar
@@ -93,14 +93,16 @@ def run(request: Request) -> dict[str, Any]:
         restarts=request.restarts,
         worst_case=request.auto,
     )
-    with Bar(f"evaluate {subject.name}", measurements(effort, substitute is not None), "measurements") as bar:
+    total = work(effort, len(subject.x), subject.classes, substitute is not None)
+    with Bar(f"evaluate {subject.name}", total, "gradients") as bar:
         result = diagnose(
             subject,
             eps=eps,
             effort=effort,
             substitute=substitute,
-            progress=lambda what: bar.update(int(bar.done < bar.total), what),
+            progress=lambda what, gradients: bar.update(gradients, what),
         )
+        bar.update(total - bar.done, "done")
     result |= {"command": report.command(), "environment": report.environment()}
     write_json(folder / "evaluation.json", result)
     write_text(folder / "evaluation.md", show.markdown(result))

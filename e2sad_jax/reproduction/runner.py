@@ -402,7 +402,7 @@ class Reproduction:
         what += "; left: " + ", ".join(left or ["tables and figures"])
         if self._failed:
             what += "; diverged: " + ", ".join(map(_describe, self._failed))
-        again = f"Everything is saved in {self.root}. The same command goes on from there:\n  {report.command()}"
+        again = f"Everything is saved in {self.root}. The same command goes on from there:\n  {report.again()}"
         number = self._clock.stop()
         if number > 0:
             return Stopped(f"Stopped: {what}. {again}", number)

@@ -1,0 +1,26 @@
+"""Lists the commands."""
+
+import ast
+import pathlib
+import sys
+
+
+def commands() -> dict[str, str]:
+    """What each is for, by the name that `python -m` takes."""
+    found = {}
+    for path in sorted(pathlib.Path(__file__).parent.glob("[!_]*.py")):
+        text = path.read_text(encoding="utf-8")
+        if '__name__ == "__main__"' in text:
+            found[f"{__package__}.{path.stem}"] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    return found
+
+
+if __name__ == "__main__":
+    if unknown := [word for word in sys.argv[1:] if word not in ("-h", "-help", "--help")]:
+        sys.stderr.write(
+            f"{__package__}: is no command itself ({unknown[0]!r}); python -m {__package__} lists those that are\n"
+        )
+        sys.exit(2)
+    print("Commands; each has --help:\n")
+    for name, what in commands().items():
+        print(f"python -m {name}\n    {what}")
