@@ -151,7 +151,13 @@ def test_committed_cards_are_those_of_the_results_beside_them(card):
 def test_committed_cards_of_many_models_are_those_of_the_results_beside_them():
     """Of the comparison on the digits there is none: its results are from before checkpoints were chosen."""
     cards = sorted((ROOT / "results").glob("**/compare_card.md"))
-    assert [card.parent.name for card in cards] == ["compare", "e2sad_robust", "standard"]
+    assert [card.parent.name for card in cards] == [
+        "compare",
+        "compare_equal",
+        "compare_parts",
+        "e2sad_robust",
+        "standard",
+    ]
     for card in cards:
         assert card.read_text() == show.card(json.loads((card.parent / "compare.json").read_text()))
     small = ROOT / "results" / "small"
