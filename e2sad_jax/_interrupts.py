@@ -28,10 +28,10 @@ def first_to(told: Callable[[int], None]) -> Iterator[None]:
         while previous:
             signal.signal(*previous.popitem())
 
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, catch)
     try:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous[number] = signal.signal(number, catch)
         yield
     finally:
         restore()

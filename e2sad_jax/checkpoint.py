@@ -85,8 +85,13 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.nullcontext() if self._read_only else self._writing():
-            self._manager.close()
+        try:
+            with contextlib.nullcontext() if self._read_only else self._writing():
+                self._manager.close()
+        except CheckpointError as failed:
+            if error is None:
+                raise
+            print(f"warning: {failed}", file=sys.stderr, flush=True)  # what ended the run is told by itself
         if not self._read_only:
             self._forget()
 

@@ -100,9 +100,9 @@ def command() -> str:
 
 
 def again() -> str:
-    """`command` for who reads it in this terminal: by its path the interpreter, where `python` there is another one."""
+    """`command`, with the interpreter's path where `python` is another one."""
     own, usual = pathlib.Path(sys.executable), shutil.which("python")
-    if usual and pathlib.Path(usual).absolute().parent == own.absolute().parent:
+    if usual and pathlib.Path(usual).absolute().parent == own.absolute().parent and os.path.samefile(usual, own):
         return command()
     here = os.path.relpath(own) if own.is_relative_to(pathlib.Path.cwd()) else str(own)
     return shlex.quote(here) + command().removeprefix("python")

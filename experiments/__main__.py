@@ -18,7 +18,8 @@ def commands() -> dict[str, str]:
 if __name__ == "__main__":
     if unknown := [word for word in sys.argv[1:] if word not in ("-h", "-help", "--help")]:
         sys.stderr.write(
-            f"{__package__}: is no command itself ({unknown[0]!r}); python -m {__package__} lists those that are\n"
+            f"{__package__}: unexpected {unknown[0]!r}; a command is python -m {__package__}.NAME, and python -m "
+            f"{__package__} lists them\n"
         )
         sys.exit(2)
     print("Commands; each has --help:\n")

@@ -233,9 +233,11 @@ def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
 
 
 def _not_told_elsewhere(record: standard_logging.LogRecord) -> bool:
-    """Leaves out the tracebacks of Orbax's threads and tasks: what they raise is raised again where the run waits for them."""
-    in_task = record.name == "asyncio" and "exception was never retrieved" in record.getMessage()
-    return not (record.exc_info and (in_task or "orbax" in pathlib.PurePath(record.pathname).parts))
+    """Leaves out the tracebacks of Orbax's threads, and of its tasks on a full disk: they are raised where the run waits."""
+    if not record.exc_info:
+        return True
+    in_task = record.name == "asyncio" and FULL in str(record.exc_info[1])
+    return not (in_task or "orbax" in pathlib.PurePath(record.pathname).parts)
 
 
 def _told_late(told: Callable[[Any], None], late: Any) -> None:

@@ -214,6 +214,9 @@ def drawn(rows, monkeypatch, **request):
     about = {"attacks": [], "eps": 0.3, "images": 500, "chosen_on": "1,000 held-out images"}
     request = dataclasses.asdict(Request(**request))
     show.plot(pathlib.Path("compare.png"), {"request": request, "rows": rows, **about})
+    figures[0].draw_without_rendering()
+    title, whole = figures[0]._suptitle.get_window_extent(), figures[0].bbox
+    assert whole.x0 <= title.x0 < title.x1 <= whole.x1, "the title is there as a whole"
     (axes,) = figures[0].axes
     return axes, [line for line in axes.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
 
@@ -277,6 +280,7 @@ def test_all_share_the_schedule_and_a_preset_brings_its_points():
     parts = {name: request.configs(name)[0] for name in PARTS}
     assert parts["e2SAD, robust, second step of eps"].eps2 == 0.2
     assert parts["e2SAD, robust, full eps from the start"].eps_warmup == 0
+    assert parts["e2SAD, robust, no second point"].eps_warmup == 0.25
     constant = parts["e2SAD, robust, constant learning rate"]
     assert (constant.schedule, constant.learning_rate, constant.eps_warmup) == ("constant", 0.001, 0.25)
     assert len({c.workdir for c in [*parts.values(), robust]}) == len(parts) + 1

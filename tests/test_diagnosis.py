@@ -109,6 +109,8 @@ def test_progress_is_in_gradients_the_worst_case_included(honest, told):
     assert names[-1] == "Square"
     assert curves + (5 + 2 * 5) * N < taken[-1] <= curves + (5 + 2 * 5 + 150 // 3) * N
     assert diagnosis.work(LITTLE, N, K, transfer=True) == curves + (5 + 2 * 5 + 150 // 3) * N
+    many = dataclasses.replace(LITTLE, targets=9)
+    assert diagnosis.work(many, N, 4, transfer=True) == curves + (5 + 3 * 5 + 150 // 3) * N, "there are three others"
 
 
 def test_a_model_without_gradients_is_found_out(masked):
@@ -218,6 +220,7 @@ def test_anyones_function_is_judged_by_the_command(problem, tmp_path):
     done = call(*flags)
     assert done.returncode == 0, done.stderr
     assert "predict: none of 7 checks on 10 images" in done.stdout
+    assert done.stderr.count("took") == 1, done.stderr
     assert (tmp_path / "here" / "evaluation.png").exists()
     done = call("--predict=mine:nothing", *flags[1:])
     assert done.returncode == 2

@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import socket
@@ -36,6 +37,7 @@ from e2sad_jax.errors import (
     Error,
     GoneError,
     OutOfMemoryError,
+    Stopped,
     WorkdirError,
 )
 from e2sad_jax.evaluate import Outcome
@@ -489,8 +491,12 @@ class Other:
     def __del__(self):
         raise ValueError("another")
 
+async def wrong():
+    raise TypeError("a bug")
+
 def run():
     loop = asyncio.new_event_loop()
+    loop.create_task(wrong())
     try:
         loop.run_until_complete(save())
     except ValueError as error:
@@ -512,13 +518,14 @@ def test_writes_that_come_back_late_are_not_told_and_all_else_is():
     ended = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=200)
     assert (ended.returncode, ended.stderr.splitlines()[-1]) == (1, f"-c: {errors.FULL}")
     assert "Event loop is closed" not in ended.stderr
-    assert "never retrieved" not in ended.stderr
-    assert ended.stderr.count("Traceback") == 1, "that of the other one"
+    assert ended.stderr.count("never retrieved") == 1, "what is no full disk"
+    assert ended.stderr.count("Traceback") == 2, "those of the others"
+    assert "TypeError: a bug" in ended.stderr
     assert "ValueError: another" in ended.stderr
     assert "one more" in ended.stderr
 
 
-def test_a_full_disk_that_is_found_at_the_end_is_told_in_the_same_words(tmp_path, monkeypatch):
+def test_a_full_disk_that_is_found_at_the_end_is_told_in_the_same_words(tmp_path, monkeypatch, capsys):
     close = ocp.CheckpointManager.close
 
     def full(self) -> None:
@@ -528,3 +535,6 @@ def test_a_full_disk_that_is_found_at_the_end_is_told_in_the_same_words(tmp_path
     monkeypatch.setattr(ocp.CheckpointManager, "close", full)
     with pytest.raises(CheckpointError, match=f"cannot write .* {errors.FULL}; what was saved"), Checkpoints(tmp_path):
         pass
+    with pytest.raises(Stopped, match="by a signal"), Checkpoints(tmp_path):
+        raise Stopped("by a signal", 15)
+    assert re.fullmatch(f"warning: cannot write .* {errors.FULL}; what was saved.*\n", capsys.readouterr().err)

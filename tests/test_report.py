@@ -100,6 +100,10 @@ def test_the_command_that_goes_on_names_the_interpreter_where_python_is_another(
     monkeypatch.setattr(sys, "executable", str(tmp_path / "my env" / "python"))
     monkeypatch.setenv("PATH", str(tmp_path / "my env"))
     assert report.again() == report.command()
+    (tmp_path / "my env" / "python3.99").touch(mode=0o755)
+    with monkeypatch.context() as beside:
+        beside.setattr(sys, "executable", str(tmp_path / "my env" / "python3.99"))
+        assert report.again().startswith(f"'{tmp_path}/my env/python3.99' "), "another one in the same folder"
     for elsewhere in (tmp_path / "other", tmp_path / "nothing"):
         monkeypatch.setenv("PATH", str(elsewhere))
         assert report.again() == f"'{tmp_path}/my env/python'{report.command().removeprefix('python')}"

@@ -22,7 +22,15 @@ from e2sad_jax.workdir import read_sealed, sealed, write_config, write_json
 
 
 def judge(request: Request, config: Config, dataset: Dataset) -> dict[str, Any]:
-    """One model, trained, its last and its best checkpoint attacked; what was done before is not done again."""
+    """One model, trained, its last and its best checkpoint attacked; what was done before is not done again.
+
+    Returns:
+      What auto.json in its workdir holds: accuracies in [0, 1] of both checkpoints, and the FLOPs of training.
+
+    Raises:
+      ConfigError, WorkdirError, NonFiniteError: as training does.
+      Stopped: after Ctrl-C; the same call goes on.
+    """
     stages = request.stages(dataset.num_classes)
     asked = {
         "data": dataset.sha256,

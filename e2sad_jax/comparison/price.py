@@ -12,7 +12,11 @@ from e2sad_jax.step_cost.counts import counts
 
 
 def affordable(request: Request, config: Config, dataset: Dataset) -> Config:
-    """With `equal_flops` as many steps as `request.steps` of e2SAD cost."""
+    """With `equal_flops` as many steps as `request.steps` of e2SAD cost.
+
+    Raises:
+      ConfigError: if JAX has no CPU to count FLOPs for.
+    """
     if not request.equal_flops:
         return config
     (other,) = dataclasses.replace(request, seeds=1).configs(REFERENCE)
@@ -25,7 +29,11 @@ def affordable(request: Request, config: Config, dataset: Dataset) -> Config:
 
 
 def step_flops(config: Config, dataset: Dataset) -> float:
-    """XLA's count of one training step, compiled for the CPU once for all seeds."""
+    """XLA's count of one training step, compiled for the CPU once for all seeds.
+
+    Raises:
+      ConfigError: if JAX has no CPU.
+    """
     any_run = {f: getattr(Config, f) for f in ("seed", "steps", "checkpoint_every", "workdir", "data_dir")}
     counted = _counts(dataclasses.replace(config, **any_run), dataset.image_shape, dataset.num_classes)
     if counted is None:

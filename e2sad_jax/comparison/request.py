@@ -115,7 +115,10 @@ class Request:
         return Effort(apgd_steps=self.apgd_steps, queries=self.queries, targets=self.targets).stages(num_classes)
 
     def configs(self, name: str) -> list[Config]:
-        """The runs of an entry, one for each seed; those without a schedule of their own share one, a preset has its points."""
+        """The runs of an entry, one for each seed, under the request's schedule unless the entry sets its own.
+
+        A preset brings its points.
+        """
         shared = ("data", "data_dir", "model", "steps", "batch_size", "validation_examples", *SCHEDULE)
         common: dict[str, Any] = {key: getattr(self, key) for key in shared}
         common["checkpoint_every"] = min(500, max(1, self.steps // 4))  # the best is one of at least four

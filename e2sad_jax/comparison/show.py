@@ -18,7 +18,8 @@ def _about(result: Mapping[str, Any]) -> str:
     )
     return (
         f"{r['data']}, {r['model']}, {_length(r)}, {r['seeds']} seed(s), hard labels, learning rate {r['learning_rate']:g} "
-        f"{r['schedule']}, eps rises over {_share(r['eps_warmup'])}; robust: "
+        f"{r['schedule']}, eps rises over {_share(r['eps_warmup'])}"
+        f"{' (but where a part says otherwise)' if r['parts'] else ''}; robust: "
         f"what stands {attacks}, one restart each, eps {result['eps']:.4g}, {result['images']:,} {JUDGES[r['judge']]}; "
         f"best: the checkpoint that stood PGD-10 best on {result['chosen_on']}"
     )

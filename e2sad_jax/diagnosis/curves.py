@@ -72,7 +72,7 @@ def diagnose(
       eps: the budget, above 0, in the images' own units.
       effort: how much to spend.
       substitute: a model, naturally trained say, on the same images, whose adversarial images are tried on `subject`.
-      progress: told what is measured next, and how many gradients were taken, of the `work`, since it was told last.
+      progress: told what is measured, and how many gradients were taken, of the `work`, since it was told last.
 
     Returns:
       What evaluation.json holds: curves, the worst case, checks and verdict. Every accuracy stands beside attack, steps,
@@ -212,7 +212,7 @@ class _Meter:
 
     def through(self, stages: Sequence[Attack], n: int, batch_size: int, classes: int) -> Callable[[str, int], None]:
         """The `progress` of `auto`: a batch is its share of a stage in which all images stand, and no more."""
-        first, ends = self._taken, np.cumsum([n * _cost(stage) for stage in stages])
+        first, ends = self._taken, np.cumsum([n * _cost(stage, classes) for stage in stages])
         place = {stage.name: i for i, stage in enumerate(stages)}
         batches_of = {
             s.name: -(-n // batch_size) * (min(s.targets, classes - 1) if s.loss in TARGETED else 1) for s in stages
@@ -233,14 +233,15 @@ class _Meter:
 _CLEAN = 3  # gradients at the images and near them, and a pass
 
 
-def _cost(stage: Attack) -> int:
-    """Gradients of an image, to which three queries come up."""
-    return stage.gradients() // 3 if stage.kind == "square" else stage.gradients()
+def _cost(stage: Attack, classes: int) -> int:
+    """Gradients of an image; three queries count as one."""
+    gradients = dataclasses.replace(stage, targets=min(stage.targets, classes - 1)).gradients()
+    return gradients // 3 if stage.kind == "square" else gradients
 
 
 def work(effort: Effort, images: int, classes: int, transfer: bool) -> int:
-    """How many gradients `diagnose` takes at most, for a progress bar."""
+    """How many gradients `diagnose` takes at most of so many images and classes, for a progress bar."""
     curves = len(effort.budgets) * (1 + 2 * effort.pgd_steps) + sum(effort.steps)
     again = effort.pgd_steps * (effort.restarts + int(transfer))  # restarts but the first, and the whole range
-    worst = sum(map(_cost, effort.stages(classes))) if effort.worst_case else 0
+    worst = sum(_cost(stage, classes) for stage in effort.stages(classes)) if effort.worst_case else 0
     return images * (_CLEAN + curves + again + worst)

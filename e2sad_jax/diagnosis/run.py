@@ -102,7 +102,8 @@ def run(request: Request) -> dict[str, Any]:
             substitute=substitute,
             progress=lambda what, gradients: bar.update(gradients, what),
         )
-        bar.update(total - bar.done, "done")
+        if bar.done < total:  # where images fell, less was to do
+            bar.update(total - bar.done, "done")
     result |= {"command": report.command(), "environment": report.environment()}
     write_json(folder / "evaluation.json", result)
     write_text(folder / "evaluation.md", show.markdown(result))

@@ -210,6 +210,8 @@ def test_damaged_frames_are_refused(content):
         ("default/_METADATA", b"[]", "describes no checkpoint"),
         ("default/_METADATA", b'{"tree_metadata": {}, "use_ocdbt": true}', "misses key, which"),
         ("default/_METADATA", b'{"tree_metadata": {}, "use_ocdbt": false}', "format that runs do not write"),
+        ("default/_METADATA", b'{"tree_metadata": {}, "use_ocdbt": null}', "format that runs do not write"),
+        ("default/_METADATA", b'{"tree_metadata": {}}', "misses key, which"),
         ("default/_METADATA", b'{"tree_metadata": {"a": 3}, "use_ocdbt": true}', "describes no checkpoint"),
         ("_CHECKPOINT_METADATA", b"\xff", "_CHECKPOINT_METADATA"),
         ("default/manifest.ocdbt", b"", "cannot read the checkpoint"),
