@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests: a strict JAX on several CPU devices, and the reference files beside the checkout."""
 
 import functools
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -33,6 +34,10 @@ from e2sad_jax import data, models
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tracing makes objects by the hundred thousand, and next to none of them is garbage: looking for it was an eighth of the time.
+gc.freeze()
+gc.set_threshold(100_000)
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
@@ -78,7 +83,15 @@ def unoptimized() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def little() -> Iterator[None]:
+def all_unoptimized() -> Iterator[None]:
+    """`unoptimized` for all tests of a module, and for what they share."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def little(all_unoptimized: None) -> Iterator[None]:
     """For all tests of a module: `unoptimized`, and `digits_cnn` with so few filters that its slow convolutions are not felt.
 
     The same layers and code; not for modules that start processes, which have the whole network.
@@ -86,9 +99,7 @@ def little() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         narrow = functools.partial(models.MnistCNN, features=(4, 8), hidden=64)
         patch.setitem(models.MODELS, "digits_cnn", narrow)
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

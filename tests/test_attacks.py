@@ -156,6 +156,11 @@ LINEAR = {
 }
 
 
+@functools.cache
+def linear_jitted(name: str, bounds: Any) -> Callable[..., jax.Array]:
+    return jax.jit(lambda x, eps: LINEAR[name](x, eps=eps, bounds=bounds))
+
+
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("eps", [0.05, 0.3])
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 1.0), None])
@@ -163,7 +168,7 @@ def test_linear_loss_ends_in_the_corner(name, eps, bounds):
     """The maximum over the box; steps beyond eps in all, so a projection around the previous iterate would leave it."""
     x = images()
     corner = wide(x) + eps * np.sign(coefficients())
-    got = jax.jit(lambda z: LINEAR[name](z, eps=eps, bounds=bounds))(x)
+    got = linear_jitted(name, bounds)(x, eps)
     np.testing.assert_allclose(wide(got), corner if bounds is None else corner.clip(*bounds), rtol=0, atol=1e-6)
 
 

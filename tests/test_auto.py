@@ -11,6 +11,8 @@ from e2sad_jax import auto as auto_lib
 from e2sad_jax.auto import auto
 from e2sad_jax.evaluate import Attack
 
+pytestmark = pytest.mark.usefixtures("all_unoptimized")
+
 N, K, SHAPE, EPS = 60, 5, (4, 4, 1), 0.05
 STAGES = (
     Attack("APGD-CE", "apgd", steps=10),

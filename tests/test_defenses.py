@@ -144,6 +144,26 @@ def gradient_of(function: Callable[[Weights], jax.Array], weights: Weights) -> W
     return jax.jit(jax.grad(function))(weights)
 
 
+# Each is compiled once for all tests.
+
+
+@functools.cache
+def defended(defense: Callable[..., Any]) -> Callable[..., Any]:
+    """A defense's loss with its parts, and its gradient, of weights, images and labels."""
+    return jax.jit(jax.value_and_grad(lambda w, x, y: defense(net(w), x, y), has_aux=True))
+
+
+@functools.cache
+def points_by_hand(name: str) -> Callable[..., Any]:
+    return jax.jit(functools.partial(points, name))
+
+
+@functools.cache
+def by_hand(name: str) -> Callable[..., Any]:
+    """`value` and its gradient, of weights, images, labels, points and alpha."""
+    return jax.jit(jax.value_and_grad(functools.partial(value, name), has_aux=True))
+
+
 def close(got: Any, want: Any, rtol: float = 1e-4) -> None:
     assert jax.tree.structure(got) == jax.tree.structure(want)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6), got, want)
@@ -154,13 +174,9 @@ def close(got: Any, want: Any, rtol: float = 1e-4) -> None:
 def test_loss_parts_and_gradient(name, delta):
     """Parts come unweighted; the gradient is that at precomputed, constant points."""
     (x, y), weights = batch(delta), draw()
-    at = jax.jit(functools.partial(points, name))(weights, x, y)
-
-    def both(loss: Callable[[Weights], Any]) -> Any:
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))(weights)
-
-    loss, got = both(lambda w: DEFENSES[name](net(w), x, y))
-    hand, want = both(lambda w: value(name, w, x, y, at))
+    at = points_by_hand(name)(weights, x, y)
+    loss, got = defended(DEFENSES[name])(weights, x, y)
+    hand, want = by_hand(name)(weights, x, y, at, 0.6)
     close(loss, hand)
     assert min(np.abs(leaf).max() for leaf in want.values()) > 1e-3
     close(got, want)
@@ -172,8 +188,8 @@ def test_alpha(name, alpha):
     """With alpha = 0 no clean term is left, and yet it attacks; with alpha = 1 nothing of the adversarial loss."""
     (x, y), weights = batch(), draw()
     loss, parts = jax.jit(lambda w: DEFENSES[name](net(w), x, y, alpha=alpha))(weights)
-    at = jax.jit(functools.partial(points, name))(weights, x, y)
-    want, terms = jax.jit(functools.partial(value, name, alpha=alpha))(weights, x, y, at)
+    at = points_by_hand(name)(weights, x, y)
+    (want, terms), _ = by_hand(name)(weights, x, y, at, float(alpha))
     clean = terms["clean"]
     if name == "e2sad_ball" and alpha == 0:
         del terms["clean"]  # not looked at
@@ -265,12 +281,12 @@ def test_gradient_against_finite_differences(name):
     """In float64; Hamm's penalty is a second derivative. No sign turns within so small a step."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         (x, y), weights = batch(dtype=jnp.float64), draw(dtype=jnp.float64)
-        loss = jax.jit(lambda w: DEFENSES[name](net(w), x, y)[0])
-        gradient = gradient_of(loss, weights)
+        both = jax.jit(jax.value_and_grad(lambda w: DEFENSES[name](net(w), x, y)[0]))
+        _, gradient = both(weights)
         rs, step = np.random.RandomState(0), 1e-5
         for _ in range(3):
             way = {key: rs.randn(*leaf.shape) for key, leaf in weights.items()}
-            up, down = (loss({key: leaf + s * step * way[key] for key, leaf in weights.items()}) for s in (1, -1))
+            up, down = (both({key: leaf + s * step * way[key] for key, leaf in weights.items()})[0] for s in (1, -1))
             slope = sum((gradient[key] * way[key]).sum() for key in weights)
             np.testing.assert_allclose((up - down) / (2 * step), slope, rtol=1e-6, atol=1e-8)
             assert abs(slope) > 1e-4
@@ -282,8 +298,7 @@ def test_finite_where_the_input_gradient_vanishes(name, zero):
     """The norm's own derivative at zero is 0 / 0; with nothing to climb the attack stays at the image."""
     (x, y), weights = batch(), draw()
     weights |= {key: jnp.zeros_like(weights[key]) for key in zero}
-    run = jax.jit(jax.value_and_grad(lambda w: DEFENSES[name](net(w), x, y), has_aux=True))
-    (loss, parts), gradient = run(weights)
+    (loss, parts), gradient = defended(DEFENSES[name])(weights, x, y)
     for leaf in jax.tree.leaves((loss, parts, gradient)):
         assert np.isfinite(leaf).all()
     if name == "hamm":
@@ -297,7 +312,7 @@ def test_jit_and_vmap_over_models(name):
     def run(weights: Weights) -> Any:
         return DEFENSES[name](net(weights), x, y)
 
-    want = [jax.jit(run)(weights) for weights in models_]
+    want = [defended(DEFENSES[name])(weights, x, y)[0] for weights in models_]
     close(run(models_[0]), want[0])
     stacked = jax.jit(jax.vmap(run))(jax.tree.map(lambda *w: jnp.stack(w), *models_))
     close(stacked, jax.tree.map(lambda *v: jnp.stack(v), *want))

@@ -17,8 +17,8 @@ from test_defenses import (
     Weights,
     batch,
     close,
+    defended,
     draw,
-    gradient_of,
     net,
     refuses_integer_labels,
     step_flops,
@@ -248,12 +248,12 @@ def test_gradient_against_finite_differences(name):
     """In float64; the penalties are second derivatives. No sign turns within so small a step."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         (x, y), weights = batch(dtype=jnp.float64), draw(dtype=jnp.float64)
-        loss = jax.jit(lambda w: DEFENSES[name](net(w), x, y)[0])
-        gradient = gradient_of(loss, weights)
+        both = jax.jit(jax.value_and_grad(lambda w: DEFENSES[name](net(w), x, y)[0]))
+        _, gradient = both(weights)
         rs, step = np.random.RandomState(0), 1e-5
         for _ in range(3):
             way = {key: rs.randn(*leaf.shape) for key, leaf in weights.items()}
-            up, down = (loss({key: leaf + s * step * way[key] for key, leaf in weights.items()}) for s in (1, -1))
+            up, down = (both({key: leaf + s * step * way[key] for key, leaf in weights.items()})[0] for s in (1, -1))
             slope = sum((gradient[key] * way[key]).sum() for key in weights)
             np.testing.assert_allclose((up - down) / (2 * step), slope, rtol=1e-6, atol=1e-8)
             assert abs(slope) > 1e-4
@@ -267,8 +267,7 @@ def test_finite_where_gradients_vanish_and_where_logits_saturate(name, change):
         weights |= {key: jnp.zeros_like(weights[key])}
     if change == "saturated":
         weights |= {"w2": 1e4 * weights["w2"]}
-    run = jax.jit(jax.value_and_grad(lambda w: DEFENSES[name](net(w), x, y), has_aux=True))
-    for leaf in jax.tree.leaves(run(weights)):
+    for leaf in jax.tree.leaves(defended(DEFENSES[name])(weights, x, y)):
         assert np.isfinite(leaf).all()
 
 
