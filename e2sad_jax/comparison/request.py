@@ -125,7 +125,10 @@ class Request:
         budgets = {"eps1": self.eps, "eps2": self.eps / 3}  # the paper's ratio
         entry = dict({**ENTRIES, **PARTS}[name])
         points = preset(entry.pop("preset", "paper"), self.eps)
-        own = {**entry, **{key: entry[key] * self.eps for key in ("eps2", "attack_step_size") if key in entry}}
+        own: dict[str, Any] = {
+            **entry,
+            **{key: entry[key] * self.eps for key in ("eps2", "attack_step_size") if key in entry},
+        }
         found = []
         for seed in range(self.seeds):
             config = Config(**{**budgets, **points, **common, **own, "soft_label": False, "seed": seed})
