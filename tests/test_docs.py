@@ -120,7 +120,7 @@ NAMED = {
         ("which-defense.md", 2, "compare_digits", 8),
         ("e2sad.md", 2, "compare_parts", 12),
         ("e2sad.md", 3, "compare", 11),
-        ("e2sad.md", 4, "compare_equal", 8),
+        ("e2sad.md", 4, "compare_equal", 10),
     ],
 )
 def test_the_numbers_of_every_defense_are_those_of_the_comparison(page, number, folder, rows):

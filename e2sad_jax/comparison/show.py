@@ -121,14 +121,19 @@ def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
     """Robust accuracy against training FLOPs, a point for each defense; hollow above it the best checkpoint, where apart."""
     from matplotlib.figure import Figure
 
-    by_name = result["request"]["equal_flops"] or result["request"]["parts"]  # too many that cost the same
+    equal = result["request"]["equal_flops"]
+    by_name = equal or result["request"]["parts"]  # too many that cost the same
     natural = _natural(result)
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     labels = {"last": "last checkpoint", "best": f"best on {result['chosen_on']}, where another"}
 
     def draw(row: Mapping[str, Any], robust: Sequence[float], *args: Any, **style: Any) -> None:
-        name = f"{row['name']} ({row['flops'] / natural:.2f})" if natural else row["name"]
+        name = row["name"]
+        if equal:
+            name += f" ({row['last']['steps'][0]:,})"
+        elif natural:
+            name += f" ({row['flops'] / natural:.2f})"
         at = [name if by_name else row["flops"] / (natural or 1)] * len(robust)
         axes.plot(*((robust, at) if by_name else (at, robust)), *args, **style)
 
@@ -146,7 +151,8 @@ def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
     axes.legend(loc="best" if by_name else (0.55, 0.15), fontsize=8, frameon=False)
     axes.grid(color="0.92")
     if by_name:
-        axes.set(xlabel="robust accuracy (in parentheses: FLOPs of training, natural = 1)", xlim=(-0.03, 1.0))
+        beside = "steps" if equal else "FLOPs of training, natural = 1"
+        axes.set(xlabel=f"robust accuracy (in parentheses: {beside})", xlim=(-0.03, 1.0))
         axes.invert_yaxis()
     else:
         unit = f", natural training = 1 ({natural:.3g})" if natural else ""
