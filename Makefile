@@ -14,7 +14,7 @@ test: .venv/.installed-dev  ## Linter, type checker and tests.
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 torture: .venv/.installed-dev  ## Faults done to real runs: kill -9, a full disk, damaged files, ... (as root; at most an hour).
-	$(BIN)/python -m tests.torture --results=results $(ARGS)
+	$(BIN)/python -m benchmarks.faults --results=results $(ARGS)
 
 check: .venv/.installed-dev  ## Linter and type checker.
 	$(BIN)/ruff check .

@@ -16,11 +16,13 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from e2sad_jax import attacks, checkpoint, data, report
-from e2sad_jax._tracing import jit
-from e2sad_jax.diagnosis.subject import Subject, of_classifier
-from e2sad_jax.evaluate import Attack
-from e2sad_jax.step_cost.peers import pytorch
+from e2sad_jax import attacks, data
+from e2sad_jax._compile import jit
+from e2sad_jax.evaluation import Attack
+from e2sad_jax.evaluation.model import Subject, of_classifier
+from e2sad_jax.reporting import report
+from e2sad_jax.runs import checkpoint
+from experiments.step_cost.peers import pytorch
 
 TOLERANCE = 0.01  # of accuracy
 SLACK = 1e-6  # of a pixel, for the float32 of either side

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 
-from e2sad_jax import report, train
-from e2sad_jax.config import Config, preset
+from e2sad_jax import training
+from e2sad_jax.reporting import report
+from e2sad_jax.training.config import Config, preset
 
 SETTINGS: Sequence[tuple[str, Mapping[str, Any]]] = [
     ("natural", {}),
@@ -38,7 +39,7 @@ def main() -> None:
     for defense, settings in SETTINGS:
         own = dict(settings)
         own = preset(own.pop("preset", "paper"), Config.eps1) | own
-        flops = train.step_flops(Config(defense=defense, **own), (28, 28, 1), 10)
+        flops = training.step_flops(Config(defense=defense, **own), (28, 28, 1), 10)
         natural = natural or flops
         name = ", ".join([defense, *(f"{key} {value}" for key, value in settings.items())])
         print(f"| {name} | {flops / 1e9:.1f} | {flops / natural:.3f} |", flush=True)

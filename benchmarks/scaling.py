@@ -12,10 +12,11 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import jax.numpy as jnp
 
-from e2sad_jax import models, report, sharding
-from e2sad_jax.config import Config
-from e2sad_jax.step_cost import counts
-from e2sad_jax.step_cost.step import Step
+from e2sad_jax import distributed, networks
+from e2sad_jax.reporting import report
+from e2sad_jax.training.config import Config
+from experiments.step_cost import counts
+from experiments.step_cost.step import Step
 
 SHAPE, CLASSES = (28, 28, 1), 10
 DEFENSES = ("natural", "fgsm", "hamm", "e2sad")
@@ -30,8 +31,10 @@ HOPS = 2 * (CHIPS - 1)  # of a sum in a ring
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     batch = Config().batch_size
-    shapes = jax.eval_shape(models.create("mnist_cnn", CLASSES, SHAPE).init, jax.random.key(0), jnp.zeros((1, *SHAPE)))
-    parameters, largest = models.count_parameters(shapes), max(leaf.size for leaf in jax.tree.leaves(shapes))
+    shapes = jax.eval_shape(
+        networks.create("mnist_cnn", CLASSES, SHAPE).init, jax.random.key(0), jnp.zeros((1, *SHAPE))
+    )
+    parameters, largest = networks.count_parameters(shapes), max(leaf.size for leaf in jax.tree.leaves(shapes))
     print("# Scaling\n")
     print(INTRODUCTION)
     print("## Measured: bytes of collectives in a step\n")
@@ -42,7 +45,7 @@ def main() -> None:
     for defense in DEFENSES:
         for devices in (1, 2, 4, 8):
             program = Step(Config(defense=defense, devices=devices), SHAPE, CLASSES).compiled
-            kinds = sharding.collective_bytes(program)
+            kinds = distributed.collective_bytes(program)
             reduced = kinds.pop("all-reduce", 0)
             sent[defense] = reduced
             print(

@@ -21,13 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from e2sad_jax import checkpoint, models, report
-from e2sad_jax.checkpoint import Classifier
-from e2sad_jax.config import Config, check, setting
+from e2sad_jax import networks
+from e2sad_jax._io import write_bytes, write_json
+from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.errors import ConfigError, Error, WorkdirError, first_line
-from e2sad_jax.train import init_state
-from e2sad_jax.transforms import TRANSFORMS
-from e2sad_jax.workdir import write_bytes, write_json
+from e2sad_jax.reporting import report
+from e2sad_jax.runs import checkpoint
+from e2sad_jax.runs.checkpoint import Classifier
+from e2sad_jax.training import init_state
+from e2sad_jax.training.config import Config, check, setting
 
 FORMAT = 1  # of the card and of the metadata in a file of parameters
 CARD = "export.json"
@@ -171,7 +173,7 @@ def _described(about: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
     shape, classes = tuple(map(int, dataset["image_shape"])), int(dataset["num_classes"])
     if len(shape) != 3 or min(shape) < 1 or classes < 2:
         raise ValueError(f"its metadata has images of shape {shape} and {classes} classes")
-    model = models.create(config.model, classes, shape, config.precision)
+    model = networks.create(config.model, classes, shape, config.precision)
     like = jax.eval_shape(lambda: init_state(config, model, shape)).params
     rest = {"config": config, "dataset": dataset, "step": int(values["step"]), "model": model}
     return like, {**rest, "transform": TRANSFORMS[config.transform]}
@@ -189,7 +191,7 @@ WRITERS: Mapping[str, Callable[[Classifier], bytes]] = {
 
 def _function(classifier: Classifier) -> Callable[[jax.Array], jax.Array]:
     """Images to logits, the parameters a part of it; a new function each time, so that nothing traced before is taken."""
-    logits = models.logits_fn(classifier.model, jax.tree.map(np.asarray, classifier.params))
+    logits = networks.logits_fn(classifier.model, jax.tree.map(np.asarray, classifier.params))
     return lambda images: logits(classifier.transform.apply(images))
 
 

@@ -7,10 +7,10 @@ import argparse
 
 import jax
 
-from e2sad_jax import data, evaluate, models, train
-from e2sad_jax.config import Config, preset
-from e2sad_jax.evaluate import Attack
-from e2sad_jax.transforms import TRANSFORMS
+from e2sad_jax import data, evaluation, networks, training
+from e2sad_jax.data.transforms import TRANSFORMS
+from e2sad_jax.evaluation import Attack
+from e2sad_jax.training.config import Config, preset
 
 SUITE = (
     Attack("clean", "clean"),
@@ -29,17 +29,17 @@ def main(steps: int, images: int) -> None:
     """Prints what is left under each attack."""
     config = Config(model="digits_cnn", steps=steps, batch_size=64, eps1=0.2, **preset("robust", 0.2))
     digits = data.load("digits")
-    model = models.create(config.model, digits.num_classes, digits.image_shape)
-    state = train.fit(
+    model = networks.create(config.model, digits.num_classes, digits.image_shape)
+    state = training.fit(
         config,
         model,
         digits,
-        train.init_state(config, model, digits.image_shape),
+        training.init_state(config, model, digits.image_shape),
         steps=steps,
         record=tell,
         checkpoint=lambda step, state: None,  # `python -m experiments.digits` keeps them on disk
     )
-    outcomes = evaluate.evaluate(
+    outcomes = evaluation.evaluate(
         model,
         state.params,
         digits.x_test[:images],
@@ -53,7 +53,7 @@ def main(steps: int, images: int) -> None:
     )
     for name, outcome in outcomes.items():
         print(f"{name:10} {outcome.accuracy:.3f}")
-    print(f"{'all':10} {evaluate.worst_case(outcomes).mean():.3f}")
+    print(f"{'all':10} {evaluation.worst_case(outcomes).mean():.3f}")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from e2sad_jax import attacks, data, defenses, losses, models, train, transforms
-from e2sad_jax.auto import auto
-from e2sad_jax.evaluate import Attack
+from e2sad_jax import attacks, data, defenses, losses, networks, training
+from e2sad_jax.data import transforms
+from e2sad_jax.evaluation import Attack
+from e2sad_jax.evaluation.auto import auto
 
 EPS = 0.2
 Loss = tuple[jax.Array, dict[str, jax.Array]]
@@ -57,7 +58,7 @@ ATTACKS = (Attack("APGD-CE", "apgd", steps=20), Attack("Square", "square", steps
 def main(steps: int, images: int, only: Sequence[str]) -> None:
     """Trains each defense with the same updates, and prints a line for it."""
     digits = data.load("digits")
-    model = models.MnistCNN(digits.num_classes, features=(8, 16), hidden=64)
+    model = networks.MnistCNN(digits.num_classes, features=(8, 16), hidden=64)
     x, y = transforms.unit(jnp.asarray(digits.x_train)), losses.soft_labels(jnp.asarray(digits.y_train), 10, delta=0)
     x_test, y_test = np.asarray(transforms.unit(jnp.asarray(digits.x_test[:images]))), digits.y_test[:images]
     tx = optax.adam(optax.linear_onecycle_schedule(steps, 5e-3))
@@ -65,7 +66,7 @@ def main(steps: int, images: int, only: Sequence[str]) -> None:
     first = (variables, tx.init(variables), jnp.int32(0))
 
     def apply(variables: Any, images: jax.Array) -> jax.Array:
-        return models.logits_fn(model, variables)(images)
+        return networks.logits_fn(model, variables)(images)
 
     def step(defense: Callable[..., Loss], variables: Any, opt_state: Any, i: jax.Array) -> tuple[Any, Any, jax.Array]:
         batch_key, key = jax.random.split(jax.random.fold_in(jax.random.key(1), i))
@@ -83,7 +84,7 @@ def main(steps: int, images: int, only: Sequence[str]) -> None:
     print(f"the standard error of an accuracy is up to {0.5 / len(x_test) ** 0.5:.2f}\n")
     print(f"{'':16} clean  robust  price")
     its_step = {name: functools.partial(step, DEFENSES[name]) for name in ("natural", *only)}
-    flops = {name: train.function_counts(function, *first)["flops"] for name, function in its_step.items()}
+    flops = {name: training.function_counts(function, *first)["flops"] for name, function in its_step.items()}
     for name in only:
         price, state, jitted = flops[name] / flops["natural"], first, jax.jit(its_step[name])
         for _ in range(steps):

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from e2sad_jax import attacks, data, defenses, losses, models, transforms
+from e2sad_jax import attacks, data, defenses, losses, networks
+from e2sad_jax.data import transforms
 
 EPS = 0.2
 
@@ -38,7 +39,7 @@ def fit(model: nn.Module, x: jax.Array, y: jax.Array, steps: int, *, robust: boo
         eps = EPS * jnp.minimum(2 * i / steps, 1)  # rises over the first half
 
         def loss(variables: Any) -> jax.Array:
-            logits_fn = models.logits_fn(model, variables)  # images -> model.apply(variables, images)
+            logits_fn = networks.logits_fn(model, variables)  # images -> model.apply(variables, images)
             if not robust:
                 return losses.cross_entropy(logits_fn(x[rows]), y[rows]).mean()
             points: Any = {"alpha": 0.0, "lam": 1.0, "eps1": eps, "eps2": 2 / 3 * eps}
@@ -57,7 +58,7 @@ def fit(model: nn.Module, x: jax.Array, y: jax.Array, steps: int, *, robust: boo
 @functools.partial(jax.jit, static_argnames="model")
 def accuracies(model: nn.Module, variables: Any, x: jax.Array, y: jax.Array) -> list[jax.Array]:
     """Accuracy on `x`, and on what PGD-40 makes of it."""
-    logits_fn = models.logits_fn(model, variables)
+    logits_fn = networks.logits_fn(model, variables)
 
     def loss_fn(z: jax.Array) -> jax.Array:
         return losses.cross_entropy(logits_fn(z), y)

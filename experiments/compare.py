@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from . import common
+from e2sad_jax import cli
 
 FLAGS = flags.FLAGS
 
@@ -18,7 +18,7 @@ def define_flags() -> None:
     from e2sad_jax.comparison.request import Request
 
     for field in dataclasses.fields(Request):
-        common.define_flag(field)
+        cli.define_flag(field)
 
 
 def _run() -> None:
@@ -31,4 +31,4 @@ def _run() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    common.launch(_run, "finished models and the others' last checkpoints are safe")
+    cli.launch(_run, "finished models and the others' last checkpoints are safe")

@@ -3,7 +3,7 @@
 python -m experiments.digits
 """
 
-from . import common
+from e2sad_jax import cli
 
 # Not the paper's: a narrow network, and budgets that 8x8 digits blown up to 28x28 can be defended against in minutes.
 LAPTOP = {
@@ -20,4 +20,4 @@ LAPTOP = {
 }
 
 if __name__ == "__main__":
-    common.main("digits", LAPTOP, baseline="natural")
+    cli.main("digits", LAPTOP, baseline="natural")

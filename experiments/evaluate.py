@@ -8,26 +8,26 @@ from typing import Any
 
 from absl import flags
 
-from . import common
+from e2sad_jax import cli
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
     """Defines the flags, as the main module's own: `--help` lists those."""
-    from e2sad_jax.diagnosis.run import Request
+    from e2sad_jax.runs.evaluate import Request
 
     for field in dataclasses.fields(Request):
-        common.define_flag(field)
+        cli.define_flag(field)
 
 
 def _run() -> None:
-    from e2sad_jax.diagnosis import run
+    from e2sad_jax.runs import evaluate
 
-    values: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(run.Request)}
-    run.run(run.Request(**values))
+    values: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(evaluate.Request)}
+    evaluate.run(evaluate.Request(**values))
 
 
 if __name__ == "__main__":
     define_flags()
-    common.launch(_run, "the same command measures anew", resumes=False)
+    cli.launch(_run, "the same command measures anew", resumes=False)

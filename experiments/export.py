@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from . import common
+from e2sad_jax import cli
 
 FLAGS = flags.FLAGS
 
@@ -18,7 +18,7 @@ def define_flags() -> None:
     from e2sad_jax.export import Request
 
     for field in dataclasses.fields(Request):
-        common.define_flag(field)
+        cli.define_flag(field)
 
 
 def _run() -> None:
@@ -30,4 +30,4 @@ def _run() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    common.launch(_run, "the same command with --overwrite exports anew", resumes=False)
+    cli.launch(_run, "the same command with --overwrite exports anew", resumes=False)

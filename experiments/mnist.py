@@ -3,9 +3,9 @@
 python -m experiments.mnist --defense=e2sad
 """
 
-from . import common
+from e2sad_jax import cli
 
 TRADES = {"attack_steps": 40}  # its paper's
 
 if __name__ == "__main__":
-    common.main("mnist", {"data": "mnist", "model": "mnist_cnn"}, {"trades": TRADES})
+    cli.main("mnist", {"data": "mnist", "model": "mnist_cnn"}, {"trades": TRADES})

@@ -3,9 +3,8 @@
 python -m experiments.svhn --defense=e2sad
 """
 
-from e2sad_jax.config import DEFENSES
-
-from . import common
+from e2sad_jax import cli
+from e2sad_jax.training.config import DEFENSES
 
 PAPER = {
     "data": "svhn",
@@ -22,4 +21,4 @@ PAPER = {
 HARD = {defense: {"soft_label": False} for defense in DEFENSES if defense != "e2sad"}
 
 if __name__ == "__main__":
-    common.main("svhn", PAPER, HARD)
+    cli.main("svhn", PAPER, HARD)

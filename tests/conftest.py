@@ -29,7 +29,7 @@ import jax
 import numpy as np
 import pytest
 
-from e2sad_jax import data, models
+from e2sad_jax import data, networks
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -97,8 +97,8 @@ def little(all_unoptimized: None) -> Iterator[None]:
     The same layers and code; not for modules that start processes, which have the whole network.
     """
     with pytest.MonkeyPatch.context() as patch:
-        narrow = functools.partial(models.MnistCNN, features=(4, 8), hidden=64)
-        patch.setitem(models.MODELS, "digits_cnn", narrow)
+        narrow = functools.partial(networks.MnistCNN, features=(4, 8), hidden=64)
+        patch.setitem(networks.MODELS, "digits_cnn", narrow)
         yield
 
 

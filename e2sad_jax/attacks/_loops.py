@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from e2sad_jax._tracing import platform, straight
+from e2sad_jax._compile import platform, straight
 
 T = TypeVar("T")
 
@@ -15,7 +15,7 @@ def repeat(times: int, body: Callable[[int | jax.Array, T], T], init: T) -> T:
     """`body(times - 1, ... body(1, body(0, init)))`, one compiled loop where that costs nothing, otherwise unrolled.
 
     XLA's CPU backend runs its own convolutions two to four times slower inside a compiled loop than outside one; those
-    of `e2sad_jax.layers` not.
+    of `e2sad_jax.networks.cpu_conv` not.
     """
     if times > 0 and _loops_well(body, 0, init):
         return jax.lax.fori_loop(0, times, body, init)

@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from e2sad_jax import jobs
-from e2sad_jax.auto import auto
-from e2sad_jax.checkpoint import load
+from e2sad_jax._io import read_sealed, sealed, write_json
 from e2sad_jax.comparison.price import step_flops
 from e2sad_jax.comparison.request import CHECKPOINTS, Request
-from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
-from e2sad_jax.diagnosis import of_classifier
 from e2sad_jax.errors import Stopped, first_line
-from e2sad_jax.evaluate import Attack
-from e2sad_jax.workdir import read_sealed, sealed, write_config, write_json
+from e2sad_jax.evaluation import Attack, of_classifier
+from e2sad_jax.evaluation.auto import auto
+from e2sad_jax.runs import jobs
+from e2sad_jax.runs.checkpoint import load
+from e2sad_jax.runs.folder import write_config
+from e2sad_jax.training.config import Config
 
 
 def judge(request: Request, config: Config, dataset: Dataset) -> dict[str, Any]:

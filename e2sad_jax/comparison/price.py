@@ -5,10 +5,10 @@ import functools
 import pathlib
 
 from e2sad_jax.comparison.request import REFERENCE, Request
-from e2sad_jax.config import Config
 from e2sad_jax.data import Dataset
 from e2sad_jax.errors import ConfigError
-from e2sad_jax.step_cost.counts import counts
+from e2sad_jax.training.config import Config
+from experiments.step_cost.counts import counts
 
 
 def affordable(request: Request, config: Config, dataset: Dataset) -> Config:

@@ -5,10 +5,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from e2sad_jax.config import SCHEDULE, SCHEDULES, Config, check, preset, setting
-from e2sad_jax.diagnosis import Effort
 from e2sad_jax.errors import ConfigError
-from e2sad_jax.evaluate import Attack
+from e2sad_jax.evaluation import Attack, Effort
+from e2sad_jax.training.config import SCHEDULE, SCHEDULES, Config, check, preset, setting
 
 # By name in tables and pictures; the price of each in gradient steps grows downwards. eps2 and steps are in multiples of eps.
 ENTRIES: Mapping[str, Mapping[str, Any]] = {

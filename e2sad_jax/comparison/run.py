@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from e2sad_jax import data, report
-from e2sad_jax._bounded import read_json
+from e2sad_jax import data
+from e2sad_jax._io import read_json, write_json, write_text
 from e2sad_jax.comparison.judge import judge
 from e2sad_jax.comparison.price import affordable
 from e2sad_jax.comparison.request import CHECKPOINTS, ORDER, Request
 from e2sad_jax.comparison.show import card, markdown, plot
 from e2sad_jax.errors import NonFiniteError, first_line
-from e2sad_jax.workdir import write_json, write_text
+from e2sad_jax.reporting import report
 
 
 def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:

@@ -5,8 +5,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from e2sad_jax import plots, report
 from e2sad_jax.comparison.request import CHECKPOINTS, JUDGES, REFERENCE
+from e2sad_jax.reporting import plots, report
 
 
 def _about(result: Mapping[str, Any]) -> str:

@@ -1,0 +1,51 @@
+"""In which phase a command is: told by itself into a file, which a kill leaves whole."""
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from e2sad_jax.comparison import judge
+from e2sad_jax.comparison import run as comparison
+from e2sad_jax.data import tfds
+from e2sad_jax.reporting import plots, report
+from e2sad_jax.runs import evaluate as diagnosis
+from e2sad_jax.runs import jobs, run
+
+START, END = "start", "end"
+FIRST, STEP, JUDGING = "first step", "training step", "judging a checkpoint"
+CHECKPOINT, EVALUATION, RESULTS = "checkpoint write", "evaluation", "writing results"
+DOWNLOAD, DECODING, COPY = "data preparation: records", "data preparation: decoding", "data preparation: copy"
+TOLD = (
+    *((jobs, "fit", FIRST), (jobs.Recorder, "__call__", STEP), (jobs, "_watch", JUDGING)),
+    *((jobs.Checkpoints, "save", CHECKPOINT), (run, "_evaluate", EVALUATION), (report, "write", RESULTS)),
+    *((judge, "_attacked", EVALUATION), (comparison, "plot", RESULTS), (diagnosis, "diagnose", EVALUATION)),
+    *((plots, "examples", RESULTS), (tfds, "_prepare", DOWNLOAD), (tfds, "_decode", DECODING)),
+    (tfds, "_keep_decoded", COPY),
+)
+
+
+def tell(path: str) -> Callable[[str], None]:
+    """Lets this process note from now on when it enters a phase, in seconds of computing; returns what notes one more."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    now = ""
+
+    def enter(phase: str) -> None:
+        nonlocal now
+        if phase != now:
+            os.write(file, f"{time.process_time():.4f} {phase}\n".encode())
+            now = phase
+
+    def telling(function: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            enter(phase)
+            return function(*args, **kwargs)
+
+        return called
+
+    enter(START)
+    for owner, name, phase in TOLD:
+        setattr(owner, name, telling(getattr(owner, name), phase))
+    return enter

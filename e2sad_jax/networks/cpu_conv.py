@@ -1,0 +1,332 @@
+"""Convolutions and pooling that are fast on the CPU too.
+
+XLA's CPU backend has a fast kernel for plain convolutions only: images [N, H, W, C], kernels [kh, kw, C, F], nothing turned
+round. It brings the gradients of others into that form, but not in a compiled loop, and its kernel is slow where there are
+few output channels, as in the input gradient of a first layer, and for images of one channel. So a convolution, its input
+gradient and its kernel gradient are primitives here, lowered to plain convolutions or elementwise products on the CPU and to
+XLA's own operation everywhere else. All three are bilinear and the transposes of one another, so derivatives of every order
+are made of these three again. The same holds of what pooling picks from its windows and where its gradient is placed.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from e2sad_jax import _compile
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+FEW_CHANNELS = 4
+MOST_TAPS = 49  # positions of a kernel for one channel that becomes as many products
+
+
+def conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    precision: Any = None,
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated`, for `flax.linen.Conv(..., conv_general_dilated=...)`.
+
+    Two-dimensional convolutions of stride 1 in float32 or float64, without dilation or groups, are this module's `conv`;
+    all others are JAX's, and so are those inside of `shard_map` or on a mesh with explicit axes.
+
+    Args:
+      lhs: images, `[N, H, W, C]` for `conv`.
+      rhs: kernel, `[kh, kw, C, F]` for `conv`.
+      window_strides: strides.
+      padding: (before, after) of each axis, or what else JAX takes.
+      lhs_dilation: as JAX takes it.
+      rhs_dilation: as JAX takes it.
+      dimension_numbers: as JAX takes it.
+      feature_group_count: groups of channels.
+      precision: of the products.
+    """
+    numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    ours = (
+        lhs.ndim == 4
+        and numbers == jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, ("NHWC", "HWIO", "NHWC"))
+        and {*window_strides, *(lhs_dilation or ()), *(rhs_dilation or ()), feature_group_count} == {1}
+        and lhs.dtype == rhs.dtype
+        and lhs.dtype in (jnp.float32, jnp.float64)
+        and not _shards_are_tracked(lhs)
+    )
+    if ours:
+        if isinstance(padding, str):
+            padding = jax.lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
+        if all(low >= 0 <= high for low, high in padding):
+            return conv(lhs, rhs, padding=padding, precision=precision)
+    return jax.lax.conv_general_dilated(
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        lhs_dilation,
+        rhs_dilation,
+        dimension_numbers,
+        feature_group_count,
+        precision=precision,
+    )
+
+
+def conv(x: jax.Array, w: jax.Array, *, padding: Sequence[tuple[int, int]], precision: Any = None) -> jax.Array:
+    """Cross-correlation of images with a kernel, at stride 1.
+
+    Args:
+      x: images `[N, H, W, C]`, float32 or float64.
+      w: kernel `[kh, kw, C, F]`, of the same dtype.
+      padding: rows above and below, columns left and right, at least 0.
+      precision: of the products (`jax.lax.Precision`).
+
+    Returns:
+      `[N, H + rows - kh + 1, W + columns - kw + 1, F]`.
+
+    Raises:
+      ValueError: if shapes do not fit or the kernel is larger than the padded image.
+    """
+    rows, columns = ((int(low), int(high)) for low, high in padding)
+    height, width = x.shape[1] + sum(rows) - w.shape[0] + 1, x.shape[2] + sum(columns) - w.shape[1] + 1
+    if x.shape[3] != w.shape[2] or min(height, width) < 1:
+        raise ValueError(
+            f"conv: a kernel of shape {w.shape} does not fit images of shape {x.shape} with padding {(rows, columns)}"
+        )
+    if precision is None:
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # of now, not of the lowering
+    return conv_p.bind(x, w, padding=(rows, columns), precision=precision)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """Maximum over 2x2 windows, a last odd row or column left out: `flax.linen.max_pool(x, (2, 2), strides=(2, 2))`.
+
+    On the CPU it is taken over four strided slices, and its gradient is put together of four arrays, because XLA's own
+    pooling is more than ten times slower there: half the time of a training step. Values are the same, NaN included, and so
+    is the gradient, but where there is NaN: where several are largest it goes to the first.
+
+    Args:
+      x: `[N, H, W, C]`.
+
+    Returns:
+      `[N, H // 2, W // 2, C]`.
+    """
+    if _compile.platform() != "cpu" or _shards_are_tracked(x):
+        return nn.max_pool(x, (2, 2), strides=(2, 2))
+    return _max_pool(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
+
+
+def _shards_are_tracked(x: jax.Array) -> bool:
+    """Inside of `shard_map` or on a mesh with explicit axes, where only JAX's own operations say what is split and how."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.explicit_axes or mesh.manual_axes or jax.typeof(x).sharding.mesh.explicit_axes)
+
+
+conv_p = Primitive("conv")  # x [N, H, W, C], w [kh, kw, C, F] -> y [N, h, w, F]
+input_gradient_p = Primitive("conv_input_gradient")  # of y, w -> of x; size: (H, W)
+kernel_gradient_p = Primitive("conv_kernel_gradient")  # x, of y -> of w; size: (kh, kw)
+pick_p = Primitive("max_pool_pick")  # x [N, 2h, 2w, C], three masks [N, h, w, C] -> y [N, h, w, C]
+place_p = Primitive("max_pool_place")  # of y, masks -> of x
+
+
+# XLA's own operations.
+
+
+def _conv(x: jax.Array, w: jax.Array, *, padding: Padding, precision: Any) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x, w, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
+    )
+
+
+def _input_gradient(g: jax.Array, w: jax.Array, *, size: tuple[int, int], **kwargs: Any) -> jax.Array:
+    x = jax.ShapeDtypeStruct((g.shape[0], *size, w.shape[2]), g.dtype)
+    return jax.linear_transpose(lambda x: _conv(x, w, **kwargs), x)(g)[0]
+
+
+def _kernel_gradient(x: jax.Array, g: jax.Array, *, size: tuple[int, int], **kwargs: Any) -> jax.Array:
+    w = jax.ShapeDtypeStruct((*size, x.shape[3], g.shape[3]), g.dtype)
+    return jax.linear_transpose(lambda w: _conv(x, w, **kwargs), w)(g)[0]
+
+
+# The same in those forms that XLA's CPU backend hands to its fast kernels, in a compiled loop too: images [N, H, W, C],
+# kernels [kh, kw, C, F], nothing turned round.
+
+
+def _cpu_conv(x: jax.Array, w: jax.Array, *, padding: Padding, precision: Any) -> jax.Array:
+    kh, kw, channels, features = w.shape
+    if channels > 1 or kh * kw > MOST_TAPS:
+        return _conv(x, w, padding=padding, precision=precision)
+    # The kernel would gather patches of one channel number by number. So the shifted images times the weights, which XLA
+    # computes in one pass.
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    height, width = padded.shape[1] - kh + 1, padded.shape[2] - kw + 1
+    total = jnp.zeros((), x.dtype)
+    for i, j in np.ndindex(kh, kw):
+        total = total + padded[:, i : i + height, j : j + width] * w[i, j].reshape(1, 1, 1, features)
+    return total
+
+
+def _cpu_input_gradient(
+    g: jax.Array, w: jax.Array, *, size: tuple[int, int], padding: Padding, precision: Any
+) -> jax.Array:
+    kh, kw, channels, _ = w.shape
+    (above, below), (left, right) = padding
+    if max(above, below) >= kh or max(left, right) >= kw:
+        return _input_gradient(g, w, size=size, padding=padding, precision=precision)
+    rows, columns = (kh - 1 - above, kh - 1 - below), (kw - 1 - left, kw - 1 - right)
+    if channels > FEW_CHANNELS:  # a convolution with the kernel turned round
+        return _conv(g, w[::-1, ::-1].swapaxes(2, 3), padding=(rows, columns), precision=precision)
+    # One with few channels leaves most of the processor idle. So each row of the kernel by itself, as channels, and then
+    # their sums where they fall on the same row.
+    by_row = w[:, ::-1].transpose(1, 3, 0, 2).reshape(1, kw, w.shape[3], kh * channels)
+    y = _conv(g, by_row, padding=((0, 0), columns), precision=precision)
+    y = y.reshape(*y.shape[:3], kh, channels)
+    total = jnp.zeros((), y.dtype)
+    for i in range(kh):
+        total = total + jnp.pad(y[:, :, :, i], ((0, 0), (i, kh - 1 - i), (0, 0), (0, 0)))
+    return total[:, above : above + size[0]]
+
+
+def _cpu_kernel_gradient(
+    x: jax.Array, g: jax.Array, *, size: tuple[int, int], padding: Padding, precision: Any
+) -> jax.Array:
+    # Channels take the place of images and images that of channels.
+    y = _conv(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), padding=padding, precision=precision)
+    return y.transpose(1, 2, 0, 3)
+
+
+def _define(primitive: Primitive, xla: Callable[..., jax.Array], cpu: Callable[..., jax.Array]) -> None:
+    """What JAX has to know of a primitive beside its derivatives."""
+
+    @functools.partial(jax.jit, static_argnames=("size", "padding", "precision"))
+    def evaluate(*args: jax.Array, **params: Any) -> jax.Array:
+        return primitive.bind(*args, **params)
+
+    def shape_of(*avals: Any, **params: Any) -> Any:
+        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+        result = jax.eval_shape(functools.partial(xla, **params), *shapes)
+        return avals[0].update(shape=result.shape, dtype=result.dtype, weak_type=False)
+
+    def lower_for_cpu(ctx: Any, *args: Any, **params: Any) -> Any:
+        chosen = xla if _compile.straight() else cpu
+        return mlir.lower_fun(chosen, multiple_results=False)(ctx, *args, **params)
+
+    def batched(args: Sequence[jax.Array], axes: Sequence[int | None], **params: Any) -> tuple[jax.Array, int]:
+        return jax.vmap(functools.partial(xla, **params), in_axes=tuple(axes))(*args), 0
+
+    primitive.def_impl(evaluate)
+    primitive.def_abstract_eval(shape_of)
+    mlir.register_lowering(primitive, mlir.lower_fun(xla, multiple_results=False))
+    if cpu is not xla:
+        mlir.register_lowering(primitive, lower_for_cpu, platform="cpu")
+    batching.primitive_batchers[primitive] = batched
+
+
+_define(conv_p, _conv, _cpu_conv)
+_define(input_gradient_p, _input_gradient, _cpu_input_gradient)
+_define(kernel_gradient_p, _kernel_gradient, _cpu_kernel_gradient)
+
+
+def _to_image(image: Any, y: jax.Array, w: jax.Array, kwargs: Any) -> jax.Array:
+    return input_gradient_p.bind(y, w, size=image.aval.shape[1:3], **kwargs)
+
+
+def _to_kernel(kernel: Any, image: jax.Array, y: jax.Array, kwargs: Any) -> jax.Array:
+    return kernel_gradient_p.bind(image, y, size=kernel.aval.shape[:2], **kwargs)
+
+
+def _to_output(image: jax.Array, w: jax.Array, kwargs: Any) -> jax.Array:
+    return conv_p.bind(image, w, **kwargs)
+
+
+# Transposes, (cotangent, first, second operand): the operand that is asked for stands for its shape.
+ad.defbilinear(
+    conv_p,
+    lambda ct, x, w, **kwargs: _to_image(x, ct, w, kwargs),
+    lambda ct, x, w, **kwargs: _to_kernel(w, x, ct, kwargs),
+)
+ad.defbilinear(
+    input_gradient_p,
+    lambda ct, g, w, size, **kwargs: _to_output(ct, w, kwargs),
+    lambda ct, g, w, size, **kwargs: _to_kernel(w, ct, g, kwargs),
+)
+ad.defbilinear(
+    kernel_gradient_p,
+    lambda ct, x, g, size, **kwargs: _to_image(x, g, ct, kwargs),
+    lambda ct, x, g, size, **kwargs: _to_output(x, ct, kwargs),
+)
+
+
+# Pooling. The masks say of each window: the first above, the first below, the one above.
+
+
+def _first(x: jax.Array, y: jax.Array) -> jax.Array:
+    return (x >= y) | jnp.isnan(x)
+
+
+def _quarters(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    return x[:, ::2, ::2], x[:, ::2, 1::2], x[:, 1::2, ::2], x[:, 1::2, 1::2]
+
+
+def _choose(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    a, b, c, d = _quarters(x)
+    above, below = _first(a, b), _first(c, d)
+    upper, lower = jnp.where(above, a, b), jnp.where(below, c, d)
+    up = _first(upper, lower)
+    return jnp.where(up, upper, lower), (above, below, up)
+
+
+@jax.custom_jvp
+def _max_pool(x: jax.Array) -> jax.Array:
+    return _choose(x)[0]
+
+
+@_max_pool.defjvp
+def _max_pool_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    _, masks = _choose(*primals)
+    return _max_pool(*primals), pick_p.bind(*tangents, *masks)
+
+
+def _pick(x: jax.Array, above: jax.Array, below: jax.Array, up: jax.Array) -> jax.Array:
+    a, b, c, d = _quarters(x)
+    return jnp.where(up, jnp.where(above, a, b), jnp.where(below, c, d))
+
+
+def _place(g: jax.Array, above: jax.Array, below: jax.Array, up: jax.Array) -> jax.Array:
+    # Slices have padding with gaps as their gradient, which XLA's CPU backend computes number by number.
+    n, h, w, channels = g.shape
+    zero = jnp.zeros((), g.dtype)
+    rows = []
+    for half, first in ((jnp.where(up, g, zero), above), (jnp.where(up, zero, g), below)):
+        pair = [jnp.where(first, half, zero)[..., None, :], jnp.where(first, zero, half)[..., None, :]]
+        rows.append(jnp.concatenate(pair, axis=3).reshape(n, h, 1, 2 * w, channels))
+    return jnp.concatenate(rows, axis=2).reshape(n, 2 * h, 2 * w, channels)
+
+
+def _define_linear(primitive: Primitive, transposed: Primitive) -> None:
+    """Derivatives of what is linear in its first operand, the others being masks."""
+
+    def tangent(t: jax.Array, x: jax.Array, *masks: jax.Array) -> jax.Array:
+        return primitive.bind(t, *masks)
+
+    def transpose(ct: Any, x: Any, *masks: jax.Array) -> list[Any]:
+        result = ad.Zero(x.aval) if type(ct) is ad.Zero else transposed.bind(ct, *masks)
+        return [result, *(None for _ in masks)]
+
+    ad.defjvp(primitive, tangent, *[None] * 3)
+    ad.primitive_transposes[primitive] = transpose
+
+
+_define(pick_p, _pick, _pick)
+_define(place_p, _place, _place)
+_define_linear(pick_p, place_p)
+_define_linear(place_p, pick_p)

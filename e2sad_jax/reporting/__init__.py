@@ -1,0 +1,1 @@
+"""Tables, provenance, model cards, plots, progress."""

@@ -1,0 +1,173 @@
+"""From a request to the table and the files: what `experiments.evaluate` calls."""
+
+import dataclasses
+import importlib
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from e2sad_jax import data
+from e2sad_jax._io import write_json, write_text
+from e2sad_jax.errors import ConfigError
+from e2sad_jax.evaluation.diagnose import Effort, diagnose, work
+from e2sad_jax.evaluation.model import Subject, apply_of, of_classifier, of_function
+from e2sad_jax.reporting import diagnosis, report
+from e2sad_jax.reporting.progress import Bar
+from e2sad_jax.runs import checkpoint
+from e2sad_jax.training.config import check, setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to judge; each field is the flag of that name.
+
+    Raises:
+      ConfigError: if a value is out of range, or the flags do not fit together.
+    """
+
+    workdir: str = setting("", "folder of the run to judge")
+    which: str = setting("last", "its checkpoint", choices=("last", "best"))
+    predict: str = setting(
+        "", "instead of a run: MODULE:FUNCTION, from images in [0, 1] to logits, in JAX; needs --data and --eps"
+    )
+    data: str = setting("", "data set whose test images are taken; empty: the run's own")
+    data_dir: str = setting("", "where data sets lie; empty: as the run had it")
+    eps: float = setting(0.0, "l-infinity budget in the network's units, 0: the run's own eps1", lower=0)
+    examples: int = setting(500, "test images, the first ones, or all if there are fewer; 0: all", lower=0)
+    batch_size: int = setting(250, "images at once", lower=1)
+    seed: int = setting(0, "seed of the attacks", lower=0, upper=2**32 - 1)
+    transfer_from: str = setting(
+        "", "folder of a run, naturally trained say, whose adversarial images are tried on the judged; empty: none"
+    )
+    auto: bool = setting(True, "the worst case over APGD-CE, targeted APGD-DLR and Square")
+    queries: int = setting(5000, "queries of Square, 0: leave it out", lower=0)
+    targets: int = setting(9, "wrong classes that the targeted APGD tries", lower=1)
+    fab: int = setting(0, "wrong classes that FAB tries on what stands before Square, 0: leave it out", lower=0)
+    restarts: int = setting(5, "random starts of PGD", lower=1)
+    results: str = setting("", "folder for evaluation.md, .json and .png; empty: WORKDIR/evaluation")
+
+    def __post_init__(self) -> None:
+        if bool(self.workdir) == bool(self.predict):
+            raise ConfigError("--workdir or --predict: one of them must be given, a run's folder or MODULE:FUNCTION")
+        if self.predict and (":" not in self.predict or not self.data.endswith(".npz") or not self.eps):
+            raise ConfigError(
+                f"--predict={self.predict}: must be MODULE:FUNCTION, beside --data=PATH.npz with x_test and y_test, and --eps"
+            )
+        for field in dataclasses.fields(self):
+            check(field, getattr(self, field.name))
+        if self.fab and not self.auto:
+            raise ConfigError(f"--fab={self.fab}: is a part of the worst case; leave it out, or --noauto")
+
+
+def run(request: Request) -> dict[str, Any]:
+    """Judges, prints the tables, and writes evaluation.json, .md and .png.
+
+    Raises:
+      ConfigError, DataError, WorkdirError: before anything is measured.
+    """
+    subject, eps, folder = _subject(request)
+    substitute = None
+    if request.transfer_from:
+        classifier = checkpoint.load(request.transfer_from)
+        if (bounds := classifier.transform.bounds) != subject.bounds:
+            raise ConfigError(
+                f"--transfer_from={request.transfer_from}: its images lie in {bounds}, those of the judged in {subject.bounds}"
+            )
+        if (shape := tuple(classifier.dataset["image_shape"])) != subject.x.shape[1:]:
+            raise ConfigError(
+                f"--transfer_from={request.transfer_from}: its images are {shape}, not {subject.x.shape[1:]}"
+            )
+        if (classes := classifier.dataset["num_classes"]) != subject.classes:
+            raise ConfigError(f"--transfer_from={request.transfer_from}: has {classes} classes, not {subject.classes}")
+        substitute = dataclasses.replace(
+            subject, name=classifier.config.defense, apply=apply_of(classifier.model), params=classifier.params
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--results={folder}: cannot be written ({error.strerror}); choose another folder") from error
+    effort = Effort(
+        queries=request.queries,
+        targets=request.targets,
+        fab=request.fab,
+        restarts=request.restarts,
+        worst_case=request.auto,
+    )
+    total = work(effort, len(subject.x), subject.classes, substitute is not None)
+    with Bar(f"evaluate {subject.name}", total, "gradients") as bar:
+        result = diagnose(
+            subject,
+            eps=eps,
+            effort=effort,
+            substitute=substitute,
+            progress=lambda what, gradients: bar.update(gradients, what),
+        )
+        if bar.done < total:  # where images fell, less was to do
+            bar.update(total - bar.done, "done")
+    result |= {"command": report.command(), "environment": report.environment()}
+    write_json(folder / "evaluation.json", result)
+    write_text(folder / "evaluation.md", diagnosis.markdown(result))
+    diagnosis.plot(folder / "evaluation.png", [result])
+    print(f"\n{diagnosis.text(result)}\n")
+    for name in ("evaluation.md", "evaluation.json", "evaluation.png"):
+        print(folder / name)
+    return result
+
+
+def _subject(request: Request) -> tuple[Subject, float, pathlib.Path]:
+    """Who is judged, with which budget, and where the files go."""
+    n = request.examples or None
+    if request.predict:
+        dataset = data.load(request.data, None)
+        subject = of_function(
+            _function(request.predict),
+            dataset.x_test[:n],
+            dataset.y_test[:n],
+            name=request.predict.split(":")[1],
+            batch_size=request.batch_size,
+            seed=request.seed,
+        )
+        return subject, request.eps, pathlib.Path(request.results or "runs/evaluation").expanduser()
+    classifier = checkpoint.load(request.workdir, request.which)
+    dataset = data.load(request.data or classifier.config.data, request.data_dir or classifier.config.data_dir or None)
+    if dataset.image_shape != tuple(classifier.dataset["image_shape"]):
+        raise ConfigError(
+            f"--data={request.data}: its images are {dataset.image_shape}, those of {request.workdir} "
+            f"{tuple(classifier.dataset['image_shape'])}"
+        )
+    if dataset.num_classes > classifier.dataset["num_classes"]:
+        raise ConfigError(
+            f"--data={request.data}: has {dataset.num_classes} classes, {request.workdir} {classifier.dataset['num_classes']}"
+        )
+    folder = pathlib.Path(request.workdir).expanduser()
+    subject = of_classifier(
+        classifier,
+        dataset.x_test[:n],
+        dataset.y_test[:n],
+        name=f"{classifier.config.defense} ({folder.name})",
+        batch_size=request.batch_size,
+        seed=request.seed,
+    )
+    eps = request.eps or classifier.config.eps1
+    if not eps:
+        raise ConfigError("--eps=0: must be above 0, for the run itself has --eps1=0")
+    return subject, eps, pathlib.Path(request.results).expanduser() if request.results else folder / "evaluation"
+
+
+def _function(name: str) -> Callable[..., Any]:
+    """The function of `MODULE:FUNCTION`, looked for in the current folder too.
+
+    Raises:
+      ConfigError: if there is none.
+    """
+    module, _, attribute = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"--predict={name}: {error}; it must be MODULE:FUNCTION, importable from here") from error
+    if not callable(function):
+        raise ConfigError(f"--predict={name}: is a {type(function).__name__}; it must be a function of images")
+    return function  # type: ignore[no-any-return]

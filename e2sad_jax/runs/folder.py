@@ -1,0 +1,204 @@
+"""What a workdir holds beside its checkpoints: `config.json`, and files written whole or not at all."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+from e2sad_jax._io import LOCK, locked, read_json, read_sealed, sealed, unsealed, write_json
+from e2sad_jax.data import Dataset
+from e2sad_jax.data.npz import MAX_CLASSES
+from e2sad_jax.errors import ConfigError, DataError, GoneError, WorkdirError, first_line, printable
+from e2sad_jax.training.config import Config
+
+FORMAT = 1  # of config.json and the checkpoints beside it
+TRAINING = "training.json"
+CONFIG_BYTES = 2**20
+MAX_SIDE = 2**16  # height, width, channels of an image
+
+
+def describe_dataset(dataset: Dataset) -> dict[str, Any]:
+    """Identity and sizes of a data set, for config.json and results.json."""
+    return {
+        "name": dataset.name,
+        "version": dataset.version,
+        "sha256": dataset.sha256,
+        "source_sha256": dict(dataset.source_sha256),
+        "train_examples": len(dataset.x_train),
+        "test_examples": len(dataset.x_test),
+        "image_shape": list(dataset.image_shape),
+        "num_classes": dataset.num_classes,
+    }
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> Iterator[None]:
+    """Makes a workdir for this run, or makes sure that it belongs to this run, and keeps other processes out of it.
+
+    Raises:
+      WorkdirError: if it belongs to a run of other settings or data (naming what differs), if another process is at
+        work in it, or if it cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if not (workdir / "config.json").exists() and any(map(_foreign, workdir.iterdir())):
+                raise WorkdirError(
+                    f"{workdir} is not empty and holds no config.json: not a workdir; choose another --workdir"
+                )
+            stack.enter_context(locked(workdir))
+        except OSError as error:
+            raise _unusable(workdir, error) from error
+        check_workdir(workdir, config, dataset)
+        yield
+
+
+def check_there(workdir: pathlib.Path) -> None:
+    """Makes sure that nobody deleted or moved a workdir under its run, before something is written that would make it anew.
+
+    Raises:
+      GoneError: if it is gone.
+    """
+    if not (workdir / "config.json").exists():  # a folder of the same name may have been made since
+        raise GoneError(
+            f"{workdir}/config.json is gone: the workdir was deleted or moved while the run was at work in it, so nothing more "
+            "can be saved there; put it back to go on from its last checkpoint, or start the run anew"
+        )
+
+
+def steps_in(workdir: str | os.PathLike[str]) -> list[int]:
+    """Steps of the checkpoints in a workdir that are whole, as far as their names tell, in their order."""
+    names = [path.name for path in (pathlib.Path(workdir) / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+
+
+def _foreign(path: pathlib.Path) -> bool:
+    """Whether a file shows that a folder without config.json is not one that a start of ours left unfinished."""
+    if path.name == "checkpoints":
+        return not path.is_dir() or any(path.iterdir())
+    return path.name not in (LOCK, "config.json") and not path.name.startswith(".config.json.")
+
+
+def _unusable(workdir: pathlib.Path, error: OSError) -> WorkdirError:
+    return WorkdirError(f"cannot use {workdir} as workdir: {error.strerror}; choose another --workdir")
+
+
+def check_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> None:
+    """Makes sure that a workdir, if it is one already, belongs to this run.
+
+    Raises:
+      WorkdirError: if it belongs to a run of other settings, data, or of another version; naming what differs.
+    """
+    if not (workdir / "config.json").exists():
+        return
+    there, dataset_there = read_config(workdir)
+    ours, theirs = ({n: getattr(c, n) for n in {**config.identity(), **there.identity()}} for c in (config, there))
+    differences = [f"--{k}: {theirs[k]} there, {v} here" for k, v in ours.items() if theirs[k] != v]
+    if dataset_there["sha256"] != dataset.sha256:
+        differences.append(f"data: {dataset_there['name']} there, {dataset.name} here, with other content")
+    if differences:
+        raise WorkdirError(f"{workdir} holds another run ({'; '.join(differences)}); choose another --workdir")
+
+
+def write_config(workdir: pathlib.Path, config: Config, dataset: Dataset) -> None:
+    """Writes config.json: what `read_config` reads.
+
+    Raises:
+      WorkdirError: if it cannot be written.
+    """
+    here = {"format": FORMAT, "config": dataclasses.asdict(config), "dataset": describe_dataset(dataset)}
+    try:
+        write_json(workdir / "config.json", sealed(here))
+    except OSError as error:
+        raise _unusable(workdir, error) from error
+
+
+def note_training(workdir: pathlib.Path, segment: Mapping[str, Any]) -> None:
+    """Writes into training.json what one process did, from `from_step` to `to_step`, on what and when.
+
+    What earlier processes did after `from_step` was lost with them and is left out.
+    """
+    begun = segment["from_step"]
+    known = read_training(workdir)
+    if not known and begun and (workdir / TRAINING).exists():
+        print(f"warning: {workdir / TRAINING} was damaged; what it said of earlier steps is lost", file=sys.stderr)
+    earlier = [{**s, "to_step": min(s["to_step"], begun)} for s in known if s["from_step"] < begun]
+    write_json(workdir / TRAINING, [sealed(s) for s in (*earlier, segment)])
+
+
+def read_training(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The segments in which a run was trained, oldest first; empty where nothing readable says so.
+
+    Each has `from_step`, `to_step`, `seconds`, `runs_together`, `command`, what `report.environment` says, and the last
+    one of a finished run `weights`, the digest of its parameters.
+    """
+    try:
+        segments = [unsealed(segment) for segment in read_json(workdir / TRAINING)]
+    except (OSError, ValueError, TypeError):
+        return []
+    needed = {"from_step", "to_step", "seconds", "runs_together", "hardware", "date", "commit"}
+    right = all(
+        needed <= set(s)
+        and all(type(s[key]) is int for key in ("from_step", "to_step", "runs_together"))
+        and type(s["seconds"]) in (int, float)
+        and all(isinstance(s[key], str) for key in ("hardware", "date"))
+        for s in segments
+    )
+    return segments if right else []
+
+
+def read_config(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
+    """Configuration and data set description from a workdir's config.json.
+
+    Raises:
+      WorkdirError: if it is missing, damaged, of another format, or describes no data set that there can be.
+    """
+    path = workdir / "config.json"
+    try:
+        values = read_sealed(path, CONFIG_BYTES)
+    except FileNotFoundError as error:
+        raise WorkdirError(f"{path} does not exist: {workdir} is not the workdir of a run") from error
+    except (OSError, ValueError) as error:
+        raise WorkdirError(
+            f"cannot read {path}: {first_line(error)}; restore it from a copy, or choose another --workdir to train anew"
+        ) from error
+    if values.get("format") != FORMAT:
+        found = first_line(ValueError(values.get("format")))
+        raise WorkdirError(f"{path} has format {found}, this version reads {FORMAT}; choose another --workdir")
+    try:
+        dataset = values["dataset"]
+        if missing := {"name", "sha256", "image_shape", "num_classes"} - set(dataset):
+            raise KeyError(f"dataset without {', '.join(sorted(missing))}")
+        config = Config.from_json(values["config"])
+        _check_dataset(dataset)
+        return config, dataset
+    except (KeyError, TypeError, ConfigError, DataError) as error:
+        raise WorkdirError(f"{path} is not a configuration of this version: {printable(str(error))}") from error
+
+
+def _check_dataset(dataset: Mapping[str, Any]) -> None:
+    """Refuses the description of a data set that there cannot be.
+
+    Raises:
+      DataError: naming the value and its range.
+    """
+    for name in ("name", "sha256"):
+        if not isinstance(dataset[name], str) or not dataset[name].isprintable() or len(dataset[name]) > 1000:
+            raise DataError(f"the data set's {name} is no line of text")
+    shape = dataset["image_shape"]
+    if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 1 <= n <= MAX_SIDE for n in shape):
+        raise DataError(
+            f"the data set's image_shape is {ascii(shape)[:60]}; it must be [H, W, C], each from 1 to {MAX_SIDE:,}"
+        )
+    classes = dataset["num_classes"]
+    if type(classes) is not int or not 2 <= classes <= MAX_CLASSES:
+        raise DataError(f"the data set's num_classes is {ascii(classes)[:60]}; it must be from 2 to {MAX_CLASSES:,}")

@@ -1,0 +1,63 @@
+"""From a request to the table and the files."""
+
+import pathlib
+from typing import Any
+
+from e2sad_jax._io import write_json, write_text
+from e2sad_jax.errors import ConfigError, Error
+from experiments.step_cost import interrupt, show
+from experiments.step_cost.measure import measure
+from experiments.step_cost.request import OURS, Request
+
+
+class StepsFailedError(Error):
+    """Steps could not be measured; their rows say why, the others were written."""
+
+
+def run(request: Request) -> None:
+    """Measures, writes step_cost.json and .md after each round, and at the end step_cost.png; prints the table.
+
+    Raises:
+      ConfigError: if the folder cannot be written, found before anything is measured.
+      StepsFailedError: if a step of ours failed, or a peer's is not ours, after the others were written.
+      Stopped: after Ctrl-C or SIGTERM, once what was measured is written.
+    """
+    folder = pathlib.Path(request.results).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--results={request.results}: cannot be written ({error.strerror}); choose another folder"
+        ) from error
+
+    latest: dict[str, Any] = {}
+
+    def write(result: dict[str, Any]) -> None:
+        latest.update(result)
+        write_json(folder / "step_cost.json", result)
+        write_text(folder / "step_cost.md", show.markdown(result))
+
+    with interrupt.raising():
+        try:
+            measure(request, write)
+        finally:  # interrupted or not
+            if latest:
+                print(show.text(latest))
+                show.plot(folder / "step_cost.png", latest)
+                for name in ("step_cost.md", "step_cost.json", "step_cost.png"):
+                    print(folder / name)
+    failed = [row["name"] for row in latest["rows"] if row["error"] and row["by"] == OURS]
+    differ = [f"{row['name']} by {row['by']}" for row in latest["rows"] if row["differs"]]
+    said = []
+    if failed:
+        said.append(
+            f"{len(failed)} steps could not be measured: {', '.join(failed)} (see their rows); a smaller --batch_size "
+            "takes less memory"
+        )
+    if differ:
+        said.append(
+            f"{len(differ)} steps of others do something else than ours: {', '.join(differ)} (see their rows); the rest "
+            "of the table stands"
+        )
+    if said:
+        raise StepsFailedError("; ".join(said))

@@ -1,0 +1,265 @@
+"""The residual network, batch normalisation beside Flax's, and what running averages learn from under attack."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from e2sad_jax import attacks, distributed, losses, networks, training
+from e2sad_jax.data.transforms import TRANSFORMS
+from e2sad_jax.networks import batch_stats, preact_resnet
+from e2sad_jax.runs import jobs, run
+from e2sad_jax.training.config import DEFENSES
+from tests.unit.training.test_train import fit, load_state, no_evaluation, no_last_evaluation, tiny_config  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
+# How many passes a loss is made of, outside of inner gradients: of these the running averages are told.
+PASSES = {**dict.fromkeys(DEFENSES, 1), "fgsm": 2, "ifgsm": 2, "e2sad": 3, "trades": 2}
+
+
+class Normed(nn.Module):
+    """The smallest network with batch normalisation, of the images themselves: what it saw can be read off."""
+
+    num_classes: int = 3
+    min_size = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = batch_stats.BatchNorm()(x, train)
+        return nn.Dense(self.num_classes)(jnp.tanh(x.reshape(x.shape[0], -1)))
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion(monkeypatch):
+    monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": 0.0})  # checkpoints are not attacked here
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """`preact_resnet18` by name is the smallest network."""
+    monkeypatch.setitem(networks.MODELS, "preact_resnet18", lambda num_classes, **_: Normed(num_classes))
+
+
+def draw(model: nn.Module, shape: tuple[int, ...] = (8, 8, 1)) -> Any:
+    """Variables with running averages that are not those of the start."""
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *shape)))
+    rs = np.random.RandomState(0)
+    stats = jax.tree.map(lambda a: jnp.asarray(rs.uniform(0.2, 0.8, a.shape), a.dtype), variables["batch_stats"])
+    return {**variables, "batch_stats": stats}
+
+
+def images(n: int, shape: tuple[int, ...] = (8, 8, 1)) -> jax.Array:
+    return jnp.asarray(np.random.RandomState(1).rand(n, *shape), jnp.float32)
+
+
+# --- the network
+
+
+def test_layers_and_parameter_count():
+    """Table 1 of the residual networks for CIFAR: kernels by stage, strides at the stages' starts, a shortcut there."""
+    model = networks.create("preact_resnet18", 10, (32, 32, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    kernels = [leaf.shape for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim == 4]
+    want = [(3, 3, 3, 64)]
+    for before, width in ((64, 64), (64, 128), (128, 256), (256, 512)):
+        want += [(3, 3, before, width), *[(3, 3, width, width)] * 3, *([(1, 1, before, width)] if width > 64 else [])]
+    assert sorted(kernels) == sorted(want)
+    norms = 2 * (64 * 4 + 64 + 128 * 3 + 128 + 256 * 3 + 256 + 512 * 3 + 512)
+    assert networks.count_parameters(variables) == sum(map(np.prod, want)) + norms + 512 * 10 + 10 == 11_172_170
+
+    def run(variables, x):
+        return model.apply(variables, x, capture_intermediates=True, mutable="intermediates")[1]
+
+    layers = jax.eval_shape(run, variables, jnp.zeros((2, 32, 32, 3)))["intermediates"]
+    outputs = [layers[f"PreActBlock_{i}"]["__call__"][0].shape[1:] for i in range(8)]
+    assert outputs == [(size, size, width) for size, width in ((32, 64), (16, 128), (8, 256), (4, 512)) for _ in "12"]
+
+
+def test_a_block_is_its_formula():
+    """Shortcut + conv(relu(bn(conv(relu(bn(x)))))), the shortcut a 1x1 convolution where the shape changes."""
+    x = images(2, (6, 6, 3)) - 0.5
+
+    def norm(v: Any, p: Any, s: Any) -> np.ndarray:
+        return np.maximum((v - s["mean"]) / np.sqrt(s["var"] + 1e-5) * p["scale"] + p["bias"], 0)
+
+    def conv(v: np.ndarray, kernel: Any, stride: int) -> np.ndarray:
+        kernel = np.asarray(kernel, np.float64)
+        k, size = kernel.shape[0], v.shape[1] // stride
+        v = np.pad(v, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
+        out = np.zeros((len(v), size, size, kernel.shape[3]))
+        for i in range(k):
+            for j in range(k):
+                out += v[:, i : i + size * stride : stride, j : j + size * stride : stride] @ kernel[i, j]
+        return out
+
+    for features, stride in ((3, 1), (4, 2)):
+        block = preact_resnet.PreActBlock(features, stride)
+        variables = jax.device_get(draw(block, (6, 6, 3)))
+        p, s = variables["params"], variables["batch_stats"]
+        y = norm(np.asarray(x, np.float64), p["BatchNorm_0"], s["BatchNorm_0"])
+        shortcut = conv(y, p["shortcut"]["kernel"], stride) if stride == 2 else np.asarray(x)
+        y = norm(conv(y, p["Conv_0"]["kernel"], stride), p["BatchNorm_1"], s["BatchNorm_1"])
+        want = shortcut + conv(y, p["Conv_1"]["kernel"], 1)
+        np.testing.assert_allclose(block.apply(variables, x), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_parameters_averages_and_logits_are_float32(precision):
+    model = preact_resnet.PreActResNet18(num_classes=5, width=2, **networks.PRECISIONS[precision])
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    slots = batch_stats.slots(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), variables))
+    logits = jax.eval_shape(lambda v, x: batch_stats.training_logits_fn(model, v, slots)(x), variables, images(3))
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert (logits.shape, logits.dtype) == ((3, 5), jnp.float32)
+
+
+# --- batch normalisation
+
+
+def test_batch_norm_is_that_of_flax():
+    """Values and gradients, by running averages and by the batch; and the averages after one pass."""
+    ours, theirs = batch_stats.BatchNorm(), nn.BatchNorm(momentum=0.9, epsilon=1e-5)
+    x, variables = 3 * images(5, (4, 4, 2)) - 1, draw(ours, (4, 4, 2))
+    variables["params"] = {"scale": jnp.asarray([0.5, -2.0]), "bias": jnp.asarray([0.1, 0.7])}
+    weights = images(5, (4, 4, 2))
+    slots = batch_stats.slots(variables)
+
+    def values(apply: Any) -> Any:
+        return jax.value_and_grad(lambda z: (weights * apply(z)).sum())(x)
+
+    chex.assert_trees_all_close(
+        values(lambda z: ours.apply(variables, z)),
+        values(lambda z: theirs.apply(variables, z, use_running_average=True)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    chex.assert_trees_all_close(
+        values(batch_stats.training_logits_fn(ours, variables, slots)),
+        values(lambda z: theirs.apply(variables, z, use_running_average=False, mutable="batch_stats")[0]),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    noted = jax.grad(lambda s: batch_stats.training_logits_fn(ours, variables, s)(x).sum())(slots)
+    _, updated = theirs.apply(variables, x, use_running_average=False, mutable="batch_stats")
+    got = batch_stats.updated(variables["batch_stats"], noted)
+    chex.assert_trees_all_close(got, updated["batch_stats"], atol=1e-5)
+    chex.assert_trees_all_close(
+        batch_stats.updated(variables["batch_stats"], jax.tree.map(jnp.zeros_like, noted)), variables["batch_stats"]
+    )
+
+
+def test_in_evaluation_an_image_does_not_depend_on_its_neighbours():
+    model = Normed()
+    variables, x = draw(model), images(6)
+    slots = batch_stats.slots(variables)
+    evaluate, learn = networks.logits_fn(model, variables), batch_stats.training_logits_fn(model, variables, slots)
+    np.testing.assert_allclose(evaluate(x)[:2], evaluate(x[:2]), atol=1e-5)
+    assert np.abs(learn(x)[:2] - learn(x[:2])).max() > 1e-3
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_running_averages_hear_of_the_losss_passes_and_of_no_attack(defense):
+    """How many, by their count; and of which images, by the mean over them."""
+    model = Normed()
+    variables, x = draw(model), images(6)
+    y = losses.soft_labels(jnp.arange(6) % 3, 3, 0)
+    config = tiny_config(defense=defense, eps1=0.2, eps2=0.1, attack_steps=3, alpha=0.4)
+    delta = (jnp.full(x.shape, 0.1),) if defense == "free" else ()
+
+    def loss(slots: Any) -> jax.Array:
+        f = batch_stats.training_logits_fn(model, variables, slots)
+        return training.training_loss(config, (0.0, 1.0))(f, x, y, jax.random.key(2), *delta)[0]
+
+    noted = jax.jit(jax.grad(loss))(batch_stats.slots(variables))
+    assert noted["passes"] == PASSES[defense]
+    f = batch_stats.training_logits_fn(model, variables, batch_stats.slots(variables))
+
+    def J(z: jax.Array) -> jax.Array:
+        return losses.cross_entropy(f(z), y)
+
+    first = attacks.fgsm(J, x, eps=0.2)
+    points = {
+        "fgsm": [x, first],
+        "e2sad": [x, first, attacks.second_step(f, first, eps=0.1)],
+        "pgd": [attacks.pgd(jax.random.key(2), J, x, eps=0.2, steps=3)],
+        "free": [jnp.clip(x + 0.1, 0, 1)],
+        "grad_align": [first],
+        **{name: [x] for name in ("natural", "hamm", "input_gradient")},
+    }
+    if defense in points:
+        seen = noted["batch_stats"]["BatchNorm_0"]
+        np.testing.assert_allclose(seen["mean"][0], sum(float(z.mean()) for z in points[defense]), rtol=1e-4)
+        np.testing.assert_allclose(seen["var"][0], sum(float(z.var()) for z in points[defense]), rtol=1e-4)
+
+
+# --- training
+
+
+def test_a_step_updates_parameters_by_adam_and_averages_by_the_batch(small, tiny):
+    """Natural training: 0.9 of the old averages and 0.1 of the images'; Adam knows of parameters alone."""
+    config = tiny_config(model="preact_resnet18", defense="natural", batch_size=50, steps=1)
+    model = networks.create(config.model, 3, tiny.image_shape)
+    state = training.init_state(config, model, tiny.image_shape)
+    assert jax.tree.structure(state.opt_state[0].mu) == jax.tree.structure({"params": state.params["params"]})
+    before = jax.device_get(state.params["params"])
+    state = fit(config, tiny, state)
+    x = tiny.x_train / 255
+    averages = state.params["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(averages["mean"], [0.1 * x.mean()], rtol=1e-5)
+    np.testing.assert_allclose(averages["var"], [0.9 + 0.1 * x.var()], rtol=1e-5)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, state.params["params"])
+    assert max(jax.tree.leaves(moved)) == pytest.approx(config.learning_rate, rel=1e-2)
+
+
+@pytest.mark.parametrize("defense", ["e2sad", "free"])
+def test_resumed_run_equals_uninterrupted_one_bit_for_bit(defense, small, no_evaluation, tmp_path):  # noqa: F811
+    config = tiny_config(model="preact_resnet18", defense=defense, workdir=str(tmp_path / "whole"))
+    run.run(config, "mnist")
+    parts = dataclasses.replace(config, workdir=str(tmp_path / "parts"))
+    for stop in (5, config.steps):
+        run.run(dataclasses.replace(parts, steps=stop), "mnist")
+    whole, resumed = (load_state(config, tmp_path / name) for name in ("whole", "parts"))
+    chex.assert_trees_all_equal(whole.replace(key=None), resumed.replace(key=None))
+    assert float(whole.params["batch_stats"]["BatchNorm_0"]["mean"][0]) > 0.1
+
+
+def test_a_population_equals_separate_runs(small, tiny):
+    members = [tiny_config(model="preact_resnet18", seed=seed, steps=6, eps1=0.1) for seed in (0, 1)]
+    model = networks.create("preact_resnet18", 3, tiny.image_shape)
+    singles = [fit(config, tiny) for config in members]
+    state = training.stack([training.init_state(config, model, tiny.image_shape) for config in members])
+    state = training.fit(
+        members, model, tiny, state, steps=6, record=lambda *a: None, checkpoint=lambda *a: None, steps_per_dispatch=4
+    )
+    for single, member in zip(singles, training.unstack(state), strict=True):
+        chex.assert_trees_all_close(single.params, member.params, atol=2e-5)
+
+
+def test_eight_devices_normalise_by_the_whole_batch(small, tiny):
+    states = []
+    for devices in (1, 8):
+        config = tiny_config(model="preact_resnet18", defense="natural", steps=4)
+        mesh = distributed.mesh(devices, config.batch_size)
+        model = networks.create(config.model, 3, tiny.image_shape)
+        state = distributed.replicate(mesh, training.init_state(config, model, tiny.image_shape))
+        states.append(fit(config, tiny, state, mesh=mesh))
+    chex.assert_trees_all_close(jax.device_get(states[0].params), jax.device_get(states[1].params), atol=1e-5)
+
+
+def test_the_network_itself_learns_under_attack(tiny, monkeypatch):
+    monkeypatch.setitem(networks.MODELS, "preact_resnet18", functools.partial(preact_resnet.PreActResNet18, width=2))
+    config = tiny_config(model="preact_resnet18", defense="fgsm", eps1=0.05, steps=12, learning_rate=0.02)
+    history = []
+    state = fit(config, tiny, record=lambda step, metrics, count: history.append(float(metrics["loss"])))
+    assert np.mean(history[-3:]) < 0.9 * history[0]
+    logits = networks.logits_fn(networks.create(config.model, 3, (8, 8, 1)), state.params)
+    assert np.isfinite(jax.jit(logits)(TRANSFORMS["unit"].apply(jnp.asarray(tiny.x_test)))).all()

@@ -1,0 +1,230 @@
+"""Models are trained once, in any number of goes; what goes wrong costs nothing that is finished."""
+
+import errno
+import json
+import os
+import pathlib
+import re
+
+import jax
+import pytest
+
+from e2sad_jax import training
+from e2sad_jax.errors import BusyError, ConfigError, DataError, NonFiniteError, OutOfTimeError, Stopped, WorkdirError
+from e2sad_jax.runs import jobs
+from e2sad_jax.runs.folder import open_workdir, read_training, write_config
+from experiments.paper import outcomes, page, plan, runner
+from experiments.paper.clock import Clock
+
+
+def test_stopped_anywhere_it_goes_on_without_doing_anything_twice(
+    ask, trained, monkeypatch, tmp_path, labels, lines_of
+):
+    """Time runs out again and again, at each place where it may; in the end the tables are those of one go."""
+    whole = ask(labels, seeds=1, workdir=str(tmp_path / "whole"))
+    whole.run()
+    expected = lines_of(whole.results / "study_labels.csv")
+    trained.clear()
+
+    attacked, evaluate = [], jobs.evaluate
+
+    def counting(*args, **kwargs):
+        attacked.append(args[4][0].name)
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(jobs, "evaluate", counting)
+    goes, patience = 0, 0
+    while goes < 60:
+        goes, looks = goes + 1, 0
+
+        def stop(clock, patience=patience):
+            nonlocal looks
+            looks += 1
+            return -1 if looks > patience else 0
+
+        monkeypatch.setattr(runner.Clock, "stop", stop)
+        try:
+            ask(labels, seeds=1).run()
+            break
+        except OutOfTimeError as error:
+            said, exit_code = str(error), error.exit_code
+        patience = 5 if goes % 2 else 2
+    assert 5 < goes < 60
+    assert exit_code == 4
+    assert re.search(r"left: (e2sad (hard|soft) seed 0|tables and figures)", said)
+    assert "The same command goes on from there" in said
+    assert lines_of(whole.results / "study_labels.csv") == expected
+    steps = {}
+    for config, start in trained:
+        assert start >= steps.get(config.workdir, 0), "never from an earlier step than before"
+        steps[config.workdir] = start
+    assert len(steps) == 2
+    assert len(attacked) <= 2 * 6 + goes, "an attack is begun again only if it was cut off"
+
+
+def test_ctrl_c_is_its_own_exit_code(ask, monkeypatch, labels):
+    monkeypatch.setattr(runner.Clock, "stop", lambda clock: 2)
+    with pytest.raises(Stopped, match="0 of 2 models are trained and attacked; left: e2sad hard seed 0") as caught:
+        ask(labels, seeds=1).run()
+    assert caught.value.exit_code == 130
+
+
+def test_the_budget_ends_before_its_time(monkeypatch):
+    """A tenth of a short budget is kept in reserve, more if there was a longer time between two looks at the clock."""
+    now = [100.0]
+    monkeypatch.setattr("experiments.paper.clock.time.monotonic", lambda: now[0])
+
+    def stops(*times):
+        now[0] = 100.0
+        clock = Clock(lambda: 0, 1.0, 100.0)
+        codes = []
+        for seconds in times:
+            now[0] = 100.0 + seconds
+            codes.append(clock.stop())
+        return codes
+
+    assert stops(*range(0, 60, 5)) == [0] * 11 + [-1]
+    assert stops(1, 31, 44, 46) == [0, 0, 0, -1], "what took long may take long again, up to a quarter of the budget"
+    assert Clock(lambda: 0, 0.0, -1e9).stop() == 0, "no budget, no end"
+    assert Clock(lambda: 15, 1.0, 100.0).stop() == 15
+
+
+def test_runs_of_a_kind_train_together(ask, trained, lam):
+    """That they end where single ones do is tested where populations are."""
+    reproduction = ask(lam, seeds=1, together=3)
+    reproduction.run()
+    segments = [read_training(pathlib.Path(c.workdir)) for c in reproduction.runs]
+    assert [[s["runs_together"] for s in run] for run in segments] == [[3]] * 3 + [[2]] * 2
+    assert len({s[-1]["weights"] for s in segments}) == 5
+    (seeds,) = {c.seed for c, _ in trained}
+    assert seeds == 0
+
+
+def test_a_run_that_another_process_has_is_waited_for(ask, monkeypatch, labels):
+    reproduction = ask(labels, seeds=1)
+    config = reproduction.runs[0]
+    dataset, workdir = reproduction.dataset_of(config), pathlib.Path(config.workdir)
+    waited = []
+    other = open_workdir(workdir, config, dataset)
+    other.__enter__()
+    write_config(workdir, config, dataset)
+    with pytest.raises(BusyError), jobs.open_job(config, dataset):
+        pass
+
+    def wait(clock, why, seconds):
+        waited.append([reproduction.finished(c) for c in reproduction.runs])
+        if len(waited) == 2:
+            other.__exit__(None, None, None)
+
+    monkeypatch.setattr(runner.Clock, "wait", wait)
+    reproduction.run()
+    assert waited == [[False, True]] * 2, "meanwhile the other one was trained"
+    assert reproduction.finished(config)
+
+
+def test_one_that_diverges_does_not_keep_the_others(ask, trained, monkeypatch, lam):
+    """Whether they train together or alone; what does not need it is written."""
+    real = training.training_loss
+
+    def breaking(config, bounds):
+        loss_of = real(config, bounds)
+
+        def loss_fn(f, x, y, key):
+            loss, parts = loss_of(f, x, y, key)
+            return loss / jax.numpy.where(config.lam > 2, 0.0, 1.0), parts
+
+        return loss_fn
+
+    monkeypatch.setattr(training, "training_loss", breaking)
+    for together in (5, 1):
+        reproduction = ask(lam, plan.FIGURE_3, seeds=1, together=together)
+        with pytest.raises(NonFiniteError, match=r"step 1: .*loss=inf.*not need them is done") as caught:
+            reproduction.run()
+        assert caught.value.exit_code == 3
+        assert [reproduction.finished(c) for c in reproduction.runs] == [True] * 4 + [False]
+        assert {p.name for p in reproduction.results.glob("*.png")} == {"figure3.png"}
+    tried = [(pathlib.Path(c.workdir).name, start) for c, start in trained]
+    assert len(tried) == 5 + 1 + 4 + 1, "together; the lost one, and the others together; in the second go the lost one"
+
+
+def test_busy_runs_are_waited_for_also_when_another_one_diverges(ask, monkeypatch, lam):
+    reproduction, looks, waits = ask(lam, seeds=1), [], []
+
+    def group(self, group):
+        looks.append(group[0].lam)
+        if group[0].lam > 2:
+            raise NonFiniteError("step 1: loss=inf")
+        if len(waits) < 3:
+            raise BusyError("another process is at work")
+
+    monkeypatch.setattr(runner.Reproduction, "_group", group)
+    monkeypatch.setattr(runner.Clock, "wait", lambda *args: waits.append(1))
+    monkeypatch.setattr(runner.Reproduction, "_write", lambda self: [])
+    with pytest.raises(NonFiniteError):
+        reproduction.run()
+    assert len(waits) == 3
+    assert len(looks) <= 5 + 4 * 4
+
+
+def test_a_full_disk_leaves_what_is_finished(ask, trained, monkeypatch, labels):
+    reproduction = ask(labels, seeds=1)
+    write, written = outcomes.write_json, []
+
+    def full(path, value):
+        if len(written) == 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        written.append(path)
+        write(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outcomes, "write_json", full)
+        with pytest.raises(OSError, match="No space left"):
+            reproduction.run()
+    assert len(trained) == 2
+    again = ask(labels, seeds=1)
+    again.run()
+    assert len(trained) == 2, "no model was trained again"
+
+
+# What cannot be.
+
+
+def test_a_workdir_of_another_version_or_run_is_refused_before_anything_is_trained(ask, trained, labels):
+    reproduction = ask(labels, seeds=1)
+    workdir = pathlib.Path(reproduction.runs[1].workdir)
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text('{"format": 99}')
+    with pytest.raises(WorkdirError, match="has format 99, this version reads 1; choose another --workdir"):
+        ask(labels, seeds=1)
+    assert trained == []
+    (workdir / "config.json").unlink()
+    ask(labels, seeds=1)
+
+
+def test_data_that_does_not_fit_is_refused(ask, files, tmp_path, image_file):
+    five = image_file(tmp_path / "five.npz", 16, 5)
+    with pytest.raises(ConfigError, match="images have 5 channels; 1 stands for MNIST, 3 for SVHN"):
+        ask(plan.TABLE_1, data=(five,))
+    with pytest.raises(ConfigError, match="grey stands for mnist already"):
+        ask(plan.TABLE_1, data=(files[0], files[0]))
+    with pytest.raises(DataError, match=r"nowhere\.npz"):
+        ask(plan.TABLE_1, data=("nowhere.npz",))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_damaged_outcome_is_made_anew_and_a_damaged_table_named(ask, tmp_path, labels):
+    reproduction = ask(labels, seeds=1)
+    reproduction.run()
+    config = reproduction.runs[0]
+    attack = reproduction.attacks[config][1]
+    path = outcomes.path_of(pathlib.Path(config.workdir), attack, reproduction.tested(config))
+    good = path.read_text()
+    for bad in ("", good[:100], good.replace("predictions", "prediction"), '{"predictions": [[1, 2]]}', "[1]", "null"):
+        path.write_text(bad)
+        assert ask(labels, seeds=1).missing(config) == [attack]
+    ask(labels, seeds=1).run()
+    assert json.loads(path.read_text())["predictions"] == json.loads(good)["predictions"]
+    (reproduction.results / "study_labels.json").write_text("{}")
+    text = page.write(reproduction.results).read_text()
+    assert "study_labels.json cannot be read (KeyError" in text
+    assert 'id="models"' in text, "the rest is there"

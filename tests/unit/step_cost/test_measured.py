@@ -1,0 +1,475 @@
+"""What experiments.step_cost measures, how it takes turns, and what it says."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from e2sad_jax.errors import ConfigError, Stopped
+from e2sad_jax.training.config import DEFENSES, Config
+from experiments.step_cost import counts, interrupt, measure, peers, run, show
+from experiments.step_cost.request import OURS, Kind, Request
+from experiments.step_cost.step import Step, in_turn, no_compilation_cache, timer
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+TIMES = ("milliseconds", "fastest", "lower_quartile", "upper_quartile", "slowest")
+
+
+# --- the steps themselves
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Natural training and IFGSM, really compiled and timed, though briefly."""
+    request = Request(
+        defense=("ifgsm",), attack_steps=(2, 3, 4), model="digits_cnn", batch_size=8, rounds=3, seconds=0.0
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        return measure.measure(request, lambda result: None)
+
+
+def test_numbers_of_a_row_fit_together(measured):
+    assert [row["name"] for row in measured["rows"]] == ["natural", "ifgsm-2", "ifgsm-3", "ifgsm-4"]
+    most = measured["ceiling"]["float32"]
+    assert most["flops_per_second"] == most["flops"] / min(most["seconds"])
+    natural = measured["rows"][0]
+    assert natural["time_natural"] == natural["flops_natural"] == natural["time_float32"] == 1
+    for row in measured["rows"]:
+        assert row["error"] is None
+        assert len(row["seconds"]) == measured["rounds_done"] == 3
+        fastest, low, middle, high, slowest = (
+            row[name] for name in ("fastest", "lower_quartile", "milliseconds", "upper_quartile", "slowest")
+        )
+        assert 0 < fastest <= low <= middle <= high <= slowest
+        assert middle == pytest.approx(1e3 * statistics.median(row["seconds"]))
+        assert row["images_per_second"] == pytest.approx(8 / (middle / 1e3))
+        assert row["flops_per_second"] == pytest.approx(row["flops"] / (middle / 1e3))
+        assert row["share_of_ceiling"] == pytest.approx(row["flops_per_second"] / most["flops_per_second"])
+        assert row["compile_seconds"] > 0
+        assert row["peak_bytes"] > 3 * 4 * 15_000, "parameters and Adam's moments"
+        assert row["time_ifgsm_30"] is None, "not asked for"
+        assert row["time_natural"] == pytest.approx(
+            statistics.median(np.divide(row["seconds"], natural["seconds"])), rel=1e-9
+        )
+    json.dumps(measured, allow_nan=False)
+
+
+def test_work_grows_by_the_same_for_each_step_of_the_attack(measured):
+    for name in ("flops", "bytes_accessed"):
+        one, two, three = (row[name] for row in measured["rows"][1:])
+        assert two - one > 0.1 * one
+        assert three - two == pytest.approx(two - one, rel=0.05)
+    for row in measured["rows"][1:]:
+        assert row["flops_natural"] <= 1.4 + 0.7 * row["attack_steps"]
+
+
+def test_forty_steps_of_attack_need_no_more_memory_than_one():
+    shape, size = (8, 8, 1), {"model": "digits_cnn", "batch_size": 64}
+    fgsm = counts.peak_bytes(Step(Config(defense="fgsm", **size), shape, 10).compiled)
+    ifgsm = counts.peak_bytes(Step(Config(defense="ifgsm", attack_steps=40, **size), shape, 10).compiled)
+    assert ifgsm <= 1.10 * fgsm
+
+
+@pytest.mark.usefixtures("unoptimized")
+def test_several_steps_in_a_dispatch_are_the_same_steps():
+    config = Config(defense="natural", model="digits_cnn", batch_size=8)
+    one, several = (Step(config, (8, 8, 1), 10, steps_per_dispatch=n) for n in (1, 3))
+    np.testing.assert_allclose(several.losses(5), one.losses(5), rtol=1e-6)
+    several.run(1)
+    assert several.at_once == 3
+
+
+def test_compiling_is_not_reading_from_a_disk(monkeypatch, tmp_path):
+    read = []
+    from jax._src import compilation_cache
+
+    monkeypatch.setattr(compilation_cache, "get_executable_and_time", lambda *a, **k: read.append(a) or (None, None))
+    with no_compilation_cache():
+        jax.jit(lambda x: x + 1234.5).lower(1.0).compile()
+    assert read == []
+    jax.jit(lambda x: x + 1234.6).lower(1.0).compile()
+    assert len(read) == 1, "as before"
+
+
+# --- taking turns
+
+
+def test_every_step_is_timed_once_a_round():
+    asked = []
+    timers = {name: lambda name=name: asked.append(name) or float(len(asked)) for name in "abc"}
+    rounds = list(in_turn(timers, 3))
+    assert asked == list("abc") * 3
+    assert rounds == [{"a": 1, "b": 2, "c": 3}, {"a": 4, "b": 5, "c": 6}, {"a": 7, "b": 8, "c": 9}]
+
+
+def test_one_call_before_each_block_is_not_timed(monkeypatch):
+    now, ran = [0.0], []
+
+    def work(dispatches):
+        ran.append(dispatches)
+        now[0] += 0.25 * dispatches + (1 if len(ran) == 1 else 0)  # the first is slow
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    timed = timer(work, 1.0, at_once=2)
+    assert ran == [1, 1]
+    assert timed() == 0.125
+    assert ran[2:] == [1, 4], "one to warm up, then at least a second"
+
+
+def test_a_step_that_fails_is_left_out_and_the_others_stay():
+    failures, calls = [], iter([1.0, 2.0, None, 3.0])
+
+    def sometimes():
+        if (value := next(calls)) is None:
+            raise RuntimeError("gone")
+        return value
+
+    timers = {"a": sometimes, "b": lambda: 9.0}
+    rounds = list(in_turn(timers, 4, failed=lambda name, error: failures.append((name, str(error)))))
+    assert failures == [("a", "gone")]
+    assert rounds == [{"a": 1, "b": 9}, {"a": 2, "b": 9}, {"b": 9}, {"b": 9}]
+    calls = iter([None])
+    with pytest.raises(RuntimeError, match="gone"):
+        list(in_turn({"a": sometimes}, 1))
+
+
+def test_a_row_says_that_its_step_ran_out_of_memory(made_up, tmp_path, capsys):
+    request = Request(defense=("fgsm", "hamm", "ifgsm"), attack_steps=(30,), rounds=2, results=str(tmp_path / "r"))
+    with pytest.raises(run.StepsFailedError, match=r"1 steps could not be measured: hamm"):
+        run.run(request)
+    result = json.loads((tmp_path / "r" / "step_cost.json").read_text())
+    natural, fgsm, hamm, ifgsm = result["rows"]
+    assert hamm["error"].startswith("out of memory; JaxRuntimeError: RESOURCE_EXHAUSTED")
+    assert "\n" not in hamm["error"]
+    assert hamm["milliseconds"] is None
+    assert (fgsm["time_natural"], ifgsm["time_natural"], fgsm["time_ifgsm_30"]) == (2.0, 30.0, 2 / 30)
+    assert natural["peak_bytes"] == 5 + 7 + 4 - 3
+    assert made_up[0] == ["natural", "fgsm", "ifgsm-30"] * 2
+    out = capsys.readouterr().out
+    assert "Hamm (failed)" in out
+    assert "Hamm: failed: out of memory" in out
+
+
+def test_ctrl_c_keeps_the_rounds_that_were_done(made_up, tmp_path):
+    asked, raised = made_up
+    raised += [None, None, None, KeyboardInterrupt()]
+    with pytest.raises(Stopped, match="the 1 rounds that were done") as stopped:
+        run.run(Request(defense=("fgsm",), rounds=5, results=str(tmp_path)))
+    assert stopped.value.exit_code == 130
+    result = json.loads((tmp_path / "step_cost.json").read_text())
+    assert result["rounds_done"] == 1
+    assert asked == ["natural", "fgsm"] * 2
+
+
+def test_each_round_is_written_when_it_is_done(made_up, tmp_path):
+    """A process that is killed in the third leaves two behind."""
+    asked, raised = made_up
+    raised += [None] * 4 + [SystemExit()]
+    with pytest.raises(SystemExit):
+        run.run(Request(defense=("fgsm",), rounds=3, results=str(tmp_path)))
+    result = json.loads((tmp_path / "step_cost.json").read_text())
+    assert (result["rounds_done"], result["complete"], len(asked)) == (2, False, 5)
+    assert result["rows"][1]["seconds"] == [2.0, 2.0]
+    assert "Median of 2 rounds" in (tmp_path / "step_cost.md").read_text()
+    raised.clear()
+    run.run(Request(defense=("fgsm",), rounds=3, results=str(tmp_path)))
+    assert json.loads((tmp_path / "step_cost.json").read_text())["complete"]
+
+
+def test_ctrl_c_before_the_first_round_writes_nothing(made_up, tmp_path):
+    made_up[1].append(KeyboardInterrupt())
+    with pytest.raises(Stopped, match="nothing was written"):
+        run.run(Request(defense=("fgsm",), results=str(tmp_path)))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_measurement_with_what_there_is(number, tmp_path):
+    """Sent twice at once, as `timeout` and a terminal do to a process and to its group."""
+    flags = ["--defense=natural", "--model=digits_cnn", "--batch_size=8", "--rounds=1000000", "--seconds=0.001"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "experiments.step_cost", *flags, f"--results={tmp_path}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for _ in range(1200):
+            if (tmp_path / "step_cost.json").exists() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        process.send_signal(number)
+        out, said = process.communicate(timeout=100)
+    assert process.returncode == 128 + number, said
+    result = json.loads((tmp_path / "step_cost.json").read_text())
+    assert result["rounds_done"] == len(result["rows"][0]["seconds"]) >= 1
+    assert not result["complete"]
+    assert f"interrupted; the {result['rounds_done']} rounds that were done are in {tmp_path}" in said
+    assert out.startswith("Cost of a training step")
+    assert (tmp_path / "step_cost.png").stat().st_size > 10_000
+
+
+def test_a_second_signal_later_is_not_caught(monkeypatch):
+    now, killed = [5.0], []
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("os.kill", lambda pid, number: killed.append((pid, number)))
+    before = signal.getsignal(signal.SIGTERM)
+    with interrupt.raising():
+        with pytest.raises(interrupt.Interrupt) as caught:
+            signal.raise_signal(signal.SIGTERM)
+        assert caught.value.number == signal.SIGTERM
+        signal.raise_signal(signal.SIGTERM)
+        assert killed == []
+        now[0] += 2
+        signal.raise_signal(signal.SIGTERM)
+        assert killed == [(os.getpid(), signal.SIGTERM)]
+        assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("devices", "count"), [(1, 1), (4, 4), (0, 8)])
+def test_the_ceiling_of_several_devices_is_so_many_times_that_of_one(devices, count, made_up, tmp_path):
+    run.run(Request(defense=("fgsm",), devices=devices, rounds=2, results=str(tmp_path)))
+    result = json.loads((tmp_path / "step_cost.json").read_text())
+    assert result["ceiling"]["float32"]["flops_per_second"] == 4e9 / 0.5, "of one device"
+    natural, fgsm = result["rows"]
+    assert natural["share_of_ceiling"] == pytest.approx(2e9 / 1.0 / (count * 8e9))
+    assert fgsm["share_of_ceiling"] == pytest.approx(2e9 / 2.0 / (count * 8e9))
+
+
+def test_precisions_are_held_against_their_own_natural_step_and_float32(made_up, tmp_path):
+    run.run(Request(defense=("e2sad",), precision=("float32", "bf16"), rounds=1, results=str(tmp_path)))
+    rows = json.loads((tmp_path / "step_cost.json").read_text())["rows"]
+    assert [(r["name"], r["precision"]) for r in rows] == [
+        (name, precision) for precision in ("float32", "bf16") for name in ("natural", "e2sad")
+    ]
+    assert [r["time_natural"] for r in rows] == [1.0, 4.0, 1.0, 4.0]
+    assert [r["time_float32"] for r in rows] == [1.0] * 4
+    text = (tmp_path / "step_cost.md").read_text()
+    assert "time / float32" in text
+    assert "e2SAD bf16" in text
+
+
+# --- a peer's losses
+
+
+KIND = Kind("torch", "fgsm", 0, "float32")
+
+
+def test_a_peer_with_other_losses_is_refused():
+    ours = [2.5, 2.4, 2.0]
+    measure.check_losses(KIND, ours, [2.5 * (1 + 1e-5), 2.401, 2.001])
+    with pytest.raises(measure.PeerError, match=r"fgsm: torch has loss 2.42 in step 2 where ours is 2.4;"):
+        measure.check_losses(KIND, ours, [2.5, 2.42, 2.0])
+    for wrong in (2.501, float("nan")):
+        with pytest.raises(measure.PeerError, match="in step 1"):
+            measure.check_losses(KIND, ours, [wrong, 2.4, 2.0])
+
+
+@pytest.fixture
+def made_up_peer(monkeypatch):
+    """PyTorch of made-up cost, whose compiled steps fail; in it, to be set: losses of a defense, seconds of `sleep`."""
+    losses: dict[str, Any] = {}
+
+    class Peer:
+        note, compile_seconds, at_once = "as it is", None, 1
+
+        def __init__(self, by, config):
+            self.by, self.config = by, config
+
+        def losses(self, steps):
+            if self.by == "torch.compile":
+                time.sleep(losses.get("sleep", 0.0))
+                raise RuntimeError("no double backward")
+            return losses.get(self.config.defense, [1.0] * steps)
+
+        def run(self, steps):
+            pass
+
+    monkeypatch.setattr(peers, "check_installed", lambda name: None)
+    monkeypatch.setattr(peers, "build", lambda by, config, *_: Peer(by, config))
+    monkeypatch.setattr(measure, "timer", lambda *_: lambda: 8.0)
+    monkeypatch.setattr(measure, "_peer_versions", lambda request: {"torch": "1", "threads": "torch 2, JAX 2"})
+    return losses
+
+
+def test_a_peer_that_does_something_else_fails_its_row_and_the_others_stay(made_up, made_up_peer, tmp_path, capsys):
+    made_up_peer["fgsm"] = [1.0, 1.5, 1.0]
+    request = Request(defense=("fgsm", "e2sad"), rounds=2, peer=("torch",), results=str(tmp_path))
+    with pytest.raises(run.StepsFailedError, match=r"^1 steps of others .* than ours: fgsm by torch \(see") as failed:
+        run.run(request)
+    assert failed.value.exit_code == 1
+    rows = {(r["name"], r["by"]): r for r in json.loads((tmp_path / "step_cost.json").read_text())["rows"]}
+    why = "fgsm: torch has loss 1.5 in step 2 where ours is 1"
+    assert rows["fgsm", "torch"]["error"].startswith(why)
+    assert rows["fgsm", "torch"]["milliseconds"] is None
+    for kept in (("fgsm", OURS), ("natural", "torch"), ("e2sad", OURS), ("e2sad", "torch")):
+        assert len(rows[kept]["seconds"]) == 2
+        assert rows[kept]["error"] is None
+    assert why in " ".join(capsys.readouterr().out.split())
+    assert why in (tmp_path / "step_cost.md").read_text()
+
+
+def test_what_compiles_for_too_long_is_given_up(made_up, made_up_peer, tmp_path):
+    made_up_peer["sleep"] = 30.0
+    request = Request(defense=("natural",), rounds=1, peer=("torch",), compile_seconds=0.2, results=str(tmp_path))
+    run.run(request)
+    rows = json.loads((tmp_path / "step_cost.json").read_text())["rows"]
+    assert [row["error"] for row in rows] == [None, None, "TimeoutError: took longer than 0.2 s"]
+    assert rows[1]["milliseconds"] is not None
+
+
+@pytest.mark.usefixtures("made_up_peer")
+def test_a_peer_stands_below_ours(made_up, tmp_path, capsys):
+    run.run(Request(defense=("fgsm",), rounds=1, peer=("torch",), results=str(tmp_path)))
+    rows = {(r["name"], r["by"]): r for r in json.loads((tmp_path / "step_cost.json").read_text())["rows"]}
+    assert list(rows) == [(n, by) for n in ("natural", "fgsm") for by in (OURS, "torch", "torch.compile")]
+    assert rows["fgsm", "torch"]["ours_over_peer"] == 2 / 8
+    assert rows["fgsm", "torch"]["time_natural"] == 1.0, "of its own natural step"
+    assert rows["fgsm", "torch"]["time_our_natural"] == 8.0
+    assert rows["fgsm", OURS]["ours_over_peer"] is None
+    out = capsys.readouterr().out
+    assert "natural, FGSM: torch.compile: failed: RuntimeError: no double backward." in out
+    assert "torch 1" in out
+    assert (tmp_path / "step_cost.png").stat().st_size > 10_000
+
+
+# --- what it measures
+
+
+def test_every_defense_is_measured_unless_some_are_named():
+    names = [kind.name for kind in Request().kinds()]
+    assert names[:2] == ["natural", "fgsm"]
+    assert {name.split("-")[0] for name in names} == set(DEFENSES)
+    assert [name for name in names if "-" in name] == [
+        *(f"ifgsm-{k}" for k in (1, 2, 5, 10, 20, 30, 40)),
+        *("pgd-2", "pgd-10", "trades-2", "trades-10"),
+    ]
+
+
+def test_steps_that_are_named_are_those_of_each_attack_that_takes_steps():
+    names = [kind.name for kind in Request(defense=("trades", "e2sad", "pgd"), attack_steps=(7, 3)).kinds()]
+    assert names == ["natural", "trades-3", "trades-7", "e2sad", "pgd-3", "pgd-7"]
+
+
+# --- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"defense": ("mart",)}, "--defense=mart: must be of natural, fgsm"),
+        ({"defense": ()}, "--defense=: must name at least one of natural"),
+        ({"attack_steps": (5, 0)}, "--attack_steps=5,0: must be at least 1 each"),
+        ({"batch_size": 0}, "--batch_size=0: must be at least 1"),
+        ({"model": "resnet"}, "--model=resnet: must be one of mnist_cnn, svhn_cnn, digits_cnn"),
+        ({"image_size": -1}, "--image_size=-1: must be at least 0"),
+        ({"image_size": 3}, "--image_size=3: images of 3x3 are too small for mnist_cnn"),
+        ({"precision": ("half",)}, "--precision=half: must be of float32, tf32, bf16"),
+        ({"rounds": 0}, "--rounds=0: must be at least 1"),
+        ({"seconds": float("nan")}, "--seconds=nan: must be finite and at least 0"),
+        ({"compile_seconds": 0.0}, "--compile_seconds=0.0: must be finite and above 0"),
+        ({"peer": ("keras",)}, "--peer=keras: must be of xla, torch, art"),
+        ({"peer": ("torch",), "precision": ("bf16",)}, "--precision=bf16: must have float32 in it for --peer=torch"),
+        ({"steps_per_dispatch": -1}, "--steps_per_dispatch=-1: must be at least 0"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_remedy(values, words):
+    with pytest.raises(ConfigError) as error:
+        Request(**values)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_peer_is_named_with_what_installs_it(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("torch", "art") else found(name))
+    with pytest.raises(ConfigError, match=r"--peer=torch: needs the package torch, .*pip install -e '\.\[bench\]'"):
+        Request(peer=("torch",))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "art" else object())
+    with pytest.raises(ConfigError, match="--peer=art: needs the package adversarial-robustness-toolbox"):
+        Request(peer=("art",))
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(made_up, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--results=.*file/r: cannot be written .*choose another folder"):
+        run.run(Request(results=str(tmp_path / "file" / "r")))
+    assert made_up[0] == []
+
+
+# --- the command
+
+
+def command(*flags):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.step_cost", *flags],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def test_from_the_command_to_its_files(tmp_path):
+    flags = ["--defense=natural", "--model=digits_cnn", "--batch_size=8", "--rounds=2", "--seconds=0.001"]
+    done = command(*flags, f"--results={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "Cost of a training step: digits_cnn, batch 8 of 8x8x1"
+    assert max(map(len, lines)) <= 120
+    assert "step cost: " in done.stderr, "progress"
+    table = (tmp_path / "step_cost.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines() if "|" in line] == ["step", "---", "natural"]
+    for words in (
+        "python -m experiments.step_cost --defense=natural",
+        "Measured 20",
+        "; commit ",
+        "GFLOP/s in float32",
+    ):
+        assert words in table
+    result = json.loads((tmp_path / "step_cost.json").read_text())
+    assert result["settings"] == {
+        **{"batch_size": 8, "model": "digits_cnn", "devices": 1, "rounds": 2, "seconds": 0.001},
+        **{"image_shape": [8, 8, 1], "steps_per_dispatch": 1},
+    }
+    assert {"jax", "hardware", "date", "commit"} <= set(result["environment"])
+    assert (tmp_path / "step_cost.png").stat().st_size > 10_000
+
+
+def test_the_widest_table_fits_a_terminal(made_up):
+    """Numbers as an accelerator may have them, peers and precisions at once."""
+    results = []
+    request = Request(defense=("ifgsm",), attack_steps=(30,), precision=("float32", "bf16"), rounds=1)
+    measure.measure(request, results.append)
+    (result,) = results
+    for row in result["rows"]:
+        row |= dict.fromkeys(TIMES, 123.456) | {"images_per_second": 1234567.0, "compile_seconds": 123.4}
+        row |= {"time_natural": 31.25, "time_ifgsm_30": 0.123, "ours_over_peer": 12.25, "flops": 123.4e9}
+        row |= {"bytes_accessed": 123.4e9, "peak_bytes": 12345e6, "share_of_ceiling": 0.5, "flops_natural": 29.6}
+    assert max(map(len, show.text(result).splitlines())) <= 120
+
+
+def test_the_step_by_xla_is_ours_without_loops_and_computes_the_same():
+    config = Config(defense="ifgsm", attack_steps=3, model="digits_cnn", batch_size=4)  # the first step is in no loop
+    with jax.numpy_dtype_promotion("standard"):
+        ours = Step(config, (8, 8, 1), 10)
+        theirs = peers.build("xla", config, (8, 8, 1), 10, ours.parameters())
+        assert " while(" in ours.compiled.as_text()
+        assert " while(" not in theirs._step.compiled.as_text()
+        assert " convolution(" in theirs._step.compiled.as_text()
+        np.testing.assert_allclose(ours.losses(2), theirs.losses(2), rtol=1e-3)

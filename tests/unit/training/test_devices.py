@@ -1,0 +1,199 @@
+"""One run on eight devices: the same numbers as on one device; what is refused; what is sent."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import e2sad_jax
+from e2sad_jax import distributed, networks, training
+from e2sad_jax.data.transforms import TRANSFORMS
+from e2sad_jax.errors import ConfigError
+from e2sad_jax.runs import jobs, run
+from e2sad_jax.training.config import DEFENSES, Config
+from tests.unit.training.test_train import (  # noqa: F401
+    load_state,
+    losses,
+    no_evaluation,
+    no_last_evaluation,
+    standard_promotion,
+    tiny_config,
+)
+
+STEPS = 20
+
+pytestmark = pytest.mark.usefixtures("little")
+
+
+def trained(config: Config, dataset, devices: int, dtype=jnp.float64, **kwargs):
+    """Losses and state after `config.steps`, on so many devices."""
+    mesh = distributed.mesh(devices, config.batch_size)
+    model = networks.create(config.model, dataset.num_classes, dataset.image_shape)
+    state = training.init_state(config, model, dataset.image_shape)
+    params = jax.tree.map(lambda a: a.astype(dtype), state.params)
+    state = state.replace(params=params, opt_state=training.optimizer(config).init(params))
+    state = distributed.replicate(mesh, state)
+    seen = []
+    state = training.fit(
+        config,
+        model,
+        dataset,
+        state,
+        steps=config.steps,
+        record=lambda step, metrics, count: seen.extend(np.ravel(metrics["loss"])[:count].tolist()),
+        checkpoint=lambda *a: None,
+        mesh=mesh,
+        **kwargs,
+    )
+    return seen, state
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_eight_devices_train_as_one_does(defense, tiny):
+    """Losses and parameters within 1e-5 after 20 steps, over an epoch's end.
+
+    In float64: in float32 another order of a sum turns the sign of a gradient that is nearly zero now and then, and both
+    the attack and Adam make a whole step of it.
+    """
+    config = tiny_config(
+        defense=defense, second_step="noise", steps=STEPS, soft_label=False, eps1=0.1, learning_rate=1e-2
+    )
+    with jax.enable_x64(True):
+        one, eight = trained(config, tiny, 1), trained(config, tiny, 8)
+    assert len(one[0]) == STEPS
+    assert one[0][-1] < one[0][0]
+    np.testing.assert_allclose(one[0], eight[0], atol=1e-5)
+    for a, b in zip(jax.tree.leaves(one[1].params), jax.tree.leaves(eight[1].params), strict=True):
+        assert b.sharding.is_fully_replicated
+        assert len(b.sharding.device_set) == 8
+        assert a.dtype == jnp.float64
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_several_steps_a_dispatch_and_float32_on_eight_devices(tiny):
+    config = tiny_config(defense="natural", steps=9)
+    one, eight = trained(config, tiny, 1, jnp.float32), trained(config, tiny, 8, jnp.float32, steps_per_dispatch=4)
+    np.testing.assert_allclose(one[0], eight[0], atol=1e-5)
+
+
+def compiled_step(config: Config, dataset, devices: int):
+    """The compiled step of a run, and what it is called with."""
+    mesh = distributed.mesh(devices, config.batch_size)
+    model = networks.create(config.model, dataset.num_classes, dataset.image_shape)
+    step = training.make_train_step(config, model, dataset.num_classes, TRANSFORMS["unit"], mesh=mesh)
+    order = training.epoch_order(jax.random.key(0), jnp.uint32(0), len(dataset.x_train))
+    state = training.init_state(config, model, dataset.image_shape)
+    arguments = distributed.replicate(mesh, (state, dataset.x_train, dataset.y_train, order))
+    return step.lower(*arguments).compile(), arguments
+
+
+@pytest.mark.parametrize(("defense", "points"), [("natural", 1), ("fgsm", 2), ("e2sad", 3)])
+def test_each_device_works_on_its_part_of_the_batch_and_sends_gradients_only(defense, points, tiny):
+    """By the compiled program: activations of a part of the batch; sums over the devices, of each point's gradients."""
+    program, (state, *_) = compiled_step(tiny_config(defense=defense, eps1=0.1), tiny, 8)
+    text = program.as_text()
+    assert "f32[16,8,8,4]" not in text, "the first layer's output for the whole batch"
+    assert "f32[2,8,8,4]" in text
+    kinds = set(re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text))
+    assert kinds == {"all-reduce"}
+    sent = distributed.collective_bytes(program)
+    parameters = 4 * networks.count_parameters(state.params)
+    assert points * 0.9 * parameters <= sent["all-reduce"] <= points * parameters + 64
+
+
+@pytest.mark.parametrize(
+    ("line", "sent"),
+    [
+        ("%a = f32[8,3]{1,0} all-gather(f32[1,3]{1,0} %x), dimensions={0}", {"all-gather": 8 * 3 * 4}),
+        (
+            "%a = (f32[1,3]{1,0:T(8,128)}, f32[8,3]{1,0:T(8,128)}) all-gather-start(f32[1,3]{1,0} %x), dimensions={0}",
+            {"all-gather": 8 * 3 * 4},
+        ),
+        (
+            "%a = ((f32[1,3]{1,0}, bf16[2]{0}), (f32[8,3]{1,0}, /*index=1*/bf16[16]{0})) all-gather-start(%x, %y)",
+            {"all-gather": 8 * 3 * 4 + 16 * 2},
+        ),
+        (
+            "%p = (f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(f32[5]{0} %x)",
+            {"collective-permute": 5 * 4},
+        ),
+        ("%r = ((f32[8]{0}), f32[1]{0}, u32[]) reduce-scatter-start(f32[8]{0} %x)", {"reduce-scatter": 4}),
+        ("%r = (f32[5]{0}, f32[7]{0}) all-reduce-start(%x, %y), to_apply=%add", {"all-reduce": 12 * 4}),
+        ("%d = f32[8,3]{1,0} all-gather-done((f32[1,3]{1,0}, f32[8,3]{1,0}) %a)", {}),
+    ],
+)
+def test_bytes_of_a_collective_are_those_of_its_result(line, sent):
+    """As XLA prints them: what begins an asynchronous one carries its operands along, except of a sum."""
+    assert distributed.collective_bytes(types.SimpleNamespace(as_text=lambda: line)) == sent
+
+
+def test_a_checkpoint_of_eight_devices_goes_on_on_one_and_the_reverse(no_evaluation, tmp_path):  # noqa: F811
+    settings = dict(defense="natural", steps=10, checkpoint_every=5)
+    reference = tiny_config(workdir=str(tmp_path / "one"), **settings)
+    run.run(reference, "mnist")
+    for name, devices in (("down", (8, 1)), ("up", (1, 8)), ("twos", (2, 4))):
+        config = tiny_config(workdir=str(tmp_path / name), **settings)
+        run.run(dataclasses.replace(config, steps=5, devices=devices[0]), "mnist")
+        run.run(dataclasses.replace(config, devices=devices[1]), "mnist")
+        segments = json.loads((tmp_path / name / "training.json").read_text())
+        assert [s.get("devices", 1) for s in segments] == list(devices)
+        np.testing.assert_allclose(
+            [loss for _, loss in losses(tmp_path / name)], [loss for _, loss in losses(tmp_path / "one")], atol=1e-4
+        )
+        assert int(load_state(config, tmp_path / name).step) == 10
+        assert np.isfinite(e2sad_jax.load(tmp_path / name)(np.zeros((2, 8, 8, 1), np.uint8))).all()
+
+
+def test_an_evaluation_on_eight_devices_is_that_on_one(tiny):
+    config = tiny_config(eval_batch_size=24)
+    state = training.init_state(config, networks.create(config.model, 3, (8, 8, 1)), (8, 8, 1))
+    outcomes = []
+    for devices in (1, 8):
+        mesh = distributed.mesh(devices, config.batch_size)
+        model = networks.create(config.model, 3, (8, 8, 1))
+        job = jobs.Job(config, tiny, tiny, tiny, model, 1, pathlib.Path(), None, mesh)
+        params = distributed.replicate(mesh, state.params)
+        suite = [run.Attack("clean", "clean"), run.Attack("pgd", "pgd", 0.05, 3)]
+        outcomes.append(jobs.attack(job, params, tiny, suite))
+    for name in outcomes[0]:
+        np.testing.assert_array_equal(outcomes[0][name].prediction, outcomes[1][name].prediction)
+
+
+@pytest.mark.parametrize(
+    ("devices", "batch_size", "message"),
+    [
+        (8, 12, r"--batch_size=12: must be a multiple of the 8 devices; the next are 8 or 16"),
+        (8, 3, r"--batch_size=3: must be a multiple of the 8 devices; the next are 8$"),
+        (0, 12, r"multiple of the 8 devices"),
+        (
+            9,
+            18,
+            r"--devices=9: must be at most 8, the cpu devices that JAX sees; on the CPU, XLA_FLAGS=.*count=N makes N",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_devices_is_refused(devices, batch_size, message, no_evaluation, tmp_path):  # noqa: F811
+    with pytest.raises(ConfigError, match=message):
+        run.run(tiny_config(workdir=str(tmp_path / "w"), devices=devices, batch_size=batch_size), "mnist")
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("", 0, 0), r"--coordinator=: must be HOST:PORT"),
+        (("here", 0, 2), r"--coordinator=here: must be HOST:PORT of process 0, or auto"),
+        (("127.0.0.1:9", 0, 0), r"--num_processes=0: must be at least 1"),
+        (("127.0.0.1:9", 2, 2), r"--process_id=2: must be in \[0, 1\]"),
+    ],
+)
+def test_processes_that_cannot_find_each_other_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        distributed.connect(*arguments)
+    distributed.connect()  # alone

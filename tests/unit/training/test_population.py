@@ -1,0 +1,228 @@
+"""Several steps in one dispatch and several runs in one step: equal to single runs, and resumable each by itself."""
+
+import contextlib
+import dataclasses
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from e2sad_jax import networks, training
+from e2sad_jax.errors import NonFiniteError
+from e2sad_jax.runs import jobs
+from e2sad_jax.runs.folder import read_training, write_config
+from e2sad_jax.training.config import Config
+
+N = 50
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion(monkeypatch, little):
+    """Optax's Adam mixes float and int32. Checkpoints are not attacked here: that takes longer than the training."""
+    monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": 0.0})
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def config_of(**changes) -> Config:
+    settings = dict(data="tiny.npz", model="digits_cnn", steps=8, batch_size=16, checkpoint_every=4, log_every=1)
+    return Config(**{**settings, "eps1": 0.1, "eps2": 0.05, **changes})
+
+
+MEMBERS = [
+    config_of(seed=3),
+    config_of(seed=3, lam=1.0),
+    config_of(seed=4, eps1=0.2),
+]
+
+
+def alone(config, dataset, **kwargs):
+    model = networks.create(config.model, dataset.num_classes, dataset.image_shape)
+    state = training.init_state(config, model, dataset.image_shape)
+    rows = []
+
+    def record(step, metrics, count):
+        values = jax.device_get(metrics)
+        rows.extend({k: np.atleast_1d(v)[i] for k, v in values.items()} for i in range(count))
+
+    state = training.fit(
+        config, model, dataset, state, steps=config.steps, record=record, checkpoint=lambda *a: None, **kwargs
+    )
+    return state, rows
+
+
+@pytest.fixture(scope="module")
+def singles(tiny, little):
+    with jax.numpy_dtype_promotion("standard"):
+        return [alone(config, tiny) for config in MEMBERS]
+
+
+def close(a, b):
+    chex.assert_trees_all_close(a.params, b.params, atol=2e-5)
+    assert int(a.step) == int(b.step)
+
+
+def test_several_steps_in_one_dispatch_are_those_steps_compiled_once(tiny, singles, monkeypatch):
+    """Five at most at once: the checkpoint of step 4 and the end of the epoch, inside step 4, cut them."""
+    made, make = [], training.make_train_step
+    monkeypatch.setattr(training, "make_train_step", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
+    saved = []
+    counts = []
+    model = networks.create("digits_cnn", 3, tiny.image_shape)
+    rows = []
+
+    def record(step, metrics, count):
+        counts.append(count)
+        values = jax.device_get(metrics)
+        rows.extend({k: v[i] for k, v in values.items()} for i in range(count))
+
+    state = training.fit(
+        MEMBERS[0],
+        model,
+        tiny,
+        training.init_state(MEMBERS[0], model, tiny.image_shape),
+        steps=8,
+        record=record,
+        checkpoint=lambda step, state: saved.append(step),
+        steps_per_dispatch=5,
+    )
+    assert counts == [4, 3, 1], "to the checkpoint, to the next epoch (step 7 is the last that begins in the second)"
+    assert saved == [4, 8]
+    assert made[0]._cache_size() == 1
+    close(state, singles[0][0])
+    assert [float(r["loss"]) for r in rows] == pytest.approx([float(r["loss"]) for r in singles[0][1]], abs=1e-5)
+
+
+@pytest.mark.parametrize("steps_per_dispatch", [1, 3])
+def test_a_population_equals_separate_runs(steps_per_dispatch, tiny, singles):
+    """Other seeds, weights and budgets."""
+    model = networks.create("digits_cnn", 3, tiny.image_shape)
+    state = training.stack([training.init_state(c, model, tiny.image_shape) for c in MEMBERS])
+    rows = []
+
+    def record(step, metrics, count):
+        loss = np.asarray(metrics["loss"]).reshape(-1, len(MEMBERS))
+        rows.extend(loss[:count])
+
+    state = training.fit(
+        MEMBERS,
+        model,
+        tiny,
+        state,
+        steps=8,
+        record=record,
+        checkpoint=lambda *a: None,
+        steps_per_dispatch=steps_per_dispatch,
+    )
+    for i, (member, (single, metrics)) in enumerate(zip(training.unstack(state), singles, strict=True)):
+        close(member, single)
+        assert [r[i] for r in rows] == pytest.approx([float(m["loss"]) for m in metrics], abs=1e-5)
+    kernels = [jax.tree.leaves(m.params)[-1] for m in training.unstack(state)]
+    assert float(abs(kernels[0] - kernels[1]).max()) > 1e-4, "they are different runs"
+
+
+def test_what_may_train_together():
+    keys = [training.population_key(c) for c in MEMBERS]
+    assert keys[0] == keys[1] == keys[2]
+    for changes in (
+        {"second_step": "loss"},
+        {"alpha": 0.5},
+        {"soft_label": False},
+        {"batch_size": 8},
+        {"defense": "fgsm"},
+    ):
+        assert training.population_key(config_of(**changes)) != keys[0]
+
+
+def train_all(configs, dataset, tmp_path, stop_at=None, **changes):
+    """Trains them together in workdirs of their own, up to the point where `stop_at` steps are seen."""
+    with contextlib.ExitStack() as stack:
+        opened = []
+        for i, config in enumerate(configs):
+            config = dataclasses.replace(config, workdir=str(tmp_path / f"run{i}"), **changes)
+            job = stack.enter_context(jobs.open_job(config, dataset))
+            write_config(job.workdir, config, dataset)
+            opened.append(job)
+        jobs.train_together(opened, lambda: 0)
+        return [(job.step, job.restore()) for job in opened]
+
+
+def test_one_of_a_population_that_was_left_behind_catches_up(tiny, singles, tmp_path):
+    """As after a kill between two members' checkpoints: they end where separate runs end, with curves without gaps."""
+    train_all(MEMBERS[:1], tiny, tmp_path, steps=4)
+    results = train_all(MEMBERS, tiny, tmp_path)
+    for i, ((step, state), (single, metrics)) in enumerate(zip(results, singles, strict=True)):
+        assert step == 8
+        close(state, single)
+        lines = [json.loads(line) for line in (tmp_path / f"run{i}" / "metrics.jsonl").read_text().splitlines()]
+        losses = [line["loss"] for line in lines if "loss" in line]
+        assert losses == pytest.approx([float(m["loss"]) for m in metrics], abs=1e-5)
+    segments = read_training(tmp_path / "run0")
+    assert [(s["from_step"], s["to_step"], s["runs_together"]) for s in segments] == [(0, 4, 1), (4, 8, 3)]
+
+
+def test_one_that_diverges_is_named(tiny, tmp_path, monkeypatch):
+    real = training.training_loss
+
+    def breaking(config, bounds):
+        return lambda f, x, y, key: (lambda loss, parts: (loss / jax.numpy.where(config.lam > 5, 0, 1), parts))(
+            *real(config, bounds)(f, x, y, key)
+        )
+
+    monkeypatch.setattr(training, "training_loss", breaking)
+    members = [config_of(), config_of(lam=9.0)]
+    with pytest.raises(NonFiniteError, match=r"step 1 of run1: .*loss=inf") as caught:
+        train_all(members, tiny, tmp_path)
+    assert caught.value.member == 1
+
+
+def test_one_that_diverges_while_it_catches_up_is_named_by_its_place_among_all(tiny, tmp_path, monkeypatch):
+    members = [config_of(seed=seed) for seed in (1, 2, 3)]
+    train_all(members[:2], tiny, tmp_path, steps=4)  # the third is left behind
+    real, key = (
+        training.training_loss,
+        training.init_state(members[2], networks.create("digits_cnn", 3, tiny.image_shape), tiny.image_shape).key,
+    )
+
+    def breaking(config, bounds):
+        def loss_fn(f, x, y, k):
+            loss, parts = real(config, bounds)(f, x, y, k)
+            third = (jax.random.key_data(k) == jax.random.key_data(jax.random.fold_in(key, 1))).all()
+            return jax.numpy.where(third, jax.numpy.nan, loss), parts
+
+        return loss_fn
+
+    monkeypatch.setattr(training, "training_loss", breaking)
+    with pytest.raises(NonFiniteError, match=r"step 2: .*loss=nan") as caught:
+        train_all(members, tiny, tmp_path)
+    assert caught.value.member == 2
+
+
+@pytest.mark.parametrize(
+    ("defense", "second_step"),
+    [("natural", "total"), ("fgsm", "total"), ("ifgsm", "total"), ("pgd", "total"), ("hamm", "total"),
+     ("e2sad", "noise"), ("e2sad", "random"), ("e2sad", "loss"),
+     ("rs_fgsm", "total"), ("n_fgsm", "total"), ("free", "total"), ("trades", "total"), ("grad_align", "total")],
+)  # fmt: skip
+def test_every_defense_trains_in_a_population(defense, second_step, tiny):
+    """Two seeds and two budgets: losses of every step as alone, random numbers of the attacks included."""
+    common = dict(defense=defense, second_step=second_step, steps=3, attack_steps=2)
+    members = [config_of(seed=1, **common), config_of(seed=2, eps1=0.05, **common)]
+    model = networks.create("digits_cnn", 3, tiny.image_shape)
+    state, rows = training.stack([training.init_state(c, model, tiny.image_shape) for c in members]), []
+    training.fit(
+        members,
+        model,
+        tiny,
+        state,
+        steps=3,
+        record=lambda step, metrics, count: rows.append(np.asarray(metrics["loss"])),
+        checkpoint=lambda *a: None,
+    )
+    for i, config in enumerate(members):
+        _, metrics = alone(config, tiny)
+        # TRADES' first gradients are small, so more of their signs are of rounding.
+        rel = 1e-3 if defense == "trades" else 1e-4
+        assert [r[i] for r in rows] == pytest.approx([float(m["loss"]) for m in metrics], rel=rel)
