@@ -20,7 +20,7 @@ from e2sad_jax import attacks, data
 from e2sad_jax._compile import jit
 from e2sad_jax.evaluation import Attack
 from e2sad_jax.evaluation.model import Subject, of_classifier
-from e2sad_jax.reporting import report
+from e2sad_jax.reporting import provenance
 from e2sad_jax.runs import checkpoint
 from experiments.step_cost.peers import pytorch
 
@@ -160,8 +160,8 @@ def main(argv: Sequence[str]) -> None:
         print(f"| DeepFool, median l2 length | {mine:.3f} | {other:.3f} | | |\n", flush=True)
         if mine > 1.05 * other:
             failed.append(f"{trained.config.defense}, DeepFool: {mine:.3f} longer than {other:.3f}")
-    about = report.environment()
-    print(f"`{report.command()}`, {about['hardware']}, {about['date']}, commit {about['commit']}")
+    about = provenance.environment()
+    print(f"`{provenance.command()}`, {about['hardware']}, {about['date']}, commit {about['commit']}")
     if failed:
         sys.exit("attack_peers: " + "; ".join(failed))
 

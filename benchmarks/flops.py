@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from e2sad_jax import training
-from e2sad_jax.reporting import report
+from e2sad_jax.reporting import provenance
 from e2sad_jax.training.config import Config, preset
 
 SETTINGS: Sequence[tuple[str, Mapping[str, Any]]] = [
@@ -43,8 +43,8 @@ def main() -> None:
         natural = natural or flops
         name = ", ".join([defense, *(f"{key} {value}" for key, value in settings.items())])
         print(f"| {name} | {flops / 1e9:.1f} | {flops / natural:.3f} |", flush=True)
-    e = report.environment()
-    print(f"\n`{report.command()}`, {e['date']}, {e['hardware']}; JAX {e['jax']}; commit {e['commit']}.")
+    e = provenance.environment()
+    print(f"\n`{provenance.command()}`, {e['date']}, {e['hardware']}; JAX {e['jax']}; commit {e['commit']}.")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from e2sad_jax import distributed, networks
-from e2sad_jax.reporting import report
+from e2sad_jax.reporting import provenance
 from e2sad_jax.training.config import Config
 from experiments.step_cost import counts
 from experiments.step_cost.step import Step
@@ -80,8 +80,8 @@ def main() -> None:
             low=low, high=high, hops=HOPS, share=largest / parameters, checkpoint=3 * 4 * parameters / 1e6
         )
     )
-    e = report.environment()
-    print(f"`{report.command()}`, {e['date']}, {e['hardware']}; JAX {e['jax']}; commit {e['commit']}.")
+    e = provenance.environment()
+    print(f"`{provenance.command()}`, {e['date']}, {e['hardware']}; JAX {e['jax']}; commit {e['commit']}.")
 
 
 INTRODUCTION = """\

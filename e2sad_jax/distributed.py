@@ -70,12 +70,12 @@ def connect(coordinator: str = "", process_id: int = -1, num_processes: int = 0)
         ) from error
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
     """Whether other processes take part."""
     return jax.process_count() > 1
 
 
-def is_first() -> bool:
+def is_main() -> bool:
     """Whether this is the process that writes files and reports."""
     return jax.process_index() == 0
 
@@ -98,7 +98,7 @@ def mesh(devices: int, batch_size: int) -> Mesh | None:
         kind = there[0].platform
         more = "; on the CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N" if kind == "cpu" else ""
         raise ConfigError(f"--devices={devices}: must be at most {len(there)}, the {kind} devices that JAX sees{more}")
-    if several() and devices not in (0, len(there)):
+    if is_multiprocess() and devices not in (0, len(there)):
         raise ConfigError(
             f"--devices={devices}: must be 0 or {len(there)}, all devices of the {jax.process_count()} processes"
         )
@@ -163,7 +163,7 @@ def check_same(what: str) -> None:
     Raises:
       ConfigError: if not.
     """
-    if several():
+    if is_multiprocess():
         with jax.transfer_guard("allow"):
             digests = multihost_utils.process_allgather(np.uint32(zlib.crc32(what.encode())))
         others = [i for i, digest in enumerate(digests.tolist()) if digest != digests[0]]
@@ -174,9 +174,9 @@ def check_same(what: str) -> None:
             )
 
 
-def meet() -> None:
+def barrier() -> None:
     """Waits until all processes are here, for hours if need be."""
-    if several():
+    if is_multiprocess():
         from jax._src import distributed  # JAX has no public barrier with a time limit of one's own
 
         number, client = next(_meetings), distributed.global_state.client
@@ -184,17 +184,17 @@ def meet() -> None:
         client.wait_at_barrier(f"e2sad_jax_{number}", timeout_in_ms=1000 * PATIENCE)
 
 
-def agreed(number: int) -> int:
+def max_over_processes(number: int) -> int:
     """The largest of all processes' numbers: what one of them was told, all do. Waits for all."""
-    if not several():
+    if not is_multiprocess():
         return number
     with jax.transfer_guard("allow"):
         return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
-def from_first(values: dict[str, float]) -> dict[str, float]:
+def broadcast_from_main(values: dict[str, float]) -> dict[str, float]:
     """The first process's values, in all of them. Waits for it."""
-    if not several():
+    if not is_multiprocess():
         return values
     with jax.transfer_guard("allow"):
         told = multihost_utils.broadcast_one_to_all(np.asarray(list(values.values()), np.float32))

@@ -25,7 +25,7 @@ from e2sad_jax import networks
 from e2sad_jax._io import write_bytes, write_json
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.errors import ConfigError, Error, WorkdirError, first_line
-from e2sad_jax.reporting import report
+from e2sad_jax.reporting import provenance
 from e2sad_jax.runs import checkpoint
 from e2sad_jax.runs.checkpoint import Classifier
 from e2sad_jax.training import init_state
@@ -270,5 +270,5 @@ def _card(
             for name, content in contents.items()
         },
         "platforms": list(PLATFORMS) if "stablehlo" in contents else [],
-        "environment": report.environment(),
+        "environment": provenance.environment(),
     }

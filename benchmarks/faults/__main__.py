@@ -21,7 +21,7 @@ from absl import app, flags, logging
 
 from benchmarks.faults.faults import Torture
 from e2sad_jax._io import write_json, write_text
-from e2sad_jax.reporting import report
+from e2sad_jax.reporting import provenance
 
 FLAGS = flags.FLAGS
 ALL = {  # how often, where that may be chosen
@@ -85,7 +85,7 @@ def wrong(kinds: dict[str, Any], share: float) -> list[str]:
 def main(argv: list[str]) -> None:
     from benchmarks.faults import preload  # noqa: F401  # makes networks small, so not where tests import this
 
-    report.commit()
+    provenance.commit()
     logging.set_verbosity(logging.WARNING)
     results = pathlib.Path(FLAGS.results) if FLAGS.results else None
     kinds: dict[str, Any] = {}
@@ -115,8 +115,8 @@ def main(argv: list[str]) -> None:
                     **torture.taken(),
                     "seed": FLAGS.seed,
                     "seconds": round(time.monotonic() - began, 1),
-                    "command": report.command(),
-                    "environment": report.environment(),
+                    "command": provenance.command(),
+                    "environment": provenance.environment(),
                 }
                 kinds = {name: kinds[name] for name in ALL if name in kinds}
                 done.append(name)

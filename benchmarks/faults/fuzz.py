@@ -302,9 +302,9 @@ def main(argv: Sequence[str]) -> int:
         return _again(name, int(number), values.seed)
 
     from e2sad_jax._io import write_json, write_text
-    from e2sad_jax.reporting import report
+    from e2sad_jax.reporting import provenance
 
-    report.commit()
+    provenance.commit()
     began = time.monotonic()
     work = plan(values.inputs, {name: TARGETS[name].share for name in values.target})
     counts, findings = fuzz(work, TARGETS, seed=values.seed, keep=folder / "fuzz")
@@ -315,8 +315,8 @@ def main(argv: Sequence[str]) -> int:
         "targets": {name: {kind: _row(c, kind) for kind in sorted({k for k, _ in c})} for name, c in counts.items()},
         "findings": [dataclasses.asdict(f) for f in findings],
         "seconds": round(time.monotonic() - began, 1),
-        "command": report.command(),
-        "environment": report.environment(),
+        "command": provenance.command(),
+        "environment": provenance.environment(),
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "fuzz.json", result)

@@ -24,7 +24,7 @@ from absl import flags
 from e2sad_jax import cli, data, networks
 from e2sad_jax._io import write_bytes, write_json, write_text
 from e2sad_jax.errors import Error, Stopped
-from e2sad_jax.reporting import report
+from e2sad_jax.reporting import provenance
 from e2sad_jax.runs import jobs
 from e2sad_jax.runs.folder import write_config
 from e2sad_jax.runs.metrics import METRICS
@@ -88,8 +88,8 @@ def main() -> None:
         "grown": growth(samples.taken),
         "bounds": BOUNDS,
         "samples": samples.taken,
-        "command": report.command(),
-        "environment": report.environment(),
+        "command": provenance.command(),
+        "environment": provenance.environment(),
     }
     results = pathlib.Path(FLAGS.results)
     results.mkdir(parents=True, exist_ok=True)

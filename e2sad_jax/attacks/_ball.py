@@ -14,7 +14,7 @@ Bounds = tuple[float, float]
 LossFn = Callable[[jax.Array], jax.Array]
 
 
-class Box(NamedTuple):
+class LinfBall(NamedTuple):
     """The points that an attack may reach: lower and upper limit for every pixel, in float32 at least."""
 
     lower: jax.Array
@@ -36,8 +36,8 @@ class Box(NamedTuple):
         return jax.vmap(lambda k: jax.random.uniform(k, like.shape[1:], like.dtype, -1, 1))(keys)
 
 
-class Round(NamedTuple):
-    """As `Box`, for the l2 ball around each image, cut to the range."""
+class L2Ball(NamedTuple):
+    """As `LinfBall`, for the l2 ball around each image, cut to the range."""
 
     center: jax.Array
     radius: jax.typing.ArrayLike
@@ -158,40 +158,40 @@ def check_norm(name: str, norm: str) -> None:
         raise ValueError(f"{name}: norm={norm!r}; it must be one of {', '.join(NORMS)}")
 
 
-def ball(norm: str, x: jax.Array, eps: jax.typing.ArrayLike, bounds: Bounds | None) -> Box | Round:
+def ball(norm: str, x: jax.Array, eps: jax.typing.ArrayLike, bounds: Bounds | None) -> LinfBall | L2Ball:
     """The ball of radius `eps` around `x` in `norm`, cut to `bounds`."""
-    return box(x, eps, bounds) if norm == "linf" else Round(widen(x), eps, bounds)
+    return box(x, eps, bounds) if norm == "linf" else L2Ball(as_float32(x), eps, bounds)
 
 
-def box(x: jax.Array, eps: jax.typing.ArrayLike, bounds: Bounds | None) -> Box:
+def box(x: jax.Array, eps: jax.typing.ArrayLike, bounds: Bounds | None) -> LinfBall:
     """The l-infinity ball of radius `eps` around `x`, cut to `bounds` (`clamp` in Eq. 2)."""
-    x = widen(x)
+    x = as_float32(x)
     lower, upper = x - eps, x + eps
     if bounds is not None:
         lower, upper = jnp.maximum(lower, bounds[0]), jnp.minimum(upper, bounds[1])
-    return Box(lower, upper)
+    return LinfBall(lower, upper)
 
 
-def widen(x: jax.Array) -> jax.Array:
+def as_float32(x: jax.Array) -> jax.Array:
     """Iterates are kept in float32 at least: in bfloat16 a step below 0.002 near 1 would be rounded away."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def narrow(x: jax.Array, dtype: jnp.dtype, limits: Box | Round) -> jax.Array:
+def cast_inside(x: jax.Array, dtype: jnp.dtype, limits: LinfBall | L2Ball) -> jax.Array:
     """Back to the images' own dtype; where rounding left the ball, one representable number back inside."""
-    if isinstance(limits, Round):  # no pixel farther from the image than it was
-        limits = Box(jnp.minimum(x, limits.center), jnp.maximum(x, limits.center))
+    if isinstance(limits, L2Ball):  # no pixel farther from the image than it was
+        limits = LinfBall(jnp.minimum(x, limits.center), jnp.maximum(x, limits.center))
     result = x.astype(dtype)
     if jnp.finfo(dtype).bits >= 32:
         return result
     infinity = jnp.asarray(jnp.inf, dtype)
-    result = jnp.where(widen(result) > limits.upper, _next(result, -infinity), result)
-    return jnp.where(widen(result) < limits.lower, _next(result, infinity), result)
+    result = jnp.where(as_float32(result) > limits.upper, _next(result, -infinity), result)
+    return jnp.where(as_float32(result) < limits.lower, _next(result, infinity), result)
 
 
-def settle(limits: Box | Round, point: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def project_and_cast(limits: LinfBall | L2Ball, point: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The image that an attack returns for `point`: inside `limits`, in the images' own dtype, a constant."""
-    return jax.lax.stop_gradient(narrow(limits.clip(point), dtype, limits))
+    return jax.lax.stop_gradient(cast_inside(limits.clip(point), dtype, limits))
 
 
 def _next(x: jax.Array, towards: jax.Array) -> jax.Array:
@@ -237,7 +237,7 @@ def broadcast(values: jax.Array, like: jax.Array) -> jax.Array:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def spread(values: jax.Array, like: jax.Array) -> jax.Array:
+def like_sharded(values: jax.Array, like: jax.Array) -> jax.Array:
     """A constant that inside shard_map may differ between devices where `like` may: what a loop starts from must."""
     return jnp.where((like != like).any(), values, values)  # the type is what counts; the compiler drops the choice
 

@@ -25,7 +25,7 @@ class Worst(NamedTuple):
 def judge(image: jax.Array, loss: jax.Array, misclassified_fn: _ball.LossFn | None) -> Worst:
     """`image` as a candidate; without `misclassified_fn` none fools, and a loss that is NaN is below all others."""
     if misclassified_fn is None:
-        fooled = _ball.spread(jnp.zeros(loss.shape, bool), loss)
+        fooled = _ball.like_sharded(jnp.zeros(loss.shape, bool), loss)
     else:
         fooled = misclassified_fn(image).astype(bool)
     return Worst(image, fooled, jnp.where(jnp.isnan(loss), -jnp.inf, loss))

@@ -101,7 +101,7 @@ def apgd(
     x, n = jax.lax.stop_gradient(x), x.shape[0]
     keys = _ball.per_image_keys("apgd", key, n)
     limits = _ball.ball(norm, x, eps, bounds)
-    clean = _ball.widen(x)
+    clean = _ball.as_float32(x)
     marks = checkpoints(steps)
     due, enough = np.zeros(steps, bool), np.zeros(steps, np.int32)
     for before, mark in itertools.pairwise(mark for mark in marks if mark < steps):
@@ -109,10 +109,10 @@ def apgd(
     is_due, enough_rises = jnp.asarray(due), jnp.asarray(enough)
 
     def look(point: jax.Array) -> tuple[_Seen, Worst]:
-        image = _ball.narrow(point, x.dtype, limits)  # what is judged is what may be returned
+        image = _ball.cast_inside(point, x.dtype, limits)  # what is judged is what may be returned
         loss, gradient = _ball.losses_and_gradient(loss_fn, image)
         judged = judge(image, loss.astype(clean.dtype), misclassified_fn)
-        return _Seen(point, judged.loss, limits.direction(_ball.widen(gradient))), judged
+        return _Seen(point, judged.loss, limits.direction(_ball.as_float32(gradient))), judged
 
     def step(k: int | jax.Array, s: _State) -> _State:
         point = s.now.point
@@ -144,14 +144,14 @@ def apgd(
             before=start.point,
             best=start,
             worst=worst.or_worse(candidate),
-            step_size=_ball.spread(jnp.broadcast_to(jnp.asarray(2 * eps, clean.dtype).reshape(-1), (n,)), x),
-            rises=_ball.spread(jnp.zeros(n, jnp.int32), x),
+            step_size=_ball.like_sharded(jnp.broadcast_to(jnp.asarray(2 * eps, clean.dtype).reshape(-1), (n,)), x),
+            rises=_ball.like_sharded(jnp.zeros(n, jnp.int32), x),
             halved=never,
             best_at_checkpoint=start.loss,
         )
         return _loops.repeat_long(steps, step, state).worst
 
-    never = _ball.spread(jnp.zeros(n, bool), x)
-    nothing = Worst(x, never, _ball.spread(jnp.full(n, -jnp.inf, clean.dtype), x))
+    never = _ball.like_sharded(jnp.zeros(n, bool), x)
+    nothing = Worst(x, never, _ball.like_sharded(jnp.full(n, -jnp.inf, clean.dtype), x))
     worst = attempt(0, nothing) if restarts == 1 else _loops.repeat_long(restarts, attempt, nothing)
     return jax.lax.stop_gradient(worst.image)

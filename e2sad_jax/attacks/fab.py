@@ -85,7 +85,7 @@ def fab(
     """
     _check(x, steps, restarts, key, eps, alpha_max, overshoot, beta, norm, bounds)
     x = jax.lax.stop_gradient(x)
-    n, clean, everywhere = x.shape[0], _ball.widen(x), _ball.box(x, jnp.inf, bounds)
+    n, clean, everywhere = x.shape[0], _ball.as_float32(x), _ball.box(x, jnp.inf, bounds)
     logits = jax.eval_shape(logits_fn, x)
     if logits.ndim != 2 or logits.shape[0] != n or logits.shape[1] < 2:
         raise ValueError(f"fab: logits have shape {logits.shape}; it must be ({n}, K), K at least 2")
@@ -102,13 +102,13 @@ def fab(
         return jax.lax.stop_gradient(ROUNDING * jnp.abs(logits).max(1))
 
     def margin(z: jax.Array) -> jax.Array:
-        logits = jax.lax.stop_gradient(_ball.widen(logits_fn(z)))
+        logits = jax.lax.stop_gradient(_ball.as_float32(logits_fn(z)))
         return (losses.margin(logits, labels) - slack(logits)).astype(clean.dtype)
 
     def ahead(z: jax.Array) -> jax.Array:
         """As `margin`, of two logits: by how much the target is above the label."""
         assert targets is not None
-        logits = _ball.widen(logits_fn(z))
+        logits = _ball.as_float32(logits_fn(z))
         lead = jnp.take_along_axis(logits, targets[:, None], 1) - jnp.take_along_axis(logits, labels[:, None], 1)
         return lead[:, 0] - slack(logits)
 
@@ -116,7 +116,7 @@ def fab(
         """The network at z as `value + <normal, . - z>`, above 0 beyond the boundary."""
         if targets is not None:
             value, normal = _ball.losses_and_gradient(ahead, z)
-            return value.astype(clean.dtype), _ball.widen(normal)
+            return value.astype(clean.dtype), _ball.as_float32(normal)
         logits, normals = linearised(logits_fn, z, labels)
         values = logits - jnp.take_along_axis(logits, labels[:, None], 1) - slack(logits)[:, None]
         size = _size(normals.reshape(-1, *x.shape[1:]), "l1" if norm == "linf" else norm).reshape(-1, n).T
@@ -127,9 +127,9 @@ def fab(
 
     def nearer(found: _Found, point: jax.Array) -> tuple[_Found, jax.Array]:
         """`point` instead, where it fools and is nearer; and its margin."""
-        image = _ball.settle(everywhere, point, x.dtype)
+        image = _ball.project_and_cast(everywhere, point, x.dtype)
         now = margin(image)
-        distance = _size(_ball.widen(image) - clean, norm)
+        distance = _size(_ball.as_float32(image) - clean, norm)
         return select((now > 0) & (distance < found.distance), _Found(image, distance), found), now
 
     def step(_: int | jax.Array, state: tuple[jax.Array, _Found]) -> tuple[jax.Array, _Found]:
@@ -164,7 +164,7 @@ def fab(
     ) -> tuple[_Found, jax.Array, jax.Array, jax.Array]:
         """Just short of where a line through the margins at both ends crosses zero (the paper's Eq. 11)."""
         found, outside, inside, within = state
-        end, drop = _ball.widen(found.image), outside - within
+        end, drop = _ball.as_float32(found.image), outside - within
         share = SHORT * jnp.where(drop > 0, outside / jnp.where(drop > 0, drop, 1), 0)
         point = end - _ball.broadcast(jnp.where(jnp.isfinite(share), share, 0), x) * (end - inside)
         closer, now = nearer(found, point)
@@ -172,7 +172,7 @@ def fab(
         inside = jnp.where(_ball.broadcast(fools, x), inside, point)
         return closer, jnp.where(fools, now, outside), inside, jnp.where(fools, within, now)
 
-    nothing = _ball.spread(jnp.full(n, jnp.inf, clean.dtype), x)
+    nothing = _ball.like_sharded(jnp.full(n, jnp.inf, clean.dtype), x)
     already = jax.lax.stop_gradient(losses.margin(logits_fn(x), labels)) > 0
     found = _Found(x, jnp.where(already, 0, nothing))
     found = attempt(0, found) if restarts == 1 else _loops.repeat_long(restarts, attempt, found)
@@ -223,7 +223,7 @@ def project(
         further = jnp.where((rate > 0) & jnp.isfinite(further), further, t)
         return further, further > t
 
-    zero = _ball.spread(jnp.zeros(value.shape, point.dtype), value)
+    zero = _ball.like_sharded(jnp.zeros(value.shape, point.dtype), value)
     t, _ = _loops.repeat_while(lambda state: state[1].any(), ROUNDS, newton, (zero, zero == 0))
     return jnp.sign(w) * jnp.minimum(_ball.broadcast(t, point) * speed, room)
 

@@ -10,7 +10,7 @@ from e2sad_jax.attacks._worst import Worst, judge
 def _ascend(
     loss_fn: _ball.LossFn,
     start: jax.Array,
-    limits: _ball.Box | _ball.Round,
+    limits: _ball.LinfBall | _ball.L2Ball,
     dtype: jnp.dtype,
     step_size: jax.typing.ArrayLike,
     steps: int,
@@ -20,11 +20,11 @@ def _ascend(
 
     def step(_: int | jax.Array, z: jax.Array) -> jax.Array:
         gradient = _ball.input_gradient(loss_fn, z.astype(dtype))
-        return limits.clip(z + step_size * limits.direction(_ball.widen(gradient)))
+        return limits.clip(z + step_size * limits.direction(_ball.as_float32(gradient)))
 
     for i in range(apart):
         start = step(i, start)
-    return _ball.narrow(_loops.repeat(steps - apart, step, start), dtype, limits)
+    return _ball.cast_inside(_loops.repeat(steps - apart, step, start), dtype, limits)
 
 
 def ifgsm(
@@ -67,7 +67,7 @@ def ifgsm(
     step_size = _ball.step_size("ifgsm", step_size, eps / steps)
     limits = _ball.box(x, eps, bounds)
     # The first step's gradient is the clean image's, which training takes too: outside a loop XLA finds the two to be one.
-    return jax.lax.stop_gradient(_ascend(loss_fn, _ball.widen(x), limits, x.dtype, step_size, steps, apart=1))
+    return jax.lax.stop_gradient(_ascend(loss_fn, _ball.as_float32(x), limits, x.dtype, step_size, steps, apart=1))
 
 
 def mi_fgsm(
@@ -111,17 +111,17 @@ def mi_fgsm(
     _ball.check_number("mi_fgsm", "decay", decay)
     _ball.check_bounds("mi_fgsm", bounds)
     step_size = _ball.step_size("mi_fgsm", step_size, eps / steps)
-    limits, start = _ball.box(x, eps, bounds), _ball.widen(x)
+    limits, start = _ball.box(x, eps, bounds), _ball.as_float32(x)
 
     def step(_: int | jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         z, momentum = state
-        gradient = _ball.finite(_ball.widen(_ball.input_gradient(loss_fn, z.astype(x.dtype))))
+        gradient = _ball.finite(_ball.as_float32(_ball.input_gradient(loss_fn, z.astype(x.dtype))))
         size = jnp.abs(gradient).mean(tuple(range(1, x.ndim)), keepdims=True)
         momentum = gradient / jnp.where(size > 0, size, 1) + decay * momentum
         return limits.clip(z + step_size * jnp.sign(momentum)), momentum
 
     end, _ = _loops.repeat(steps, step, (start, jnp.zeros_like(start)))
-    return jax.lax.stop_gradient(_ball.narrow(end, x.dtype, limits))
+    return jax.lax.stop_gradient(_ball.cast_inside(end, x.dtype, limits))
 
 
 def pgd(
@@ -188,7 +188,7 @@ def pgd(
     limits = _ball.ball(norm, x, eps, bounds)
 
     def attempt(restart: int | jax.Array) -> jax.Array:
-        start = _ball.widen(x)
+        start = _ball.as_float32(x)
         if random_start:
             own = jax.vmap(jax.random.fold_in, (0, None))(keys, restart)
             start = limits.clip(start + eps * limits.noise(own, start))

@@ -57,15 +57,15 @@ def deepfool(
     _ball.check_norm("deepfool", norm)
     _ball.check_bounds("deepfool", bounds)
     x = jax.lax.stop_gradient(x)
-    clean, axes = _ball.widen(x), tuple(range(2, x.ndim + 1))
+    clean, axes = _ball.as_float32(x), tuple(range(2, x.ndim + 1))
     everywhere = _ball.box(x, jnp.inf, bounds)
 
     def look(z: jax.Array) -> jax.Array:
-        return jax.lax.stop_gradient(_ball.widen(logits_fn(z)))
+        return jax.lax.stop_gradient(_ball.as_float32(logits_fn(z)))
 
     def beyond(z: jax.Array) -> jax.Array:
         """The image that would be returned for `z`."""
-        return _ball.settle(everywhere, clean + (1 + overshoot) * (z - clean), x.dtype)
+        return _ball.project_and_cast(everywhere, clean + (1 + overshoot) * (z - clean), x.dtype)
 
     def step(_: int | jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         z, fooled = state
@@ -99,8 +99,8 @@ def linearised(logits_fn: LogitsFn, z: jax.Array, labels: jax.Array) -> tuple[ja
     logits, backward = jax.vjp(logits_fn, z)
     n, classes = logits.shape
     one_hot = jnp.broadcast_to(jnp.eye(classes, dtype=logits.dtype)[:, None], (classes, n, classes))
-    gradients = jax.vmap(lambda cotangent: backward(cotangent)[0])(_ball.spread(one_hot, logits))
-    logits, gradients = jax.lax.stop_gradient((_ball.widen(logits), _ball.widen(gradients)))
+    gradients = jax.vmap(lambda cotangent: backward(cotangent)[0])(_ball.like_sharded(one_hot, logits))
+    logits, gradients = jax.lax.stop_gradient((_ball.as_float32(logits), _ball.as_float32(gradients)))
     return logits, gradients - jnp.take_along_axis(gradients, labels.reshape(1, -1, *[1] * (z.ndim - 1)), 0)
 
 
@@ -179,7 +179,7 @@ def carlini_wagner(
         raise ValueError("carlini_wagner: bounds=None; its change of variables needs the range of valid images")
     _ball.check_bounds("carlini_wagner", bounds)
     x = jax.lax.stop_gradient(x)
-    n, clean, everywhere = x.shape[0], _ball.widen(x), _ball.box(x, jnp.inf, bounds)
+    n, clean, everywhere = x.shape[0], _ball.as_float32(x), _ball.box(x, jnp.inf, bounds)
     middle, half = (bounds[0] + bounds[1]) / 2, (bounds[1] - bounds[0]) / 2
     # Just inside, since the ends of the range lie at infinity.
     start = jnp.arctanh(jnp.clip((clean - middle) / half, -1, 1) * 0.999999)
@@ -190,12 +190,12 @@ def carlini_wagner(
     def descend(i: int | jax.Array, state: tuple[_Adam, _Nearest, jax.Array]) -> tuple[_Adam, _Nearest, jax.Array]:
         adam, nearest, c = state
         tanh = jnp.tanh(adam.w)
-        image = _ball.settle(everywhere, middle + half * tanh, x.dtype)
-        change = _ball.widen(image) - clean
+        image = _ball.project_and_cast(everywhere, middle + half * tanh, x.dtype)
+        change = _ball.as_float32(image) - clean
         led_by, backward = jax.vjp(lead, image)
         (hinge,) = backward(jnp.where(led_by <= confidence, -c, 0))
         led_by, hinge = jax.lax.stop_gradient((led_by, hinge))
-        gradient = (2 * change + _ball.widen(hinge)) * half * (1 - jnp.square(tanh))
+        gradient = (2 * change + _ball.as_float32(hinge)) * half * (1 - jnp.square(tanh))
         mean = 0.9 * adam.mean + 0.1 * gradient
         square = 0.999 * adam.square + 0.001 * jnp.square(gradient)
         t = jnp.asarray(i + 1, clean.dtype)
@@ -212,14 +212,14 @@ def carlini_wagner(
 
     def search(_: int | jax.Array, state: tuple[_Search, _Nearest]) -> tuple[_Search, _Nearest]:
         (c, low, high), nearest = state
-        adam = _Adam(start, *[_ball.spread(jnp.zeros_like(start), x)] * 2)
-        nearest = nearest._replace(fooled=_ball.spread(jnp.zeros(n, bool), x))
+        adam = _Adam(start, *[_ball.like_sharded(jnp.zeros_like(start), x)] * 2)
+        nearest = nearest._replace(fooled=_ball.like_sharded(jnp.zeros(n, bool), x))
         nearest = _loops.repeat_long(steps, descend, (adam, nearest, c))[1]
         low, high = jnp.where(nearest.fooled, low, c), jnp.where(nearest.fooled, c, high)
         return _Search(jnp.where(jnp.isfinite(high), (low + high) / 2, 10 * c), low, high), nearest
 
     def filled(value: float) -> jax.Array:
-        return _ball.spread(jnp.full(n, value, clean.dtype), x)
+        return _ball.like_sharded(jnp.full(n, value, clean.dtype), x)
 
     already = jax.lax.stop_gradient(lead(x)) > confidence
     nearest = _Nearest(x, jnp.where(already, 0, filled(jnp.inf)), already)

@@ -53,8 +53,8 @@ def fgsm(
     _ball.check_norm("fgsm", norm)
     _ball.check_bounds("fgsm", bounds)
     limits = _ball.ball(norm, x, eps, bounds)
-    moved = _ball.widen(x) + eps * limits.direction(_ball.widen(_ball.input_gradient(loss_fn, x)))
-    return _ball.settle(limits, moved, x.dtype)
+    moved = _ball.as_float32(x) + eps * limits.direction(_ball.as_float32(_ball.input_gradient(loss_fn, x)))
+    return _ball.project_and_cast(limits, moved, x.dtype)
 
 
 def second_step(
@@ -120,8 +120,8 @@ def second_step(
             direction = _ball.input_gradient(entropy, x_adv)
         case "noise":
             assert key is not None
-            noise = jax.random.uniform(key, x_adv.shape, _ball.widen(x_adv).dtype, -1, 1)
-            direction = _ball.input_gradient(change, (_ball.widen(x_adv) + eps * noise).astype(x_adv.dtype))
+            noise = jax.random.uniform(key, x_adv.shape, _ball.as_float32(x_adv).dtype, -1, 1)
+            direction = _ball.input_gradient(change, (_ball.as_float32(x_adv) + eps * noise).astype(x_adv.dtype))
         case "loss":
             assert loss_fn is not None
             direction = _ball.input_gradient(loss_fn, x_adv)
@@ -131,4 +131,6 @@ def second_step(
             assert key is not None
             direction = jax.random.rademacher(key, x_adv.shape, x_adv.dtype)
     limits = _ball.box(x_adv, eps, bounds)
-    return _ball.settle(limits, _ball.widen(x_adv) + eps * limits.direction(_ball.widen(direction)), x_adv.dtype)
+    return _ball.project_and_cast(
+        limits, _ball.as_float32(x_adv) + eps * limits.direction(_ball.as_float32(direction)), x_adv.dtype
+    )

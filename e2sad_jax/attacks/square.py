@@ -108,7 +108,7 @@ def square(
     x = jax.lax.stop_gradient(x)
     n, height, width, _ = x.shape
     keys = _ball.per_image_keys("square", key, n)
-    limits, clean = _ball.ball(norm, x, eps, bounds), _ball.widen(x)
+    limits, clean = _ball.ball(norm, x, eps, bounds), _ball.as_float32(x)
     size = sides(queries, p_init, height, width, LEAST[norm])
     first, further = (_stripes, _squares) if norm == "linf" else (_tiles, _hills)
     change = further(clean, eps, size)
@@ -118,10 +118,10 @@ def square(
         return _State(image, jnp.where(jnp.isnan(margin), -jnp.inf, margin).astype(clean.dtype))
 
     def tried(point: jax.Array) -> _State:
-        return look(_ball.settle(limits, point, x.dtype))
+        return look(_ball.project_and_cast(limits, point, x.dtype))
 
     def query(i: int | jax.Array, s: _State) -> _State:
-        new = tried(change(i, jax.vmap(jax.random.fold_in, (0, None))(own, i), _ball.widen(s.image)))
+        new = tried(change(i, jax.vmap(jax.random.fold_in, (0, None))(own, i), _ball.as_float32(s.image)))
         return select((s.margin <= 0) & (new.margin > s.margin), new, s)
 
     def unfinished(s: _State) -> jax.Array:

@@ -15,7 +15,7 @@ from e2sad_jax.comparison.price import affordable
 from e2sad_jax.comparison.request import CHECKPOINTS, ORDER, Request
 from e2sad_jax.comparison.show import card, markdown, plot
 from e2sad_jax.errors import NonFiniteError, first_line
-from e2sad_jax.reporting import report
+from e2sad_jax.reporting import provenance
 
 
 def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
       NonFiniteError: if every run diverged.
       Stopped: after Ctrl-C; what is finished stays.
     """
-    report.commit()  # before the results that are written make it one with changes
+    provenance.commit()  # before the results that are written make it one with changes
     dataset = data.load(request.data, request.data_dir or None)
     folder = pathlib.Path(request.results or request.workdir).expanduser()
     entries = sorted(set(request.entries()), key=lambda name: ORDER[name])
@@ -60,8 +60,8 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
             "images": runs[0]["images"],
             "chosen_on": runs[0]["chosen_on"],
             "rows": sorted([*rows, *earlier], key=lambda row: ORDER[row["name"]]),
-            "command": report.command(),
-            "environment": report.environment(),
+            "command": provenance.command(),
+            "environment": provenance.environment(),
         }
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "compare.json", result)

@@ -181,7 +181,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {err}", file=sys.stderr)
         return err.exit_code
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -72,7 +72,7 @@ def e2sad(
         logits_fn, x_adv, eps=eps2, objective=objective, loss_fn=J, key=key, bounds=bounds if clip_second else None
     )
     if ball_second:
-        x_adv2 = _ball.settle(_ball.box(x, eps1, bounds), _ball.widen(x_adv2), x.dtype)
+        x_adv2 = _ball.project_and_cast(_ball.box(x, eps1, bounds), _ball.as_float32(x_adv2), x.dtype)
     f_adv, f_adv2 = logits_fn(x_adv), logits_fn(x_adv2)
     # Line 6.
     adversarial = cross_entropy(f_adv, y).mean()

@@ -100,8 +100,8 @@ def n_fgsm(
 
     limits = _ball.box(x, noise * eps + step_size, bounds)  # which cuts to the range alone: nothing goes farther
     keys = _ball.per_image_keys("n_fgsm", key, x.shape[0])
-    start = limits.clip(_ball.widen(x) + noise * eps * limits.noise(keys, _ball.widen(x)))
+    start = limits.clip(_ball.as_float32(x) + noise * eps * limits.noise(keys, _ball.as_float32(x)))
     gradient = _ball.input_gradient(J, start.astype(x.dtype))
-    x_adv = _ball.settle(limits, start + step_size * jnp.sign(_ball.widen(gradient)), x.dtype)
+    x_adv = _ball.project_and_cast(limits, start + step_size * jnp.sign(_ball.as_float32(gradient)), x.dtype)
     loss = J(x_adv).mean()
     return loss, {"adversarial": loss}

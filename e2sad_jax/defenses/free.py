@@ -51,7 +51,7 @@ def free(
     if delta.shape != x.shape:
         raise ValueError(f"free: delta has shape {delta.shape}; it must be that of the images, {x.shape}")
     limits = _ball.box(x, eps, bounds)
-    point = _ball.settle(limits, _ball.widen(x) + delta.astype(limits.lower.dtype), x.dtype)
+    point = _ball.project_and_cast(limits, _ball.as_float32(x) + delta.astype(limits.lower.dtype), x.dtype)
     through = (delta - jax.lax.stop_gradient(delta)).astype(x.dtype)  # zeros, for the gradient
     loss = cross_entropy(logits_fn(point + through), y).mean()
     return loss, {"adversarial": loss}

@@ -48,7 +48,7 @@ def grad_align(
         return cross_entropy(logits_fn(z), y)
 
     x_adv = fgsm(J, x, eps=eps, bounds=bounds)
-    wide = _ball.widen(x)
+    wide = _ball.as_float32(x)
     keys = _ball.per_image_keys("grad_align", key, x.shape[0])
     noise = eps * _ball.box(x, eps, None).noise(keys, wide)
     noisy = jax.lax.stop_gradient((wide + noise).astype(x.dtype))
@@ -59,7 +59,7 @@ def grad_align(
 
 def _misalignment(first: jax.Array, second: jax.Array) -> jax.Array:
     """1 - cos of the angle between each example's two gradients, `[N]`; 0 where one of them is zero."""
-    a, b = (_scaled(_ball.widen(g).reshape(g.shape[0], -1)) for g in (first, second))
+    a, b = (_scaled(_ball.as_float32(g).reshape(g.shape[0], -1)) for g in (first, second))
     squared = (a**2).sum(-1) * (b**2).sum(-1)
     vanishes = squared == 0
     cosine = (a * b).sum(-1) / jnp.sqrt(jnp.where(vanishes, 1, squared))

@@ -36,6 +36,6 @@ def input_gradient(
         return cross_entropy(logits_fn(z), y)
 
     clean = J(x).mean()
-    gradient = _ball.widen(_ball.input_gradient(J, x))
+    gradient = _ball.as_float32(_ball.input_gradient(J, x))
     penalty = (gradient**2).reshape(x.shape[0], -1).sum(-1).mean()
     return clean + weight * penalty, {"clean": clean, "penalty": penalty}

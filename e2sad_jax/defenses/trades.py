@@ -59,7 +59,7 @@ def trades(
         _ball.check_number("trades", "step_size", step_size, positive=True)
 
     def log_f(z: jax.Array) -> jax.Array:
-        return jax.nn.log_softmax(_ball.widen(logits_fn(z)))
+        return jax.nn.log_softmax(_ball.as_float32(logits_fn(z)))
 
     f_x = log_f(x)
     constant = jax.lax.stop_gradient(f_x)
@@ -69,7 +69,7 @@ def trades(
 
     limits = _ball.box(x, eps, bounds)
     keys = _ball.per_image_keys("trades", key, x.shape[0])
-    start = _ball.widen(x)
+    start = _ball.as_float32(x)
     normal = jax.vmap(lambda k: jax.random.normal(k, start.shape[1:], start.dtype))(keys)
     x_adv = _ascend(divergence, limits.clip(start + START * normal), limits, x.dtype, step_size, steps)
     x_adv = jax.lax.stop_gradient(x_adv)

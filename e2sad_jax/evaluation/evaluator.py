@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from e2sad_jax import attacks, distributed, networks
+from e2sad_jax import _streams, attacks, distributed, networks
 from e2sad_jax._compile import jit
 from e2sad_jax.attacks import _ball
 from e2sad_jax.attacks._loops import repeat
 from e2sad_jax.data.transforms import Transform
 from e2sad_jax.losses import cross_entropy, dlr, margin, soft_labels, targeted_dlr
 
-STREAM = 2  # of the seed's random numbers; training has 0 and 1
 KINDS = ("clean", "fgsm", "ifgsm", "mi_fgsm", "pgd", "apgd", "square", "fab")
 LOSSES = ("ce", "margin", "dlr", "targeted_dlr")  # cross-entropy, Carlini-Wagner's margin, difference of logits ratio
 TARGETED = ("targeted_dlr",)
@@ -348,7 +347,7 @@ def _perturb(
     seed: jax.typing.ArrayLike,
 ) -> jax.Array:
     """`perturb` with a loss, towards `targets` if it is that of some."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(jax.random.key(seed), STREAM), index)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(jax.random.key(seed), _streams.EVALUATION), index)
     budget: dict[str, Any] = {"eps": attack.eps, "bounds": bounds}
     ball = {**budget, "norm": attack.norm}
     random: dict[str, Any] = {
@@ -370,7 +369,7 @@ def _perturb(
             near = attacks.fab(
                 logits_fn, x, labels, targets=targets, steps=attack.steps, restarts=attack.restarts, key=keys, **ball
             )
-            held = _ball.ball(attack.norm, x, attack.eps, bounds).holds(_ball.widen(near))
+            held = _ball.ball(attack.norm, x, attack.eps, bounds).holds(_ball.as_float32(near))
             return jnp.where(_ball.broadcast(held, x), near, x)
     return attacks.square(keys, lambda z: margin(logits_fn(z), labels), x, queries=attack.steps, **ball)
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from e2sad_jax import _streams
 from e2sad_jax._compile import jit
 from e2sad_jax.attacks._ball import box, finite, input_gradient, unit
 from e2sad_jax.evaluation.auto import Apply
@@ -168,7 +169,9 @@ def _gradients(apply: Apply, bounds: tuple[float, float]) -> Callable[..., tuple
             logits = apply(params, z)
             return cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1]))
 
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(jax.random.key(seed), 3), index)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(
+            jax.random.fold_in(jax.random.key(seed), _streams.MASKING), index
+        )
         limits = box(x, eps, bounds)
         near = limits.clip(x + eps * limits.noise(keys, x))
         both = [input_gradient(loss_fn, z).reshape(len(x), -1) for z in (x, near)]

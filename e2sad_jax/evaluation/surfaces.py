@@ -48,10 +48,10 @@ def directions(
         if other is not None and other.shape != x.shape:
             raise ValueError(f"directions: {name} has shape {other.shape}; it must be that of x, {x.shape}")
     n = x.shape[0]
-    g1 = jnp.sign(_ball.widen(x_adv) - _ball.widen(x)).reshape(n, -1)
+    g1 = jnp.sign(_ball.as_float32(x_adv) - _ball.as_float32(x)).reshape(n, -1)
     if towards is not None:
         length = (g1**2).sum(-1, keepdims=True)
-        along = _ball.widen(towards).reshape(n, -1)
+        along = _ball.as_float32(towards).reshape(n, -1)
         rest = along - (along * g1).sum(-1, keepdims=True) / jnp.maximum(length, 1) * g1
         size = (rest**2).sum(-1, keepdims=True)
         # What rounding leaves of a parallel direction is no direction.
@@ -81,7 +81,7 @@ def coordinates(displacement: jax.Array, g1: jax.Array, g2: jax.Array) -> tuple[
       t1 and t2, `[N]`; 0 along a direction that is zero.
     """
     n = displacement.shape[0]
-    flat = _ball.widen(displacement).reshape(n, -1)
+    flat = _ball.as_float32(displacement).reshape(n, -1)
 
     def along(g: jax.Array) -> jax.Array:
         g = g.reshape(n, -1)
@@ -122,7 +122,7 @@ def loss_surface(
     _ball.check_bounds("loss_surface", bounds)
 
     def loss(a: jax.Array, b: jax.Array) -> jax.Array:
-        z = _ball.widen(x) + a * g1 + b * g2
+        z = _ball.as_float32(x) + a * g1 + b * g2
         return loss_fn((z if bounds is None else jnp.clip(z, *bounds)).astype(x.dtype))
 
     return _loops.each(t1, lambda a: jax.vmap(lambda b: loss(a, b))(t2))

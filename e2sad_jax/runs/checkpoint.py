@@ -91,7 +91,7 @@ class Checkpoints:
 
     def _forget(self) -> None:
         """Deletes what Orbax has put out of the way, now or before a kill."""
-        if distributed.is_first():
+        if distributed.is_main():
             shutil.rmtree(self.folder / DELETED, ignore_errors=True)
 
     @property

@@ -12,7 +12,7 @@ from e2sad_jax._io import write_json, write_text
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.evaluation.diagnose import Effort, diagnose, work
 from e2sad_jax.evaluation.model import Subject, apply_of, of_classifier, of_function
-from e2sad_jax.reporting import diagnosis, report
+from e2sad_jax.reporting import diagnosis, provenance
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs import checkpoint
 from e2sad_jax.training.config import check, setting
@@ -105,7 +105,7 @@ def run(request: Request) -> dict[str, Any]:
         )
         if bar.done < total:  # where images fell, less was to do
             bar.update(total - bar.done, "done")
-    result |= {"command": report.command(), "environment": report.environment()}
+    result |= {"command": provenance.command(), "environment": provenance.environment()}
     write_json(folder / "evaluation.json", result)
     write_text(folder / "evaluation.md", diagnosis.markdown(result))
     diagnosis.plot(folder / "evaluation.png", [result])

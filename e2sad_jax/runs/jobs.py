@@ -30,7 +30,7 @@ from e2sad_jax.errors import (
     of_device,
 )
 from e2sad_jax.evaluation import Attack, Outcome, evaluate
-from e2sad_jax.reporting import report
+from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs.checkpoint import Checkpoints, set_damaged_aside
 from e2sad_jax.runs.folder import check_there, note_training, open_workdir, read_training, steps_in
@@ -57,7 +57,7 @@ _signals = _Signals()
 
 def stuck() -> bool:
     """Whether a signal was not seen to and nothing is lost by ending the process: it is in the compiler, say."""
-    return _signals.listening and not _signals.caught and not _signals.unsaved and not distributed.several()
+    return _signals.listening and not _signals.caught and not _signals.unsaved and not distributed.is_multiprocess()
 
 
 def workdir_of(config: Config) -> pathlib.Path:
@@ -123,7 +123,7 @@ def open_job(config: Config, dataset: Dataset) -> Iterator[Job]:
     mesh = distributed.mesh(config.devices, config.batch_size)
     workdir = workdir_of(config)
     with contextlib.ExitStack() as stack:
-        if distributed.is_first():
+        if distributed.is_main():
             stack.enter_context(open_workdir(workdir, config, dataset))
         distributed.check_same(json.dumps([config.identity(), steps, config.checkpoint_every, dataset.sha256]))
         start = max([0, *steps_in(workdir)])
@@ -134,7 +134,7 @@ def open_job(config: Config, dataset: Dataset) -> Iterator[Job]:
         if start > steps:
             raise ConfigError(f"--steps={steps}: {workdir} is at step {start:,} already; it must be at least that")
         state = None
-        if not distributed.several():  # else all would have to find the same
+        if not distributed.is_multiprocess():  # else all would have to find the same
             state = set_damaged_aside(workdir, jax.eval_shape(lambda: init_state(config, model, dataset.image_shape)))
         checkpoints = stack.enter_context(Checkpoints(workdir, last_state=state))
         yield Job(config, dataset, train_set, watched, model, steps, workdir, checkpoints, mesh)
@@ -177,7 +177,7 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
     config, start = first.config, first.step
     if start:
         states, spent = [job.restore() for job in jobs], [job.checkpoints.seconds(start) for job in jobs]
-        if distributed.is_first():
+        if distributed.is_main():
             print(f"Going on from step {start:,} in {', '.join(str(job.workdir) for job in jobs)}", file=sys.stderr)
     else:
         states, spent = [job.init_state() for job in jobs], [0.0 for _ in jobs]
@@ -186,20 +186,20 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
     probe = first.watched.x_test[: config.eval_batch_size]
     title = f"train {config.defense} on {first.train_set.name}" + (f", {len(jobs)} together" if together else "")
 
-    with Bar(title, steps, "steps", initial=start, silent=not distributed.is_first()) as bar:
+    with Bar(title, steps, "steps", initial=start, silent=not distributed.is_main()) as bar:
         record = Recorder(
             [job.workdir for job in jobs],
             bar,
             start=start,
             log_every=config.log_every,
             batch_size=config.batch_size,
-            silent=not distributed.is_first(),
+            silent=not distributed.is_main(),
         )
 
         def checkpoint(step: int, state: TrainState) -> None:
             # Only states are kept that all metrics vouch for, and that the last update, which they have not seen, left whole.
             record.flush()
-            for job in jobs if distributed.is_first() else ():
+            for job in jobs if distributed.is_main() else ():
                 check_there(job.workdir)
             with jax.transfer_guard("allow"):
                 singles = unstack(state) if together else [state]
@@ -209,7 +209,7 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
                         raise NonFiniteError(f"step {step}{where}: its update left logits that are not finite", i)
                 for i, (job, single) in enumerate(zip(jobs, singles, strict=True)):
                     metrics = {"score": UNJUDGED}
-                    if not distributed.agreed(interrupted()):  # who stops a run does not wait for an attack
+                    if not distributed.max_over_processes(interrupted()):  # who stops a run does not wait for an attack
                         metrics = _watch(job, single)
                     if metrics["score"] != UNJUDGED:
                         record.write(step, {f"validation_{name}": value for name, value in metrics.items()}, i)
@@ -219,18 +219,18 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
             record.restart_clock()
 
         def note(job: Job, step: int, **more: Any) -> None:
-            if not distributed.is_first():
+            if not distributed.is_main():
                 return
             check_there(job.workdir)
             seconds = round(time.monotonic() - began, 1)
             segment = {"from_step": start, "to_step": step, "seconds": seconds, "runs_together": len(jobs)}
             if first.mesh is not None:
                 more = {"devices": first.mesh.size, "processes": jax.process_count(), **more}
-            note_training(job.workdir, {**segment, "command": report.command(), **report.environment(), **more})
+            note_training(job.workdir, {**segment, "command": provenance.command(), **provenance.environment(), **more})
 
         def stop() -> bool:
             _signals.unsaved = True
-            return bool(distributed.agreed(interrupted()))
+            return bool(distributed.max_over_processes(interrupted()))
 
         state = stack(states) if together else states[0]
         del states  # donated
@@ -260,7 +260,7 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
             # A checkpoint's writer may be the one that waits for a process in vain.
             cause = error.__cause__ if isinstance(error, CheckpointError) else error
             own = any(word in str(cause) for word in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"))
-            lost = distributed.several() and isinstance(cause, jax.errors.JaxRuntimeError) and not own
+            lost = distributed.is_multiprocess() and isinstance(cause, jax.errors.JaxRuntimeError) and not own
             if isinstance(error, CheckpointError) and not lost:
                 raise  # nobody else's fault
             if lost:
@@ -317,7 +317,9 @@ def note_weights(job: Job) -> None:
     if job.step == job.steps and weights(job.workdir, job.steps) is None:
         segments = read_training(job.workdir)
         last = (
-            segments[-1] if segments else {"from_step": 0, "seconds": 0.0, "runs_together": 1, **report.environment()}
+            segments[-1]
+            if segments
+            else {"from_step": 0, "seconds": 0.0, "runs_together": 1, **provenance.environment()}
         )
         note_training(job.workdir, {**last, "to_step": job.steps, "weights": digest(job.restore().params)})
 
@@ -335,12 +337,12 @@ def _watch(job: Job, state: TrainState) -> dict[str, float]:
         if _signals.caught:
             raise _Told
 
-    if distributed.is_first():
+    if distributed.is_main():
         with contextlib.suppress(_Told):
             outcomes = attack(job, state.params, job.watched, suite, progress=go_on)
             clean, robust = (int(outcomes[name].correct.sum()) for name in ("clean", "robust"))
             values = {"clean": clean / n, "robust": robust / n, "score": robust + clean / (n + 1)}
-    values = distributed.from_first(values)
+    values = distributed.broadcast_from_main(values)
     return values if values["score"] != UNJUDGED else {"score": UNJUDGED}
 
 
@@ -372,7 +374,7 @@ def tested(job: Job) -> Dataset:
 def attack(job: Job, params: Any, tested: Dataset, suite: Sequence[Attack], **kwargs: Any) -> dict[str, Outcome]:
     """`evaluate` on the test set of `tested`, as the run's settings say, on all of this process's devices."""
     mesh = job.mesh
-    if distributed.several():  # the others wait
+    if distributed.is_multiprocess():  # the others wait
         mesh, params = None, distributed.local(params)
     # Bound to their devices, as restored ones are: else the same program is compiled for either.
     params = jax.tree.map(lambda a: jax.device_put(a, a.sharding), params)

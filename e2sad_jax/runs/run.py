@@ -10,7 +10,7 @@ from e2sad_jax import data, distributed, networks
 from e2sad_jax._io import write_text
 from e2sad_jax.errors import ConfigError, Stopped, of_device
 from e2sad_jax.evaluation import SUITES, Attack, Outcome
-from e2sad_jax.reporting import plots, report
+from e2sad_jax.reporting import plots, provenance, report
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs import jobs
 from e2sad_jax.runs.folder import check_there, write_config
@@ -42,12 +42,12 @@ def _run_all(configs: Sequence[Config], suite: str) -> list[dict[str, Any]]:
     """`run` of each, on the same data; all are found possible before the first is trained."""
     if suite not in SUITES:
         raise ConfigError(f"suite={suite!r}: must be one of {', '.join(SUITES)}")
-    report.commit()  # of the code that runs, not of what a checkout may hold when the run ends
+    provenance.commit()  # of the code that runs, not of what a checkout may hold when the run ends
     dataset = data.load(configs[0].data, configs[0].data_dir or None)
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(jobs.open_job(config, dataset)) for config in configs]
         for job in opened:  # now that none of them is refused
-            if distributed.is_first():
+            if distributed.is_main():
                 write_config(job.workdir, job.config, dataset)
         return [_train_and_report(job, SUITES[suite]) for job in opened]
 
@@ -56,12 +56,12 @@ def _train_and_report(job: Job, suite: Sequence[Attack]) -> dict[str, Any]:
     config, dataset = job.config, job.dataset
     with jobs.interruptible() as interrupted:
         state, seconds = jobs.train(job, interrupted)
-        if told := distributed.agreed(interrupted()):
+        if told := distributed.max_over_processes(interrupted()):
             raise _stopped(job, int(state.step), told)
     chosen = jobs.best(job)
     apart = job.restore(chosen[0]) if chosen and chosen[0] != job.steps else None  # by all processes
-    if not distributed.is_first():
-        distributed.meet()  # the first evaluates
+    if not distributed.is_main():
+        distributed.barrier()  # the first evaluates
         return {}
     outcomes = _evaluate(job, state, suite)
     best = chosen and report.Best(*chosen, _evaluate(job, apart, suite) if apart else outcomes)
@@ -87,7 +87,7 @@ def _train_and_report(job: Job, suite: Sequence[Attack]) -> dict[str, Any]:
         title=f"{dataset.name}, {config.defense}, {job.steps:,} steps: predicted class (probability)",
         num_classes=dataset.num_classes,
     )
-    distributed.meet()
+    distributed.barrier()
     return results
 
 
@@ -95,7 +95,7 @@ def _stopped(job: Job, step: int, signal_number: int) -> Stopped:
     how = "The same command" if job.config.resume else "The same command without --noresume"
     return Stopped(
         f"Stopped at step {step:,} of {job.steps:,}; everything is saved in {job.workdir}. {how} goes on from there:\n"
-        f"  {report.again()}",
+        f"  {provenance.again()}",
         signal_number,
     )
 
@@ -134,7 +134,7 @@ def run_beside(configs: Sequence[Config], suite: str) -> None:
         if len(set(values)) < len(values):
             raise ConfigError(f"--{what}={values[-1]}: runs beside each other must each have another one")
     results = {r["config"]["defense"]: r for r in _run_all(configs, suite) if r}
-    if not distributed.is_first():
+    if not distributed.is_main():
         return
     config = configs[-1]
     workdir = workdir_of(config)

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from e2sad_jax import defenses, distributed, networks
+from e2sad_jax import _streams, defenses, distributed, networks
 from e2sad_jax._compile import jit, platform, straight_line
 from e2sad_jax.attacks._ball import is_number
 from e2sad_jax.data import Dataset
@@ -92,7 +92,7 @@ def optimizer(config: Config, steps: int | None = None) -> optax.GradientTransfo
 
 def init_state(config: Config, model: nn.Module, image_shape: Sequence[int]) -> TrainState:
     """A fresh state from the configuration's seed."""
-    init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
+    init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), _streams.INITIALIZATION))
     params = jax.jit(model.init)(init_key, jnp.zeros((1, *image_shape)))
     opt_state = jax.jit(optimizer(config).init)(batch_stats.parameters(params))
     delta = jnp.zeros((config.batch_size, *image_shape)) if config.defense == "free" else None
@@ -383,7 +383,7 @@ def fit(
     put = functools.partial(distributed.replicate, mesh)
     images, labels = put((dataset.x_train, dataset.y_train))
     n = len(dataset.x_train)
-    keys = put([jax.random.fold_in(jax.random.key(c.seed), 1) for c in configs])
+    keys = put([jax.random.fold_in(jax.random.key(c.seed), _streams.ORDER) for c in configs])
     order_of = functools.partial(epoch_order, keys[0], n=n)
     extra: list[Any] = []
     if population:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from e2sad_jax._io import read_sealed, sealed, write_json
-from e2sad_jax.reporting import report
+from e2sad_jax.reporting import provenance
 from e2sad_jax.training.config import Config
 from experiments.step_cost import counts
 from experiments.step_cost.step import Step, in_turn
@@ -58,7 +58,7 @@ def measure(
     """
     natural = _natural(configs[0])
     kinds = {key(c): c for c in [natural, *configs]}
-    environment = report.environment()
+    environment = provenance.environment()
     who = {k: environment[k] for k in ("hardware", "jax", "jaxlib", "commit")}
     digest = hashlib.sha256(json.dumps([sorted(kinds), image_shape, num_classes, who]).encode()).hexdigest()[:12]
     path = cache / f"cost-{digest}.json"
@@ -81,7 +81,7 @@ def measure(
     reference_flops = steps[key(natural)]["flops"]
     for step in steps.values():
         step["flops_natural"] = step["flops"] / reference_flops if reference_flops else None
-    result = {"steps": steps, "rounds": ROUNDS, "command": report.command(), "environment": environment}
+    result = {"steps": steps, "rounds": ROUNDS, "command": provenance.command(), "environment": environment}
     cache.mkdir(parents=True, exist_ok=True)
     write_json(path, sealed(result))
     return result
@@ -139,7 +139,7 @@ def faster_together(
     Both are tried, once: the answer is kept in `cache` for this kind, hardware and version. Runs that do not fit into the
     device's memory together are not faster.
     """
-    environment = report.environment()
+    environment = provenance.environment()
     question = [key(config), image_shape, num_classes, runs, environment["hardware"], environment["jaxlib"]]
     path = cache / f"together-{hashlib.sha256(json.dumps(question).encode()).hexdigest()[:12]}.json"
     try:

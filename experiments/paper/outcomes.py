@@ -12,7 +12,7 @@ import numpy as np
 
 from e2sad_jax._io import read_sealed, sealed, write_json
 from e2sad_jax.evaluation import Attack, Outcome
-from e2sad_jax.reporting import report
+from e2sad_jax.reporting import provenance
 
 FOLDER = "evaluations"
 BYTES = 256 * 2**20  # a row of predictions for every model that was asked
@@ -69,6 +69,6 @@ def write(path: pathlib.Path, attack: Attack, tested: Tested, outcomes: list[Out
     """Keeps outcomes, whole or not at all."""
     path.parent.mkdir(exist_ok=True)
     values = {"attack": dataclasses.asdict(attack), "tested": dataclasses.asdict(tested)}
-    about = {"command": report.command(), **report.environment()}
+    about = {"command": provenance.command(), **provenance.environment()}
     predictions = [o.prediction.tolist() for o in outcomes]
     write_json(path, sealed({**values, "provenance": about, "predictions": predictions}))

@@ -86,7 +86,7 @@ def _text(value: Any) -> str:
 
 
 def _about(content: Mapping[str, Any]) -> str:
-    return f'<p class="about">{_text(tables.provenance(content["provenance"]))}</p>'
+    return f'<p class="about">{_text(tables.origin(content["provenance"]))}</p>'
 
 
 def _picture(path: pathlib.Path, alt: str) -> str:

@@ -15,7 +15,7 @@ from e2sad_jax._io import locked
 from e2sad_jax.data import Dataset
 from e2sad_jax.errors import BusyError, ConfigError, NonFiniteError, OutOfTimeError, Stopped
 from e2sad_jax.evaluation import Attack, transfer
-from e2sad_jax.reporting import report
+from e2sad_jax.reporting import provenance
 from e2sad_jax.runs import checkpoint, jobs
 from e2sad_jax.runs.folder import check_workdir, steps_in, write_config
 from e2sad_jax.training import population_key
@@ -76,7 +76,7 @@ class Reproduction:
         self._began = time.monotonic()
         self._known: dict[pathlib.Path, Known] = {}
         self._failed: dict[Config, str] = {}
-        report.commit()  # of the code that runs
+        provenance.commit()  # of the code that runs
         self.datasets = self._load_data()
         self.attacks = self._attacks_of_runs()
         self.runs = list(self.attacks)
@@ -405,7 +405,7 @@ class Reproduction:
         what += "; left: " + ", ".join(left or ["tables and figures"])
         if self._failed:
             what += "; diverged: " + ", ".join(map(_describe, self._failed))
-        again = f"Everything is saved in {self.root}. The same command goes on from there:\n  {report.again()}"
+        again = f"Everything is saved in {self.root}. The same command goes on from there:\n  {provenance.again()}"
         number = self._clock.stop()
         if number > 0:
             return Stopped(f"Stopped: {what}. {again}", number)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from e2sad_jax._io import write_json, write_text
 from e2sad_jax.errors import WorkdirError
-from e2sad_jax.reporting import paper_numbers, report
+from e2sad_jax.reporting import paper_numbers, provenance, report
 from e2sad_jax.runs.folder import read_config, read_training
 from e2sad_jax.training.config import Config
 from experiments.paper import cost, figures, plan
@@ -111,11 +111,11 @@ def markdown(table: Mapping[str, Any]) -> str:
             cells.append(f"{ours} ({beside})" if beside else ours)
         lines.append(" | ".join(["", *cells, ""]).strip())
     p = table["provenance"]
-    lines += ["", *(f"- {note}" for note in table["notes"]), f"- {provenance(p)}"]
+    lines += ["", *(f"- {note}" for note in table["notes"]), f"- {origin(p)}"]
     return "\n".join(lines) + "\n"
 
 
-def provenance(p: Mapping[str, Any]) -> str:
+def origin(p: Mapping[str, Any]) -> str:
     """Where the numbers come from, in a few sentences: training, attacks, and the command that wrote them down."""
     parts = [f"{what} on {p[what.lower()]}." for what in ("Trained", "Attacked") if p.get(what.lower())]
     seeds = f" Seeds: {p['seeds']}." if p.get("seeds") else ""
@@ -148,8 +148,8 @@ def about(
     """
     segments = [segment for config in configs for segment in read_training(pathlib.Path(config.workdir))]
     return {
-        "command": report.command(),
-        **report.environment(),
+        "command": provenance.command(),
+        **provenance.environment(),
         "trained": where(segments) if segments else "",
         "attacked": where(attacked) if attacked else "",
         "seeds": ", ".join(map(str, seeds)),

@@ -14,7 +14,7 @@ import jax
 from e2sad_jax import distributed
 from e2sad_jax._compile import platform
 from e2sad_jax.errors import Error, Stopped, first_line
-from e2sad_jax.reporting import report
+from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.progress import Bar
 from experiments.step_cost import counts, peers
 from experiments.step_cost.interrupt import Interrupt
@@ -61,7 +61,10 @@ def measure(request: Request, write: Callable[[dict[str, Any]], None]) -> dict[s
     with Bar("step cost", len(rows) + request.rounds * (len(rows) + len(set(request.precision))), "timings") as bar:
         try:
             timers = _build(request, rows, ceilings, bar)
-            about = {"command": report.command(), "environment": {**report.environment(), **_peer_versions(request)}}
+            about = {
+                "command": provenance.command(),
+                "environment": {**provenance.environment(), **_peer_versions(request)},
+            }
 
             def failed(key: Any, error: Exception) -> None:
                 if not isinstance(key, Kind):

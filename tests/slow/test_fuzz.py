@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 
-from benchmarks import fuzz
+from benchmarks.faults import fuzz
 from benchmarks.faults.fuzz import Refused, Wrong
 from e2sad_jax.errors import ConfigError, DataError
 

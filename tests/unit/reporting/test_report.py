@@ -12,7 +12,7 @@ import pytest
 from e2sad_jax import data
 from e2sad_jax.comparison import show
 from e2sad_jax.evaluation import SUITES, Outcome
-from e2sad_jax.reporting import report
+from e2sad_jax.reporting import provenance, report
 from e2sad_jax.reporting.report import Best
 from e2sad_jax.training.config import Config
 from experiments.paper import tables
@@ -86,11 +86,11 @@ def test_lines_of_cells_are_aligned():
 
 def test_the_command_can_be_typed(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mnist.py", "--data=my file.npz", "--steps=3"])
-    assert report.command().endswith(" '--data=my file.npz' --steps=3")
+    assert provenance.command().endswith(" '--data=my file.npz' --steps=3")
     for name in ("package", "package.__main__"):
         spec = importlib.machinery.ModuleSpec(name, None)
         monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec, raising=False)
-        assert report.command() == "python -m package '--data=my file.npz' --steps=3"
+        assert provenance.command() == "python -m package '--data=my file.npz' --steps=3"
 
 
 def test_the_command_that_goes_on_names_the_interpreter_where_python_is_another(monkeypatch, tmp_path):
@@ -100,21 +100,21 @@ def test_the_command_that_goes_on_names_the_interpreter_where_python_is_another(
         (folder / "python").touch(mode=0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "my env" / "python"))
     monkeypatch.setenv("PATH", str(tmp_path / "my env"))
-    assert report.again() == report.command()
+    assert provenance.again() == provenance.command()
     (tmp_path / "my env" / "python3.99").touch(mode=0o755)
     with monkeypatch.context() as beside:
         beside.setattr(sys, "executable", str(tmp_path / "my env" / "python3.99"))
-        assert report.again().startswith(f"'{tmp_path}/my env/python3.99' "), "another one in the same folder"
+        assert provenance.again().startswith(f"'{tmp_path}/my env/python3.99' "), "another one in the same folder"
     for elsewhere in (tmp_path / "other", tmp_path / "nothing"):
         monkeypatch.setenv("PATH", str(elsewhere))
-        assert report.again() == f"'{tmp_path}/my env/python'{report.command().removeprefix('python')}"
+        assert provenance.again() == f"'{tmp_path}/my env/python'{provenance.command().removeprefix('python')}"
     monkeypatch.chdir(tmp_path)
-    assert report.again().startswith("'my env/python' "), "as short as it can be typed"
+    assert provenance.again().startswith("'my env/python' "), "as short as it can be typed"
 
 
 def test_hardware_is_what_a_run_uses():
     """One device, however many there are (these tests have four)."""
-    assert " x " not in report.environment()["hardware"]
+    assert " x " not in provenance.environment()["hardware"]
 
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]

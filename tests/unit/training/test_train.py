@@ -384,7 +384,7 @@ def test_a_process_lost_while_a_checkpoint_is_written_is_a_lost_process(
     several, cause, kind, tiny, tmp_path, monkeypatch
 ):
     def fit(*args, **kwargs):
-        monkeypatch.setattr("e2sad_jax.distributed.several", lambda: several)
+        monkeypatch.setattr("e2sad_jax.distributed.is_multiprocess", lambda: several)
         raise CheckpointError("cannot write a checkpoint") from cause
 
     monkeypatch.setattr(jobs, "fit", fit)

@@ -1,0 +1,77 @@
+"""Where a number comes from: command, date, hardware, versions, commit."""
+
+import datetime
+import functools
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+import jax
+
+
+def environment() -> dict[str, Any]:
+    """Date, hardware, versions and commit, as they belong beside every number."""
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "hardware": f"{device.device_kind} ({device.platform})"  # its settings say how many
+        if device.platform != "cpu"
+        else f"CPU, {os.cpu_count()} cores, {_cpu_name()}",
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        "commit": commit(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of the checkout at the first call, marked where files differ from it; None outside a checkout."""
+    here = pathlib.Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if not git("ls-files", "--error-unmatch", "__init__.py"):
+            return None
+        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def command() -> str:
+    """The command line of this process as a user types it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = (
+        f"python -m {spec.name.removesuffix('.__main__')}"
+        if spec is not None and spec.name
+        else f"python {sys.argv[0]}"
+    )
+    return " ".join([program, *map(shlex.quote, sys.argv[1:])])
+
+
+def again() -> str:
+    """`command`, with the interpreter's path where `python` is another one."""
+    own, usual = pathlib.Path(sys.executable), shutil.which("python")
+    if usual and pathlib.Path(usual).absolute().parent == own.absolute().parent and os.path.samefile(usual, own):
+        return command()
+    here = os.path.relpath(own) if own.is_relative_to(pathlib.Path.cwd()) else str(own)
+    return shlex.quote(here) + command().removeprefix("python")
