@@ -4,14 +4,19 @@ BIN = .venv/bin
 DEFINITION = pyproject.toml constraints.txt
 TOOLS = build cyclonedx-bom hatchling pip-audit uv # of releases, in an environment of their own
 
-.PHONY: train test torture check docs dist smoke sbom audit lowest clean
+.PHONY: train test test-slow torture check docs dist smoke sbom audit lowest clean
 
 train: .venv/.installed  ## Train e2SAD and a natural model on the embedded digits, attack both, report.
 	@$(BIN)/python -m experiments.digits $(ARGS)
 
-test: .venv/.installed-dev  ## Linter, type checker and tests.
+PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+
+test: .venv/.installed-dev  ## Linter, type checker and unit tests.
 	$(MAKE) --no-print-directory check
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) tests/unit $(ARGS)
+
+test-slow: .venv/.installed-dev  ## Real trainings, processes, kills, packages.
+	$(PYTEST) tests/slow $(ARGS)
 
 torture: .venv/.installed-dev  ## Faults done to real runs: kill -9, a full disk, damaged files, ... (as root; at most an hour).
 	$(BIN)/python -m benchmarks.faults --results=results $(ARGS)
