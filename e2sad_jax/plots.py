@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax import attacks, models
+from e2sad_jax._tracing import jit
 from e2sad_jax.config import Config
 from e2sad_jax.losses import cross_entropy, soft_labels
 from e2sad_jax.transforms import TRANSFORMS
@@ -50,7 +51,7 @@ def examples(
     transform = TRANSFORMS[config.transform]
     low, high = transform.bounds
 
-    @jax.jit
+    @jit
     def points(params: Any, images: jax.Array, labels: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
         logits_fn = models.logits_fn(model, params)
 
