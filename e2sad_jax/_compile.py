@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 
 _state = threading.local()
 
@@ -42,9 +43,11 @@ def jit(function: Callable[..., Any], **settings: Any) -> Any:
 
 @functools.cache
 def _cpu_options() -> dict[str, str]:
-    # XLA's CPU backend has YNNPACK for matrix products, sums and convolutions. The last are slower there than in its own
-    # Eigen kernels (`experiments.step_cost --peer=xla`), so all but those.
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
+    # XLA's CPU backend has YNNPACK for matrix products, sums and convolutions. Its convolutions are slower there than its
+    # own Eigen kernels (`experiments.step_cost --peer=xla`). In jaxlib 0.10 its kernels of several operations in one
+    # return wrong sums (docs/running.md), so it has single products only; a later jaxlib sums right.
+    kinds = "INDIVIDUAL_DOT" if jaxlib.version.__version_info__ < (0, 11) else "DOT,LIBRARY_FUSION_TYPE_REDUCE"
+    options = {"xla_cpu_experimental_ynn_fusion_type": f"LIBRARY_FUSION_TYPE_{kinds}"}
     try:
         jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:  # an XLA that knows no such option

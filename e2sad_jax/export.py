@@ -22,6 +22,7 @@ import numpy as np
 from flax import traverse_util
 
 from e2sad_jax import networks
+from e2sad_jax._compile import jit
 from e2sad_jax._io import write_bytes, write_json
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.errors import ConfigError, Error, WorkdirError, first_line
@@ -228,8 +229,8 @@ def _read_back(name: str, content: bytes, classifier: Classifier) -> float:
         from safetensors import numpy as safetensors
 
         params = traverse_util.unflatten_dict(safetensors.load(content), sep=".")
-        got = jax.jit(_function(dataclasses.replace(classifier, params=params)))(jnp.asarray(images))
-    want = np.asarray(jax.jit(_function(classifier))(jnp.asarray(images)))
+        got = jit(_function(dataclasses.replace(classifier, params=params)))(jnp.asarray(images))
+    want = np.asarray(jit(_function(classifier))(jnp.asarray(images)))
     difference = float(np.abs(got - want).max())
     if not difference <= CLOSE[precision] * np.abs(want).max():  # NaN is neither
         raise Error(

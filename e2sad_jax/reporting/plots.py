@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax import attacks, networks
+from e2sad_jax._compile import jit
 from e2sad_jax._io import write_bytes
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.losses import cross_entropy, soft_labels
@@ -50,7 +51,7 @@ def examples(
     transform = TRANSFORMS[config.transform]
     low, high = transform.bounds
 
-    @jax.jit
+    @jit
     def points(params: Any, images: jax.Array, labels: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
         logits_fn = networks.logits_fn(model, params)
 

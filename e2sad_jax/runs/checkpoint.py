@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from e2sad_jax import _io, distributed, networks
+from e2sad_jax._compile import jit
 from e2sad_jax._io import read_sealed, sealed
 from e2sad_jax.data.transforms import TRANSFORMS, Transform
 from e2sad_jax.errors import CheckpointError, DamagedError, DataError, WorkdirError, first_line, of_device, reason
@@ -313,7 +314,8 @@ class Classifier:
 
     def __post_init__(self) -> None:
         probabilities = jax.jit(lambda p, x: jax.nn.softmax(networks.logits_fn(self.model, p)(self.transform.apply(x))))
-        object.__setattr__(self, "_probabilities", probabilities)
+        object.__setattr__(self, "_within_a_program", probabilities)
+        object.__setattr__(self, "_as_a_program", jit(probabilities))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Logits `[N, K]` of network inputs `[N, H, W, C]`, behind the transform: what an attack differentiates."""
@@ -341,14 +343,16 @@ class Classifier:
             )
         if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
             raise DataError(f"images are {images.dtype}; this classifier takes uint8, or floating point in [0, 1]")
-        if images.dtype != jnp.uint8 and images.size and not isinstance(images, jax.core.Tracer):
+        traced = isinstance(images, jax.core.Tracer)
+        if images.dtype != jnp.uint8 and images.size and not traced:
             low, high = float(images.min()), float(images.max())
             if not (low >= 0 and high <= 1):  # NaN is neither
                 raise DataError(
                     f"images hold pixels from {low:.6g} to {high:.6g}; this classifier takes floating point in [0, 1], or "
                     "uint8 in 0..255"
                 )
-        return self._probabilities(self.params, images)  # type: ignore[attr-defined, no-any-return]
+        probabilities = self._within_a_program if traced else self._as_a_program  # type: ignore[attr-defined]
+        return probabilities(self.params, images)  # type: ignore[no-any-return]
 
 
 def load(workdir: str | os.PathLike[str], which: str = "last") -> Classifier:

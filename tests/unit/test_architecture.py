@@ -86,7 +86,8 @@ def test_no_import_circles():
         return name if name in known else name.rpartition(".")[0]
 
     graph = {
-        name: {module_of(i) for i in imports(ast.parse(path.read_text(encoding="utf-8")), inside_functions=False)} - {name}
+        name: {module_of(i) for i in imports(ast.parse(path.read_text(encoding="utf-8")), inside_functions=False)}
+        - {name}
         for name, path in known.items()
     }
     done: set[str] = set()

@@ -1,0 +1,33 @@
+"""The compiler options of our own `jit`."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from e2sad_jax._compile import jit
+
+# The flag of docs/running.md, for programs that are compiled by plain `jax.jit`.
+FLAG = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+
+# A product and the sum of its squares in each row, of enough rows that YNNPACK's fused kernel takes them in several parts.
+ROWS = np.stack([np.arange(40_000), np.zeros(40_000), np.zeros(40_000)], axis=1).astype(np.float32)
+
+PLAIN = """
+import jax, jax.numpy as jnp, numpy as np
+rows = np.stack([np.arange(40_000), np.zeros(40_000), np.zeros(40_000)], axis=1).astype(np.float32)
+got = jax.jit(jax.vmap(lambda row: ((jnp.eye(3) @ row) ** 2).sum()))(rows)
+np.testing.assert_allclose(got, (rows.astype(np.float64) ** 2).sum(1), rtol=1e-5)
+"""
+
+
+def test_sums_of_squared_products_are_right():
+    got = jit(jax.vmap(lambda row: ((jnp.eye(3) @ row) ** 2).sum()))(ROWS)
+    np.testing.assert_allclose(got, (ROWS.astype(np.float64) ** 2).sum(1), rtol=1e-5)
+
+
+def test_the_documented_flag_makes_sums_of_plain_programs_right():
+    environment = {**os.environ, "XLA_FLAGS": FLAG, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", PLAIN], check=True, timeout=300, env=environment)
