@@ -455,9 +455,11 @@ def test_a_full_disk_is_not_taken_for_memory_and_orbaxs_threads_tell_nothing_twi
     error = ValueError(
         f'RESOURCE_EXHAUSTED: Error writing "{"x" * 400}": [OS error 28: ENOSPC No space left on device]'
     )
-    assert errors.of_device(error, "in training", "all is kept", "--batch_size") is None
+    assert errors.as_device_error(error, "in training", "all is kept", "--batch_size") is None
     assert errors.reason(error) == "No space left on device"
-    assert isinstance(errors.of_device(ValueError("RESOURCE_EXHAUSTED: Out of memory"), "", "", ""), OutOfMemoryError)
+    assert isinstance(
+        errors.as_device_error(ValueError("RESOURCE_EXHAUSTED: Out of memory"), "", "", ""), OutOfMemoryError
+    )
 
     def record(path: str, raised: bool) -> logging.LogRecord:
         return logging.LogRecord(

@@ -13,7 +13,7 @@ from e2sad_jax import _io
 from e2sad_jax.comparison import judge
 from e2sad_jax.comparison.request import Request
 from e2sad_jax.errors import ConfigError, WorkdirError
-from e2sad_jax.runs import folder, metrics
+from e2sad_jax.runs import metrics
 from e2sad_jax.runs.folder import read_config, read_training
 from e2sad_jax.training.config import Config
 from experiments.paper import cost, outcomes, page
@@ -105,7 +105,7 @@ def within(part, **changes):
     ],
 )
 def test_absurd_configurations_are_refused_in_one_line(tmp_path, values, words):
-    (tmp_path / "config.json").write_text(json.dumps(values))
+    _io.write_json(tmp_path / "config.json", _io.sealed(values) if isinstance(values, dict) else values)
     with pytest.raises(WorkdirError) as caught:
         e2sad_jax.load(tmp_path)
     assert words in str(caught.value)
@@ -165,13 +165,13 @@ def test_notes_of_the_right_names_and_wrong_types_count_as_none(tmp_path):
     place = {"hardware": "CPU", "date": "2026-11-25", "commit": None}
     right = {"from_step": 0, "to_step": 4, "seconds": 1.5, "runs_together": 1, **place}
     for change in ({}, {"to_step": "4"}, {"from_step": None}, {"seconds": []}, {"runs_together": True}):
-        folder.write_json(tmp_path / "training.json", [right | change])
+        _io.write_json(tmp_path / "training.json", [_io.sealed(right | change)])
         assert read_training(tmp_path) == ([] if change else [right])
     judged = {"step": 4, "clean": 0.9, "robust": 0.5}
     known = {"asked": {}, "last": judged, "best": judged, "chosen_on": "", "flops": 1.0, "train_seconds": 1, "eps": 0.3}
     known |= {"images": 5, "seed": 0}
     for change in ({}, {"flops": "1"}, {"best": {}}, {"last": judged | {"robust": None}}, {"chosen_on": 3}):
-        folder.write_json(tmp_path / "auto.json", known | change)
+        _io.write_json(tmp_path / "auto.json", _io.sealed(known | change))
         assert judge.known_of(tmp_path / "auto.json", {}, 4) == ({} if change else known)
 
 
