@@ -176,7 +176,7 @@ def locked(folder: pathlib.Path, name: str = LOCK, waiting: Callable[[str], None
     host left.
 
     Args:
-      folder: an existing folder.
+      folder: the folder; made when missing.
       name: of the lock file; it says which process holds the lock.
       waiting: is told who holds the lock, then the call waits; None raises instead.
 
@@ -208,11 +208,15 @@ _HOLDER = "process"
 
 
 def _holder(path: pathlib.Path) -> str:
+    """Returns who holds a lock, in words; "" if nothing says so."""
     try:
-        text = " ".join(path.read_text(errors="replace")[:200].split())
+        text = path.read_text(errors="replace")[:200]
     except OSError:
-        text = ""
-    return f" ({printable(text)})" if text else ""
+        return ""
+    if text.startswith(_HOLDER) or not text.strip():
+        return f" ({printable(text)})" if text.strip() else ""
+    number, *host = text.split()[:2]  # of filelock, where there are no locks
+    return printable(f" ({_HOLDER} {number} on {' '.join(host)}; if it is gone, delete {path})")
 
 
 def digest(arrays: Mapping[str, Any], header: str = "") -> str:

@@ -5,7 +5,6 @@ The short version of `make torture`, which does such things to many real runs.
 
 import dataclasses
 import errno
-import fcntl
 import logging
 import os
 import pathlib
@@ -13,7 +12,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,10 +27,9 @@ from benchmarks.faults import __main__ as torture
 from benchmarks.faults import phases, runs
 from benchmarks.faults.damage import flip, truncate
 from e2sad_jax import cli, errors
-from e2sad_jax._io import LOCK, locked, sealed, write_json
+from e2sad_jax._io import LOCK, sealed, write_json
 from e2sad_jax.comparison import judge
 from e2sad_jax.errors import (
-    BusyError,
     CheckpointError,
     DamagedError,
     DeviceError,
@@ -239,36 +236,6 @@ def test_what_attacks_left_is_never_read_wrong(tmp_path, capsys):
         found = {k: v for k, v in judge.known_of(path, asked, 3).items() if k in right}
         assert found in ({}, right), damaged
     assert "auto.json is of no use" in capsys.readouterr().err
-
-
-def test_a_lock_names_its_process_and_nobody_when_it_is_free(tmp_path):
-    with locked(tmp_path):
-        with pytest.raises(BusyError, match=rf"at work in .* \(process {os.getpid()} on {socket.gethostname()}\)"):
-            locked(tmp_path).__enter__()
-        assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
-    assert (tmp_path / LOCK).read_text() == ""
-    (tmp_path / LOCK).write_bytes(b"process 1 on \xff")  # of one that was killed; the system has no lock of it
-    with locked(tmp_path):
-        pass
-
-
-def test_without_locks_of_the_system_the_file_alone_counts(tmp_path, monkeypatch):
-    def unsupported(*args):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    here = socket.gethostname()
-    for owner in (f"process {os.getppid()} on {here}", f"process {ended.pid} on elsewhere", "process 12 of mine"):
-        (tmp_path / LOCK).write_text(owner)
-        with pytest.raises(BusyError, match=rf"\({owner}\).*; if it is gone, delete {tmp_path / LOCK}"):
-            locked(tmp_path).__enter__()
-    (tmp_path / LOCK).write_text(f"process {ended.pid} on {here}")
-    with locked(tmp_path), pytest.raises(BusyError):
-        locked(tmp_path).__enter__()
-    with locked(tmp_path):
-        pass
 
 
 class Full:
