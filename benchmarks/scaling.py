@@ -12,7 +12,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import jax.numpy as jnp
 
-from e2sad_jax import distributed, networks
+from benchmarks.collectives import collective_bytes
+from e2sad_jax import networks
 from e2sad_jax.reporting import provenance
 from e2sad_jax.training.config import Config
 from experiments.step_cost import counts
@@ -45,7 +46,7 @@ def main() -> None:
     for defense in DEFENSES:
         for devices in (1, 2, 4, 8):
             program = Step(Config(defense=defense, devices=devices), SHAPE, CLASSES).compiled
-            kinds = distributed.collective_bytes(program)
+            kinds = collective_bytes(program)
             reduced = kinds.pop("all-reduce", 0)
             sent[defense] = reduced
             print(

@@ -1,39 +1,78 @@
-"""Files: atomic writing, bounded reading, strict JSON, digests of content, and locks."""
+"""Files: atomic writing, bounded reading, strict JSON, seals, locks, and the digest of arrays."""
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import os
 import pathlib
-import re
+import secrets
 import socket
 import stat
-from collections.abc import Iterator, Mapping
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+import filelock
+import numpy as np
 
-from e2sad_jax.errors import BusyError
+from e2sad_jax.errors import BusyError, printable
 
 LOCK = ".lock"
 SEAL = "sha256"
-JSON_BYTES = 16 * 2**20  # more than any file of ours has, but for outcomes of attacks
-INTEGERS = 2**63  # what every other program can read
+JSON_BYTES = 16 * 2**20  # larger than any JSON file of this package, the outcomes of attacks excepted
+INTEGERS = 2**63  # beyond it, JSON readers disagree
+
+
+@contextlib.contextmanager
+def atomic_file(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """Replaces a file in one step by what is written to the stream that it yields.
+
+    The bytes go to a hidden file in the same folder and reach the disk before the file takes its name: a reader sees the
+    old content or the new one, and a failure or a crash leaves the old one.
+
+    Args:
+      path: the file, in an existing folder.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file through `atomic_file`."""
+    with atomic_file(path) as stream:
+        stream.write(content)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text in UTF-8 through `atomic_file`."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes indented JSON through `atomic_file`; refuses NaN, which other programs cannot read."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
+    """Reads a regular file of at most `limit` bytes.
 
     Raises:
       OSError: if it cannot be read.
-      ValueError: if it is a pipe or a device, which might never end, or larger.
+      ValueError: if it is larger, or a pipe or a device, which might never end.
     """
-    with open(path, "rb", opener=_without_waiting) as stream:
+    with open(path, "rb", opener=_open_without_waiting) as stream:
         status = os.fstat(stream.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is not a regular file")
@@ -45,18 +84,23 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
     return content
 
 
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Opens a file; a pipe that nobody writes to opens at once, too."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def read_json(path: str | os.PathLike[str], limit: int = JSON_BYTES) -> Any:
-    """What a JSON file holds.
+    """Reads a JSON file of at most `limit` bytes.
 
     Raises:
       OSError: if it cannot be read.
-      ValueError: as `read_bytes`, `parse_json`.
+      ValueError: if `read_bytes` or `parse_json` refuses it.
     """
     return parse_json(read_bytes(path, limit))
 
 
 def parse_json(content: bytes | str) -> Any:
-    """What a JSON text says, where all programs agree on it.
+    """Parses a JSON text on whose meaning all programs agree.
 
     Raises:
       ValueError: if it is not JSON in UTF-8, is nested too deeply, gives a name twice, or holds NaN, infinity, an integer
@@ -67,7 +111,7 @@ def parse_json(content: bytes | str) -> Any:
         value = json.loads(
             text, object_pairs_hook=_unique, parse_int=_integer, parse_float=_finite, parse_constant=_finite
         )
-        if "\\u" in text:  # else there are no halves
+        if "\\u" in text:  # without escapes there are no halves
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -95,141 +139,100 @@ def _finite(digits: str) -> float:
     return value
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """Opens a pipe that nobody writes to at once, too; what it is shows afterwards."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def walk(folder: pathlib.Path, limit: int) -> Iterator[tuple[pathlib.Path, os.stat_result]]:
-    """All regular files below a folder; what disappears meanwhile is left out.
-
-    Raises:
-      ValueError: at a link, which may lead anywhere, at what is neither file nor folder, and beyond `limit` entries.
-    """
-    left, folders = limit, [folder]
-    while folders:
-        try:
-            with os.scandir(folders.pop()) as scan:
-                entries = list(itertools.islice(scan, left + 1))
-        except FileNotFoundError:
-            continue
-        left -= len(entries)
-        if left < 0:
-            raise ValueError(f"it holds more than {limit:,} files and folders")
-        for entry in entries:
-            path = pathlib.Path(entry.path)
-            try:
-                status = entry.stat(follow_symlinks=False)
-            except FileNotFoundError:
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                folders.append(path)
-            elif stat.S_ISREG(status.st_mode):
-                yield path, status
-            else:
-                kind = "a link" if stat.S_ISLNK(status.st_mode) else "neither file nor folder"
-                raise ValueError(f"{path.relative_to(folder)} is {kind}")
-
-
-def write_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file atomically: whoever reads it sees the old content or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may write the same file
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """`write_bytes` of a text in UTF-8."""
-    write_bytes(path, text.encode())
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """`write_text` of indented JSON; NaN is refused, no other program could read it."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with a digest of all of them, by which `unsealed` tells a file that was damaged."""
+    """Returns the values and their digest, by which `unsealed` recognises a damaged file."""
     return {**values, SEAL: hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
 
 
 def unsealed(values: Any) -> dict[str, Any]:
-    """What `sealed` was given; files of earlier versions have no digest and are taken as they are.
+    """Returns the values that `sealed` was given.
 
     Raises:
-      ValueError: if it is something else.
+      ValueError: if they are not what `sealed` returned.
     """
     if not isinstance(values, dict):
         raise ValueError(f"holds a {type(values).__name__} instead of named values")
     content = {name: value for name, value in values.items() if name != SEAL}
-    if SEAL in values and sealed(content) != values:
+    if sealed(content) != values:
         raise ValueError("its content is not what was written: it was damaged, or edited")
     return content
 
 
 def read_sealed(path: pathlib.Path, limit: int = JSON_BYTES) -> dict[str, Any]:
-    """`unsealed` of a JSON file of at most `limit` bytes.
+    """Reads a JSON file that holds what `sealed` returned.
 
     Raises:
-      OSError, ValueError: if it cannot be read, or was damaged.
+      OSError: if it cannot be read.
+      ValueError: if `read_json` or `unsealed` refuses it.
     """
     return unsealed(read_json(path, limit))
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes out of a folder that is there already; the lock file says which process has it.
+def locked(folder: pathlib.Path, name: str = LOCK, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Keeps other processes out of a folder until the block ends; the lock ends with the process at the latest.
 
-    Where the file system has locks, the system drops them with their process. Elsewhere the file alone counts: what a
-    dead process of this host left is taken over, what one of another host left is for people to remove.
+    On a file system without locks `filelock` uses the existence of the file, and takes over what a dead process of this
+    host left.
+
+    Args:
+      folder: the folder; made when missing.
+      name: of the lock file; it says which process holds the lock.
+      waiting: is told who holds the lock, then the call waits; None raises instead.
 
     Raises:
-      BusyError: if another process has it.
+      BusyError: if another process holds the lock and `waiting` is None.
       OSError: if the folder cannot be written.
     """
-    path = folder / LOCK
-    with open(path, "a+", encoding="utf-8", errors="replace") as lock:
-        lock.seek(0)
-        owner = lock.read(200).strip()
-        who = f" ({owner})" if owner else ""
-        busy = f"another process is at work in {folder}{who}; wait for it to end, or choose another --workdir"
-        try:
-            if fcntl is None:
-                raise OSError
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError(busy) from error
-        except OSError as error:  # a file system without locks
-            if owner and not _dead(owner):
-                raise BusyError(f"{busy}; if it is gone, delete {path}") from error
-        try:
-            _write_owner(lock, f"process {os.getpid()} on {socket.gethostname()}")
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                _write_owner(lock, "")
-
-
-def _write_owner(lock: TextIO, owner: str) -> None:
-    lock.seek(0)
-    lock.truncate()
-    lock.write(owner)
-    lock.flush()
-
-
-def _dead(owner: str) -> bool:
-    """Whether a lock file names a process of this host that has ended."""
-    match = re.fullmatch(r"process (\d{1,9}) on (.+)", owner)
-    if match is None or match[2] != socket.gethostname() or int(match[1]) == os.getpid():
-        return False
+    path = folder / name
+    lock = filelock.FileLock(path)
     try:
-        os.kill(int(match[1]), 0)
-    except ProcessLookupError:
-        return True
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        busy = f"another process is at work in {folder}{_holder(path)}"
+        if waiting is None:
+            raise BusyError(f"{busy}; wait for it to end, or choose another --workdir") from error
+        waiting(busy)
+        lock.acquire()
+    try:
+        with contextlib.suppress(OSError):
+            text = path.read_text(errors="replace")
+            if not text or text.startswith(_HOLDER):  # any other text is filelock's own, and names the process too
+                path.write_text(f"{_HOLDER} {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        lock.release()
+
+
+_HOLDER = "process"
+
+
+def _holder(path: pathlib.Path) -> str:
+    """Returns who holds a lock, in words; "" if nothing says so."""
+    try:
+        text = path.read_text(errors="replace")[:200]
     except OSError:
-        pass
-    return False
+        return ""
+    if text.startswith(_HOLDER) or not text.strip():
+        return f" ({printable(text)})" if text.strip() else ""
+    number, *host = text.split()[:2]  # of filelock, where there are no locks
+    return printable(f" ({_HOLDER} {number} on {' '.join(host)}; if it is gone, delete {path})")
+
+
+def digest(arrays: Mapping[str, Any], header: str = "") -> str:
+    """Returns the SHA-256 of named arrays: of name, dtype, shape and bytes of each, in the order given.
+
+    Args:
+      arrays: what `numpy.asarray` takes, by name.
+      header: text that is part of the digest.
+
+    Returns:
+      64 hexadecimal digits.
+    """
+    sha256 = hashlib.sha256(header.encode())
+    for name, value in arrays.items():
+        array = np.asarray(value)
+        dtype = array.dtype.name if array.dtype.kind == "V" else array.dtype.str  # bfloat16 and float8 are kind V
+        sha256.update(f"{name} {dtype} {array.shape}\n".encode())
+        sha256.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return sha256.hexdigest()

@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from e2sad_jax.data.npz import one_line
 from e2sad_jax.errors import (
     FULL,
     ConfigError,
@@ -24,7 +23,8 @@ from e2sad_jax.errors import (
     NonFiniteError,
     OutOfTimeError,
     Stopped,
-    of_device,
+    as_device_error,
+    first_line,
     printable,
 )
 from e2sad_jax.runs import _malloc, supervisor
@@ -155,7 +155,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
             raise flags.Error(f"unexpected argument {rest[1]!r}; settings are given as --name=value")
         return rest
     except flags.Error as error:
-        _fail(one_line(error), 2)
+        _fail(first_line(error), 2)
     except SystemExit:  # after --help, which is no failure
         sys.exit(0)
     except BrokenPipeError:  # nor is a reader of --help who has seen enough
@@ -223,7 +223,7 @@ def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
         if not _connected:
             if FULL in str(error):
                 _fail(f"{FULL}; {failed}", 1)
-            if named := of_device(error, "while computing", failed, "batch size"):
+            if named := as_device_error(error, "while computing", failed, "batch size"):
                 _fail(str(named), named.exit_code)
             raise
         traceback.print_exc()

@@ -1,14 +1,12 @@
-"""One run on several devices, and on several hosts: the mesh, and what lies where on it.
+"""One run on several devices and several hosts: its processes, the mesh, and what lies where on it.
 
-Parameters, optimiser state and the data set lie whole on each device; the batch is split over the mesh's one axis, "data".
-The program is that of one device, jitted; XLA splits it and adds up the gradients. So the batch, its order and all random
-numbers are those of one device too.
+Parameters, optimizer state and data set are replicated on each device; the batch is split over the mesh's one axis,
+"data". The program is that of one device, jitted; XLA splits it and sums the gradients. So the batch, its order and all
+random numbers are those of one device.
 """
 
 import functools
 import itertools
-import math
-import re
 import zlib
 from typing import Any
 
@@ -21,25 +19,24 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from e2sad_jax.errors import ConfigError, first_line
 
 AXIS = "data"
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
-PATIENCE = 24 * 3600  # seconds that processes which have nothing left to do wait for the first, which evaluates
-_meetings = itertools.count()
+PATIENCE = 24 * 3600  # seconds that `barrier` waits: the first process evaluates meanwhile
+_barriers = itertools.count()
 
 
 def connect(coordinator: str = "", process_id: int = -1, num_processes: int = 0) -> None:
-    """Makes this process one of several that train together; nothing if none of the arguments is given.
+    """Makes this process one of several that train together; does nothing if no argument is given.
 
-    Must come before anything is computed. Each process must be started with the same settings.
+    Call it before anything is computed, in each process with the same settings.
 
     Args:
-      coordinator: HOST:PORT of process 0, reached by all; "auto" to let JAX find all three on a cluster (Slurm, MPI,
-        Kubernetes) or a TPU pod.
-      process_id: this process's number, from 0.
-      num_processes: how many there are.
+      coordinator: HOST:PORT of process 0, which all must reach; "auto" to let JAX find all three on a cluster (Slurm,
+        MPI, Kubernetes) or a TPU pod.
+      process_id: number of this process, from 0.
+      num_processes: number of processes.
 
     Raises:
-      ConfigError: if the three do not fit together or the others cannot be reached.
+      ConfigError: if the three do not fit together or the other processes cannot be reached.
     """
     if not coordinator:
         if process_id >= 0 or num_processes > 0:
@@ -71,27 +68,27 @@ def connect(coordinator: str = "", process_id: int = -1, num_processes: int = 0)
 
 
 def is_multiprocess() -> bool:
-    """Whether other processes take part."""
+    """Returns whether the run has other processes."""
     return jax.process_count() > 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and reports."""
+    """Returns whether this is the process that writes files and reports."""
     return jax.process_index() == 0
 
 
 def mesh(devices: int, batch_size: int) -> Mesh | None:
-    """The mesh of a run.
+    """Returns the mesh of a run.
 
     Args:
-      devices: how many devices to use; 0 for all. Several processes must use all.
+      devices: number of devices; 0 for all. Several processes must use all.
       batch_size: images a step, over all devices.
 
     Returns:
-      None for one device of one process: nothing needs to be placed then.
+      The mesh; None for one device of one process, where nothing needs to be placed.
 
     Raises:
-      ConfigError: if there are not so many devices, or they do not divide the batch.
+      ConfigError: if there are fewer devices, or they do not divide the batch.
     """
     there = jax.devices()
     if devices > len(there):
@@ -111,17 +108,22 @@ def mesh(devices: int, batch_size: int) -> Mesh | None:
 
 
 def whole(mesh: Mesh) -> NamedSharding:
-    """The same on each device."""
+    """Returns the sharding that replicates an array on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split(mesh: Mesh) -> NamedSharding:
-    """The first axis split over the devices."""
+    """Returns the sharding that splits the first axis of an array over the devices."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
 def replicate(mesh: Mesh | None, tree: Any) -> Any:
-    """Puts arrays, the same in each process, on every device of the mesh; on the default device without one."""
+    """Puts arrays on every device of the mesh; on the default device without a mesh.
+
+    Args:
+      mesh: the devices.
+      tree: arrays, the same in each process; keys of random numbers may be among them.
+    """
     if mesh is None:
         return jax.device_put(tree)
     return jax.tree.map(functools.partial(_everywhere, whole(mesh)), tree)
@@ -139,7 +141,7 @@ def _everywhere(place: NamedSharding, array: Any) -> jax.Array:
 
 
 def split_batch(mesh: Mesh | None, batch: Any) -> Any:
-    """Splits arrays of one batch over the mesh if it divides them; whole on each device otherwise."""
+    """Splits the arrays of a batch over the mesh; replicates them if the devices do not divide their length."""
     if mesh is None:
         return batch
     fits = len(jax.tree.leaves(batch)[0]) % mesh.size == 0
@@ -147,7 +149,7 @@ def split_batch(mesh: Mesh | None, batch: Any) -> Any:
 
 
 def local(tree: Any) -> Any:
-    """The copy that this process has of arrays that are the same on each device, on its first one."""
+    """Returns the copy of replicated arrays on the first device of this process."""
     return jax.tree.map(_first_copy, tree)
 
 
@@ -158,10 +160,10 @@ def _first_copy(array: jax.Array) -> jax.Array:
 
 
 def check_same(what: str) -> None:
-    """Makes sure that all processes were given the same.
+    """Compares a text between all processes, such as their settings; waits for all.
 
     Raises:
-      ConfigError: if not.
+      ConfigError: if one of them has another text.
     """
     if is_multiprocess():
         with jax.transfer_guard("allow"):
@@ -175,17 +177,16 @@ def check_same(what: str) -> None:
 
 
 def barrier() -> None:
-    """Waits until all processes are here, for hours if need be."""
+    """Waits until all processes have called it, for `PATIENCE` seconds at most."""
     if is_multiprocess():
-        from jax._src import distributed  # JAX has no public barrier with a time limit of one's own
+        # JAX's own public barrier, `sync_global_devices`, runs on the devices and has no time limit to choose.
+        from orbax.checkpoint.multihost import get_barrier_sync_fn
 
-        number, client = next(_meetings), distributed.global_state.client
-        assert client is not None
-        client.wait_at_barrier(f"e2sad_jax_{number}", timeout_in_ms=1000 * PATIENCE)
+        get_barrier_sync_fn()(key=f"e2sad_jax_{next(_barriers)}", timeout_ms=1000 * PATIENCE)
 
 
 def max_over_processes(number: int) -> int:
-    """The largest of all processes' numbers: what one of them was told, all do. Waits for all."""
+    """Returns the largest of all processes' numbers, so that all act on what one of them knows; waits for all."""
     if not is_multiprocess():
         return number
     with jax.transfer_guard("allow"):
@@ -193,37 +194,9 @@ def max_over_processes(number: int) -> int:
 
 
 def broadcast_from_main(values: dict[str, float]) -> dict[str, float]:
-    """The first process's values, in all of them. Waits for it."""
+    """Returns the values that the first process has, in all processes; waits for it."""
     if not is_multiprocess():
         return values
     with jax.transfer_guard("allow"):
-        told = multihost_utils.broadcast_one_to_all(np.asarray(list(values.values()), np.float32))
-    return dict(zip(values, np.asarray(told).tolist(), strict=True))
-
-
-def collective_bytes(program: jax.stages.Compiled) -> dict[str, int]:
-    """What a compiled program exchanges between devices: bytes of the results of each kind of collective operation.
-
-    Operations inside of a loop count once.
-    """
-    total: dict[str, int] = {}
-    text = re.sub(r"\{[^{}\n]*\}|/\*.*?\*/", "", program.as_text() or "")  # layouts and comments, which have commas too
-    for shapes, kind, start in re.findall(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", text):
-        # What begins one has the operands beside the result, `(operands, result, ...)`; a sum's has the result alone.
-        result = _parts(shapes)[1] if start and kind != "all-reduce" else shapes
-        for dtype, bits, sizes in re.findall(r"(pred|[a-z]+?)(\d*)\[([\d,]*)\]", result):
-            each = 1 if dtype == "pred" else int(bits) // 8
-            total[kind] = total.get(kind, 0) + each * math.prod(int(n) for n in sizes.split(",") if n)
-    return total
-
-
-def _parts(shapes: str) -> list[str]:
-    """The shapes of a tuple as XLA prints it, `(f32[2,3], (s32[], f32[2]))`; inner tuples stay whole."""
-    parts, depth = [""], 0
-    for character in shapes[1:-1]:
-        depth += (character in "([") - (character in ")]")
-        if character == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
+        received = multihost_utils.broadcast_one_to_all(np.asarray(list(values.values()), np.float32))
+    return dict(zip(values, np.asarray(received).tolist(), strict=True))

@@ -15,31 +15,30 @@ Layout under the data folder:
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gzip
 import hashlib
 import pathlib
-import re
-import shutil
 import sys
-import threading
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
+import requests
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 from tensorflow_datasets.core.download import checksums
 from tensorflow_datasets.core.download import resource as tfds_resource
-from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 from tensorflow_datasets.datasets.svhn_cropped import svhn_cropped_dataset_builder as tfds_svhn
 from tensorflow_datasets.image_classification import mnist as tfds_mnist
 
-from e2sad_jax.data import npz
-from e2sad_jax.errors import DataError
+from e2sad_jax import _io
+from e2sad_jax.data.dataset import Dataset
+from e2sad_jax.data.known import KNOWN
+from e2sad_jax.data.npz import write_npz
+from e2sad_jax.errors import DataError, first_line
 
 PROBE_SECONDS = 6.0  # the library itself would retry for minutes, and has no timeout
 
@@ -123,132 +122,108 @@ class SvhnBuilder(_NoBucket, tfds_svhn.Builder, skip_registration=True):  # type
 BUILDERS: dict[str, type[Any]] = {"mnist": MnistBuilder, "svhn": SvhnBuilder}
 
 
-def prepare(name: str, root: pathlib.Path) -> npz.Dataset:
-    """Prepares a data set under `root` unless it is there, decodes it, and keeps the decoded copy.
+def prepare(name: str, root: pathlib.Path, copy: pathlib.Path) -> Dataset:
+    """Prepares a data set unless it is prepared already, decodes it, and keeps the decoded copy.
 
     Args:
-        name: `mnist` or `svhn`.
-        root: The data folder; made when missing, but only once there is something to put into it.
+      name: `mnist` or `svhn`.
+      root: the data folder; made when missing, but only once there is something to put into it.
+      copy: where to keep the decoded copy.
 
     Returns:
-        The data set, read from the prepared records.
+      The data set, read from the prepared records.
 
     Raises:
-        DataError: The original files are neither there nor to be had, or a file is not the registered one, or the
-            folder cannot be used. Nothing is left that a later call would take for a prepared data set.
+      DataError: if the original files are neither there nor to be had, a file is not the registered one, or the folder
+        cannot be used. Nothing is left that a later call would take for a prepared data set.
     """
-    builder_cls = BUILDERS[name]
     with _errors(name, root):
-        builder = _builder(builder_cls, root)
+        builder = _builder(name, root)
         if not builder.data_path.exists():
-            missing = _check_files(builder_cls, root)
-            if missing:
+            if missing := _missing(name, root):
                 _probe(name, root, missing)
-            with _lock(name, root):
-                builder = _builder(builder_cls, root)
+            with _locked(name, root):
+                builder = _builder(name, root)
                 if not builder.data_path.exists():  # else another process was faster
-                    _prepare(name, builder, root)
+                    _prepare(builder, root)
         dataset = _decode(name, builder)
-        _keep_decoded(name, root, dataset)
-        return dataset
-
-
-def decoded_path(name: str, root: pathlib.Path) -> pathlib.Path:
-    """Where the decoded copy of a data set lies."""
-    return root / "decoded" / f"{name}.npz"
-
-
-def _keep_decoded(name: str, root: pathlib.Path, dataset: npz.Dataset) -> None:
-    copy = decoded_path(name, root)
     try:
-        with _lock(name, root):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            for junk in copy.parent.glob(f".{copy.name}.*.tmp"):  # under the lock: of processes that were killed
-                junk.unlink(missing_ok=True)
-            npz.write_npz(dataset, copy)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        write_npz(dataset, copy)
     except (OSError, DataError) as err:
         # A read-only or full folder: slow, yet no reason to stop.
         logging.warning("%s: no decoded copy is kept, so each load decodes the records: %s", name, err)
+    return dataset
 
 
-def _builder(builder_cls: type[Any], root: pathlib.Path) -> Any:
+def _builder(name: str, root: pathlib.Path) -> Any:
+    folder = root / "array_record"
     try:
-        return builder_cls(data_dir=root / "array_record", file_format="array_record")
+        return BUILDERS[name](data_dir=folder, file_format="array_record")
     except Exception as err:  # a prepared folder whose description is damaged
-        raise _unreadable(builder_cls.name, root / "array_record" / builder_cls.name, err) from err
+        raise _unreadable(name, folder / BUILDERS[name].name, err) from err
 
 
 def _unreadable(name: str, folder: pathlib.Path, err: Exception) -> DataError:
     return DataError(
-        f"{name}: the prepared records in {folder} cannot be read ({type(err).__name__}: {npz.one_line(err)}); delete "
+        f"{name}: the prepared records in {folder} cannot be read ({type(err).__name__}: {first_line(err)}); delete "
         "that folder and run again"
     )
 
 
-def _prepare(name: str, builder: Any, root: pathlib.Path) -> None:
-    # Under the lock, so these are leftovers of processes that were killed.
-    _sweep(builder, root)
+def _prepare(builder: Any, root: pathlib.Path) -> None:
     config = tfds.download.DownloadConfig(try_download_gcs=False, force_checksums_validation=True)
-    try:
-        # The library prints what it does; standard output is left to the caller's results.
-        with contextlib.redirect_stdout(sys.stderr):
-            builder.download_and_prepare(download_dir=root / "downloads", download_config=config)
-    finally:
-        _sweep(builder, root)
+    # The library prints what it does; standard output is left to the caller's results.
+    with contextlib.redirect_stdout(sys.stderr):
+        builder.download_and_prepare(download_dir=root / "downloads", download_config=config)
 
 
-def _sweep(builder: Any, root: pathlib.Path) -> None:
-    """Removes unfinished preparations and downloads, which the library leaves when it fails or is killed."""
-    for junk in (*builder.data_path.parent.glob("incomplete.*"), *(root / "downloads" / builder.name).glob("*.tmp.*")):
-        shutil.rmtree(str(junk), ignore_errors=True)
+def _locked(name: str, root: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """Lets one process at a time prepare a data set."""
+    root.mkdir(parents=True, exist_ok=True)
+    return _io.locked(root, f".{name}.lock", lambda who: logging.warning("%s: %s; waiting for it", name, who))
 
 
-def _decode(name: str, builder: Any) -> npz.Dataset:
+def _decode(name: str, builder: Any) -> Dataset:
     from tqdm import auto as tqdm_auto
 
-    official = npz.OFFICIAL[name]
     arrays: dict[str, np.ndarray] = {}
     try:
         for split in ("train", "test"):
             source = builder.as_data_source(split=split)
-            images = np.empty((len(source), *official.image_shape), np.uint8)
+            images = np.empty((len(source), *KNOWN[name].image_shape), np.uint8)
             labels = np.empty(len(source), np.int32)
-            progress = tqdm_auto.tqdm(total=len(source), desc=f"Decoding {name} {split}", unit=" images", leave=False)
-            with progress:
+            with tqdm_auto.tqdm(total=len(source), desc=f"Decoding {name} {split}", unit=" images", leave=False) as bar:
                 for start in range(0, len(source), 1000):
                     indices = range(start, min(start + 1000, len(source)))
                     for index, example in zip(indices, source.__getitems__(indices), strict=True):
                         images[index], labels[index] = example["image"], example["label"]
-                    progress.update(len(indices))
+                    bar.update(len(indices))
             arrays |= {f"x_{split}": images, f"y_{split}": labels}
-        if (len(arrays["x_train"]), len(arrays["x_test"])) != (official.train, official.test):
-            raise ValueError(
-                f"{len(arrays['x_train'])} train and {len(arrays['x_test'])} test examples instead of "
-                f"{official.train} and {official.test}"
-            )
+        sources = {str(info.filename): info.checksum for info in builder.url_infos.values()}
+        dataset = Dataset(name, str(builder.version), **arrays, num_classes=10, source_sha256=sources)
+        if (found := (len(dataset.x_train), len(dataset.x_test))) != KNOWN[name][:2]:
+            raise ValueError(f"{found} train and test examples instead of {KNOWN[name][:2]}")
     except Exception as err:  # whatever the record reader raises on damaged files
         raise _unreadable(name, builder.data_path, err) from err
-    sources = {str(info.filename): info.checksum for info in builder.url_infos.values()}
-    return npz.Dataset(name, str(builder.version), **arrays, num_classes=10, source_sha256=sources)
+    return dataset
 
 
 def _manual_dir(root: pathlib.Path) -> pathlib.Path:
     return root / "downloads" / "manual"
 
 
-def _check_files(builder_cls: type[Any], root: pathlib.Path) -> _UrlInfos:
-    """Verifies the original files placed by hand, and returns those that must be downloaded."""
+def _missing(name: str, root: pathlib.Path) -> _UrlInfos:
+    """Returns the original files that must be downloaded, after verifying those that were placed by hand."""
     missing: _UrlInfos = {}
-    for url, info in builder_cls.url_infos.items():
+    for url, info in BUILDERS[name].url_infos.items():
         manual = _manual_dir(root) / info.filename
         if manual.exists():
             _check_sha256(manual, info.checksum, f"put the original file there (from {url}), or remove it")
             continue
-        cached = tfds_resource.get_dl_fname(url, info.checksum)
-        downloads = root / "downloads"
-        if not any(
-            tfds_resource.is_locally_cached(epath.Path(d) / cached) for d in (downloads, downloads / builder_cls.name)
-        ):
+        cached, downloads = tfds_resource.get_dl_fname(url, info.checksum), root / "downloads"
+        folders = (downloads, downloads / BUILDERS[name].name)
+        if not any(tfds_resource.is_locally_cached(epath.Path(folder) / cached) for folder in folders):
             missing[url] = info
     return missing
 
@@ -281,70 +256,28 @@ def _ways_out(name: str, root: pathlib.Path, infos: _UrlInfos) -> str:
 
 
 def _probe(name: str, root: pathlib.Path, missing: _UrlInfos) -> None:
-    """Asks for the first missing file before the library does, which would retry for minutes.
-
-    In a thread of its own, because no timeout of requests bounds name resolution or a host with many addresses.
-    """
+    """Asks for the first missing file before the library does, which would retry for minutes without a network."""
     url = next(iter(missing))
-    answers: list[str] = []
-
-    def ask() -> None:
-        import requests
-
-        try:
-            with requests.get(url, stream=True, timeout=PROBE_SECONDS) as response:
-                answers.append("" if response.status_code == 200 else f"HTTP status {response.status_code}")
-        except Exception as err:
-            reason = getattr(err.args[0], "reason", err) if err.args else err  # what urllib3 wraps
-            answers.append(f"{type(err).__name__}: {npz.one_line(reason, 160)}")
-
-    thread = threading.Thread(target=ask, name="e2sad-probe", daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    problem = answers[0] if answers else f"no answer within {PROBE_SECONDS:g} s"
-    if problem:
+    try:
+        with requests.get(url, stream=True, timeout=PROBE_SECONDS) as response:
+            response.raise_for_status()
+    except requests.RequestException as err:
+        reason = getattr(err.args[0], "reason", err) if err.args else err  # what urllib3 wraps
         raise DataError(
-            f"{name}: not in {root}, and {url} cannot be fetched ({problem}); {_ways_out(name, root, missing)}"
-        )
-
-
-@contextlib.contextmanager
-def _lock(name: str, root: pathlib.Path) -> Iterator[None]:
-    """Lets one process at a time prepare a data set; the system drops the lock when that process ends."""
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / f".{name}.lock", "a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logging.warning("%s: another process prepares it in %s; waiting", name, root)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        except OSError:
-            logging.warning("%s: %s has no file locks; do not prepare it twice at once", name, root)
-        yield
+            f"{name}: not in {root}, and {url} cannot be fetched ({type(err).__name__}: {first_line(reason)}); "
+            f"{_ways_out(name, root, missing)}"
+        ) from err
 
 
 @contextlib.contextmanager
 def _errors(name: str, root: pathlib.Path) -> Iterator[None]:
-    """Turns what the library raises into one DataError."""
+    """Turns what the library raises into one DataError: a wrong checksum, a broken connection, a full disk, ..."""
     try:
         yield
     except DataError:
         raise
-    except NonMatchingChecksumError as err:
-        match = re.search(
-            r"Artifact (\S+), downloaded to (.*), has wrong checksum.*Got: .*checksum='(\w+)'", str(err), re.DOTALL
-        )
-        url, path, found = match.groups() if match else ("", "", "")
-        info = BUILDERS[name].url_infos.get(url)
-        if info is None:
-            raise DataError(f"{name}: a file has a wrong SHA-256: {npz.one_line(err, 600)}") from err
-        raise DataError(
-            f"{name}: {pathlib.Path(path).name} fetched from {url} has a wrong SHA-256: expected {info.checksum}, found "
-            f"{found}; it was discarded: {_ways_out(name, root, {url: info})}"
-        ) from err
     except Exception as err:
-        # Anything else the library raises: the connection broke, the disk is full, no permission, an unusable folder.
         raise DataError(
-            f"{name}: cannot be prepared in {root} ({type(err).__name__}: {npz.one_line(err)}); "
+            f"{name}: cannot be prepared in {root} ({type(err).__name__}: {first_line(err)}); "
             f"{_ways_out(name, root, BUILDERS[name].url_infos)}"
         ) from err

@@ -1,10 +1,13 @@
 """What a folder of checkpoints claims, found to be what a run writes before Orbax reads it and memory is taken."""
 
+import itertools
 import math
 import mmap
+import os
 import pathlib
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -35,8 +38,39 @@ def check_folder(folder: pathlib.Path) -> None:
     """
     if folder.is_symlink():
         raise ValueError("it is a link; let the workdir be one instead")
-    for _ in _io.walk(folder, ENTRIES):
+    for _ in walk(folder, ENTRIES):
         pass
+
+
+def walk(folder: pathlib.Path, limit: int) -> Iterator[tuple[pathlib.Path, os.stat_result]]:
+    """All regular files below a folder; what disappears meanwhile is left out.
+
+    Raises:
+      ValueError: at a link, which may lead anywhere, at what is neither file nor folder, and beyond `limit` entries.
+    """
+    left, folders = limit, [folder]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as scan:
+                entries = list(itertools.islice(scan, left + 1))
+        except FileNotFoundError:
+            continue
+        left -= len(entries)
+        if left < 0:
+            raise ValueError(f"it holds more than {limit:,} files and folders")
+        for entry in entries:
+            path = pathlib.Path(entry.path)
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                folders.append(path)
+            elif stat.S_ISREG(status.st_mode):
+                yield path, status
+            else:
+                kind = "a link" if stat.S_ISLNK(status.st_mode) else "neither file nor folder"
+                raise ValueError(f"{path.relative_to(folder)} is {kind}")
 
 
 def check_metrics(values: Mapping[str, Any]) -> None:
@@ -65,7 +99,7 @@ def check_step(folder: pathlib.Path, expected: Mapping[str, Any]) -> None:
     """
     leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(expected)}
     needed = sum(_bytes(leaf) for leaf in leaves.values())
-    sizes = {path.relative_to(folder).as_posix(): status.st_size for path, status in _io.walk(folder, ENTRIES)}
+    sizes = {path.relative_to(folder).as_posix(): status.st_size for path, status in walk(folder, ENTRIES)}
     for name, size in sizes.items():
         if size > (bound := 2 * needed + FREE):
             raise ValueError(f"{name} has {size:,} bytes; at most {bound:,} are read for this network")

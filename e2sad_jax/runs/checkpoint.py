@@ -24,7 +24,7 @@ from e2sad_jax import _io, distributed, networks
 from e2sad_jax._compile import jit
 from e2sad_jax._io import read_sealed, sealed
 from e2sad_jax.data.transforms import TRANSFORMS, Transform
-from e2sad_jax.errors import CheckpointError, DamagedError, DataError, WorkdirError, first_line, of_device, reason
+from e2sad_jax.errors import CheckpointError, DamagedError, DataError, WorkdirError, as_device_error, first_line, reason
 from e2sad_jax.runs import _stored
 from e2sad_jax.runs.folder import read_config, steps_in
 from e2sad_jax.training import TrainState, init_state
@@ -188,7 +188,7 @@ class Checkpoints:
             _stored.check_step(self.folder / str(step), stored)
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that it cannot be used
-            named = of_device(error, f"reading {folder}", "it is as it was", "--batch_size")
+            named = as_device_error(error, f"reading {folder}", "it is as it was", "--batch_size")
             if named and isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
                 raise named from error
             if isinstance(error, OSError) and error.errno in PASSING:

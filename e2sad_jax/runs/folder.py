@@ -16,7 +16,7 @@ except ImportError:  # Windows
 
 from e2sad_jax._io import LOCK, locked, read_json, read_sealed, sealed, unsealed, write_json
 from e2sad_jax.data import Dataset
-from e2sad_jax.data.npz import MAX_CLASSES
+from e2sad_jax.data.dataset import MAX_CLASSES
 from e2sad_jax.errors import ConfigError, DataError, GoneError, WorkdirError, first_line, printable
 from e2sad_jax.training.config import Config
 

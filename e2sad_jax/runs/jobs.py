@@ -26,8 +26,8 @@ from e2sad_jax.errors import (
     LostProcessError,
     NonFiniteError,
     WorkdirError,
+    as_device_error,
     first_line,
-    of_device,
 )
 from e2sad_jax.evaluation import Attack, Outcome, evaluate
 from e2sad_jax.reporting import provenance
@@ -276,7 +276,7 @@ def _train(jobs: Sequence[Job], steps: int, interrupted: Callable[[], int]) -> t
                 "--workdir"
             )
             kept = f"{_whole(first)}, and the same command goes on"
-            if named := of_device(error, f"in training, after step {bar.done:,}", kept, sizes):
+            if named := as_device_error(error, f"in training, after step {bar.done:,}", kept, sizes):
                 raise named from error
             raise
         finally:

@@ -8,7 +8,7 @@ import jax
 
 from e2sad_jax import data, distributed, networks
 from e2sad_jax._io import write_text
-from e2sad_jax.errors import ConfigError, Stopped, of_device
+from e2sad_jax.errors import ConfigError, Stopped, as_device_error
 from e2sad_jax.evaluation import SUITES, Attack, Outcome
 from e2sad_jax.reporting import plots, provenance, report
 from e2sad_jax.reporting.progress import Bar
@@ -112,7 +112,7 @@ def _evaluate(job: Job, state: TrainState, suite: Sequence[Attack]) -> dict[str,
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             kept = f"the checkpoints are whole in {job.workdir}, and the same command attacks them again"
             lower = f"--eval_batch_size (now {job.config.eval_batch_size})"
-            if named := of_device(error, f"in the attacks on step {step:,}", kept, lower):
+            if named := as_device_error(error, f"in the attacks on step {step:,}", kept, lower):
                 raise named from error
             raise
 
@@ -153,9 +153,8 @@ def run_beside(configs: Sequence[Config], suite: str) -> None:
 
 def describe(config: Config) -> str:
     """The layer table of the configured network: for the paper's data sets without loading them."""
-    known = {"mnist": (28, 28, 1), "svhn": (32, 32, 3), "digits": (28, 28, 1)}
-    if config.data in known:
-        shape, num_classes = known[config.data], 10
+    if known := data.KNOWN.get(config.data):
+        shape, num_classes = known.image_shape, known.num_classes
     else:
         dataset = data.load(config.data, config.data_dir or None)
         shape, num_classes = dataset.image_shape, dataset.num_classes

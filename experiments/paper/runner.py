@@ -12,7 +12,7 @@ from typing import Any
 from e2sad_jax import data
 from e2sad_jax._compile import platform
 from e2sad_jax._io import locked
-from e2sad_jax.data import Dataset
+from e2sad_jax.data import KNOWN, Dataset
 from e2sad_jax.errors import BusyError, ConfigError, NonFiniteError, OutOfTimeError, Stopped
 from e2sad_jax.evaluation import Attack, transfer
 from e2sad_jax.reporting import provenance
@@ -27,7 +27,7 @@ from experiments.paper.plan import Entry, Item, Scale
 
 TOGETHER = 8  # runs of one population on an accelerator, if it is faster so; the CPU never is
 POLL = 2.0  # seconds between looks at what another process is at work on
-PAPER_SIZES = {"mnist": (60_000, 10_000), "svhn": (73_257, 26_032)}
+PAPER_DATA = ("mnist", "svhn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,8 @@ class Reproduction:
     def is_paper_data(self, config: Config) -> bool:
         """Whether it is the paper's data set, not a part of it nor another one."""
         dataset = self.dataset_of(config)
-        return (len(dataset.x_train), len(dataset.x_test)) == PAPER_SIZES.get(dataset.name)
+        sizes = (len(dataset.x_train), len(dataset.x_test))
+        return dataset.name in PAPER_DATA and sizes == KNOWN[dataset.name][:2]
 
     def _place(self, config: Config) -> Config:
         """The configuration with what depends on the data: examples that are there, and the run's folder."""

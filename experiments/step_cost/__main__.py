@@ -17,7 +17,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags, as the main module's own: `--help` lists those."""
     from e2sad_jax.training.config import DEFENSES
-    from experiments.step_cost.request import IMAGE_SHAPES, ITERATED
+    from experiments.step_cost.request import DATA, ITERATED
 
     own: dict[str, Any] = {"module_name": sys.argv[0]}
     text = f"defenses; of {', '.join(DEFENSES)}, several with commas; natural is always measured"
@@ -27,7 +27,7 @@ def define_flags() -> None:
     flags.DEFINE_list("attack_steps", [], text, **own)
     flags.DEFINE_integer("batch_size", 256, "images a step; at least 1", **own)
     flags.DEFINE_integer("devices", 1, "devices to split each batch over; at least 1, or 0: all", **own)
-    flags.DEFINE_string("model", "mnist_cnn", f"network; one of {', '.join(IMAGE_SHAPES)}", **own)
+    flags.DEFINE_string("model", "mnist_cnn", f"network; one of {', '.join(DATA)}", **own)
     flags.DEFINE_integer("image_size", 0, "height and width of the images, 0: those of the model's data set", **own)
     text = "what the layers compute in; of float32, tf32, bf16, several with commas"
     flags.DEFINE_list("precision", ["float32"], text, **own)

@@ -5,17 +5,13 @@ import math
 from collections.abc import Sequence
 
 from e2sad_jax import distributed, networks
+from e2sad_jax.data import KNOWN
 from e2sad_jax.errors import ConfigError, DataError
 from e2sad_jax.training.config import DEFENSES, Config, check_at_least
 from experiments.step_cost import peers
 
 NUM_CLASSES = 10
-IMAGE_SHAPES = {
-    "mnist_cnn": (28, 28, 1),
-    "svhn_cnn": (32, 32, 3),
-    "digits_cnn": (8, 8, 1),
-    "preact_resnet18": (32, 32, 3),
-}
+DATA = {"mnist_cnn": "mnist", "svhn_cnn": "svhn", "digits_cnn": "digits", "preact_resnet18": "svhn"}  # of each model
 # Defenses whose attack takes as many steps as it is told, and how many where nothing else is asked for: the curve of one.
 ITERATED = {"ifgsm": (1, 2, 5, 10, 20, 30, 40), "pgd": (2, 10), "trades": (2, 10)}
 OURS = "e2sad_jax"
@@ -69,8 +65,8 @@ class Request:
         choices = {"defense": DEFENSES, "precision": tuple(networks.PRECISIONS), "peer": tuple(peers.VARIANTS)}
         for flag, allowed in choices.items():
             _check_list(flag, getattr(self, flag), allowed, empty=flag == "peer")
-        if self.model not in IMAGE_SHAPES:
-            raise ConfigError(f"--model={self.model}: must be one of {', '.join(IMAGE_SHAPES)}")
+        if self.model not in DATA:
+            raise ConfigError(f"--model={self.model}: must be one of {', '.join(DATA)}")
         if min(self.attack_steps, default=1) < 1:
             given = ",".join(map(str, self.attack_steps))
             raise ConfigError(f"--attack_steps={given}: must be at least 1 each; several with commas, as 1,10,30")
@@ -99,7 +95,7 @@ class Request:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the model's own data set, or of images of `image_size`."""
-        height, width, channels = IMAGE_SHAPES[self.model]
+        height, width, channels = KNOWN[DATA[self.model]].image_shape
         return (self.image_size or height, self.image_size or width, channels)
 
     def kinds(self) -> list[Kind]:

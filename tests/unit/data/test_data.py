@@ -1,13 +1,6 @@
-"""Data sets: the embedded digits, real MNIST through tensorflow-datasets, the command line.
+"""Data sets: the embedded digits, known names, splits, the command line."""
 
-Real MNIST is prepared once, from the original files where they are at hand; `test_data_prepare.py` has the rest of the
-preparation, in miniature.
-"""
-
-import gzip
-import json
 import pathlib
-import shutil
 import socket
 import subprocess
 import sys
@@ -16,15 +9,10 @@ import numpy as np
 import pytest
 
 from e2sad_jax import data
-from e2sad_jax.data import npz
-from e2sad_jax.errors import DataError
-
-MNIST_FILES = (
-    "train-images-idx3-ubyte.gz",
-    "train-labels-idx1-ubyte.gz",
-    "t10k-images-idx3-ubyte.gz",
-    "t10k-labels-idx1-ubyte.gz",
-)
+from e2sad_jax.data import KNOWN
+from e2sad_jax.data.__main__ import main
+from e2sad_jax.data.dataset import VALIDATION_EXAMPLES
+from e2sad_jax.errors import ConfigError, DataError
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +35,6 @@ def python(code, *args, **kwargs):
     done = subprocess.run(argv, capture_output=True, text=True, check=False, **kwargs)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def files_of(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def error_of(name, root, *words):
@@ -78,7 +62,7 @@ def test_digits_are_those_of_scikit_learn():
 def test_digits():
     digits = data.load("digits")
     assert (digits.name, digits.version, digits.num_classes, digits.image_shape) == ("digits", "", 10, (28, 28, 1))
-    assert (len(digits.x_train), len(digits.x_test)) == (1442, 355) == npz.OFFICIAL["digits"][:2]
+    assert (len(digits.x_train), len(digits.x_test)) == (1442, 355) == KNOWN["digits"][:2]
     assert digits.x_train.dtype == np.uint8
     assert (digits.x_train.min(), digits.x_train.max()) == (0, 255)
     share = np.bincount(digits.y_test) / np.bincount(np.concatenate([digits.y_train, digits.y_test]))
@@ -120,7 +104,7 @@ def test_default_data_dir(monkeypatch, tmp_path):
         assert data.default_data_dir() == tmp_path / ".cache" / "e2sad_jax"
 
 
-def test_import_is_cheap_and_no_device_is_touched():
+def test_import_is_cheap_and_no_device_is_touched_and_without_tensorflow_datasets_the_error_says_what_to_do(tmp_path):
     out = python(
         "import sys, e2sad_jax; before = set(sys.modules)\n"
         "from e2sad_jax import data\n"
@@ -129,118 +113,71 @@ def test_import_is_cheap_and_no_device_is_touched():
         "data.load('digits')\n"
         "print('sklearn' in sys.modules)\n"
         "from jax._src import xla_bridge; print(dict(xla_bridge._backends))\n"
+        "sys.modules['tensorflow_datasets'] = None\n"
+        "try: data.load('mnist', sys.argv[1])\n"
+        "except ValueError as error: print(error)\n",
+        tmp_path / "none",
     )
-    assert out.split("\n")[:3] == ["[]", "False", "{}"]
-
-
-BLOCK = """
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("tensorflow_datasets", "array_record", "tqdm", "PIL", "requests"):
-            raise ImportError(f"{name} is blocked")
-sys.meta_path.insert(0, Block())
-from e2sad_jax import data
-"""
-
-
-def test_without_tensorflow_datasets_the_error_says_what_to_do(tmp_path):
-    out = python(
-        BLOCK + "try: data.load('mnist', sys.argv[1])\nexcept data.DataError as err: print(err)", tmp_path / "none"
-    )
+    *first, message, _ = out.split("\n")
+    assert first == ["[]", "False", "{}"]
     for word in ("pip install 'e2sad_jax[data]'", "--data=mnist.npz", "--data=digits", str(tmp_path / "none")):
-        assert word in out
+        assert word in message
 
 
-# Real MNIST -----------------------------------------------------------------------------------------------------------
+# Splits ---------------------------------------------------------------------------------------------------------------
 
 
-DIE = """
-import os, sys
-from e2sad_jax import data
-from e2sad_jax.data import tfds
-original, count = tfds._pil, 0
-def pil(image):
-    global count
-    count += 1
-    return original(image) if count < 200 else os._exit(7)
-tfds._pil = pil
-data.load("mnist", sys.argv[1])
-"""
+def numbered(train=700, test=5):
+    """A data set whose images and labels hold their own number; labels of test images go on where those of training end."""
+    labels = np.arange(train + test, dtype=np.int32)
+    images = np.broadcast_to(labels[:, None, None, None] / 1000, (len(labels), 2, 2, 1)).astype(np.float32)
+    return data.Dataset("n", "", images[:train], labels[:train], images[train:], labels[train:], num_classes=1000)
 
 
-@pytest.fixture(scope="module")
-def mnist_originals(shared):
-    return shared("data/mnist")
+def check_pairs(dataset):
+    for x, y in ((dataset.x_train, dataset.y_train), (dataset.x_test, dataset.y_test)):
+        np.testing.assert_array_equal(np.round(x[:, 0, 0, 0] * 1000), y)
 
 
-@pytest.fixture(scope="module")
-def mnist_root(tmp_path_factory, mnist_originals):
-    """Real MNIST, prepared after a process died in the middle of preparing it, beside a set of somebody else's."""
-    root = tmp_path_factory.mktemp("mnist")
-    manual = root / "downloads" / "manual"
-    manual.mkdir(parents=True)
-    for file in MNIST_FILES:
-        shutil.copy(mnist_originals / file, manual / file)
-    # What tensorflow-datasets itself would have left in this folder for somebody who uses TensorFlow.
-    foreign = root / "mnist" / "3.0.1"
-    foreign.mkdir(parents=True)
-    (foreign / "dataset_info.json").write_text('{"name": "mnist", "version": "3.0.1", "fileFormat": "tfrecord"}')
-    (foreign / "mnist-test.tfrecord-00000-of-00001").write_bytes(b"not ours")
-    argv = [sys.executable, "-c", DIE, str(root)]
-    died = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert died.returncode == 7, died.stderr
-    assert [path for path in (root / "array_record" / "mnist").iterdir() if "incomplete" in path.name]
-    data.load("mnist", root)
-    return root
+def test_held_out_images_train_nothing_and_test_images_are_never_among_them():
+    dataset = numbered()
+    train, validation = data.hold_out(dataset, 100)
+    check_pairs(train)
+    check_pairs(validation)
+    assert (len(train.x_train), len(validation.x_test)) == (600, 100)
+    np.testing.assert_array_equal(np.sort(np.concatenate([train.y_train, validation.y_test])), np.arange(700))
+    assert train.x_test is not None
+    np.testing.assert_array_equal(train.y_test, dataset.y_test)
+    assert (np.diff(validation.y_test) != 1).any(), "not simply the first"
+    again = data.hold_out(dataset, 100)[1]
+    np.testing.assert_array_equal(again.y_test, validation.y_test)
+    # A larger validation set holds the smaller one.
+    assert set(validation.y_test) < set(data.hold_out(dataset, 200)[1].y_test)
 
 
-def test_real_mnist(mnist_root, mnist_originals, monkeypatch):
-    from e2sad_jax.data import tfds
-
-    # A second load reads neither records nor original files.
-    monkeypatch.setattr(tfds, "prepare", None)
-    dataset = data.load("mnist", str(mnist_root))
-    assert (dataset.name, dataset.version, dataset.num_classes) == ("mnist", "3.0.1", 10)
-    assert dataset.image_shape == (28, 28, 1)
-    known = pathlib.Path(sys.modules["tensorflow_datasets"].__file__).parent / "url_checksums" / "mnist.txt"
-    registered = {line.split("\t")[3]: line.split("\t")[2] for line in known.read_text().splitlines()}
-    assert dict(dataset.source_sha256) == registered
-    for split, prefix in (("train", "train"), ("test", "t10k")):
-        images = gzip.decompress((mnist_originals / f"{prefix}-images-idx3-ubyte.gz").read_bytes())[16:]
-        labels = gzip.decompress((mnist_originals / f"{prefix}-labels-idx1-ubyte.gz").read_bytes())[8:]
-        expected = sorted((images[i * 784 : (i + 1) * 784], label) for i, label in enumerate(labels))
-        x, y = getattr(dataset, f"x_{split}"), getattr(dataset, f"y_{split}")
-        assert sorted((image.tobytes(), int(label)) for image, label in zip(x, y, strict=True)) == expected
+def test_without_held_out_images_training_images_choose_and_all_train():
+    dataset = numbered()
+    train, validation = data.hold_out(dataset, 0)
+    assert train is dataset
+    check_pairs(validation)
+    assert len(validation.x_test) == VALIDATION_EXAMPLES
+    assert set(validation.y_test) < set(range(700))
+    assert len(data.hold_out(numbered(20), 0)[1].x_test) == 20
 
 
-def test_real_mnist_is_array_record_and_needs_no_tensorflow(mnist_root):
-    folder = mnist_root / "array_record" / "mnist"
-    assert [path.name for path in folder.iterdir()] == ["3.0.1"]  # nothing is left of the process that died
-    assert json.loads((folder / "3.0.1" / "dataset_info.json").read_text())["fileFormat"] == "array_record"
-    assert list((folder / "3.0.1").glob("mnist-train.array_record-*"))
-    assert "tensorflow" not in sys.modules
+def test_some_images_must_be_left_to_train():
+    with pytest.raises(ConfigError, match=r"--validation_examples=700: must be below the 700 training images of n"):
+        data.hold_out(numbered(), 700)
 
 
-def test_foreign_preparation_is_left_alone(mnist_root):
-    assert files_of(mnist_root / "mnist") == ["3.0.1/dataset_info.json", "3.0.1/mnist-test.tfrecord-00000-of-00001"]
-    assert (mnist_root / "mnist" / "3.0.1" / "mnist-test.tfrecord-00000-of-00001").read_bytes() == b"not ours"
-
-
-def test_exported_mnist_is_mnist_where_tensorflow_datasets_is_not(mnist_root, tmp_path, capsys):
-    to = tmp_path / "mnist.npz"
-    assert data.main(["mnist", f"--to={to}", f"--data_dir={mnist_root}"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1
-    for word in (str(to), "mnist 3.0.1", "60000 train", "10000 test", "28x28x1", "MB"):
-        assert word in out
-    code = (
-        BLOCK + "d = data.load(sys.argv[1]); print(d.name, d.version, d.sha256, len(d.x_train), len(d.source_sha256))"
-    )
-    dataset = data.load("mnist", mnist_root)
-    assert python(code, to).split() == ["mnist", "3.0.1", dataset.sha256, "60000", "4"]
-    # The prepared folder alone is enough as well.
-    assert python(BLOCK + "print(data.load('mnist', sys.argv[1]).name)", mnist_root).strip() == "mnist"
+def test_parts_keep_images_with_their_labels():
+    dataset = numbered()
+    part = data.subset(dataset, train=np.array([3, 1]), test=slice(1, 3))
+    check_pairs(part)
+    assert (part.y_train.tolist(), part.y_test.tolist()) == ([3, 1], [701, 702])
+    assert (part.name, part.num_classes) == ("n", 1000)
+    np.testing.assert_array_equal(data.first_test_images(dataset, 2).y_test, [700, 701])
+    assert data.first_test_images(dataset, 0) is dataset
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
@@ -264,23 +201,23 @@ def test_export_of_digits(tmp_path):
 def test_export_to_an_existing_file(tmp_path, capsys):
     to = tmp_path / "d.npz"
     to.write_text("mine")
-    assert data.main(["digits", "--to", str(to)]) == 2
+    assert main(["digits", "--to", str(to)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert "--overwrite" in err
     assert str(to) in err
     assert to.read_text() == "mine"
-    assert data.main(["--overwrite", "--to", str(to), "digits"]) == 0
+    assert main(["--overwrite", "--to", str(to), "digits"]) == 0
     assert data.load(str(to)).name == "digits"
 
 
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
-        ([], "expected one DATA"),
-        (["digits"], "--to=FILE.npz is missing"),
-        (["--to=a.npz"], "expected one DATA"),
-        (["digits", "svhn", "--to=a.npz"], "expected one DATA, got 2"),
+        ([], "required: DATA, --to"),
+        (["digits"], "required: --to"),
+        (["--to=a.npz"], "required: DATA"),
+        (["digits", "svhn", "--to=a.npz"], "unrecognized arguments: svhn"),
         (["digits", "--to=a.npz", "--two=b"], "two"),
         (["digits", "--to"], "to"),
         (["digits", "--to=a.npz", "--overwrite=maybe"], "overwrite"),
@@ -293,7 +230,7 @@ def test_export_to_an_existing_file(tmp_path, capsys):
 )
 def test_errors_are_one_line_and_exit_code_2(argv, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert data.main(argv) == 2
+    assert main(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -304,7 +241,9 @@ def test_errors_are_one_line_and_exit_code_2(argv, word, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help(flag, capsys):
-    assert data.main([flag]) == 0
+    with pytest.raises(SystemExit) as caught:
+        main([flag])
+    assert caught.value.code == 0
     out = capsys.readouterr().out
     for word in ("python -m e2sad_jax.data", "--to", "--data_dir", "--overwrite", "downloads/manual", "E2SAD_DATA_DIR"):
         assert word in out

@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from e2sad_jax.data import Dataset, load, load_npz, npz, write_npz
+from e2sad_jax.data import KNOWN, Dataset, load, load_npz, npz, write_npz
 from e2sad_jax.errors import DataError
 
 
@@ -255,12 +255,10 @@ def test_a_part_does_not_pass_for_the_whole(tmp_path, monkeypatch, name):
         write_npz(dataset(name=name), tmp_path / "a.npz")
     assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patch:
-        patch.setattr(npz, "OFFICIAL", {})
+        patch.delitem(KNOWN, name)
         write_npz(dataset(name=name), tmp_path / "a.npz")
-    official = npz.OFFICIAL[name]
-    refusal(
-        tmp_path / "a.npz", f"claims to be {name}", "12 train", f"{official.train} train", "drop the member metadata"
-    )
+    whole = f"{KNOWN[name].train} train"
+    refusal(tmp_path / "a.npz", f"claims to be {name}", "12 train", whole, "drop the member metadata")
 
 
 def test_write_refuses_what_load_would_refuse(tmp_path):

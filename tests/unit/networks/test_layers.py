@@ -12,7 +12,8 @@ import scipy.signal
 from flax import linen as nn
 from jax.test_util import check_grads
 
-from e2sad_jax import distributed, networks
+from benchmarks.collectives import collective_bytes
+from e2sad_jax import networks
 from e2sad_jax._compile import straight_line
 from e2sad_jax.networks import cpu_conv
 
@@ -155,7 +156,7 @@ def test_on_several_devices_only_the_kernels_gradient_is_summed():
         return back(y)
 
     compiled = jax.jit(gradients, in_shardings=(rows, whole), out_shardings=(rows, whole)).lower(x, w).compile()
-    assert distributed.collective_bytes(compiled) == {"all-reduce": w.nbytes}
+    assert collective_bytes(compiled) == {"all-reduce": w.nbytes}
     for two, one in zip(compiled(jax.device_put(x, rows), jax.device_put(w, whole)), gradients(x, w), strict=True):
         np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-3)
 

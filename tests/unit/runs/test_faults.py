@@ -5,7 +5,6 @@ The short version of `make torture`, which does such things to many real runs.
 
 import dataclasses
 import errno
-import fcntl
 import logging
 import os
 import pathlib
@@ -13,7 +12,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,10 +27,9 @@ from benchmarks.faults import __main__ as torture
 from benchmarks.faults import phases, runs
 from benchmarks.faults.damage import flip, truncate
 from e2sad_jax import cli, errors
-from e2sad_jax._io import LOCK, locked, sealed, write_json
+from e2sad_jax._io import LOCK, sealed, write_json
 from e2sad_jax.comparison import judge
 from e2sad_jax.errors import (
-    BusyError,
     CheckpointError,
     DamagedError,
     DeviceError,
@@ -241,36 +238,6 @@ def test_what_attacks_left_is_never_read_wrong(tmp_path, capsys):
     assert "auto.json is of no use" in capsys.readouterr().err
 
 
-def test_a_lock_names_its_process_and_nobody_when_it_is_free(tmp_path):
-    with locked(tmp_path):
-        with pytest.raises(BusyError, match=rf"at work in .* \(process {os.getpid()} on {socket.gethostname()}\)"):
-            locked(tmp_path).__enter__()
-        assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
-    assert (tmp_path / LOCK).read_text() == ""
-    (tmp_path / LOCK).write_bytes(b"process 1 on \xff")  # of one that was killed; the system has no lock of it
-    with locked(tmp_path):
-        pass
-
-
-def test_without_locks_of_the_system_the_file_alone_counts(tmp_path, monkeypatch):
-    def unsupported(*args):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    here = socket.gethostname()
-    for owner in (f"process {os.getppid()} on {here}", f"process {ended.pid} on elsewhere", "process 12 of mine"):
-        (tmp_path / LOCK).write_text(owner)
-        with pytest.raises(BusyError, match=rf"\({owner}\).*; if it is gone, delete {tmp_path / LOCK}"):
-            locked(tmp_path).__enter__()
-    (tmp_path / LOCK).write_text(f"process {ended.pid} on {here}")
-    with locked(tmp_path), pytest.raises(BusyError):
-        locked(tmp_path).__enter__()
-    with locked(tmp_path):
-        pass
-
-
 class Full:
     """A file on a disk that is full after a while."""
 
@@ -455,9 +422,11 @@ def test_a_full_disk_is_not_taken_for_memory_and_orbaxs_threads_tell_nothing_twi
     error = ValueError(
         f'RESOURCE_EXHAUSTED: Error writing "{"x" * 400}": [OS error 28: ENOSPC No space left on device]'
     )
-    assert errors.of_device(error, "in training", "all is kept", "--batch_size") is None
+    assert errors.as_device_error(error, "in training", "all is kept", "--batch_size") is None
     assert errors.reason(error) == "No space left on device"
-    assert isinstance(errors.of_device(ValueError("RESOURCE_EXHAUSTED: Out of memory"), "", "", ""), OutOfMemoryError)
+    assert isinstance(
+        errors.as_device_error(ValueError("RESOURCE_EXHAUSTED: Out of memory"), "", "", ""), OutOfMemoryError
+    )
 
     def record(path: str, raised: bool) -> logging.LogRecord:
         return logging.LogRecord(

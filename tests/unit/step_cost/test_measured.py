@@ -32,7 +32,13 @@ TIMES = ("milliseconds", "fastest", "lower_quartile", "upper_quartile", "slowest
 def measured():
     """Natural training and IFGSM, really compiled and timed, though briefly."""
     request = Request(
-        defense=("ifgsm",), attack_steps=(2, 3, 4), model="digits_cnn", batch_size=8, rounds=3, seconds=0.0
+        defense=("ifgsm",),
+        attack_steps=(2, 3, 4),
+        model="digits_cnn",
+        image_size=8,
+        batch_size=8,
+        rounds=3,
+        seconds=0.0,
     )
     with jax.numpy_dtype_promotion("standard"):
         return measure.measure(request, lambda result: None)
@@ -196,7 +202,14 @@ def test_ctrl_c_before_the_first_round_writes_nothing(made_up, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_measurement_with_what_there_is(number, tmp_path):
     """Sent twice at once, as `timeout` and a terminal do to a process and to its group."""
-    flags = ["--defense=natural", "--model=digits_cnn", "--batch_size=8", "--rounds=1000000", "--seconds=0.001"]
+    flags = [
+        "--defense=natural",
+        "--model=digits_cnn",
+        "--image_size=8",
+        "--batch_size=8",
+        "--rounds=1000000",
+        "--seconds=0.001",
+    ]
     with subprocess.Popen(
         [sys.executable, "-m", "experiments.step_cost", *flags, f"--results={tmp_path}"],
         cwd=ROOT,
@@ -426,7 +439,14 @@ def command(*flags):
 
 
 def test_from_the_command_to_its_files(tmp_path):
-    flags = ["--defense=natural", "--model=digits_cnn", "--batch_size=8", "--rounds=2", "--seconds=0.001"]
+    flags = [
+        "--defense=natural",
+        "--model=digits_cnn",
+        "--image_size=8",
+        "--batch_size=8",
+        "--rounds=2",
+        "--seconds=0.001",
+    ]
     done = command(*flags, f"--results={tmp_path}")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import e2sad_jax
+from benchmarks.collectives import collective_bytes
 from e2sad_jax import distributed, networks, training
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.errors import ConfigError
@@ -102,7 +103,7 @@ def test_each_device_works_on_its_part_of_the_batch_and_sends_gradients_only(def
     assert "f32[2,8,8,4]" in text
     kinds = set(re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text))
     assert kinds == {"all-reduce"}
-    sent = distributed.collective_bytes(program)
+    sent = collective_bytes(program)
     parameters = 4 * networks.count_parameters(state.params)
     assert points * 0.9 * parameters <= sent["all-reduce"] <= points * parameters + 64
 
@@ -130,7 +131,7 @@ def test_each_device_works_on_its_part_of_the_batch_and_sends_gradients_only(def
 )
 def test_bytes_of_a_collective_are_those_of_its_result(line, sent):
     """As XLA prints them: what begins an asynchronous one carries its operands along, except of a sum."""
-    assert distributed.collective_bytes(types.SimpleNamespace(as_text=lambda: line)) == sent
+    assert collective_bytes(types.SimpleNamespace(as_text=lambda: line)) == sent
 
 
 def test_a_checkpoint_of_eight_devices_goes_on_on_one_and_the_reverse(no_evaluation, tmp_path):  # noqa: F811

@@ -1,0 +1,248 @@
+"""The data set that everything takes, its splits, and what its arrays must hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from e2sad_jax import _io
+from e2sad_jax.data.known import KNOWN, Known
+from e2sad_jax.errors import ConfigError, DataError
+
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+MAX_CLASSES = 2**31 - 1  # labels are int32
+VALIDATION_EXAMPLES = 500  # size of the validation set where no training images are held out
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images and labels in host memory, with what a report says about them.
+
+    The arrays are kept as read-only views, because `sha256` identifies their content.
+
+    Attributes:
+      name: `mnist`, `svhn` or `digits`; for a user's file its stem. Every report shows it.
+      version: the tensorflow-datasets version, or "".
+      x_train: training images `[N, H, W, C]`, uint8 in 0..255, or float32 in [0, 1] if the user's file holds floats.
+      y_train: their labels `[N]`, int32 in [0, num_classes).
+      x_test: test images `[M, H, W, C]`, of the dtype of `x_train`.
+      y_test: their labels `[M]`, int32 in [0, num_classes).
+      num_classes: number of classes, at least 2.
+      source_sha256: SHA-256 of each original file by its name (`mnist`, `svhn`), else empty.
+    """
+
+    name: str
+    version: str
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    num_classes: int
+    source_sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for member in ARRAYS:
+            view = np.asarray(getattr(self, member)).view()
+            view.flags.writeable = False
+            object.__setattr__(self, member, view)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """SHA-256 of dtype, shape and bytes of the four arrays, and of `num_classes`; the name is not part of it."""
+        return _io.digest({member: getattr(self, member) for member in ARRAYS}, f"num_classes={self.num_classes}\n")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (H, W, C) of one image."""
+        height, width, channels = self.x_train.shape[1:]
+        return height, width, channels
+
+
+def first_test_images(dataset: Dataset, count: int) -> Dataset:
+    """Returns the data set with its first `count` test images; with all of them for 0."""
+    return subset(dataset, test=slice(count)) if count else dataset
+
+
+def hold_out(dataset: Dataset, count: int) -> tuple[Dataset, Dataset]:
+    """Splits the training images into those that train and those that choose the best checkpoint.
+
+    The choice of images depends on their number and `count` alone. The test images are never looked at.
+
+    Args:
+      dataset: all the data.
+      count: how many training images to hold out. 0 holds out none: `VALIDATION_EXAMPLES` of the training images choose
+        the checkpoint. They show a collapse under attack but not overfitting, and the paper's training set stays whole.
+
+    Returns:
+      The data set without the held-out images, and the data set whose test images are the validation set.
+
+    Raises:
+      ConfigError: if no training images are left.
+    """
+    n = len(dataset.x_train)
+    if count >= n:
+        raise ConfigError(f"--validation_examples={count}: must be below the {n:,} training images of {dataset.name}")
+    order = np.random.default_rng(0).permutation(n)
+    chosen = order[: count or VALIDATION_EXAMPLES]
+    validation = dataclasses.replace(dataset, x_test=dataset.x_train[chosen], y_test=dataset.y_train[chosen])
+    return (subset(dataset, train=order[count:]) if count else dataset), validation
+
+
+def subset(
+    dataset: Dataset, train: slice | np.ndarray = slice(None), test: slice | np.ndarray = slice(None)
+) -> Dataset:
+    """Returns a part of a data set, under the same name.
+
+    Args:
+      dataset: all the data.
+      train: which training images: a slice, indices, or a mask.
+      test: which test images.
+    """
+    return dataclasses.replace(
+        dataset,
+        x_train=dataset.x_train[train],
+        y_train=dataset.y_train[train],
+        x_test=dataset.x_test[test],
+        y_test=dataset.y_test[test],
+    )
+
+
+def checked(where: str, arrays: Mapping[str, np.ndarray], num_classes: Any | None) -> tuple[dict[str, Any], int]:
+    """Checks the four arrays of a data set, each by itself and against each other.
+
+    Args:
+      where: what the messages name, usually a file.
+      arrays: `x_train`, `y_train`, `x_test`, `y_test`. Images are `[N, H, W]` or `[N, H, W, C]`, uint8 or floats in
+        [0, 1]; labels are integers `[N]` or `[N, 1]`.
+      num_classes: number of classes; None for max(y_train) + 1, at least 2.
+
+    Returns:
+      The arrays in the form that `Dataset` describes, and the number of classes.
+
+    Raises:
+      DataError: if `Dataset` does not allow them.
+    """
+    images = {split: _checked_images(where, f"x_{split}", arrays[f"x_{split}"]) for split in ("train", "test")}
+    labels = {split: _checked_labels(where, f"y_{split}", arrays[f"y_{split}"], len(images[split])) for split in images}
+    train, test = images["train"], images["test"]
+    if train.shape[1:] != test.shape[1:]:
+        raise DataError(
+            f"{where}: images of x_train are {train.shape[1:]} but of x_test {test.shape[1:]}; make them equal"
+        )
+    if train.dtype != test.dtype:
+        raise DataError(
+            f"{where}: x_train is {train.dtype} but x_test {test.dtype}; store both as uint8, or both as floats in [0, 1]"
+        )
+    if num_classes is None:
+        largest = int(labels["train"].argmax())
+        count, bound = max(2, int(labels["train"][largest]) + 1), "max(y_train) + 1; set num_classes for more"
+        if count > max(2, len(train)):  # a stray label would make a last layer of that many classes
+            raise DataError(
+                f"{where}: y_train[{largest}] is {count - 1}, more classes than the {len(train)} training images; "
+                f"set num_classes={count} if it is meant"
+            )
+    else:
+        count, bound = _checked_num_classes(where, num_classes), "the file's num_classes"
+    for split, values in labels.items():
+        index = int(values.argmax())
+        if values[index] >= count:
+            raise DataError(
+                f"{where}: y_{split}[{index}] is {values[index]}; labels must be integers in [0, {count}) "
+                f"({count} is {bound})"
+            )
+    return {"x_train": train, "y_train": labels["train"], "x_test": test, "y_test": labels["test"]}, count
+
+
+def _checked_images(where: str, member: str, images: np.ndarray) -> np.ndarray:
+    """Returns images as `[N, H, W, C]` uint8, or float32 in [0, 1]."""
+    if images.ndim not in (3, 4):
+        raise DataError(f"{where}: {member} has shape {images.shape}; expected [N, H, W] or [N, H, W, C]")
+    if images.shape[0] == 0:
+        raise DataError(f"{where}: {member} holds no images (shape {images.shape}); it needs at least one")
+    if 0 in images.shape:
+        raise DataError(f"{where}: {member} has shape {images.shape}; height, width and channels must be at least 1")
+    if images.ndim == 3:
+        images = images[..., np.newaxis]
+    if images.dtype == np.uint8:
+        return np.ascontiguousarray(images)
+    if not np.issubdtype(images.dtype, np.floating):
+        remedy = "store 0..255 as uint8 (images.astype(numpy.uint8)), or floats in [0, 1]"
+        raise DataError(f"{where}: {member} is {images.dtype}; pixels must be uint8 or floating: {remedy}")
+    low, high = float(images.min()), float(images.max())
+    with np.errstate(over="ignore"):  # after rounding to float32, a float64 1 + 1e-12 is still 1
+        inside = np.float32(low) >= 0 and np.float32(high) <= 1
+    if not inside:  # NaN is never inside
+        if np.isnan(low) or np.isinf(low) or np.isinf(high):
+            bad = int(images.size - np.count_nonzero(np.isfinite(images)))
+            remedy = f"{bad} of its {images.size} values are NaN or infinite: remove or repair them"
+        elif low >= 0 and high <= 255:
+            remedy = "the values look like 0..255: store them as uint8, or divide them by 255"
+        else:
+            remedy = "rescale them to [0, 1]"
+        raise DataError(f"{where}: {member} holds pixels from {low:.6g} to {high:.6g}, outside [0, 1]; {remedy}")
+    return np.ascontiguousarray(images, dtype=np.float32)
+
+
+def _checked_labels(where: str, member: str, labels: np.ndarray, count: int) -> np.ndarray:
+    """Returns the labels of `count` images as `[N]` int32 of at least 0."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1:
+        remedy = "; one-hot labels: use labels.argmax(axis=1)" if labels.ndim == 2 else ""
+        raise DataError(f"{where}: {member} has shape {labels.shape}; expected [N] or [N, 1]{remedy}")
+    if labels.dtype.kind not in "iu":
+        raise DataError(
+            f"{where}: {member} is {labels.dtype}; labels must be integers in [0, K): use labels.astype(numpy.int32)"
+        )
+    if len(labels) != count:
+        images = member.replace("y_", "x_")
+        raise DataError(
+            f"{where}: {member} holds {len(labels)} labels but {images} {count} images; "
+            "each image needs exactly one label"
+        )
+    if labels[index := int(labels.argmin())] < 0:
+        raise DataError(f"{where}: {member}[{index}] is {labels[index]}; labels must be integers in [0, K)")
+    if labels[index := int(labels.argmax())] >= MAX_CLASSES:
+        raise DataError(f"{where}: {member}[{index}] is {labels[index]}; labels must be below {MAX_CLASSES}")
+    return labels.astype(np.int32)
+
+
+def _checked_num_classes(where: str, value: Any) -> int:
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind not in "iu":
+        raise DataError(f"{where}: num_classes has dtype {array.dtype}, shape {array.shape}; expected one integer")
+    count = int(array.reshape(()))
+    if not 2 <= count <= MAX_CLASSES:
+        raise DataError(f"{where}: num_classes is {count}; it must be between 2 and {MAX_CLASSES}")
+    return count
+
+
+def check_claim(where: str, dataset: Dataset) -> None:
+    """Refuses a data set that has a known name but not that data set's sizes.
+
+    Args:
+      where: what the message names, usually a file.
+      dataset: the data set.
+
+    Raises:
+      DataError: if the sizes or the dtype differ from those in `KNOWN`.
+    """
+    known = KNOWN.get(dataset.name.strip().casefold())
+    if known is None:
+        return
+    found = Known(len(dataset.x_train), len(dataset.x_test), dataset.image_shape, dataset.num_classes)
+    if found != known or dataset.x_train.dtype != np.uint8:
+        raise DataError(
+            f"{where}: claims to be {dataset.name}, but holds {_in_words(found)} ({dataset.x_train.dtype}) where the "
+            f"official {dataset.name} holds {_in_words(known)} (uint8); drop the member metadata, or give it another "
+            "name, to use the file as a data set of your own"
+        )
+
+
+def _in_words(sizes: Known) -> str:
+    shape = "x".join(map(str, sizes.image_shape))
+    return f"{sizes.train} train and {sizes.test} test images of {shape} in {sizes.num_classes} classes"
