@@ -12,10 +12,9 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import jax.numpy as jnp
 
-from e2sad_jax import distributed, networks
+from e2sad_jax import distributed, networks, training
 from e2sad_jax.reporting import provenance
 from e2sad_jax.training.config import Config
-from experiments.step_cost import counts
 from experiments.step_cost.step import Step
 
 SHAPE, CLASSES = (28, 28, 1), 10
@@ -61,7 +60,7 @@ def main() -> None:
     print(f"| --- | ---: {'| ---: ' * len(columns)}|")
     crossings: list[float] = []
     for defense in DEFENSES:
-        counted = counts.counts(Config(defense=defense), SHAPE, CLASSES)
+        counted = training.step_counts(Config(defense=defense), SHAPE, CLASSES)
         assert counted is not None
         per_image = counted["flops"] / batch / (SHARE * PEAK)  # seconds
         # Needed, and as compiled here.
