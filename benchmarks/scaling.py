@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.collectives import collective_bytes
-from e2sad_jax import networks
+from e2sad_jax import networks, training
 from e2sad_jax.reporting import provenance
 from e2sad_jax.training.config import Config
-from experiments.step_cost import counts
 from experiments.step_cost.step import Step
 
 SHAPE, CLASSES = (28, 28, 1), 10
@@ -62,7 +61,7 @@ def main() -> None:
     print(f"| --- | ---: {'| ---: ' * len(columns)}|")
     crossings: list[float] = []
     for defense in DEFENSES:
-        counted = counts.counts(Config(defense=defense), SHAPE, CLASSES)
+        counted = training.step_counts(Config(defense=defense), SHAPE, CLASSES)
         assert counted is not None
         per_image = counted["flops"] / batch / (SHARE * PEAK)  # seconds
         # Needed, and as compiled here.

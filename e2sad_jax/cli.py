@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import logging as standard_logging
 import os
 import pathlib
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from e2sad_jax.defenses import DEFENSES, Setting, readers
 from e2sad_jax.errors import (
     FULL,
     ConfigError,
@@ -28,11 +30,11 @@ from e2sad_jax.errors import (
     printable,
 )
 from e2sad_jax.runs import _malloc, supervisor
-from e2sad_jax.training import config as config_lib
-from e2sad_jax.training.config import Config
+from e2sad_jax.training.config import COMMON, PRESETS, SCHEDULE, Config, configure, preset, setting_of
 
 FLAGS = flags.FLAGS
 PATIENCE = 4.0  # seconds that Python has to see to a signal
+PLUGINS = "E2SAD_JAX_DEFENSES"  # modules with defenses of the user's own
 _connected = False  # to other processes of the same run
 DEFINE: Mapping[type, Callable[..., Any]] = {
     bool: flags.DEFINE_bool,
@@ -59,7 +61,7 @@ def main(
     """
     by_defense = by_defense or {}
     define_flags(defaults, by_defense, baseline)
-    launch(lambda: _run(suite, by_defense), "the workdir's last checkpoint is safe")
+    launch(lambda: _run(suite, defaults, by_defense), "the workdir's last checkpoint is safe")
 
 
 def launch(run: Callable[[], None], saved: str, *, resumes: bool = True) -> None:
@@ -79,14 +81,20 @@ def launch(run: Callable[[], None], saved: str, *, resumes: bool = True) -> None
 
 def define_flags(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[str, Any]], baseline: str) -> None:
     """Defines a flag for each setting, with its range in the help text, as the main module's own: `--help` lists those."""
-    for field in dataclasses.fields(Config):
+    import_defenses()
+    for field in COMMON:
         special = [f"{s[field.name]} for {d}" for d, s in by_defense.items() if field.name in s]
         more = f" (unless given: {', '.join(special)})" if special else ""
-        define_flag(field, defaults.get(field.name, field.default), more)
-    text = f"settings of e2SAD by name; flags given have precedence; one of {', '.join(config_lib.PRESETS)}"
-    flags.DEFINE_string("preset", config_lib.PRESETS[0], text, module_name=sys.argv[0])
-    choices = ", ".join(config_lib.DEFENSES)
-    text = f"defense to train and show beside it; one of {choices}; empty: none"
+        _define(setting_of(field), defaults.get(field.name, field.default), more)
+    for setting in _own_settings():
+        its_defaults = {d: _own_defaults(d, defaults, by_defense)[setting.name] for d in readers(setting.name)}
+        value = next(iter(its_defaults.values()))
+        special = [f"{other} for {d}" for d, other in its_defaults.items() if other != value]
+        more = f"; read by {', '.join(its_defaults)}" + (f" (unless given: {', '.join(special)})" if special else "")
+        _define(setting, value, more)
+    text = f"settings of e2SAD by name; flags given have precedence; one of {', '.join(PRESETS)}"
+    flags.DEFINE_string("preset", PRESETS[0], text, module_name=sys.argv[0])
+    text = f"defense to train and show beside it; one of {', '.join(DEFENSES)}; empty: none"
     flags.DEFINE_string("baseline", baseline, text, module_name=sys.argv[0])
     flags.DEFINE_string(
         "coordinator",
@@ -99,50 +107,81 @@ def define_flags(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[s
     flags.DEFINE_bool("describe", False, "print the network's layers and stop", module_name=sys.argv[0])
 
 
-def read_configs(by_defense: Mapping[str, Mapping[str, Any]]) -> list[Config]:
+def read_configs(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[str, Any]]) -> list[Config]:
     """The configuration that the flags say, after that of the baseline where there is one.
 
     Raises:
-      ConfigError: if a value is out of range.
+      ConfigError: if a value is out of range, or a flag is given that the defense does not read.
     """
-    config = _read_config(by_defense, FLAGS.defense)
+    config = _read_config(defaults, by_defense, FLAGS.defense)
     config = dataclasses.replace(config, workdir=config.workdir or config.default_workdir())
-    if FLAGS.baseline not in ("", *config_lib.DEFENSES):
-        raise ConfigError(f"--baseline={FLAGS.baseline}: must be empty or one of {', '.join(config_lib.DEFENSES)}")
+    if FLAGS.baseline not in ("", *DEFENSES):
+        raise ConfigError(f"--baseline={FLAGS.baseline}: must be empty or one of {', '.join(DEFENSES)}")
     if FLAGS.baseline in ("", config.defense):
         return [config]
     workdir = pathlib.Path(config.workdir).expanduser()
     if workdir.name in ("", ".."):
         workdir = workdir.resolve()
     beside = workdir.with_name(f"{workdir.name}-{FLAGS.baseline}")
-    return [dataclasses.replace(_read_config(by_defense, FLAGS.baseline), workdir=str(beside)), config]
+    return [dataclasses.replace(_read_config(defaults, by_defense, FLAGS.baseline), workdir=str(beside)), config]
 
 
-def define_flag(field: "dataclasses.Field[Any]", default: Any = dataclasses.MISSING, more: str = "") -> None:
+def define_flag(field: "dataclasses.Field[Any]") -> None:
     """Defines the flag of a `config.setting`, with its range in the help text, as the main module's own."""
-    text = field.metadata["help"]
-    if allowed := config_lib.range_of(field):
-        text += f"; {allowed}"
-    default = field.default if default is dataclasses.MISSING else default
-    DEFINE[type(default)](field.name, list(default) if default == () else default, text + more, module_name=sys.argv[0])
+    _define(setting_of(field), field.default)
 
 
-def _read_config(by_defense: Mapping[str, Mapping[str, Any]], defense: str) -> Config:
-    values: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Config)}
+def import_defenses() -> None:
+    """Imports the modules that $E2SAD_JAX_DEFENSES names, with commas between them: they register defenses of their own."""
+    for name in filter(None, os.environ.get(PLUGINS, "").split(",")):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            _fail(f"${PLUGINS} names {name}: {error}; it must be a module that Python finds, as on $PYTHONPATH", 2)
+
+
+def _define(setting: Setting, default: Any, more: str = "") -> None:
+    text = setting.help + (f"; {setting.range}" if setting.range else "") + more
+    define = DEFINE[type(default)]
+    define(setting.name, list(default) if default == () else default, text, module_name=sys.argv[0])
+
+
+def _own_settings() -> list[Setting]:
+    """The settings that defenses alone read, each once."""
+    return list({s.name: s for defense in reversed(DEFENSES.values()) for s in defense.settings}.values())
+
+
+def _own_defaults(
+    defense: str, defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The values of a defense's own settings in this experiment where no flag is given."""
+    own = DEFENSES[defense].defaults()
+    return {name: value for name, value in {**own, **defaults, **by_defense.get(defense, {})}.items() if name in own}
+
+
+def _read_config(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[str, Any]], defense: str) -> Config:
+    values: dict[str, Any] = {field.name: FLAGS[field.name].value for field in COMMON}
     values["defense"] = defense
-    named = config_lib.preset(FLAGS.preset, values["eps1"])
+    if defense not in DEFENSES:
+        return Config(defense=defense)  # which refuses it
+    own = _own_defaults(defense, defaults, by_defense)
+    given = {s.name: FLAGS[s.name].value for s in _own_settings() if FLAGS[s.name].present}
+    if defense != FLAGS.defense:  # a baseline takes what it reads
+        given = {name: value for name, value in given.items() if name in own}
+    named = preset(FLAGS.preset, values["eps1"])
     if named and FLAGS.defense != "e2sad":
         raise ConfigError(
             f"--preset={FLAGS.preset}: is one of --defense=e2sad, not of {FLAGS.defense}; leave it out, or train e2sad"
         )
     if defense != "e2sad":  # a baseline has the same schedule and labels
-        named = {name: value for name, value in named.items() if name in (*config_lib.SCHEDULE, "soft_label")}
+        named = {name: value for name, value in named.items() if name in (*SCHEDULE, "soft_label")}
     for name, value in {**by_defense.get(defense, {}), **named}.items():
-        if not FLAGS[name].present:
+        if name in values and not FLAGS[name].present:
             values[name] = value
     if FLAGS["steps"].present and not FLAGS["epochs"].present:
         values["epochs"] = 0.0
-    return Config(**values)
+    points = {name: value for name, value in named.items() if name in own}
+    return configure(**{**values, **own, **points, **given})
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -163,8 +202,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         sys.exit(0)
 
 
-def _run(suite: str, by_defense: Mapping[str, Mapping[str, Any]]) -> None:
-    configs = read_configs(by_defense)
+def _run(suite: str, defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[str, Any]]) -> None:
+    configs = read_configs(defaults, by_defense)
     from e2sad_jax import distributed  # after the flags are known to be right: this brings Orbax along
     from e2sad_jax.runs import run  # after the flags are known to be right: this brings Orbax along
 

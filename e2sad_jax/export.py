@@ -242,7 +242,7 @@ def _read_back(name: str, content: bytes, classifier: Classifier) -> float:
 
 def _about(classifier: Classifier) -> dict[str, Any]:
     """What a trained network is, without the paths of the machine that it was trained on."""
-    config = {k: v for k, v in dataclasses.asdict(classifier.config).items() if k not in ("workdir", "data_dir")}
+    config = {k: v for k, v in classifier.config.to_json().items() if k not in ("workdir", "data_dir")}
     config["data"] = pathlib.PurePath(config["data"]).name
     return {"format": FORMAT, "step": classifier.step, "config": config, "dataset": dict(classifier.dataset)}
 

@@ -10,7 +10,7 @@ import jax
 from e2sad_jax import data, evaluation, networks, training
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.evaluation import Attack
-from e2sad_jax.training.config import Config, preset
+from e2sad_jax.training import configure, preset
 
 SUITE = (
     Attack("clean", "clean"),
@@ -27,7 +27,7 @@ def tell(step: int, metrics: dict[str, jax.Array], count: int) -> None:
 
 def main(steps: int, images: int) -> None:
     """Prints what is left under each attack."""
-    config = Config(model="digits_cnn", steps=steps, batch_size=64, eps1=0.2, **preset("robust", 0.2))
+    config = configure(model="digits_cnn", steps=steps, batch_size=64, eps1=0.2, **preset("robust", 0.2))
     digits = data.load("digits")
     model = networks.create(config.model, digits.num_classes, digits.image_shape)
     state = training.fit(

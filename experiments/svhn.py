@@ -4,7 +4,7 @@ python -m experiments.svhn --defense=e2sad
 """
 
 from e2sad_jax import cli
-from e2sad_jax.training.config import DEFENSES
+from e2sad_jax.defenses import DEFENSES
 
 PAPER = {
     "data": "svhn",

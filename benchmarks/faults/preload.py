@@ -7,7 +7,7 @@ import tensorboardX.event_file_writer  # noqa: F401
 
 from benchmarks.faults import phases  # noqa: F401
 from e2sad_jax import (  # noqa: F401
-    cli,  # noqa: F401
+    cli,
     data,
     evaluation,
     networks,

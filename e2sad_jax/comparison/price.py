@@ -4,11 +4,10 @@ import dataclasses
 import functools
 import pathlib
 
+from e2sad_jax import training
 from e2sad_jax.comparison.request import REFERENCE, Request
 from e2sad_jax.data import Dataset
-from e2sad_jax.errors import ConfigError
 from e2sad_jax.training.config import Config
-from experiments.step_cost.counts import counts
 
 
 def affordable(request: Request, config: Config, dataset: Dataset) -> Config:
@@ -35,10 +34,7 @@ def step_flops(config: Config, dataset: Dataset) -> float:
       ConfigError: if JAX has no CPU.
     """
     any_run = {f: getattr(Config, f) for f in ("seed", "steps", "checkpoint_every", "workdir", "data_dir")}
-    counted = _counts(dataclasses.replace(config, **any_run), dataset.image_shape, dataset.num_classes)
-    if counted is None:
-        raise ConfigError("JAX_PLATFORMS leaves out the CPU, for which FLOPs are counted: add cpu, as in cuda,cpu")
-    return counted["flops"]
+    return _flops(dataclasses.replace(config, **any_run), dataset.image_shape, dataset.num_classes)
 
 
-_counts = functools.cache(counts)
+_flops = functools.cache(training.step_flops)

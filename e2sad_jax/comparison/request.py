@@ -5,9 +5,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.evaluation import Attack, Effort
-from e2sad_jax.training.config import SCHEDULE, SCHEDULES, Config, check, preset, setting
+from e2sad_jax.training.config import SCHEDULE, SCHEDULES, Config, check, configure, preset, setting
 
 # By name in tables and pictures; the price of each in gradient steps grows downwards. eps2 and steps are in multiples of eps.
 ENTRIES: Mapping[str, Mapping[str, Any]] = {
@@ -44,11 +45,24 @@ _PARTS: Mapping[str, Mapping[str, Any]] = {
     "constant learning rate": {"schedule": "constant", "learning_rate": 1e-3},  # the paper's
 }
 PARTS = {f"e2SAD, robust, {n}": {"defense": "e2sad", "preset": "robust", **c} for n, c in _PARTS.items()}
-ORDER = {name: i for i, name in enumerate([*ENTRIES, *PARTS])}
 REFERENCE = "e2SAD, robust"  # whose steps are counted where all spend the same FLOPs
-_KNOWN = ", ".join(f'"{name}"' for name in ORDER)
 CHECKPOINTS = ("last", "best")
 JUDGES = {"test": "test images", "held_out": "images held out of the training set"}
+
+
+def usual() -> dict[str, Mapping[str, Any]]:
+    """What is compared where nothing else is asked for: `ENTRIES`, and by its name each defense that none of them has."""
+    there = {entry["defense"] for entry in ENTRIES.values()}
+    return {**ENTRIES, **{name: {"defense": name} for name in DEFENSES if name not in there}}
+
+
+def known() -> dict[str, Mapping[str, Any]]:
+    """All that can be compared, by name: the usual entries, e2SAD's parts, each registered defense as it is by default."""
+    return {**usual(), **PARTS, **{name: {"defense": name} for name in DEFENSES}}
+
+
+def _quoted() -> str:
+    return ", ".join(f'"{name}"' for name in known())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +73,7 @@ class Request:
       ConfigError: if a value is out of range.
     """
 
-    entry: tuple[str, ...] = setting((), f"one to compare, may be given several times; none: all; of {_KNOWN}")
+    entry: tuple[str, ...] = setting((), f"one to compare, may be given several times; none: all; of {_quoted()}")
     data: str = setting("mnist", "mnist, digits, or a file PATH.npz of images in [0, 1]")
     data_dir: str = setting("", "where data sets lie, empty: $E2SAD_DATA_DIR or ~/.cache/e2sad_jax")
     model: str = setting("digits_cnn", "network; mnist_cnn is the paper's")
@@ -95,8 +109,8 @@ class Request:
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
         for name in self.entry:
-            if name not in ORDER:
-                raise ConfigError(f"--entry={name:.100}: must be of {_KNOWN}")
+            if name not in known():
+                raise ConfigError(f"--entry={name:.100}: must be of {_quoted()}")
         if self.parts and self.entry:
             raise ConfigError(f"--parts: chooses what is compared; leave out --entry={self.entry[0]}, or --parts")
         if self.judge == "held_out" and self.examples > self.validation_examples:
@@ -107,7 +121,7 @@ class Request:
 
     def entries(self) -> tuple[str, ...]:
         """What is compared, by name."""
-        return self.entry or (("natural", REFERENCE, *PARTS) if self.parts else tuple(ENTRIES))
+        return self.entry or (("natural", REFERENCE, *PARTS) if self.parts else tuple(usual()))
 
     def stages(self, num_classes: int) -> list[Attack]:
         """The attacks, all of which an image has to stand."""
@@ -121,8 +135,10 @@ class Request:
         shared = ("data", "data_dir", "model", "steps", "batch_size", "validation_examples", *SCHEDULE)
         common: dict[str, Any] = {key: getattr(self, key) for key in shared}
         common["checkpoint_every"] = min(500, max(1, self.steps // 4))  # the best is one of at least four
-        budgets = {"eps1": self.eps, "eps2": self.eps / 3}  # the paper's ratio
-        entry = dict({**ENTRIES, **PARTS}[name])
+        budgets = {"eps1": self.eps}
+        entry = dict(known()[name])
+        if entry["defense"] == "e2sad":
+            budgets["eps2"] = self.eps / 3  # the paper's ratio
         points = preset(entry.pop("preset", "paper"), self.eps)
         own: dict[str, Any] = {
             **entry,
@@ -130,7 +146,7 @@ class Request:
         }
         found = []
         for seed in range(self.seeds):
-            config = Config(**{**budgets, **points, **common, **own, "soft_label": False, "seed": seed})
+            config = configure(**{**budgets, **points, **common, **own, "soft_label": False, "seed": seed})
             folder = pathlib.Path(self.workdir).expanduser() / pathlib.Path(config.default_workdir()).name
             found.append(dataclasses.replace(config, workdir=str(folder)))
         return found

@@ -12,7 +12,7 @@ from e2sad_jax import data
 from e2sad_jax._io import read_json, write_json, write_text
 from e2sad_jax.comparison.judge import judge
 from e2sad_jax.comparison.price import affordable
-from e2sad_jax.comparison.request import CHECKPOINTS, ORDER, Request
+from e2sad_jax.comparison.request import CHECKPOINTS, Request, known
 from e2sad_jax.comparison.show import card, markdown, plot
 from e2sad_jax.errors import NonFiniteError, first_line
 from e2sad_jax.reporting import provenance
@@ -23,7 +23,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
 
     Hard labels everywhere, so that only the defense differs. Both the last checkpoint and the best, chosen by PGD-10 on
     images that no run trains on, are attacked. What training costs are FLOPs by XLA's count for the CPU
-    (`step_cost.counts`) times the steps. What a compare.json of the same question has of other entries is kept.
+    (`training.step_flops`) times the steps. What a compare.json of the same question has of other entries is kept.
 
     Returns:
       What compare.json holds.
@@ -36,7 +36,8 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     provenance.commit()  # before the results that are written make it one with changes
     dataset = data.load(request.data, request.data_dir or None)
     folder = pathlib.Path(request.results or request.workdir).expanduser()
-    entries = sorted(set(request.entries()), key=lambda name: ORDER[name])
+    order = list(known())
+    entries = sorted(set(request.entries()), key=order.index)
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
     earlier = _earlier(folder / "compare.json", request)
@@ -59,7 +60,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
             "eps": runs[0]["eps"],
             "images": runs[0]["images"],
             "chosen_on": runs[0]["chosen_on"],
-            "rows": sorted([*rows, *earlier], key=lambda row: ORDER[row["name"]]),
+            "rows": sorted([*rows, *earlier], key=lambda row: order.index(row["name"])),
             "command": provenance.command(),
             "environment": provenance.environment(),
         }
@@ -89,7 +90,9 @@ def _earlier(path: pathlib.Path, request: Request) -> list[dict[str, Any]]:
         card({**before, "rows": list(rows.values())})  # has all that is shown
         markdown({**before, "rows": list(rows.values())})
         return [
-            row for name, row in rows.items() if name in ORDER and name not in request.entries() and _same(request, row)
+            row
+            for name, row in rows.items()
+            if name in known() and name not in request.entries() and _same(request, row)
         ]
     except FileNotFoundError:
         return []

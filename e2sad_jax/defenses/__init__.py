@@ -1,31 +1,45 @@
-"""Defenses: pure functions from `(logits_fn, x, y)` to a training loss and its parts, one a screen.
+"""Defenses: pure functions from `(logits_fn, x, y)` to a training loss and its parts, one a file.
 
 `logits_fn` maps images `[N, ...]` to logits `[N, K]` and closes over the parameters, so `jax.grad` over them trains the
-model, whatever library it comes from.
+model, whatever library it comes from. `DEFENSES` holds each by the name that `--defense` takes; `register` adds one.
 """
 
-from e2sad_jax.defenses.adversarial import fgsm_training, ifgsm_training, pgd_minmax
-from e2sad_jax.defenses.e2sad import e2sad
-from e2sad_jax.defenses.fast import n_fgsm, rs_fgsm
-from e2sad_jax.defenses.free import free, free_ascent
-from e2sad_jax.defenses.grad_align import grad_align
-from e2sad_jax.defenses.hamm import hamm
-from e2sad_jax.defenses.input_gradient import input_gradient
+from e2sad_jax.defenses._registry import DEFENSES, Defense, Setting, readers, register
+
+# Importing its file registers a defense: this is the order of DEFENSES.
+# isort: off
 from e2sad_jax.defenses.natural import natural
+from e2sad_jax.defenses.fgsm import fgsm
+from e2sad_jax.defenses.ifgsm import ifgsm
+from e2sad_jax.defenses.pgd import pgd
+from e2sad_jax.defenses.hamm import hamm
+from e2sad_jax.defenses.e2sad import e2sad
+from e2sad_jax.defenses.rs_fgsm import rs_fgsm
+from e2sad_jax.defenses.n_fgsm import n_fgsm
+from e2sad_jax.defenses.free import free, free_ascent
 from e2sad_jax.defenses.trades import trades
+from e2sad_jax.defenses.grad_align import grad_align
+from e2sad_jax.defenses.input_gradient import input_gradient
+
+# isort: on
 
 __all__ = [
+    "DEFENSES",
+    "Defense",
+    "Setting",
     "e2sad",
-    "fgsm_training",
+    "fgsm",
     "free",
     "free_ascent",
     "grad_align",
     "hamm",
-    "ifgsm_training",
+    "ifgsm",
     "input_gradient",
     "n_fgsm",
     "natural",
-    "pgd_minmax",
+    "pgd",
+    "readers",
+    "register",
     "rs_fgsm",
     "trades",
 ]

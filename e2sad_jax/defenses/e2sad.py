@@ -2,7 +2,9 @@
 
 import jax
 
-from e2sad_jax.attacks import _ball, fgsm, pgd, second_step
+from e2sad_jax import attacks
+from e2sad_jax.attacks import _ball
+from e2sad_jax.defenses._registry import ALPHA, Defense, Setting, register
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, clean_term, is_zero, weighted
 from e2sad_jax.losses import cross_entropy, dissimilarity
 
@@ -16,7 +18,7 @@ def e2sad(
     lam: float = 0.1,
     eps1: float = 0.3,
     eps2: float = 0.1,
-    objective: str = "total",
+    second_step: str = "total",
     clip_second: bool = False,
     random_start: bool = False,
     ball_second: bool = False,
@@ -40,7 +42,7 @@ def e2sad(
       lam: weight lambda of the dissimilarity, at least 0.
       eps1: l-infinity budget of the first step, at least 0, in the images' own units.
       eps2: budget of the second step around the first point, at least 0.
-      objective: what the second step differentiates, one of `attacks.OBJECTIVES` (Eq. 7 itself has a zero gradient).
+      second_step: what the second step differentiates, one of `attacks.OBJECTIVES` (Eq. 7 itself has a zero gradient).
       clip_second: clip the second point to `bounds` too; the paper does not.
       random_start: take the first step from a random point of the ball, and stay in the ball, as Fast AT does.
       ball_second: bring the second point back into the ball of `eps1` around `x`, and into `bounds`.
@@ -51,7 +53,7 @@ def e2sad(
       The loss, a scalar, and its parts by name, before their weights; without `dissimilarity` where `lam` is 0.
 
     Raises:
-      ValueError: if a weight, a budget or `objective` is out of range, or `key` is missing where it is needed.
+      ValueError: if a weight, a budget or `second_step` is out of range, or `key` is missing where it is needed.
     """
     check_weight("e2sad", "alpha", alpha, 1)
     check_weight("e2sad", "lam", lam)
@@ -64,12 +66,12 @@ def e2sad(
     if random_start and not (_ball.is_number(eps1) and eps1 == 0):
         if key is None:
             raise ValueError("e2sad: random_start draws random numbers and needs key")
-        x_adv = pgd(jax.random.fold_in(key, 1), J, x, eps=eps1, steps=1, step_size=eps1, bounds=bounds)
+        x_adv = attacks.pgd(jax.random.fold_in(key, 1), J, x, eps=eps1, steps=1, step_size=eps1, bounds=bounds)
     else:
-        x_adv = fgsm(weighted(alpha, J), x, eps=eps1, bounds=bounds)
+        x_adv = attacks.fgsm(weighted(alpha, J), x, eps=eps1, bounds=bounds)
     # Line 4 (Eq. 7): the second point, where the prediction changes most.
-    x_adv2 = second_step(
-        logits_fn, x_adv, eps=eps2, objective=objective, loss_fn=J, key=key, bounds=bounds if clip_second else None
+    x_adv2 = attacks.second_step(
+        logits_fn, x_adv, eps=eps2, objective=second_step, loss_fn=J, key=key, bounds=bounds if clip_second else None
     )
     if ball_second:
         x_adv2 = _ball.project_and_cast(_ball.box(x, eps1, bounds), _ball.as_float32(x_adv2), x.dtype)
@@ -87,3 +89,15 @@ def e2sad(
     L_d = lam * D
     # Line 8.
     return L_adv + L_d, parts
+
+
+SETTINGS = (
+    ALPHA,
+    Setting("lam", 0.1, "weight lambda of the dissimilarity", lower=0, varies=True),
+    Setting("eps2", 0.1, "budget of the second step", lower=0, budget=True, varies=True),
+    Setting("second_step", "total", "what the second step differentiates", choices=attacks.OBJECTIVES),
+    Setting("clip_second", False, "clip the second point to the image range"),
+    Setting("random_start", False, "the first step starts at a random point of the ball"),
+    Setting("ball_second", False, "keep the second point in the ball of eps1"),
+)
+register("e2sad", Defense(e2sad, "e2SAD", SETTINGS))

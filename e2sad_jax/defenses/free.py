@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from e2sad_jax.attacks import _ball
+from e2sad_jax.defenses._registry import Defense, Setting, register
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts
 from e2sad_jax.losses import cross_entropy
 
@@ -74,3 +75,7 @@ def free_ascent(delta: jax.Array, gradient: jax.Array, *, eps: jax.typing.ArrayL
     _ball.check_number("free_ascent", "eps", eps)
     moved = jnp.clip(delta + (eps * jnp.sign(gradient)).astype(delta.dtype), jnp.negative(eps), eps)
     return jax.lax.stop_gradient(moved.astype(delta.dtype))
+
+
+REPLAYS = Setting("replays", 8, "steps that free training takes on each batch", lower=1, argument=None)
+register("free", Defense(free, "Free", (REPLAYS,), ascent=free_ascent, replays="replays"))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from e2sad_jax.attacks import _ball, fgsm
+from e2sad_jax.defenses._registry import Defense, Setting, register
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight
 from e2sad_jax.losses import cross_entropy
 
@@ -70,3 +71,7 @@ def _scaled(g: jax.Array) -> jax.Array:
     """Each row with a largest entry of 1, so that squares of tiny gradients do not underflow; no angle changes."""
     largest = jax.lax.stop_gradient(jnp.abs(g).max(-1, keepdims=True))
     return g / jnp.where(largest == 0, 1, largest)
+
+
+WEIGHT = Setting("align_weight", 0.2, "weight of GradAlign's misalignment", lower=0, argument="weight")
+register("grad_align", Defense(grad_align, "GradAlign", (WEIGHT,)))

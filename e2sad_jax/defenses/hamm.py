@@ -3,7 +3,8 @@
 import jax
 import optax
 
-from e2sad_jax.attacks import fgsm
+from e2sad_jax import attacks
+from e2sad_jax.defenses._registry import ALPHA, Defense, register
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, clean_term, weighted
 from e2sad_jax.losses import cross_entropy
 
@@ -46,9 +47,12 @@ def hamm(
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
         return cross_entropy(logits_fn(z), y) / m
 
-    x_adv = fgsm(weighted(alpha, J), x, eps=eps, bounds=bounds)
+    x_adv = attacks.fgsm(weighted(alpha, J), x, eps=eps, bounds=bounds)
     clean = clean_term(alpha, J, x)
     adversarial, gradient = jax.value_and_grad(lambda z: J(z).sum())(x_adv)
     penalty = eps * m / 2 * optax.safe_norm(gradient.ravel(), 0.0)
     loss = alpha * clean + (1 - alpha) * (adversarial + penalty)
     return loss, {"clean": clean, "adversarial": adversarial, "penalty": penalty}
+
+
+register("hamm", Defense(hamm, "Hamm", (ALPHA,)))

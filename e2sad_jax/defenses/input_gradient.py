@@ -3,6 +3,7 @@
 import jax
 
 from e2sad_jax.attacks import _ball
+from e2sad_jax.defenses._registry import Defense, Setting, register
 from e2sad_jax.defenses._types import LogitsFn, Parts, check_weight
 from e2sad_jax.losses import cross_entropy
 
@@ -39,3 +40,7 @@ def input_gradient(
     gradient = _ball.as_float32(_ball.input_gradient(J, x))
     penalty = (gradient**2).reshape(x.shape[0], -1).sum(-1).mean()
     return clean + weight * penalty, {"clean": clean, "penalty": penalty}
+
+
+WEIGHT = Setting("gradient_weight", 1.0, "weight of the squared input gradient", lower=0, argument="weight")
+register("input_gradient", Defense(input_gradient, "input gradient", (WEIGHT,)))

@@ -2,6 +2,7 @@
 
 import jax
 
+from e2sad_jax.defenses._registry import Defense, register
 from e2sad_jax.defenses._types import LogitsFn, Parts
 from e2sad_jax.losses import cross_entropy
 
@@ -19,3 +20,6 @@ def natural(logits_fn: LogitsFn, x: jax.Array, y: jax.Array) -> tuple[jax.Array,
     """
     loss = cross_entropy(logits_fn(x), y).mean()
     return loss, {"clean": loss}
+
+
+register("natural", Defense(natural, "natural"))

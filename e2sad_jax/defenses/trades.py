@@ -5,6 +5,7 @@ import optax
 
 from e2sad_jax.attacks import _ball
 from e2sad_jax.attacks.iterated import _ascend
+from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, ATTACK_STEPS, Defense, Setting, register
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight
 from e2sad_jax.losses import cross_entropy
 
@@ -77,3 +78,7 @@ def trades(
     clean = cross_entropy(f_x, y).mean()  # log f is f's logits as well as any
     kl = optax.losses.kl_divergence_with_log_targets(log_f(x_adv), f_x).mean()
     return clean + beta * kl, {"clean": clean, "divergence": kl}
+
+
+BETA = Setting("beta", 6.0, "weight of TRADES' divergence", lower=0)
+register("trades", Defense(trades, "TRADES", (BETA, ATTACK_STEPS, ATTACK_STEP_SIZE)))

@@ -140,7 +140,7 @@ def beside(config: Config, data: str, steps: int, full_test_set: bool) -> tuple[
     Returns:
       The column, or None and the reason: what differs from the paper's nearest setting.
     """
-    ours = {**dataclasses.asdict(config), "steps": steps}
+    ours = {**config.to_json(), "steps": steps}
     nearest: list[str] | None = None
     for column in COLUMNS:
         if column.data != data or column.setting["defense"] != config.defense:
@@ -150,7 +150,7 @@ def beside(config: Config, data: str, steps: int, full_test_set: bool) -> tuple[
         ]
         later = (("schedule", "constant"), ("eps_warmup", 0), ("random_start", False), ("ball_second", False))
         for name, value in later:
-            if ours[name] != value:
+            if ours.get(name, value) != value:
                 differs.append(f"{name} {ours[name]} (paper: {value})")
         if config.validation_examples:
             differs.append(f"{config.validation_examples} training images held out (paper: 0)")

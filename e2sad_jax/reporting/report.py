@@ -65,7 +65,7 @@ def build(
         "paper": column.table if column else why_not,
         "parameters": parameters,
         "train_seconds": round(train_seconds, 1),
-        "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("workdir", "data_dir", "resume")},
+        "config": {k: v for k, v in config.to_json().items() if k not in ("workdir", "data_dir", "resume")},
         "command": provenance.command(),
         "environment": provenance.environment(),
     }
@@ -257,7 +257,7 @@ def _effort(row: Mapping[str, Any]) -> list[str]:
 
 def _flags(config: Config) -> list[str]:
     """The settings of a run that are not the defaults, as flags, the defense before them."""
-    usual = {field.name: field.default for field in dataclasses.fields(Config)}
+    usual = Config(defense=config.defense).to_json()
     own = {k: v for k, v in config.identity().items() if k != "defense" and v != usual[k]}
     flags = [f"--no{k}" if v is False else f"--{k}" if v is True else f"--{k}={v}" for k, v in own.items()]
     return [f"--defense={config.defense}", *flags]

@@ -1,7 +1,6 @@
 """What a workdir holds beside its checkpoints: `config.json`, and files written whole or not at all."""
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 import re
@@ -101,8 +100,10 @@ def check_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> No
     if not (workdir / "config.json").exists():
         return
     there, dataset_there = read_config(workdir)
-    ours, theirs = ({n: getattr(c, n) for n in {**config.identity(), **there.identity()}} for c in (config, there))
-    differences = [f"--{k}: {theirs[k]} there, {v} here" for k, v in ours.items() if theirs[k] != v]
+    ours, theirs = config.identity(), there.identity()
+    unread = "not read"
+    pairs = {name: (theirs.get(name, unread), ours.get(name, unread)) for name in {**ours, **theirs}}
+    differences = [f"--{name}: {of} there, {here} here" for name, (of, here) in pairs.items() if of != here]
     if dataset_there["sha256"] != dataset.sha256:
         differences.append(f"data: {dataset_there['name']} there, {dataset.name} here, with other content")
     if differences:
@@ -115,7 +116,7 @@ def write_config(workdir: pathlib.Path, config: Config, dataset: Dataset) -> Non
     Raises:
       WorkdirError: if it cannot be written.
     """
-    here = {"format": FORMAT, "config": dataclasses.asdict(config), "dataset": describe_dataset(dataset)}
+    here = {"format": FORMAT, "config": config.to_json(), "dataset": describe_dataset(dataset)}
     try:
         write_json(workdir / "config.json", sealed(here))
     except OSError as error:

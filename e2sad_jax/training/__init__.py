@@ -1,3 +1,35 @@
 """Training: settings, state, the jitted step of every defense, and the loop around it."""
 
-from e2sad_jax.training.loop import *  # noqa: F403
+from e2sad_jax.training.config import PRESETS, SCHEDULE, SCHEDULES, Config, configure, preset
+from e2sad_jax.training.flops import function_counts, step_counts, step_flops
+from e2sad_jax.training.loop import STEPS_PER_DISPATCH, fit, steps_at_once
+from e2sad_jax.training.optimizer import learning_rate, optimizer
+from e2sad_jax.training.state import TrainState, init_state, population_key, stack, unstack, varied_settings
+from e2sad_jax.training.step import TrainStep, epoch_order, make_train_step, settings_at
+
+__all__ = [
+    "PRESETS",
+    "SCHEDULE",
+    "SCHEDULES",
+    "STEPS_PER_DISPATCH",
+    "Config",
+    "TrainState",
+    "TrainStep",
+    "configure",
+    "epoch_order",
+    "fit",
+    "function_counts",
+    "init_state",
+    "learning_rate",
+    "make_train_step",
+    "optimizer",
+    "population_key",
+    "preset",
+    "settings_at",
+    "stack",
+    "step_counts",
+    "step_flops",
+    "steps_at_once",
+    "unstack",
+    "varied_settings",
+]

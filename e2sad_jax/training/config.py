@@ -5,20 +5,20 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from e2sad_jax.attacks import OBJECTIVES
+from flax.core import FrozenDict
+
 from e2sad_jax.data.transforms import TRANSFORMS
+from e2sad_jax.defenses import DEFENSES, Defense, Setting, readers
+from e2sad_jax.defenses._registry import short
 from e2sad_jax.errors import ConfigError
 
-DEFENSES = (
-    *("natural", "fgsm", "ifgsm", "pgd", "hamm", "e2sad"),
-    *("rs_fgsm", "n_fgsm", "free", "trades", "grad_align", "input_gradient"),
-)
 SCHEDULES = ("constant", "cyclic", "piecewise", "cosine")
 PRESETS = ("paper", "robust")
-LARGEST = 2**53  # of any number of things: what a float64 still counts
+# Under which cheap defenses hold MNIST's budget of 0.3 (docs/e2sad.md).
+SCHEDULE: Mapping[str, Any] = {"eps_warmup": 0.5, "schedule": "cyclic", "learning_rate": 5e-3}
 
 
 def preset(name: str, eps1: float) -> dict[str, Any]:
@@ -46,10 +46,6 @@ def preset(name: str, eps1: float) -> dict[str, Any]:
     return {**points, **SCHEDULE}
 
 
-# Under which cheap defenses hold MNIST's budget of 0.3 (docs/e2sad.md).
-SCHEDULE: Mapping[str, Any] = {"eps_warmup": 0.5, "schedule": "cyclic", "learning_rate": 5e-3}
-
-
 def setting(
     default: Any,
     help: str,
@@ -57,24 +53,35 @@ def setting(
     lower: float | None = None,
     upper: float | None = None,
     above: float | None = None,
-    choices: tuple[str, ...] | None = None,
+    choices: Collection[str] | None = None,
+    budget: bool = False,
     identity: bool = True,
-    later: bool = False,
 ) -> Any:
-    """A field that is a flag, with its range.
+    """A field of a dataclass that is a flag, with its range (`defenses.Setting`).
 
-    `identity` says whether runs that differ in it are different runs, `later` that there were runs before there was this
-    setting: at its default, which is what they did, it is left out of the identity, and their workdirs keep their names.
+    `identity` says whether runs that differ in it are different runs.
     """
-    metadata = {"help": help, "lower": lower, "upper": upper, "above": above, "choices": choices, "identity": identity}
-    return dataclasses.field(default=default, metadata={**metadata, "later": later})
+    about = {"lower": lower, "upper": upper, "above": above, "choices": choices, "budget": budget}
+    return dataclasses.field(default=default, metadata={"help": help, "about": about, "identity": identity})
+
+
+def setting_of(field: "dataclasses.Field[Any]") -> Setting:
+    """The setting that a field made by `setting` is."""
+    return Setting(field.name, field.default, field.metadata["help"], **field.metadata["about"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of one training run. The defaults are the paper's for MNIST; `experiments/` holds those for each data set."""
+    """Settings of one training run. The defaults are the paper's for MNIST; `experiments/` holds those for each data set.
+
+    `configure` makes one of flat keywords.
+
+    Attributes:
+      settings: those that the defense alone reads, by name; what is not given is at the defense's defaults.
+    """
 
     defense: str = setting("e2sad", "how to train", choices=DEFENSES)
+    settings: Mapping[str, Any] = FrozenDict()
     data: str = setting("mnist", "mnist, svhn, digits, or a file PATH.npz", identity=False)
     model: str = setting("mnist_cnn", "network", choices=("mnist_cnn", "svhn_cnn", "digits_cnn", "preact_resnet18"))
     transform: str = setting("unit", "input transform; every eps is in its units", choices=("unit", "standardize"))
@@ -89,34 +96,18 @@ class Config:
         "learning rate over all steps: constant; cyclic, up from 0 and down again; piecewise, a tenth of it after each of "
         "1/2 and 3/4; cosine, down to 0",
         choices=SCHEDULES,
-        later=True,
     )
-    alpha: float = setting(0.6, "weight of the clean loss", lower=0, upper=1)
-    lam: float = setting(0.1, "weight lambda of e2SAD's dissimilarity", lower=0)
-    eps1: float = setting(0.3, "l-infinity budget of the training attack (e2SAD: of its first step)", lower=0)
-    eps2: float = setting(0.1, "budget of e2SAD's second step", lower=0)
+    eps1: float = setting(
+        0.3,
+        "l-infinity budget of the training attack (e2SAD: of its first step), and of the attack that chooses checkpoints",
+        lower=0,
+        budget=True,
+    )
     eps_warmup: float = setting(
         0.0,
         "steps over which eps1, eps2 and attack_step_size rise from 0 in training, below 1: so much of all steps, 0: none",
         lower=0,
-        later=True,
     )
-    attack_steps: int = setting(30, "gradient steps of the training attack (ifgsm, pgd, trades)", lower=1)
-    attack_step_size: float = setting(
-        0.0,
-        "step of the training attack, 0: eps1 / attack_steps (ifgsm), 2.5 eps1 / attack_steps (pgd, trades), "
-        "1.25 eps1 (rs_fgsm), eps1 (n_fgsm)",
-        lower=0,
-    )
-    noise: float = setting(2.0, "N-FGSM's noise, in multiples of eps1", lower=0, later=True)
-    replays: int = setting(8, "steps that free training takes on each batch", lower=1, later=True)
-    beta: float = setting(6.0, "weight of TRADES' divergence", lower=0, later=True)
-    align_weight: float = setting(0.2, "weight of GradAlign's misalignment", lower=0, later=True)
-    gradient_weight: float = setting(1.0, "weight of input_gradient's squared norm", lower=0, later=True)
-    second_step: str = setting("total", "what e2SAD's second step differentiates", choices=OBJECTIVES)
-    clip_second: bool = setting(False, "clip e2SAD's second point to the image range")
-    random_start: bool = setting(False, "e2SAD's first step starts at a random point of the ball", later=True)
-    ball_second: bool = setting(False, "keep e2SAD's second point in the ball of eps1", later=True)
     soft_label: bool = setting(True, "train on soft labels, 1 - delta for the true class")
     delta: float = setting(0.25, "mass that soft labels give to the wrong classes", above=0, upper=0.999)
     seed: int = setting(0, "seed of initialisation, order and attacks", lower=0, upper=2**32 - 1)
@@ -134,26 +125,69 @@ class Config:
     resume: bool = setting(True, "go on from the workdir's last checkpoint", identity=False)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            check(field, getattr(self, field.name))
+        values = {field.name: check(field, getattr(self, field.name)) for field in COMMON}
+        entry = DEFENSES[self.defense]
+        if taken := values.keys() & entry.defaults().keys():
+            raise ConfigError(f"--defense={self.defense}: has a setting {min(taken)!r}, as every run has; rename it")
+        for name in self.settings:
+            if name not in entry.defaults():
+                raise ConfigError(_not_read(name, self.settings[name], self.defense))
+        given = {**entry.defaults(), **self.settings}
+        values["settings"] = FrozenDict({s.name: s.check(given[s.name]) for s in entry.settings})
+        for name, value in values.items():  # numbers as their settings have them, so that equal runs are equal
+            object.__setattr__(self, name, value)
         lower, upper = TRANSFORMS[self.transform].bounds
-        for name in ("eps1", "eps2"):
-            if getattr(self, name) > upper - lower:
+        for one in (*map(setting_of, COMMON), *entry.settings):
+            value = {**values, **self.settings}[one.name]
+            if one.budget and value > upper - lower:
                 raise ConfigError(
-                    f"--{name}={getattr(self, name)}: must be in [0, {upper - lower}], the width of "
+                    f"--{one.name}={value}: must be in [0, {upper - lower}], the width of "
                     f"--transform={self.transform} (24 of 255 grey levels are 24/255 = 0.0941)"
                 )
 
+    @property
+    def entry(self) -> Defense:
+        """The defense as `DEFENSES` has it."""
+        return DEFENSES[self.defense]
+
+    def replace(self, **changes: Any) -> "Config":
+        """The configuration with other values, given as to `configure`.
+
+        With another defense those settings are kept that both defenses read.
+
+        Raises:
+          ConfigError: as `configure`.
+        """
+        if (defense := changes.get("defense", self.defense)) not in DEFENSES:
+            return configure(defense=defense)  # which refuses it
+        kept = {n: v for n, v in self.settings.items() if n in DEFENSES[defense].defaults()}
+        return configure(**{**_common(self), **kept, **changes})
+
+    def to_json(self) -> dict[str, Any]:
+        """All values by name, the defense's own beside the common ones: what `from_json` takes."""
+        return {**_common(self), **self.settings}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Config":
+        """The configuration that `to_json` gave.
+
+        Raises:
+          ConfigError: if a setting is unknown, not the defense's, has another type, or is out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"the settings are {short(values)}; they must be given by name")
+        return configure(**{name if isinstance(name, str) else short(name): value for name, value in values.items()})
+
     def identity(self) -> dict[str, Any]:
-        """The settings that make two runs different runs."""
-        fields = {f.name: f for f in dataclasses.fields(self) if f.metadata["identity"]}
-        values = {name: getattr(self, name) for name in fields}
-        values = {n: v for n, v in values.items() if not fields[n].metadata["later"] or v != fields[n].default}
-        if self.eps_warmup >= 1 and float(self.eps_warmup).is_integer():
-            values["eps_warmup"] = int(self.eps_warmup)  # as it was written when it was a number of steps only
+        """The settings that make two runs different runs, without those that change nothing in this one."""
+        values = {field.name: getattr(self, field.name) for field in COMMON if field.metadata["identity"]}
+        if not self.soft_label:
+            del values["delta"]
+        if not self._has_budget:
+            del values["eps_warmup"]
         if self.stretches:  # then the run's length is a part of it
             values |= {"epochs": self.epochs} if self.epochs else {"steps": self.steps}
-        return values
+        return {**values, **self.settings}
 
     def digest(self) -> str:
         """Eight hexadecimal digits of the identity."""
@@ -164,9 +198,15 @@ class Config:
         return f"runs/{pathlib.PurePath(self.data).stem}-{self.defense}-{self.digest()}"
 
     @property
+    def _has_budget(self) -> bool:
+        """Whether the defense's loss takes a budget, so that a rise of the budgets changes it."""
+        entry = self.entry
+        return entry.takes("eps") or entry.takes("eps1") or any(s.budget for s in entry.settings)
+
+    @property
     def stretches(self) -> bool:
         """Whether something in the run depends on how long it is: the learning rate's schedule, a share of all steps."""
-        return self.schedule != "constant" or 0 < self.eps_warmup < 1
+        return self.schedule != "constant" or (self._has_budget and 0 < self.eps_warmup < 1)
 
     def warmup_steps(self, total: int) -> float:
         """Steps over which the budgets rise, of `total` ones."""
@@ -175,7 +215,7 @@ class Config:
     @property
     def steps_per_batch(self) -> int:
         """Steps in a row that train on the same batch."""
-        return self.replays if self.defense == "free" else 1
+        return self.settings[self.entry.replays] if self.entry.replays else 1
 
     def total_steps(self, training_images: int) -> int:
         """Steps to train: `steps`, or as many as `epochs` passes over `training_images` take.
@@ -184,20 +224,39 @@ class Config:
         """
         return math.ceil(self.epochs * training_images / self.batch_size) if self.epochs else self.steps
 
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Config":
-        """The configuration that `dataclasses.asdict` wrote.
 
-        Raises:
-          ConfigError: if a setting is unknown, has another type, or is out of range.
-        """
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"the settings are {_short(values)}; they must be given by name")
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        for name in values:
-            if name not in fields:
-                raise ConfigError(f"unknown setting {_short(name)}; this version knows {', '.join(fields)}")
-        return cls(**values)
+COMMON = tuple(field for field in dataclasses.fields(Config) if field.name != "settings")  # what every run has
+
+
+def configure(**values: Any) -> Config:
+    """A run's configuration from flat keywords, those of its defense beside the common ones.
+
+        configure(defense="trades", beta=3.0, steps=100)
+
+    Args:
+      values: fields of `Config`, and settings of the defense; the rest is at its defaults.
+
+    Raises:
+      ConfigError: if a setting is unknown, not read by the defense, has another type, or is out of range.
+    """
+    common = {field.name for field in COMMON}
+    own = {name: value for name, value in values.items() if name not in common}
+    return Config(settings=own, **{name: value for name, value in values.items() if name in common})
+
+
+def _common(config: Config) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in COMMON}
+
+
+def _not_read(name: str, value: object, defense: str) -> str:
+    """Why a setting that the defense does not read is refused."""
+    if reading := readers(name):
+        return (
+            f"--{name}={short(value)}: --defense={defense} does not read it; leave it out, or train one that does: "
+            f"{', '.join(reading)}"
+        )
+    known = ", ".join([*(field.name for field in COMMON), *DEFENSES[defense].defaults()])
+    return f"unknown setting {short(name)}; --defense={defense} has {known}"
 
 
 def check_at_least(request: object, **bounds: int) -> None:
@@ -212,49 +271,14 @@ def check_at_least(request: object, **bounds: int) -> None:
 
 
 def range_of(field: "dataclasses.Field[Any]") -> str:
-    """The range of a setting in words, empty where there is none."""
-    m = field.metadata
-    if m["choices"]:
-        return "one of " + ", ".join(m["choices"])
-    if m["above"] is not None:
-        return f"above {m['above']}" + (f", at most {m['upper']}" if m["upper"] is not None else "")
-    if m["lower"] is not None and m["upper"] is not None:
-        return f"in [{m['lower']}, {m['upper']}]"
-    if m["lower"] is not None:
-        return f"at least {m['lower']}"
-    return ""
+    """The range of a field made by `setting` in words, empty where there is none."""
+    return setting_of(field).range
 
 
-def _short(value: object) -> str:
-    """A value in a message, whatever its length."""
-    if isinstance(value, int) and abs(value) > 10**40:
-        return f"an integer of {value.bit_length():,} bits"
-    text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
-    return text if len(text) <= 120 else f"{text[:60]} ... {text[-60:]}"
-
-
-def check(field: "dataclasses.Field[Any]", value: Any) -> None:
-    """Refuses a value of the wrong type or out of range.
+def check(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    """The value of a field made by `setting`, as a float where the field is one.
 
     Raises:
-      ConfigError: with flag, value and range.
+      ConfigError: if its type or range is wrong, with flag, value and range.
     """
-    m: Mapping[str, Any] = field.metadata
-    kind: type[Any] = type(field.default)
-    if kind in (int, float) and type(value) is int and not -LARGEST <= value <= LARGEST:  # Python's own have no end
-        raise ConfigError(f"--{field.name}={_short(value)}: must be {range_of(field) or 'finite'}, at most {LARGEST:,}")
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise ConfigError(f"--{field.name}={_short(value)}: must be of type {kind.__name__}")
-    if kind is str and not value.isprintable():
-        raise ConfigError(f"--{field.name}={_short(value)}: must be printable text")
-    right = not m["choices"] or value in m["choices"]
-    if kind in (int, float):
-        right &= math.isfinite(value)
-        right &= m["lower"] is None or value >= m["lower"]
-        right &= m["above"] is None or value > m["above"]
-        right &= m["upper"] is None or value <= m["upper"]
-    if not right:
-        shown = value if kind in (int, float) else _short(value)[1:-1]
-        raise ConfigError(f"--{field.name}={shown}: must be {range_of(field) or 'finite'}")
+    return setting_of(field).check(value)

@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 
+from e2sad_jax import training
 from e2sad_jax._io import read_sealed, sealed, write_json
 from e2sad_jax.reporting import provenance
 from e2sad_jax.training.config import Config
-from experiments.step_cost import counts
 from experiments.step_cost.step import Step, in_turn
 
 ROUNDS = 7
@@ -24,10 +24,10 @@ def key(config: Config) -> str:
     """Names the step of a run: settings that change neither its operations nor their sizes are left out."""
     c = config
     parts = [c.defense, c.model, f"batch {c.batch_size}", c.precision]
-    if c.defense in ("ifgsm", "pgd"):
-        parts.append(f"k={c.attack_steps}")
-    if c.defense == "e2sad":
-        parts.append(c.second_step)
+    if "attack_steps" in c.settings:
+        parts.append(f"k={c.settings['attack_steps']}")
+    if "second_step" in c.settings:
+        parts.append(c.settings["second_step"])
     return ", ".join(parts)
 
 
@@ -68,7 +68,7 @@ def measure(
     steps: dict[str, Any] = {}
     for name, config in kinds.items():
         progress(f"count {name}")
-        counted = counts.counts(config, image_shape, num_classes)
+        counted = training.step_counts(config, image_shape, num_classes)
         flops = counted["flops"] if counted else None
         own, reference = times[name], times[key(natural)]
         steps[name] = {

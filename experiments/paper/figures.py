@@ -288,8 +288,10 @@ def _two_steps(
     """The first and second points of Algorithm 1, as training finds them: with its own labels."""
     bounds = TRANSFORMS[config.transform].bounds
     first = attacks.fgsm(lambda z: losses.cross_entropy(logits_fn(z), y), x, eps=config.eps1, bounds=bounds)
-    clip = bounds if config.clip_second else None
-    return first, attacks.second_step(logits_fn, first, eps=config.eps2, objective=config.second_step, bounds=clip)
+    own = config.settings
+    clip = bounds if own["clip_second"] else None
+    second = attacks.second_step(logits_fn, first, eps=own["eps2"], objective=own["second_step"], bounds=clip)
+    return first, second
 
 
 def _figure_3(r: Reproduction) -> Drawn:

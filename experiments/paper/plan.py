@@ -7,7 +7,7 @@ from typing import Any
 from e2sad_jax.attacks import OBJECTIVES
 from e2sad_jax.evaluation import SUITES, Attack
 from e2sad_jax.reporting import paper_numbers
-from e2sad_jax.training.config import Config
+from e2sad_jax.training import Config, configure
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     "table": ("1", "2", "3"),
@@ -143,7 +143,7 @@ class Entry:
 
 def _entry(name: str, setting: Mapping[str, Any], scale: Scale, common: Mapping[str, Any], **kwargs: Any) -> Entry:
     on_svhn = setting["model"] == "svhn_cnn"
-    config = Config(
+    config = configure(
         **{**setting, "data": "svhn" if on_svhn else "mnist", **(scale.svhn if on_svhn else scale.mnist), **common}
     )
     return Entry(name, "soft" if config.soft_label else "hard", config, **kwargs)
@@ -157,8 +157,8 @@ def _of_table(table: str, scale: Scale, common: Mapping[str, Any]) -> list[Entry
 def table_1(scale: Scale, common: Mapping[str, Any]) -> list[Entry]:
     """The nine models of Table 1, and Hamm's minimax, of which the paper tells in words."""
     entries = _of_table("Table 1", scale, common)
-    hamm = {**_e2sad_setting(), "defense": "hamm", "soft_label": False}
-    return [*entries, _entry("Hamm 0.3", hamm, scale, common)]
+    e2sad = _entry("e2SAD", _e2sad_setting(), scale, common).config
+    return [*entries, Entry("Hamm 0.3", "hard", e2sad.replace(defense="hamm", soft_label=False))]
 
 
 def table_2(scale: Scale, common: Mapping[str, Any]) -> list[Entry]:
@@ -228,7 +228,7 @@ def all_entries(data: str, scale: Scale, common: Mapping[str, Any]) -> list[Entr
 def work(config: Config, steps: int) -> float:
     """Estimated cost of training steps, in images through a natural step of Table 4's network: for the time left."""
     gradients = {"natural": 1.0, "fgsm": 2.0, "hamm": 3.0, "e2sad": 3.35}.get(
-        config.defense, 1.4 + 0.7 * config.attack_steps
+        config.defense, 1.4 + 0.7 * config.settings.get("attack_steps", 1)
     )
     return steps * config.batch_size * gradients * _width(config)
 

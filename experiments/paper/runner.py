@@ -418,11 +418,6 @@ def _describe(config: Config) -> str:
     parts = [config.defense, "soft" if config.soft_label else "hard"]
     if config.defense in ("fgsm", "ifgsm"):
         parts.append(f"eps {config.eps1:.3g}")
-    if config.defense == "e2sad":
-        default = Config()
-        parts += [
-            f"{name} {getattr(config, name)}"
-            for name in ("second_step", "lam", "alpha")
-            if getattr(config, name) != getattr(default, name)
-        ]
+    usual = config.entry.defaults()
+    parts += [f"{name} {value}" for name, value in config.settings.items() if value != usual[name]]
     return " ".join([*parts, f"seed {config.seed}"])

@@ -387,7 +387,6 @@ def write_models(r: Reproduction) -> list[pathlib.Path]:
         segments = read_training(path.parent)
         if not segments or "weights" not in segments[-1]:
             continue
-        ours = config.defense == "e2sad"
         images.add(config.eval_examples or dataset["test_examples"])
         seconds = sum(s["seconds"] / s["runs_together"] for s in segments)
         records.append(
@@ -398,9 +397,9 @@ def write_models(r: Reproduction) -> list[pathlib.Path]:
                 "defense": config.defense,
                 "labels": "soft" if config.soft_label else "hard",
                 "eps1": round(config.eps1, 4),
-                "lambda": config.lam if ours else "",
-                "alpha": config.alpha if config.defense not in ("natural", "pgd") else "",
-                "second step": config.second_step if ours else "",
+                "lambda": config.settings.get("lam", ""),
+                "alpha": config.settings.get("alpha", ""),
+                "second step": config.settings.get("second_step", ""),
                 "seed": config.seed,
                 "network": config.model,
                 "precision": config.precision,

@@ -16,14 +16,15 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the flags, as the main module's own: `--help` lists those."""
-    from e2sad_jax.training.config import DEFENSES
-    from experiments.step_cost.request import DATA, ITERATED
+    from e2sad_jax.defenses import DEFENSES
+    from experiments.step_cost.request import DATA, iterated
 
     own: dict[str, Any] = {"module_name": sys.argv[0]}
     text = f"defenses; of {', '.join(DEFENSES)}, several with commas; natural is always measured"
     flags.DEFINE_list("defense", list(DEFENSES), text, **own)
-    usual = ", ".join(f"{','.join(map(str, steps))} of {defense}" for defense, steps in ITERATED.items())
-    text = f"gradient steps of {', '.join(ITERATED)}, each a row; at least 1, several with commas; empty: {usual}"
+    counted = iterated()
+    usual = ", ".join(f"{','.join(map(str, steps))} of {defense}" for defense, steps in counted.items())
+    text = f"gradient steps of {', '.join(counted)}, each a row; at least 1, several with commas; empty: {usual}"
     flags.DEFINE_list("attack_steps", [], text, **own)
     flags.DEFINE_integer("batch_size", 256, "images a step; at least 1", **own)
     flags.DEFINE_integer("devices", 1, "devices to split each batch over; at least 1, or 0: all", **own)

@@ -1,4 +1,4 @@
-"""What XLA counts of a step's work, and the most work that this device does in a second."""
+"""The memory that a step holds, and the most work that this device does in a second."""
 
 import time
 from typing import Any
@@ -6,22 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from e2sad_jax import networks, training
+from e2sad_jax import networks
 from e2sad_jax._compile import platform
-from e2sad_jax.training.config import Config
 from experiments.step_cost.step import Timer
 
 CPU_PRODUCT, PRODUCT = 2048, 8192  # rows of the square matrices whose product is the ceiling
-
-
-def counts(config: Config, image_shape: tuple[int, ...], num_classes: int) -> dict[str, float] | None:
-    """`training.step_counts` for the CPU, whatever the step runs on; None where JAX was told to leave the CPU out."""
-    try:
-        cpu = jax.devices("cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS names others only
-        return None
-    with jax.default_device(cpu):
-        return training.step_counts(config, image_shape, num_classes)
 
 
 def peak_bytes(compiled: Any) -> int | None:

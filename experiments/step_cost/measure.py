@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from e2sad_jax import distributed
+from e2sad_jax import distributed, training
 from e2sad_jax._compile import platform
 from e2sad_jax.errors import Error, Stopped, first_line
 from e2sad_jax.reporting import provenance
@@ -154,7 +154,7 @@ def _build(request: Request, rows: Rows, ceilings: dict[str, float], bar: Bar) -
                 if request.peer and kind.precision == "float32":
                     losses[kind.defense, kind.attack_steps] = step.losses(len(TOLERANCES))
                 timers[kind] = step.timer(request.seconds)
-                if counted := counts.counts(request.config(kind), request.image_shape, NUM_CLASSES):
+                if counted := training.step_counts(request.config(kind), request.image_shape, NUM_CLASSES):
                     row.update(flops=counted["flops"], bytes_accessed=counted["bytes"])
             elif (kind.defense, kind.attack_steps) not in losses:
                 row["note"] = "not measured without ours"

@@ -6,15 +6,20 @@ from collections.abc import Sequence
 
 from e2sad_jax import distributed, networks
 from e2sad_jax.data import KNOWN
+from e2sad_jax.defenses import DEFENSES, readers
 from e2sad_jax.errors import ConfigError, DataError
-from e2sad_jax.training.config import DEFENSES, Config, check_at_least
+from e2sad_jax.training.config import Config, check_at_least, configure
 from experiments.step_cost import peers
 
 NUM_CLASSES = 10
 DATA = {"mnist_cnn": "mnist", "svhn_cnn": "svhn", "digits_cnn": "digits", "preact_resnet18": "svhn"}  # of each model
-# Defenses whose attack takes as many steps as it is told, and how many where nothing else is asked for: the curve of one.
-ITERATED = {"ifgsm": (1, 2, 5, 10, 20, 30, 40), "pgd": (2, 10), "trades": (2, 10)}
+CURVE = (1, 2, 5, 10, 20, 30, 40)  # steps of IFGSM's attack where nothing else is asked for
 OURS = "e2sad_jax"
+
+
+def iterated() -> dict[str, tuple[int, ...]]:
+    """Defenses whose attack takes as many steps as it is told, and how many where nothing else is asked for."""
+    return {name: CURVE if name == "ifgsm" else (2, 10) for name in readers("attack_steps")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Kind:
 
     Attributes:
       by: `OURS`, or one of `peers.VARIANTS`.
-      defense: one of `config.DEFENSES`.
+      defense: a key of `defenses.DEFENSES`.
       attack_steps: of an iterated attack, else 0.
       precision: a key of `networks.PRECISIONS`.
     """
@@ -41,13 +46,13 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to measure; each field is the flag of that name. No `attack_steps` stand for those of `ITERATED`.
+    """What to measure; each field is the flag of that name. No `attack_steps` stand for those of `iterated`.
 
     Raises:
       ConfigError: if a value is out of range, or a package that a peer needs is missing.
     """
 
-    defense: tuple[str, ...] = DEFENSES
+    defense: tuple[str, ...] = tuple(DEFENSES)
     attack_steps: tuple[int, ...] = ()
     batch_size: int = 256
     devices: int = 1
@@ -62,7 +67,7 @@ class Request:
     results: str = "runs/step_cost"
 
     def __post_init__(self) -> None:
-        choices = {"defense": DEFENSES, "precision": tuple(networks.PRECISIONS), "peer": tuple(peers.VARIANTS)}
+        choices = {"defense": tuple(DEFENSES), "precision": tuple(networks.PRECISIONS), "peer": tuple(peers.VARIANTS)}
         for flag, allowed in choices.items():
             _check_list(flag, getattr(self, flag), allowed, empty=flag == "peer")
         if self.model not in DATA:
@@ -100,10 +105,10 @@ class Request:
 
     def kinds(self) -> list[Kind]:
         """The rows, in order: the natural step first, for every other is held against it; a peer's rows below ours."""
-        found: list[Kind] = []
+        found, counted = [], iterated()
         for precision in dict.fromkeys(self.precision):
             for defense in dict.fromkeys(("natural", *self.defense)):
-                for steps in sorted(set(self.attack_steps or ITERATED[defense])) if defense in ITERATED else [0]:
+                for steps in sorted(set(self.attack_steps or counted[defense])) if defense in counted else [0]:
                     found.append(Kind(OURS, defense, steps, precision))
                     if precision == "float32":
                         variants = [by for peer in dict.fromkeys(self.peer) for by in peers.VARIANTS[peer]]
@@ -112,13 +117,14 @@ class Request:
 
     def config(self, kind: Kind) -> Config:
         """The settings of a run that trains with this step; eps and weights, which cost nothing, are the defaults."""
-        return Config(
+        own = {"attack_steps": kind.attack_steps} if kind.attack_steps else {}
+        return configure(
             defense=kind.defense,
             model=self.model,
             batch_size=self.batch_size,
             devices=self.devices,
             precision=kind.precision,
-            attack_steps=kind.attack_steps or 1,
+            **own,
         )
 
 

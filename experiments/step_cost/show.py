@@ -5,15 +5,11 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.reporting import plots, report
 from experiments.step_cost.request import OURS
 
 Row = Mapping[str, Any]
-NAMES = {
-    **{"natural": "natural", "fgsm": "FGSM", "ifgsm": "IFGSM", "pgd": "PGD", "hamm": "Hamm", "e2sad": "e2SAD"},
-    **{"rs_fgsm": "RS-FGSM", "n_fgsm": "N-FGSM", "free": "Free", "trades": "TRADES", "grad_align": "GradAlign"},
-    "input_gradient": "input gradient",
-}
 COLORS = {OURS: "#1f4e99", "xla": "#7a7a7a", "torch": "#d1495b", "torch.compile": "#e8963a", "art": "#6a994e"}
 WIDTH = 120  # of a terminal
 MARKS = {"fgsm": ("FGSM", "s", 7), "e2sad": ("e2SAD", "*", 15)}
@@ -66,7 +62,7 @@ COLUMNS: Sequence[tuple[tuple[str, str], Callable[[Row], str]]] = (
 
 def label(row: Row) -> str:
     """The defense as it is written, with its steps."""
-    return NAMES[row["defense"]] + (f"-{row['attack_steps']}" if row["attack_steps"] else "")
+    return DEFENSES[row["defense"]].label + (f"-{row['attack_steps']}" if row["attack_steps"] else "")
 
 
 def _cells(result: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[list[str]]]:

@@ -149,7 +149,7 @@ from absl import flags
 from e2sad_jax import cli
 cli.define_flags({"lam": 0.3, "eps1": 0.2}, {"fgsm": {"soft_label": True}}, "fgsm")
 flags.FLAGS(sys.argv)
-print(json.dumps([dataclasses.asdict(c) for c in cli.read_configs({})]))
+print(json.dumps([c.to_json() for c in cli.read_configs({}, {})]))
 """
     done = subprocess.run(
         [sys.executable, "-c", program, "--preset=robust", "--lam=3"],

@@ -7,6 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from e2sad_jax._compile import jit
 
 # The flag of docs/running.md, for programs that are compiled by plain `jax.jit`.

@@ -39,7 +39,7 @@ class Flags(Target):
             name = module.__name__.rpartition(".")[2]
             if module is cli:
                 cli.define_flags({}, by_defense, "")
-                run = functools.partial(cli._run, "mnist", by_defense)
+                run = functools.partial(cli._run, "mnist", {}, by_defense)
             else:
                 module.define_flags()
                 run = module._run

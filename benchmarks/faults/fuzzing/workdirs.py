@@ -1,7 +1,6 @@
 """What a workdir holds: settings, notes, checkpoints."""
 
 import contextlib
-import dataclasses
 import functools
 import io
 import json
@@ -25,7 +24,7 @@ from e2sad_jax.comparison.run import row_of
 from e2sad_jax.errors import ConfigError, Error
 from e2sad_jax.runs import folder, metrics
 from e2sad_jax.runs.checkpoint import Checkpoints
-from e2sad_jax.training.config import Config
+from e2sad_jax.training import Config, configure
 from experiments.paper import cost, outcomes
 
 SHAPE = (8, 8, 1)
@@ -36,7 +35,7 @@ def a_config() -> dict[str, Any]:
     about = {"name": "tiny", "version": "", "sha256": "0" * 64, "source_sha256": {}, "train_examples": 40}
     dataset = {**about, "test_examples": 9, "image_shape": list(SHAPE), "num_classes": 3}
     config = Config(data="tiny.npz", model="digits_cnn", steps=4, batch_size=8)
-    return {"format": 1, "config": dataclasses.asdict(config), "dataset": dataset}
+    return {"format": 1, "config": config.to_json(), "dataset": dataset}
 
 
 class ConfigFile(Target):
@@ -72,9 +71,9 @@ class ConfigFile(Target):
             return got
         config, dataset = got
         said = json.loads(given)
-        if dataclasses.asdict(config) != dataclasses.asdict(Config()) | said["config"] or dataset != said["dataset"]:
+        if config != configure(**said["config"]) or dataset != said["dataset"]:
             raise Wrong("it is not what the file says")
-        if Config.from_json(json.loads(json.dumps(dataclasses.asdict(config)))) != config:
+        if Config.from_json(json.loads(json.dumps(config.to_json()))) != config:
             raise Wrong("its own settings are refused")
         return got
 

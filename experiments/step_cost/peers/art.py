@@ -39,18 +39,25 @@ class ArtStep:
             device_type="gpu" if pytorch.device() == "cuda" else "cpu",
         )
         # Each image is clean or adversarial: with this share the expected loss is the mixture of Eq. 3.
-        ratio = 1 - c.alpha
+        ratio = 1 - c.settings.get("alpha", 0.0)
         own = {"eps": c.eps1, "batch_size": c.batch_size}
         match c.defense:
             case "fgsm":
                 attack = FastGradientMethod(classifier, **own)
             case "ifgsm":
-                size = c.eps1 / c.attack_steps
-                attack = BasicIterativeMethod(classifier, eps_step=size, max_iter=c.attack_steps, verbose=False, **own)
+                steps = c.settings["attack_steps"]
+                size = c.eps1 / steps
+                attack = BasicIterativeMethod(classifier, eps_step=size, max_iter=steps, verbose=False, **own)
             case "pgd":
-                size, ratio = 2.5 * c.eps1 / c.attack_steps, 1.0
+                steps = c.settings["attack_steps"]
+                size = 2.5 * c.eps1 / steps
                 attack = ProjectedGradientDescent(
-                    classifier, eps_step=size, max_iter=c.attack_steps, num_random_init=1, verbose=False, **own
+                    classifier,
+                    eps_step=size,
+                    max_iter=steps,
+                    num_random_init=1,
+                    verbose=False,
+                    **own,
                 )
         self._fit = classifier.fit if c.defense == "natural" else AdversarialTrainer(classifier, attack, ratio).fit
         self.at_once = 1

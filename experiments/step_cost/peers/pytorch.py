@@ -177,7 +177,7 @@ class TorchStep:
     def _clean(self, x: Any, y: Any) -> tuple[Any, Any]:
         """The weighted clean loss, differentiated in parameters and images at once, and the images' gradient."""
         x = x.requires_grad_()
-        loss = self._backward(self._config.alpha * self._cross_entropy(self._net(x), y), x)
+        loss = self._backward(self._config.settings["alpha"] * self._cross_entropy(self._net(x), y), x)
         return loss, x.grad
 
     def _first_point(self, x: Any, y: Any) -> tuple[Any, Any]:
@@ -189,25 +189,25 @@ class TorchStep:
 
     def _fgsm(self, x: Any, y: Any) -> Any:
         loss, x_adv = self._first_point(x, y)
-        return loss + self._backward((1 - self._config.alpha) * self._cross_entropy(self._net(x_adv), y))
+        return loss + self._backward((1 - self._config.settings["alpha"]) * self._cross_entropy(self._net(x_adv), y))
 
     def _ifgsm(self, x: Any, y: Any) -> Any:
         c = self._config
         loss, gradient = self._clean(x, y)
-        x = x.detach()
+        x, steps = x.detach(), c.settings["attack_steps"]
         lower, upper = (x - c.eps1).clamp(min=0), (x + c.eps1).clamp(max=1)
         z = x
-        for i in range(c.attack_steps):
+        for i in range(steps):
             gradient = self._gradient(z, y) if i else gradient
-            z = (z + c.eps1 / c.attack_steps * gradient.sign()).clamp(lower, upper)
-        return loss + self._backward((1 - c.alpha) * self._cross_entropy(self._net(z), y))
+            z = (z + c.eps1 / steps * gradient.sign()).clamp(lower, upper)
+        return loss + self._backward((1 - c.settings["alpha"]) * self._cross_entropy(self._net(z), y))
 
     def _pgd(self, x: Any, y: Any) -> Any:
-        c = self._config
+        c, steps = self._config, self._config.settings["attack_steps"]
         lower, upper = (x - c.eps1).clamp(min=0), (x + c.eps1).clamp(max=1)
         z = (x + c.eps1 * (2 * self._torch.rand_like(x) - 1)).clamp(lower, upper)
-        for _ in range(c.attack_steps):
-            z = (z + 2.5 * c.eps1 / c.attack_steps * self._gradient(z, y).sign()).clamp(lower, upper)
+        for _ in range(steps):
+            z = (z + 2.5 * c.eps1 / steps * self._gradient(z, y).sign()).clamp(lower, upper)
         return self._backward(self._cross_entropy(self._net(z), y))
 
     def _hamm(self, x: Any, y: Any) -> Any:
@@ -217,7 +217,7 @@ class TorchStep:
         adversarial = self._cross_entropy(self._net(x_adv), y)
         (gradient,) = self._torch.autograd.grad(adversarial, x_adv, create_graph=True)
         penalty = c.eps1 * len(x) / 2 * gradient.norm()
-        return loss + self._backward((1 - c.alpha) * (adversarial + penalty))
+        return loss + self._backward((1 - c.settings["alpha"]) * (adversarial + penalty))
 
     def _e2sad(self, x: Any, y: Any) -> Any:
         c = self._config
@@ -226,10 +226,10 @@ class TorchStep:
         logits = self._net(x_adv)
         entropy = self._cross_entropy(logits, logits.softmax(1))
         (gradient,) = self._torch.autograd.grad(entropy, x_adv, retain_graph=True)
-        x_adv2 = (x_adv + c.eps2 * gradient.sign()).detach()
+        x_adv2 = (x_adv + c.settings["eps2"] * gradient.sign()).detach()
         dissimilarity = self._cross_entropy(self._net(x_adv2), logits.softmax(1))
         adversarial = self._cross_entropy(logits, y)
-        return loss + self._backward((1 - c.alpha) * adversarial + c.lam * dissimilarity)
+        return loss + self._backward((1 - c.settings["alpha"]) * adversarial + c.settings["lam"] * dissimilarity)
 
 
 def _without_disk_or_processes() -> None:

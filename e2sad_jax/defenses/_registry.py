@@ -1,0 +1,227 @@
+"""What a defense is to the rest of the library: its loss, the settings it reads, its label. `DEFENSES` holds each once."""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts
+from e2sad_jax.errors import ConfigError
+
+LARGEST = 2**53  # of any number of things: what a float64 still counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A value that can be set, with its meaning and range; its default says its type.
+
+    Attributes:
+      name: of the setting and its flag.
+      default: the value where none is given, a bool, int, float or str.
+      help: what it means.
+      lower: least number, None for no bound.
+      upper: greatest number, None for no bound.
+      above: the number must be greater, None for no bound.
+      choices: the values allowed, None for any; a mapping allows its keys, those that are added later too.
+      argument: keyword of the defense's loss; empty for `name`, None for a setting that the loss does not take.
+      budget: whether it is a length in the images' units. It rises with `eps_warmup`, and may be at most as large as the
+        range of the images is wide.
+      varies: whether runs that train together may differ in it: the loss takes a traced one at no cost.
+      zero_is_none: whether the loss takes None for 0 and chooses by itself.
+    """
+
+    name: str
+    default: Any
+    help: str
+    _: dataclasses.KW_ONLY
+    lower: float | None = None
+    upper: float | None = None
+    above: float | None = None
+    choices: Collection[str] | None = None
+    argument: str | None = ""
+    budget: bool = False
+    varies: bool = False
+    zero_is_none: bool = False
+
+    @property
+    def range(self) -> str:
+        """The values allowed in words, empty where there is no bound."""
+        if self.choices is not None:
+            return "one of " + ", ".join(self.choices)
+        if self.above is not None:
+            return f"above {self.above}" + (f", at most {self.upper}" if self.upper is not None else "")
+        if self.lower is not None and self.upper is not None:
+            return f"in [{self.lower}, {self.upper}]"
+        return f"at least {self.lower}" if self.lower is not None else ""
+
+    def check(self, value: Any) -> Any:
+        """The value, as a float where the default is one.
+
+        Raises:
+          ConfigError: if its type or range is wrong, with flag, value and range.
+        """
+        kind: type[Any] = type(self.default)
+        if kind in (int, float) and type(value) is int and not -LARGEST <= value <= LARGEST:  # Python's own have no end
+            raise ConfigError(f"--{self.name}={short(value)}: must be {self.range or 'finite'}, at most {LARGEST:,}")
+        if kind is float and type(value) in (int, float):
+            value = float(value) + 0.0  # one zero
+        if type(value) is not kind:
+            raise ConfigError(f"--{self.name}={short(value)}: must be of type {kind.__name__}")
+        if kind is str and not value.isprintable():
+            raise ConfigError(f"--{self.name}={short(value)}: must be printable text")
+        right = self.choices is None or value in self.choices
+        if kind in (int, float):
+            right &= math.isfinite(value)
+            right &= self.lower is None or value >= self.lower
+            right &= self.above is None or value > self.above
+            right &= self.upper is None or value <= self.upper
+        if not right:
+            shown = value if kind in (int, float) else short(value)[1:-1]
+            raise ConfigError(f"--{self.name}={shown}: must be {self.range or 'finite'}")
+        return value
+
+    def means_as(self, other: "Setting") -> bool:
+        """Whether both have the same type and range, so that one flag can stand for both."""
+        ranges = ("lower", "upper", "above", "choices", "budget", "zero_is_none")
+        return type(self.default) is type(other.default) and all(getattr(self, r) == getattr(other, r) for r in ranges)
+
+
+@dataclasses.dataclass(frozen=True)
+class Defense:
+    """A defense as training, flags and tables know it.
+
+    The loss is called as `loss(logits_fn, x, y, **arguments)` and returns the loss, a scalar, and its parts by name. Its
+    arguments are the settings, and those of the following that its signature names: `eps` or `eps1`, the l-infinity
+    budget; `bounds`, the range of the images; `key`, a random key of the step; `delta`, a perturbation `[N, ...]`
+    that is kept from step to step.
+
+    Attributes:
+      loss: the function.
+      label: its name in tables and pictures.
+      settings: those that it alone reads, beside what every run has.
+      ascent: `(delta, gradient, *, eps) -> delta`, the perturbation of the next step from that of this one and from the
+        loss's gradient in it; of a loss that takes `delta`, else None.
+      replays: name of the setting that says how many steps in a row train on the same batch; empty: one.
+
+    Raises:
+      ValueError: if the loss does not take what the settings are for, or what is said of `delta` does not fit it.
+    """
+
+    loss: Callable[..., tuple[jax.Array, Parts]]
+    label: str
+    settings: tuple[Setting, ...] = ()
+    _: dataclasses.KW_ONLY
+    ascent: Callable[..., jax.Array] | None = None
+    replays: str = ""
+
+    def __post_init__(self) -> None:
+        for setting in self.settings:
+            if setting.argument is not None and not self.takes(setting.argument or setting.name):
+                raise ValueError(
+                    f"{self.label}: its loss takes no {setting.argument or setting.name!r}, for which --{setting.name} is; "
+                    "say argument= (None: training alone reads it)"
+                )
+        if self.carries != (self.ascent is not None):
+            raise ValueError(f"{self.label}: a loss that takes delta needs ascent=, and no other does")
+        if self.replays and self.replays not in self.defaults():
+            raise ValueError(f"{self.label}: replays={self.replays!r} must name one of its settings")
+
+    def takes(self, argument: str) -> bool:
+        """Whether the loss has such a keyword."""
+        return argument in inspect.signature(self.loss).parameters
+
+    @property
+    def carries(self) -> bool:
+        """Whether a perturbation of the batch is kept from step to step."""
+        return self.takes("delta")
+
+    def defaults(self) -> dict[str, Any]:
+        """The values of its settings where none are given, by name."""
+        return {setting.name: setting.default for setting in self.settings}
+
+    def __call__(
+        self,
+        logits_fn: LogitsFn,
+        x: jax.Array,
+        y: jax.Array,
+        *,
+        settings: Mapping[str, Any],
+        eps: jax.typing.ArrayLike,
+        bounds: Bounds,
+        key: jax.Array,
+        delta: jax.Array | None = None,
+    ) -> tuple[jax.Array, Parts]:
+        """The loss of one batch, as training computes it.
+
+        Args:
+          logits_fn: images `[N, ...]` to logits `[N, K]`.
+          x: clean images `[N, ...]`.
+          y: target distributions `[N, K]`.
+          settings: values of all its settings by name; budgets may be traced.
+          eps: l-infinity budget, in the images' own units.
+          bounds: range of the images, or None.
+          key: random key of the step.
+          delta: the perturbation kept so far, of a defense that `carries` one.
+
+        Returns:
+          The loss, a scalar, and its parts by name.
+        """
+        offered = {"eps": eps, "eps1": eps, "bounds": bounds, "key": key, "delta": delta}
+        arguments = {name: value for name, value in offered.items() if self.takes(name)}
+        for setting in self.settings:
+            if setting.argument is not None:
+                value = settings[setting.name]
+                unset = setting.zero_is_none and isinstance(value, (int, float)) and value == 0
+                arguments[setting.argument or setting.name] = None if unset else value
+        return self.loss(logits_fn, x, y, **arguments)
+
+
+DEFENSES: dict[str, Defense] = {}
+
+
+def register(name: str, defense: Defense) -> None:
+    """Adds a defense to `DEFENSES`: from then on it is trained, compared and evaluated by name.
+
+    Raises:
+      ValueError: if the name is taken, or another defense has a setting of the same name and of another range.
+    """
+    if name in DEFENSES:
+        raise ValueError(f"the defense {name!r} is registered already, as {DEFENSES[name].label}; choose another name")
+    for setting in defense.settings:
+        for other, entry in DEFENSES.items():
+            if any(s.name == setting.name and not s.means_as(setting) for s in entry.settings):
+                raise ValueError(
+                    f"{name}: its setting {setting.name!r} has another type or range than {other}'s; choose another name"
+                )
+    DEFENSES[name] = defense
+
+
+def readers(setting: str) -> tuple[str, ...]:
+    """The defenses that read a setting, by name."""
+    return tuple(name for name, defense in DEFENSES.items() if setting in defense.defaults())
+
+
+def short(value: object) -> str:
+    """A value in a message, whatever its length."""
+    if isinstance(value, int) and abs(value) > 10**40:
+        return f"an integer of {value.bit_length():,} bits"
+    text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
+    return text if len(text) <= 120 else f"{text[:60]} ... {text[-60:]}"
+
+
+# What several defenses read.
+ALPHA = Setting("alpha", 0.6, "weight of the clean loss", lower=0, upper=1)
+ATTACK_STEPS = Setting("attack_steps", 30, "gradient steps of the training attack", lower=1, argument="steps")
+ATTACK_STEP_SIZE = Setting(
+    "attack_step_size",
+    0.0,
+    "step of the training attack, 0: eps1 / attack_steps (ifgsm), 2.5 eps1 / attack_steps (pgd, trades), "
+    "1.25 eps1 (rs_fgsm), eps1 (n_fgsm)",
+    lower=0,
+    argument="step_size",
+    budget=True,
+    zero_is_none=True,
+)

@@ -1,0 +1,51 @@
+"""IFGSM adversarial training, on a mixture of clean and adversarial images (Eq. 3)."""
+
+import jax
+
+from e2sad_jax import attacks
+from e2sad_jax.defenses._registry import ALPHA, ATTACK_STEP_SIZE, ATTACK_STEPS, Defense, register
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, clean_term, weighted
+from e2sad_jax.losses import cross_entropy
+
+
+def ifgsm(
+    logits_fn: LogitsFn,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    alpha: float = 0.6,
+    eps: float = 0.3,
+    steps: int = 30,
+    step_size: float | None = None,
+    bounds: Bounds = (0.0, 1.0),
+) -> tuple[jax.Array, Parts]:
+    """IFGSM adversarial training: alpha J(theta, x, y) + (1 - alpha) J(theta, x_adv, y) (Eq. 3 with Eq. 2).
+
+    Args:
+      logits_fn: images `[N, ...]` to logits `[N, K]`.
+      x: clean images `[N, ...]`, inside `bounds`.
+      y: target distributions `[N, K]`, hard or soft; the attack uses them too.
+      alpha: weight of the clean term, in [0, 1].
+      eps: l-infinity budget of the attack, at least 0, in the images' own units.
+      steps: gradient steps of the attack, at least 1.
+      step_size: step of the attack; None for the paper's eps / steps.
+      bounds: range of valid images, or None.
+
+    Returns:
+      The loss, a scalar, and its parts by name, before their weights.
+
+    Raises:
+      ValueError: if `alpha` or a budget is out of range.
+    """
+    check_weight("ifgsm", "alpha", alpha, 1)
+    m = x.shape[0]
+
+    def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
+        return cross_entropy(logits_fn(z), y) / m
+
+    x_adv = attacks.ifgsm(weighted(alpha, J), x, eps=eps, steps=steps, step_size=step_size, bounds=bounds)
+    clean, adversarial = clean_term(alpha, J, x), J(x_adv).sum()
+    return alpha * clean + (1 - alpha) * adversarial, {"clean": clean, "adversarial": adversarial}
+
+
+register("ifgsm", Defense(ifgsm, "IFGSM", (ALPHA, ATTACK_STEPS, ATTACK_STEP_SIZE)))

@@ -1,0 +1,58 @@
+"""Fast adversarial training (RS-FGSM): one FGSM step from a random start; two gradient steps in all."""
+
+import jax
+
+from e2sad_jax import attacks
+from e2sad_jax.attacks import _ball
+from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, Defense, register
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts
+from e2sad_jax.losses import cross_entropy
+
+
+def rs_fgsm(
+    logits_fn: LogitsFn,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    key: jax.Array,
+    eps: jax.typing.ArrayLike = 0.3,
+    step_size: jax.typing.ArrayLike | None = None,
+    bounds: Bounds = (0.0, 1.0),
+) -> tuple[jax.Array, Parts]:
+    """Fast adversarial training: J(theta, x_adv, y) at an FGSM step from a random start.
+
+    x_adv = clamp_{x, eps}(x_0 + a sign(grad J(theta, x_0, y))),  x_0 = clip(x + U(-eps, eps))
+
+    One step of PGD with a larger step. No clean term. It may collapse: after some epochs the loss is high at FGSM's
+    point alone, and PGD breaks the model. Smaller budgets, fewer epochs or N-FGSM help.
+
+    Args:
+      logits_fn: images `[N, ...]` to logits `[N, K]`.
+      x: clean images `[N, ...]`, inside `bounds`.
+      y: target distributions `[N, K]`, hard or soft; the attack uses them too.
+      key: random key of the start.
+      eps: l-infinity budget of the attack, at least 0, in the images' own units.
+      step_size: a, above 0; None for the paper's 1.25 eps.
+      bounds: range of valid images, or None.
+
+    Returns:
+      The loss, a scalar, and its parts by name.
+
+    Raises:
+      ValueError: if a budget is out of range.
+
+    Reference: Wong et al., 2020, https://arxiv.org/abs/2001.03994
+    """
+    _ball.check_number("rs_fgsm", "eps", eps)
+
+    def J(z: jax.Array) -> jax.Array:
+        return cross_entropy(logits_fn(z), y)
+
+    if step_size is None and not (_ball.is_number(eps) and eps == 0):  # where there is nowhere to go
+        step_size = 1.25 * eps
+    x_adv = attacks.pgd(key, J, x, eps=eps, steps=1, step_size=step_size, bounds=bounds)
+    loss = J(x_adv).mean()
+    return loss, {"adversarial": loss}
+
+
+register("rs_fgsm", Defense(rs_fgsm, "RS-FGSM", (ATTACK_STEP_SIZE,)))

@@ -1,0 +1,161 @@
+"""The one jitted step of every defense: a batch, the defense's loss, its gradient, the update.
+
+Several runs of one defense may train together, as one step under `vmap`: a *population*. Its state, metrics and orders
+carry a leading axis P, one entry for each run.
+"""
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from e2sad_jax import distributed, networks
+from e2sad_jax._compile import jit, platform, straight_line
+from e2sad_jax.data.transforms import Transform
+from e2sad_jax.defenses._types import Parts
+from e2sad_jax.losses import soft_labels
+from e2sad_jax.networks import batch_stats
+from e2sad_jax.training.config import Config
+from e2sad_jax.training.optimizer import optimizer
+from e2sad_jax.training.state import TrainState
+
+TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # see `make_train_step`
+
+
+def settings_at(
+    config: Config, step: jax.Array, total: int, varied: Mapping[str, jax.Array] = types.MappingProxyType({})
+) -> tuple[jax.typing.ArrayLike, dict[str, Any]]:
+    """The budget `eps1` and the defense's settings as one step sees them.
+
+    Args:
+      config: the run's settings.
+      step: updates done so far.
+      total: all the steps of the run.
+      varied: values that stand in place of the configured ones, by name.
+
+    Returns:
+      The budget, and the settings by name; budgets are as large as they have grown by `step`.
+    """
+    eps, settings = varied.get("eps1", config.eps1), {**config.settings, **varied}
+    settings.pop("eps1", None)
+    if config.eps_warmup:
+        grown = jnp.minimum(step.astype(jnp.float32) / config.warmup_steps(total), 1)
+        eps *= grown
+        for one in config.entry.settings:
+            if one.budget and not (one.zero_is_none and config.settings[one.name] == 0):
+                settings[one.name] *= grown
+    return eps, settings
+
+
+@functools.partial(jax.jit, static_argnames="n")
+def epoch_order(key: jax.Array, epoch: jax.Array, n: int) -> jax.Array:
+    """The order of the images in `epoch` and in the next, two permutations of `range(n)` end to end, int32 `[2n]`.
+
+    Batches are cut from the stream of all epochs' permutations, so one batch may end an epoch and begin the next: every
+    image comes once an epoch, and none is dropped.
+    """
+
+    def permutation(e: jax.Array) -> jax.Array:
+        return jax.random.permutation(jax.random.fold_in(key, e), n)
+
+    return jnp.concatenate([permutation(epoch), permutation(epoch + 1)])
+
+
+def make_train_step(
+    config: Config,
+    model: nn.Module,
+    num_classes: int,
+    transform: Transform,
+    *,
+    population: bool = False,
+    steps: int = 1,
+    mesh: Mesh | None = None,
+) -> TrainStep:
+    """The jitted step of the configured defense, `(state, images, labels, order) -> (state, metrics)`.
+
+    `images` `[n, H, W, C]` and `labels` `[n]` are the whole training set, resident on the device, and `order` is
+    `epoch_order` of the state's epoch. `metrics` are scalars on the device: loss, gradient norm and the defense's
+    parts. The state is donated.
+
+    Args:
+      config: the run's settings.
+      model: the network.
+      num_classes: number of classes K.
+      transform: from images to the network's input.
+      population: whether to train P runs at once. Then `state` and `order` have a leading axis P and there is a fifth
+        argument `varied`, `{name: [P]}`, with the values of those settings in which the runs differ
+        (`state.varied_settings`). `metrics` are `[P]`.
+      steps: at most so many steps in one dispatch. Above 1 there is a last argument `count`, int32: how many this time.
+        All of them must begin in the same epoch. `metrics` have a leading axis `steps`, of which `count` are filled.
+      mesh: devices to split each batch over (`distributed.mesh`); all arguments lie whole on each of them.
+    """
+    soft = config.delta if config.soft_label else 0.0
+    defense = config.entry
+
+    def train_step(
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        order: jax.Array,
+        varied: Mapping[str, jax.Array] = types.MappingProxyType({}),
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        total = config.total_steps(images.shape[0])
+        eps, settings = settings_at(config, state.step, total, varied)
+        tx = optimizer(config, total)
+        offset = state.step.astype(jnp.uint32) // config.steps_per_batch * config.batch_size % images.shape[0]
+        batch = jax.lax.dynamic_slice_in_dim(order, offset, config.batch_size)
+        rows = images[batch], labels[batch]
+        if mesh is not None:
+            rows = jax.lax.with_sharding_constraint(rows, distributed.split(mesh))
+        x, y = transform.apply(rows[0]), soft_labels(rows[1], num_classes, soft)
+        key = jax.random.fold_in(state.key, state.step)
+
+        def loss_fn(params: Any, slots: Any, delta: jax.Array | None) -> tuple[jax.Array, Parts]:
+            # With several runs convolutions are XLA's own, which the CPU does not have to find in a loop.
+            unrolled = platform() == "cpu" and population
+            with straight_line() if unrolled else contextlib.nullcontext():
+                if slots:
+                    logits_fn = batch_stats.training_logits_fn(model, {**state.params, **params}, slots)
+                else:
+                    logits_fn = networks.logits_fn(model, params)
+                return defense(
+                    logits_fn, x, y, settings=settings, eps=eps, bounds=transform.bounds, key=key, delta=delta
+                )
+
+        params = batch_stats.parameters(state.params)
+        (loss, parts), (gradients, noted, ascent) = jax.value_and_grad(loss_fn, argnums=(0, 1, 2), has_aux=True)(
+            params, batch_stats.slots(state.params), state.delta
+        )
+        updates, opt_state = tx.update(gradients, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
+        if noted:
+            params = {**params, "batch_stats": batch_stats.updated(state.params["batch_stats"], noted)}
+        delta = defense.ascent(state.delta, ascent, eps=eps) if defense.ascent else None
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, delta=delta)
+        return state, {"loss": loss, "grad_norm": optax.tree.norm(gradients), **parts}
+
+    step: TrainStep = jax.vmap(train_step, in_axes=(0, None, None, 0, 0)) if population else train_step
+    placed: dict[str, Any] = {} if mesh is None else {"out_shardings": distributed.whole(mesh)}
+    if steps == 1:
+        return jit(step, donate_argnums=0, **placed)
+
+    def train_steps(state: TrainState, *arguments: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        *data, count = arguments
+        metrics = jax.tree.map(
+            lambda one: jnp.zeros((steps, *one.shape), one.dtype), jax.eval_shape(step, state, *data)[1]
+        )
+
+        def body(i: jax.Array, carry: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
+            state, one = step(carry[0], *data)
+            return state, jax.tree.map(lambda all, new: all.at[i].set(new), carry[1], one)
+
+        return jax.lax.fori_loop(0, count, body, (state, metrics))
+
+    return jit(train_steps, donate_argnums=0, **placed)
