@@ -17,7 +17,7 @@ from e2sad_jax.reporting import plots  # noqa: F401
 from e2sad_jax.runs import evaluate as diagnosis
 from e2sad_jax.runs import jobs, run  # noqa: F401
 
-networks.MODELS["digits_cnn"] = functools.partial(networks.MnistCNN, features=(4, 8), hidden=64)
+networks.NETWORKS["digits_cnn"] = functools.partial(networks.MnistCNN, features=(4, 8), hidden=64)
 evaluation.SUITES["digits"] = (
     Attack("clean", "clean"),
     Attack("FGSM 0.2", "fgsm", 0.2, 1),

@@ -51,7 +51,7 @@ class Soak(Error):
 
 def main() -> None:
     (compiled := Compilations()).listen()
-    networks.MODELS["digits_cnn"] = NARROW  # type: ignore[index]
+    networks.NETWORKS["digits_cnn"] = NARROW  # type: ignore[index]
     digits = data.load("digits")
     # Every fourth pixel, of a quarter of the images: the steps are what there is to be many of.
     small = {name: getattr(digits, name)[::4, 2::4, 2::4] for name in ("x_train", "x_test")}

@@ -163,8 +163,8 @@ class Checkpoint(Target):
 
     def __init__(self, folder: pathlib.Path):
         super().__init__(folder)
-        networks.MODELS = {
-            **networks.MODELS,
+        networks.NETWORKS = {
+            **networks.NETWORKS,
             "digits_cnn": functools.partial(networks.MnistCNN, features=(2, 2), hidden=4),
         }  # type: ignore[misc]
         good, config = folder / "good", Config.from_json(a_config()["config"])

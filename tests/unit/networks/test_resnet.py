@@ -46,7 +46,7 @@ def standard_promotion(monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """`preact_resnet18` by name is the smallest network."""
-    monkeypatch.setitem(networks.MODELS, "preact_resnet18", lambda num_classes, **_: Normed(num_classes))
+    monkeypatch.setitem(networks.NETWORKS, "preact_resnet18", lambda num_classes, **_: Normed(num_classes))
 
 
 def draw(model: nn.Module, shape: tuple[int, ...] = (8, 8, 1)) -> Any:
@@ -256,7 +256,7 @@ def test_eight_devices_normalise_by_the_whole_batch(small, tiny):
 
 
 def test_the_network_itself_learns_under_attack(tiny, monkeypatch):
-    monkeypatch.setitem(networks.MODELS, "preact_resnet18", functools.partial(preact_resnet.PreActResNet18, width=2))
+    monkeypatch.setitem(networks.NETWORKS, "preact_resnet18", functools.partial(preact_resnet.PreActResNet18, width=2))
     config = tiny_config(model="preact_resnet18", defense="fgsm", eps1=0.05, steps=12, learning_rate=0.02)
     history = []
     state = fit(config, tiny, record=lambda step, metrics, count: history.append(float(metrics["loss"])))

@@ -5,6 +5,7 @@ import dataclasses
 import json
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,8 +59,8 @@ def test_updates_follow_the_schedule_over_all_steps_of_the_run(tiny, monkeypatch
     def plane(logits_fn, x, y, key):
         return logits_fn(jnp.ones_like(x[:1])).sum(), {}
 
-    class Sum(networks.nn.Module):
-        @networks.nn.compact
+    class Sum(nn.Module):
+        @nn.compact
         def __call__(self, x):
             return self.param("w", lambda key: jnp.zeros((1, 3))) + 0 * x.sum()
 
