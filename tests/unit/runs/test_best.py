@@ -11,7 +11,7 @@ import pytest
 
 import e2sad_jax
 from e2sad_jax import data
-from e2sad_jax.runs import jobs, run
+from e2sad_jax.runs import run, trainer
 from e2sad_jax.training.config import Config
 from tests.unit.training.test_train import standard_promotion  # noqa: F401
 
@@ -30,7 +30,7 @@ def short(monkeypatch, tiny, unoptimized):
 def scores(monkeypatch):
     """Scores of checkpoints by step, in place of an attack's."""
     scores: dict[int, float] = {}
-    monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": scores[int(state.step)]})
+    monkeypatch.setattr(trainer, "validate", lambda run, state, stop: {"score": scores[int(state.step)]})
     return scores
 
 
@@ -58,7 +58,7 @@ def predictions(workdir, images, which):
 
 def test_both_are_attacked_and_each_has_its_own_numbers(scores, attacked, tiny, tmp_path, capsys):
     scores.update({2: 5.0, 4: 3.0, 6: 4.0})
-    run.run_beside([config(tmp_path)], "mnist")
+    run.train_with_baseline([config(tmp_path)], "mnist")
     assert attacked == [6, 2]
     results = json.loads((tmp_path / "w" / "results.json").read_text())
     outcomes = np.load(tmp_path / "w" / "outcomes.npz")
@@ -86,7 +86,7 @@ def test_both_are_attacked_and_each_has_its_own_numbers(scores, attacked, tiny, 
 
 def test_a_last_that_is_the_best_is_attacked_once_and_named(scores, attacked, tmp_path, capsys):
     scores.update({2: 1.0, 4: 3.0, 6: 3.0})  # of equals the later
-    run.run_beside([config(tmp_path, validation_examples=10)], "mnist")
+    run.train_with_baseline([config(tmp_path, validation_examples=10)], "mnist")
     assert attacked == [6]
     results = json.loads((tmp_path / "w" / "results.json").read_text())
     assert results["best"] == {
@@ -103,22 +103,22 @@ def test_a_last_that_is_the_best_is_attacked_once_and_named(scores, attacked, tm
 
 def test_a_resumed_run_keeps_the_best_of_before(scores, attacked, tiny, tmp_path):
     scores.update({2: 5.0, 4: 3.0, 6: 1.0, 8: 2.0})
-    before = run.run(config(tmp_path, steps=4), "mnist")["best"]
+    before = run.train_and_report(config(tmp_path, steps=4), "mnist")["best"]
     kept = predictions(tmp_path / "w", tiny.x_test, "best")
-    results = run.run(config(tmp_path, steps=8), "mnist")
+    results = run.train_and_report(config(tmp_path, steps=8), "mnist")
     assert (results["steps"], results["best"]) == (8, before)
     assert before["step"] == 2
     np.testing.assert_array_equal(np.load(tmp_path / "w" / "outcomes.npz")["best_prediction"][0], kept)
-    again = run.run(config(tmp_path, steps=8), "mnist")
+    again = run.train_and_report(config(tmp_path, steps=8), "mnist")
     assert attacked == [4, 2, 8, 2, 8, 2]
     assert (again["attacks"], again["best"]) == (results["attacks"], results["best"])
     scores[10] = 6.0
-    assert run.run(config(tmp_path, steps=10), "mnist")["best"]["step"] == 10
+    assert run.train_and_report(config(tmp_path, steps=10), "mnist")["best"]["step"] == 10
 
 
 def test_what_a_stop_saved_does_not_compete_and_the_report_says_so(scores, tmp_path, monkeypatch):
     scores.update({2: 1.0, 4: 3.0})
-    take = jobs.Recorder.__call__
+    take = trainer.Recorder.__call__
     for steps, every in ((5, 2), (1, 2)):  # with and without a judged one before it
 
         def interrupting(self, step, metrics, count, steps=steps):
@@ -128,10 +128,10 @@ def test_what_a_stop_saved_does_not_compete_and_the_report_says_so(scores, tmp_p
 
         stopped = config(tmp_path, steps=steps, checkpoint_every=every, workdir=str(tmp_path / str(steps)))
         with monkeypatch.context() as patch:
-            patch.setattr(jobs.Recorder, "__call__", interrupting)
+            patch.setattr(trainer.Recorder, "__call__", interrupting)
             with pytest.raises(run.Stopped):
-                run.run(stopped, "mnist")
-        best = run.run(stopped, "mnist")["best"]
+                run.train_and_report(stopped, "mnist")
+        best = run.train_and_report(stopped, "mnist")["best"]
         if steps == 5:
             assert best["step"] == 4
             assert best["chosen_on"] == "50 training images (the last, saved when the run was stopped, did not compete)"
@@ -152,16 +152,18 @@ def test_interrupted_between_the_two_nothing_is_reported_yet(scores, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(run, "_evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run.run(config(tmp_path), "mnist")
+            run.train_and_report(config(tmp_path), "mnist")
     assert not (tmp_path / "w" / "results.json").exists()
-    assert run.run(config(tmp_path), "mnist")["best"]["step"] == 2
+    assert run.train_and_report(config(tmp_path), "mnist")["best"]["step"] == 2
 
 
 def test_the_test_set_has_no_say_in_which_is_best(tiny, tmp_path, monkeypatch):
     """Test labels that are all wrong: judged on them, who has learnt most would be the worst."""
     wrong = dataclasses.replace(tiny, y_test=(tiny.y_test + 1) % 3)
     monkeypatch.setattr(data, "load", lambda name, data_dir: wrong)
-    results = run.run(config(tmp_path, steps=30, checkpoint_every=15, defense="natural", eps1=0.02), "mnist")
+    results = run.train_and_report(
+        config(tmp_path, steps=30, checkpoint_every=15, defense="natural", eps1=0.02), "mnist"
+    )
     best, lines = results["best"]["step"], (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()
     judged = {line["step"]: line for line in map(json.loads, lines) if "validation_score" in line}
     assert best == max(judged, key=lambda step: (judged[step]["validation_score"], step))
@@ -175,6 +177,6 @@ def test_a_restored_state_is_attacked_by_the_program_of_a_trained_one(scores, tm
     """Else all attacks are compiled again for the best checkpoint."""
     scores.update({2: 5.0, 4: 3.0, 6: 4.0})
     with jax.log_compiles():
-        run.run(config(tmp_path, eval_batch_size=30), "mnist")  # which no other test here has compiled
+        run.train_and_report(config(tmp_path, eval_batch_size=30), "mnist")  # which no other test here has compiled
     made = [r.getMessage() for r in caplog.records if "Compiling jit(attack_batch)" in r.getMessage()]
     assert len(made) == len(ATTACKS)

@@ -135,7 +135,7 @@ def workdir(tmp_path_factory) -> pathlib.Path:
         config = Config(
             data="tiny.npz", model="digits_cnn", steps=4, batch_size=8, checkpoint_every=2, workdir=str(folder)
         )
-        run.run(config, "tiny")
+        run.train_and_report(config, "tiny")
     return folder
 
 

@@ -40,9 +40,9 @@ from e2sad_jax.errors import (
     WorkdirError,
 )
 from e2sad_jax.evaluation import Outcome
-from e2sad_jax.runs import jobs, metrics, run
-from e2sad_jax.runs.checkpoint import Checkpoints, load
-from e2sad_jax.runs.folder import TRAINING, read_config, read_training
+from e2sad_jax.runs import metrics, run, trainer
+from e2sad_jax.runs.checkpoint import Checkpoints, digest, load
+from e2sad_jax.runs.folder import TRAINING, read_config, read_training, steps_in
 from e2sad_jax.training.config import Config
 from tests.unit.training.test_train import no_last_evaluation, standard_promotion, tiny_config  # noqa: F401
 
@@ -61,9 +61,9 @@ def prepare(patch: pytest.MonkeyPatch, tiny, folder: pathlib.Path, train: bool =
     outcome = Outcome(np.ones(50, bool), np.zeros(50, np.int32))
     patch.setattr(run, "_evaluate", lambda *args: {attack.name: outcome for attack in run.SUITES["mnist"]})
     patch.setattr("e2sad_jax.reporting.plots.examples", lambda *args, **kwargs: None)
-    patch.setattr(jobs, "_watch", lambda job, state: {"score": {5: 1.0, 10: 2.0, 12: 1.5}[int(state.step)]})
+    patch.setattr(trainer, "validate", lambda run, state, stop: {"score": {5: 1.0, 10: 2.0, 12: 1.5}[int(state.step)]})
     if train:
-        run.run(settings(folder), "mnist")
+        run.train_and_report(settings(folder), "mnist")
     return folder / "w"
 
 
@@ -97,9 +97,9 @@ def damages(rng: random.Random, content: bytes, times: int) -> list[bytes]:
 
 def test_no_damage_to_a_checkpoint_gives_another_network(config, tiny):
     workdir, rng = pathlib.Path(config.workdir), random.Random(0)
-    with jobs.open_job(config, tiny) as job:
+    with trainer.open_run(config, tiny) as job:
         like = jax.eval_shape(job.init_state)
-        whole = jobs.digest(job.restore(10).params)
+        whole = digest(job.restore(10).params)
     shutil.rmtree(workdir / "checkpoints" / "12")
     refused = 0
     files = [path for path in (workdir / "checkpoints").rglob("*") if path.is_file() and path.stat().st_size]
@@ -109,12 +109,12 @@ def test_no_damage_to_a_checkpoint_gives_another_network(config, tiny):
             path.write_bytes(damaged)
             try:
                 with Checkpoints(workdir, read_only=True) as checkpoints:
-                    assert jobs.digest(checkpoints.restore(like).params) == whole, path
+                    assert digest(checkpoints.restore(like).params) == whole, path
             except DamagedError:
                 refused += 1
         path.write_bytes(content)
     assert refused > len(files) / 2
-    assert jobs.digest(load(workdir).params) == whole
+    assert digest(load(workdir).params) == whole
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -127,7 +127,7 @@ def test_who_goes_on_reads_each_checkpoint_once(config, tiny, devices, monkeypat
         return real(self, step, **kwargs)
 
     monkeypatch.setattr(ocp.CheckpointManager, "restore", restore)
-    with jobs.open_job(dataclasses.replace(config, devices=devices), tiny) as job:
+    with trainer.open_run(dataclasses.replace(config, devices=devices), tiny) as job:
         first, second, best = job.restore(), job.restore(), job.restore(10)
     assert read == [10, 12, 12, 10]
     assert (int(first.step), int(best.step)) == (12, 10)
@@ -150,19 +150,19 @@ def test_orbax_does_not_see_a_number_that_was_changed_but_we_do(config):
 @pytest.mark.parametrize("damage", [flip, truncate])
 def test_a_damaged_last_checkpoint_is_put_aside_with_a_word_and_the_one_before_goes_on(what, damage, config, capsys):
     workdir = pathlib.Path(config.workdir)
-    whole, metrics = jobs.digest(load(workdir).params), (workdir / "metrics.jsonl").read_text()
+    whole, metrics = digest(load(workdir).params), (workdir / "metrics.jsonl").read_text()
     damage(workdir / "checkpoints" / "12" / what, random.Random(1))
-    run.run(config, "mnist")
+    run.train_and_report(config, "mnist")
     said = capsys.readouterr().err
     assert "WARNING: the checkpoint of step 12 is damaged (" in said
     assert "goes on from the one of step 10\n" in said
     assert "Going on from step 10 in" in said
-    assert jobs.digest(load(workdir).params) == whole
+    assert digest(load(workdir).params) == whole
     assert [line.split(",")[0] for line in (workdir / "metrics.jsonl").read_text().splitlines()] == [
         line.split(",")[0] for line in metrics.splitlines()
     ]
     assert (workdir / "checkpoints" / "12.damaged").is_dir(), "for who wants to look at it"
-    assert jobs.steps_in(workdir) == [10, 12]
+    assert steps_in(workdir) == [10, 12]
 
 
 def test_without_an_earlier_one_or_if_it_is_the_best_a_damaged_checkpoint_is_refused(config):
@@ -172,16 +172,16 @@ def test_without_an_earlier_one_or_if_it_is_the_best_a_damaged_checkpoint_is_ref
     with pytest.raises(
         DamagedError, match=r"cannot read the checkpoint .*checkpoints/10: .*delete that folder to go on"
     ):
-        run.run(config, "mnist")
+        run.train_and_report(config, "mnist")
     for which in ("last", "best"):
         with pytest.raises(DamagedError, match="checkpoints/10"):
             load(workdir, which)
     shutil.rmtree(workdir / "checkpoints" / "10")
     (workdir / "checkpoints" / "12" / "metrics" / "metrics").unlink()
     with pytest.raises(DamagedError, match=r"checkpoints/12: metrics: .*No such file"):
-        run.run(config, "mnist")
+        run.train_and_report(config, "mnist")
     shutil.rmtree(workdir / "checkpoints" / "12")
-    assert run.run(config, "mnist")["steps"] == 12
+    assert run.train_and_report(config, "mnist")["steps"] == 12
 
 
 def test_a_checkpoint_of_before_there_were_digests_is_taken_as_it_is(config):
@@ -217,7 +217,7 @@ def test_damaged_notes_of_training_and_lines_of_metrics_are_dropped_with_a_word(
     lines[1] = lines[1][:5] + b"\xff" + lines[1][6:]
     (workdir / "metrics.jsonl").write_bytes(b"".join(lines))
     shutil.rmtree(workdir / "checkpoints" / "12")
-    run.run(config, "mnist")
+    run.train_and_report(config, "mnist")
     said = capsys.readouterr().err
     assert f"warning: {workdir / 'metrics.jsonl'}: damaged lines are dropped (2 of {len(lines)})" in said
     assert f"warning: {workdir / TRAINING} was damaged" in said
@@ -274,29 +274,29 @@ def test_a_full_disk_ends_the_files_for_tensorboard_with_an_error_and_no_hang(tm
 
 def between_checkpoints(config: Config, monkeypatch: pytest.MonkeyPatch, do: Callable[[], object]) -> None:
     """Does something at step 8 of 12, when the checkpoint of step 5 is whole."""
-    take = jobs.Recorder.__call__
+    take = trainer.Recorder.__call__
 
     def doing(self, step, *rest):
         if step == 8:
-            while not jobs.steps_in(config.workdir):
+            while not steps_in(config.workdir):
                 time.sleep(0.01)
             do()
         return take(self, step, *rest)
 
-    monkeypatch.setattr(jobs.Recorder, "__call__", doing)
+    monkeypatch.setattr(trainer.Recorder, "__call__", doing)
 
 
 def test_a_workdir_that_is_gone_is_named_and_not_made_anew(fresh, monkeypatch):
     between_checkpoints(fresh, monkeypatch, lambda: shutil.rmtree(fresh.workdir))
     with pytest.raises(GoneError, match="was deleted or moved while the run was at work in it"):
-        run.run(fresh, "mnist")
+        run.train_and_report(fresh, "mnist")
     assert not pathlib.Path(fresh.workdir).exists()
 
 
 def test_a_lock_file_deleted_under_a_run_does_not_end_it(fresh, monkeypatch):
     between_checkpoints(fresh, monkeypatch, (pathlib.Path(fresh.workdir) / LOCK).unlink)
-    assert run.run(fresh, "mnist")["steps"] == 12
-    assert jobs.steps_in(fresh.workdir) == [10, 12]
+    assert run.train_and_report(fresh, "mnist")["steps"] == 12
+    assert steps_in(fresh.workdir) == [10, 12]
 
 
 @pytest.mark.parametrize(
@@ -309,27 +309,27 @@ def test_a_lock_file_deleted_under_a_run_does_not_end_it(fresh, monkeypatch):
     ],
 )
 def test_memory_and_devices_are_named_with_step_checkpoint_and_remedy(raised, kind, words, fresh, monkeypatch):
-    take = jobs.Recorder.__call__
+    take = trainer.Recorder.__call__
 
     def failing(self, step, *rest):
         if step == 8:
             raise raised
         return take(self, step, *rest)
 
-    monkeypatch.setattr(jobs.Recorder, "__call__", failing)
+    monkeypatch.setattr(trainer.Recorder, "__call__", failing)
     with pytest.raises(kind, match=words) as caught:
-        run.run(fresh, "mnist")
-    monkeypatch.setattr(jobs.Recorder, "__call__", take)
+        run.train_and_report(fresh, "mnist")
+    monkeypatch.setattr(trainer.Recorder, "__call__", take)
     if isinstance(caught.value, Error):
         assert caught.value.exit_code == {OutOfMemoryError: 6, DeviceError: 7}[kind]
         assert caught.match(r"in training, after step [567] \(.*\); the checkpoint of step 5 is whole in")
     assert load(fresh.workdir).step == 5
-    assert run.run(fresh, "mnist")["steps"] == 12
+    assert run.train_and_report(fresh, "mnist")["steps"] == 12
 
 
 def test_in_attacks_they_are_named_too(tiny, tmp_path, monkeypatch):
     config = settings(tmp_path)
-    with jobs.open_job(config, tiny) as job:
+    with trainer.open_run(config, tiny) as job:
         for raised, kind, words in [
             (
                 "RESOURCE_EXHAUSTED: out",
@@ -342,7 +342,7 @@ def test_in_attacks_they_are_named_too(tiny, tmp_path, monkeypatch):
                 r"in the attacks on step 0 \(INTERNAL: illegal\); the checkpoints are whole",
             ),
         ]:
-            monkeypatch.setattr(jobs, "evaluate", Raising(jax.errors.JaxRuntimeError(raised)))
+            monkeypatch.setattr(trainer, "evaluate", Raising(jax.errors.JaxRuntimeError(raised)))
             with pytest.raises(kind, match=words):
                 run._evaluate(job, job.init_state(), run.SUITES["mnist"])
 
@@ -357,7 +357,7 @@ class Raising:
 
 def test_who_stops_a_run_does_not_wait_for_the_attack_on_a_checkpoint(no_last_evaluation, tmp_path, monkeypatch):  # noqa: F811
     config = settings(tmp_path, eval_batch_size=10)
-    made, real = [], jobs.evaluate
+    made, real = [], trainer.evaluate
 
     def telling(*args, progress, **kwargs):
         def told(name, gradients):
@@ -367,15 +367,15 @@ def test_who_stops_a_run_does_not_wait_for_the_attack_on_a_checkpoint(no_last_ev
 
         return real(*args, progress=told, **kwargs)
 
-    monkeypatch.setattr(jobs, "evaluate", telling)
+    monkeypatch.setattr(trainer, "evaluate", telling)
     with pytest.raises(run.Stopped, match="Stopped at step 6 of 12") as stopped:
-        run.run(config, "mnist")
+        run.train_and_report(config, "mnist")
     assert stopped.value.exit_code == 143
     assert made == ["clean"], "one batch of one attack"
     with Checkpoints(config.workdir, read_only=True) as checkpoints:
-        assert {checkpoints.score(step) for step in jobs.steps_in(config.workdir)} == {jobs.UNJUDGED}
+        assert {checkpoints.score(step) for step in steps_in(config.workdir)} == {trainer.UNJUDGED}
     assert "score" not in (tmp_path / "w" / "metrics.jsonl").read_text()
-    assert jobs._signals.caught == 0, "the next run is not stopped by it"
+    assert trainer._signals.caught == 0, "the next run is not stopped by it"
 
 
 def test_killed_while_it_writes_a_checkpoint_a_run_ends_as_if_nothing_had_been(tmp_path):
