@@ -15,9 +15,9 @@ from e2sad_jax.data import Dataset
 from e2sad_jax.errors import Stopped, first_line
 from e2sad_jax.evaluation import Attack, of_classifier
 from e2sad_jax.evaluation.auto import auto
-from e2sad_jax.runs import jobs
-from e2sad_jax.runs.checkpoint import load
-from e2sad_jax.runs.folder import write_config
+from e2sad_jax.runs.classifier import load
+from e2sad_jax.runs.signals import stopping
+from e2sad_jax.runs.trainer import open_run, train
 from e2sad_jax.training.config import Config
 
 
@@ -43,13 +43,12 @@ def judge(request: Request, config: Config, dataset: Dataset) -> dict[str, Any]:
     known = known_of(path, asked, config.steps)
     if "best" in known:
         return known
-    with jobs.open_job(config, dataset) as job, jobs.interruptible() as interrupted:
-        write_config(job.workdir, job.config, dataset)
-        _, seconds = jobs.train(job, interrupted)
-        if told := interrupted():
-            raise Stopped(f"stopped in {job.workdir}; the same command goes on from there", told)
-        best = jobs.best(job)
-        judged_on = dataset if request.judge == "test" else job.watched
+    with open_run(config, dataset) as run, stopping() as stop:
+        _, seconds = train(run, stop)
+        if number := stop():
+            raise Stopped(f"stopped in {run.workdir}; the same command resumes from there", number)
+        best = run.best()
+        judged_on = dataset if request.judge == "test" else run.validation_set
     images, labels = judged_on.x_test[: request.examples], judged_on.y_test[: request.examples]
     last = known.get("last") or _attacked(config, "last", images, labels, stages)
     write_json(path, sealed({"asked": asked, "last": last}))  # attacks take long

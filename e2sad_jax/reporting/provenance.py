@@ -60,17 +60,20 @@ def commit() -> str | None:
 def command() -> str:
     """The command line of this process as a user types it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = (
-        f"python -m {spec.name.removesuffix('.__main__')}"
-        if spec is not None and spec.name
-        else f"python {sys.argv[0]}"
-    )
+    if sys.argv[0].startswith("e2sad "):  # the console script's, with its subcommand
+        program = sys.argv[0]
+    elif spec is not None and spec.name:
+        program = f"python -m {spec.name.removesuffix('.__main__')}"
+    else:
+        program = f"python {sys.argv[0]}"
     return " ".join([program, *map(shlex.quote, sys.argv[1:])])
 
 
 def again() -> str:
     """`command`, with the interpreter's path where `python` is another one."""
     own, usual = pathlib.Path(sys.executable), shutil.which("python")
+    if not command().startswith("python"):
+        return command()
     if usual and pathlib.Path(usual).absolute().parent == own.absolute().parent and os.path.samefile(usual, own):
         return command()
     here = os.path.relpath(own) if own.is_relative_to(pathlib.Path.cwd()) else str(own)

@@ -8,6 +8,7 @@ import io
 import json
 import pathlib
 import sys
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -269,9 +270,15 @@ def _ruled(cells: Sequence[Sequence[str]]) -> list[Sequence[str]]:
 
 
 def write(
-    workdir: pathlib.Path, results: Mapping[str, Any], outcomes: Mapping[str, Outcome], best: Best | None = None
+    workdir: pathlib.Path,
+    results: Mapping[str, Any],
+    outcomes: Mapping[str, Outcome],
+    best: Best | None = None,
+    before: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({}),
 ) -> None:
     """Writes results.json, results.md, model_card.md and outcomes.npz into a workdir.
+
+    results.md has a column for each of the results `before`, by name, too.
 
     outcomes.npz holds `correct` and `prediction` per attack, `[A, N]`, and `best_correct` and `best_prediction` where the
     best checkpoint is not the last.
@@ -284,7 +291,7 @@ def write(
     np.savez_compressed(content, **arrays)
     write_bytes(workdir / "outcomes.npz", content.getvalue())
     write_json(workdir / "results.json", results)
-    write_text(workdir / "results.md", markdown({results["config"]["defense"]: results}))
+    write_text(workdir / "results.md", markdown({**before, results["config"]["defense"]: results}))
     write_text(workdir / "model_card.md", model_card(results))
 
 

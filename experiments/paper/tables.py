@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from e2sad_jax._io import write_json, write_text
 from e2sad_jax.errors import WorkdirError
 from e2sad_jax.reporting import paper_numbers, provenance, report
+from e2sad_jax.runs.checkpoint import state_digest
 from e2sad_jax.runs.folder import read_config, read_training
 from e2sad_jax.training.config import Config
 from experiments.paper import cost, figures, plan
@@ -385,7 +386,7 @@ def write_models(r: Reproduction) -> list[pathlib.Path]:
         except WorkdirError:
             continue  # not of this plan: its own folder was looked at before anything began
         segments = read_training(path.parent)
-        if not segments or "weights" not in segments[-1]:
+        if not segments or state_digest(path.parent, config.total_steps(dataset["train_examples"])) is None:
             continue
         images.add(config.eval_examples or dataset["test_examples"])
         seconds = sum(s["seconds"] / s["runs_together"] for s in segments)

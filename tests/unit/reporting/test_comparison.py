@@ -14,7 +14,9 @@ from e2sad_jax.comparison import judge, price, show
 from e2sad_jax.comparison.request import ENTRIES, PARTS, Request
 from e2sad_jax.comparison.run import run
 from e2sad_jax.errors import ConfigError
-from e2sad_jax.runs import checkpoint, jobs
+from e2sad_jax.runs import trainer
+from e2sad_jax.runs.checkpoint import digest
+from e2sad_jax.runs.classifier import load
 from e2sad_jax.training.config import DEFENSES
 from tests.unit.training.test_train import standard_promotion  # noqa: F401
 
@@ -32,7 +34,9 @@ LITTLE = {
 def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypatch, unoptimized):
     monkeypatch.setattr(data, "load", lambda name, data_dir: tiny)
     scores = {"natural": {1: 0.0, 2: 1.0, 3: 1.0}, "rs_fgsm": {1: 0.0, 2: 2.0, 3: 1.0}}
-    monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": scores[job.config.defense][int(state.step)]})
+    monkeypatch.setattr(
+        trainer, "validate", lambda run, state, stop: {"score": scores[run.config.defense][int(state.step)]}
+    )
     monkeypatch.setenv("HOME", str(tmp_path))
     request = Request(
         entry=("RS-FGSM", "natural"), data="tiny.npz", workdir="~/runs", results=str(tmp_path / "out"), **LITTLE
@@ -40,7 +44,7 @@ def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypa
     said, attacked, auto = [], [], judge.auto
 
     def counting(apply, params, *args, **kwargs):
-        attacked.append(jobs.digest(params))
+        attacked.append(digest(params))
         return auto(apply, params, *args, **kwargs)
 
     monkeypatch.setattr(judge, "auto", counting)
@@ -55,13 +59,15 @@ def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypa
             assert 0 <= mean["robust"] == own["robust"] <= own["after"]["APGD-CE"] <= mean["clean"] == own["clean"]
             assert mean["lowest"] == mean["highest"] == mean["robust"]
         assert read_sealed(pathlib.Path(one["workdir"]) / "auto.json") == one
-        assert len(jobs.hold_out(tiny, checkpoint.load(one["workdir"]).config)[0].x_train) == 40, "ten are held out"
+        assert len(trainer.hold_out(tiny, load(one["workdir"]).config.validation_examples)[0].x_train) == 40, (
+            "ten are held out"
+        )
     assert [row[which]["steps"] for row in result["rows"] for which in ("last", "best")] == [[3], [3], [3], [2]]
     kept = [
-        checkpoint.load(row["runs"][0]["workdir"], which)
+        load(row["runs"][0]["workdir"], which)
         for row, which in [(natural, "last"), (rs_fgsm, "last"), (rs_fgsm, "best")]
     ]
-    assert attacked == [jobs.digest(classifier.params) for classifier in kept], "once where the best is the last"
+    assert attacked == [digest(classifier.params) for classifier in kept], "once where the best is the last"
     assert len(set(attacked)) == 3
     assert ["best checkpoint" in line for line in said] == [False, True]
     card = (tmp_path / "out" / "compare_card.md").read_text()
@@ -88,7 +94,7 @@ def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypa
     def no_more(*args, **kwargs):
         raise AssertionError("done before")
 
-    monkeypatch.setattr(jobs, "train", no_more)
+    monkeypatch.setattr(judge, "train", no_more)
     monkeypatch.setattr(judge, "auto", no_more)
     assert run(request, said.append)["rows"] == result["rows"]
     path = pathlib.Path(rs_fgsm["runs"][0]["workdir"]) / "auto.json"
@@ -155,7 +161,7 @@ def test_other_data_makes_other_runs(tiny, tmp_path, monkeypatch):
     (a,), (b,) = (dataclasses.replace(request, data=name).configs("natural") for name in ("a.npz", "b.npz"))
     assert a.workdir != b.workdir
     asked = []
-    monkeypatch.setattr(judge.jobs, "open_job", lambda config, dataset: asked.append(dataset) or 1 / 0)
+    monkeypatch.setattr(judge, "open_run", lambda config, dataset: asked.append(dataset) or 1 / 0)
     attacks = [dataclasses.asdict(stage) for stage in request.stages(tiny.num_classes)]
     known = {"data": tiny.sha256, "judge": "test", "checkpoints": ["last", "best"], "examples": 10, "stages": attacks}
     pathlib.Path(a.workdir).mkdir()
@@ -181,7 +187,7 @@ def test_held_out_images_are_attacked_where_settings_are_chosen(tiny, tmp_path, 
         return {"step": {"last": 3, "best": 2}[which], "clean": 1.0, "after": {}, "robust": 0.5}
 
     monkeypatch.setattr(judge, "_attacked", attacked)
-    monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": float(int(state.step) == 2)})
+    monkeypatch.setattr(trainer, "validate", lambda run, state, stop: {"score": float(int(state.step) == 2)})
     monkeypatch.setattr(judge, "step_flops", lambda config, dataset: 1.0)
     request = Request(entry=("natural",), data="tiny.npz", judge="held_out", workdir=str(tmp_path / "runs"), **LITTLE)
     with pytest.raises(KeyboardInterrupt):  # while the best is attacked
@@ -190,7 +196,7 @@ def test_held_out_images_are_attacked_where_settings_are_chosen(tiny, tmp_path, 
     assert [result["rows"][0][which]["steps"] for which in ("last", "best")] == [[3], [2]]
     assert len(seen) == 3, "the last is not attacked again"
     (config,) = request.configs("natural")
-    train_set, watched = jobs.hold_out(tiny, config)
+    train_set, watched = trainer.hold_out(tiny, config.validation_examples)
     np.testing.assert_array_equal(seen[0], watched.x_test)
     assert not any((image == train_set.x_train).all((1, 2, 3)).any() for image in seen[0])
     assert "10 images held out of the training set" in (tmp_path / "runs" / "compare.md").read_text()
