@@ -20,7 +20,6 @@ import pytest
 
 import e2sad_jax
 from tests.slow import hosts_child
-from tests.unit.training.test_train import losses
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LOSE = "import runpy; from e2sad_jax import distributed; distributed.HEARTBEAT = 5"
@@ -65,6 +64,12 @@ def wait_until(reached, processes: list[subprocess.Popen]) -> None:
         assert all(process.poll() is None for process in processes), finish(processes)
         assert time.monotonic() < deadline, finish(processes, 0)
         time.sleep(0.2)
+
+
+def losses(workdir: pathlib.Path) -> list[tuple[int, float]]:
+    """Step and loss of each line of a run's metrics that has a loss."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
 @pytest.fixture(scope="module")
