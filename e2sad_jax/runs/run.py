@@ -5,15 +5,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from e2sad_jax import data, distributed, networks
 from e2sad_jax._io import write_text
 from e2sad_jax.errors import ConfigError, Stopped, as_device_error
 from e2sad_jax.evaluation import SUITES, Attack, Outcome
-from e2sad_jax.reporting import plots, provenance, report
+from e2sad_jax.evaluation.model import apply_of
+from e2sad_jax.reporting import plots, provenance
+from e2sad_jax.reporting import results as reported
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs import jobs
-from e2sad_jax.runs.folder import check_there, write_config
+from e2sad_jax.runs.folder import check_there, describe_dataset, write_config
 from e2sad_jax.runs.jobs import Job, workdir_of
 from e2sad_jax.training import TrainState
 from e2sad_jax.training.config import Config
@@ -64,10 +67,10 @@ def _train_and_report(job: Job, suite: Sequence[Attack]) -> dict[str, Any]:
         distributed.barrier()  # the first evaluates
         return {}
     outcomes = _evaluate(job, state, suite)
-    best = chosen and report.Best(*chosen, _evaluate(job, apart, suite) if apart else outcomes)
-    results = report.build(
+    best = chosen and reported.Best(*chosen, _evaluate(job, apart, suite) if apart else outcomes)
+    results = reported.build(
         config,
-        dataset,
+        describe_dataset(dataset),
         suite,
         outcomes,
         steps=job.steps,
@@ -76,16 +79,23 @@ def _train_and_report(job: Job, suite: Sequence[Attack]) -> dict[str, Any]:
         best=best,
     )
     check_there(job.workdir)
-    report.write(job.workdir, results, outcomes, best)
+    reported.write(job.workdir, results, outcomes, best)
+    settings = reported.flat(config)
+    shown = np.array([np.flatnonzero(dataset.y_test == k)[0] for k in np.unique(dataset.y_test)])
     plots.examples(
         job.workdir / "examples.png",
-        config,
-        job.model,
+        apply_of(job.model),
         distributed.local(state.params),
-        dataset.x_test,
-        dataset.y_test,
-        title=f"{dataset.name}, {config.defense}, {job.steps:,} steps: predicted class (probability)",
+        np.asarray(job.transform.apply(dataset.x_test[shown])),
+        dataset.y_test[shown],
         num_classes=dataset.num_classes,
+        title=f"{dataset.name}, {config.defense}, {job.steps:,} steps: predicted class (probability)",
+        eps1=config.eps1,
+        eps2=settings.get("eps2", config.eps1 / 3),
+        second_step=settings.get("second_step", "total"),
+        bounds=job.transform.bounds,
+        clip_second=settings.get("clip_second", False),
+        seed=config.seed,
     )
     distributed.barrier()
     return results
@@ -138,9 +148,8 @@ def run_beside(configs: Sequence[Config], suite: str) -> None:
         return
     config = configs[-1]
     workdir = workdir_of(config)
-    write_text(workdir / "results.md", report.markdown(results))
-    parts = [report.heading(results[config.defense]), report.text_table(results), "\n".join(report.about_best(results))]
-    print("\n" + "\n\n".join(filter(None, parts)) + "\n")
+    write_text(workdir / "results.md", reported.markdown(results))
+    print(f"\n{reported.summary(results)}\n")
     for what, name in [
         ("checkpoint", "checkpoints"),
         ("results", "results.json"),
