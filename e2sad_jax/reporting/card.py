@@ -119,9 +119,11 @@ def _effort(row: Mapping[str, Any]) -> list[str]:
 
 def _flags(config: Mapping[str, Any]) -> list[str]:
     """The settings of a run that are not the defaults, as flags, the defense before them."""
-    usual = Config(defense=config["defense"]).identity()
-    own = {k: config[k] for k, default in usual.items() if k != "defense" and config.get(k, default) != default}
-    flags = [f"--no{k}" if v is False else f"--{k}" if v is True else f"--{k}={v}" for k, v in own.items()]
+    usual = Config(defense=config["defense"])
+    values = usual.to_json()
+    own = {k: config.get(k, values[k]) for k in usual.identity() if k != "defense"}
+    changed = {k: v for k, v in own.items() if v != values[k]}
+    flags = [f"--no{k}" if v is False else f"--{k}" if v is True else f"--{k}={v}" for k, v in changed.items()]
     return [f"--defense={config['defense']}", *flags]
 
 

@@ -1,8 +1,9 @@
 """Pictures of a run."""
 
 import io
+import itertools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax import attacks
+from e2sad_jax._compile import jit
 from e2sad_jax._io import write_bytes
 from e2sad_jax.losses import cross_entropy, soft_labels
 
@@ -56,7 +58,7 @@ def examples(
     rows = np.array([np.flatnonzero(labels == k)[0] for k in np.unique(labels)[:count]])
     low, high = bounds
 
-    @jax.jit
+    @jit
     def points(params: Any, x: jax.Array, labels: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
         y = soft_labels(labels, num_classes, 0.0)
 
@@ -111,6 +113,68 @@ def examples(
                 )
         line[0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
     save(path, figure, dpi=120)
+
+
+def label_points(axes: Any, names: Sequence[tuple[str, float, float, Mapping[str, Any]]]) -> None:
+    """Writes the name of each point beside it, where it covers neither a point nor another name.
+
+    Each name takes the place near its point that is farthest from all others. Bold names choose first, then those of
+    crowded points.
+
+    Args:
+      axes: of a figure whose limits, scales and other contents are final.
+      names: name, x, y of each point, and keywords of its text.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
+
+    figure = axes.figure
+    renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
+    figure.draw_without_rendering()
+    pixel = figure.dpi / 72  # of a point of type
+    at = axes.transData.transform([(x, y) for _, x, y, _ in names])
+    taken = [Bbox.from_bounds(x - 4 * pixel, y - 4 * pixel, 8 * pixel, 8 * pixel) for x, y in at]
+    frame = axes.get_window_extent(renderer)
+
+    def turn(i: int) -> tuple[bool, float]:
+        crowd = np.sort(np.hypot(*(at - at[i]).T))[1:4].sum()
+        return names[i][3].get("weight") != "bold", float(crowd)
+
+    def place(i: int, distance: float, right: float, up: float) -> Any:
+        name, x, y, style = names[i]
+        return axes.annotate(
+            name,
+            (x, y),
+            (right * distance, up * distance),
+            textcoords="offset points",
+            ha=("right", "center", "left")[int(np.sign(right)) + 1],
+            va=("top", "center", "bottom")[int(np.sign(up)) + 1],
+            **style,
+        )
+
+    def score(box: Any, distance: float, own: int) -> float:
+        gaps = [_gap(box, other) / pixel for k, other in enumerate(taken) if k != own]
+        inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+        return min([6.0, *gaps]) - distance - 40 * sum(gap < 2.5 for gap in gaps) - 400 * (not inside)
+
+    for i in sorted(range(len(names)), key=turn):
+        best, where = -np.inf, (0.0, 0.0, 0.0)
+        for distance, (right, up) in itertools.product((6, 9, 12, 16), _SIDES):
+            text = place(i, distance, right, up)
+            value = score(text.get_window_extent(renderer), distance, i)
+            text.remove()
+            if value > best:
+                best, where = value, (distance, right, up)
+        taken.append(place(i, *where).get_window_extent(renderer))
+
+
+_SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7))
+
+
+def _gap(a: Any, b: Any) -> float:
+    """Distance between two boxes; negative by the overlap where they overlap."""
+    across, along = max(a.x0 - b.x1, b.x0 - a.x1), max(a.y0 - b.y1, b.y0 - a.y1)
+    return float(np.hypot(across, along)) if min(across, along) > 0 else float(max(across, along))
 
 
 def save(path: pathlib.Path, figure: Any, *, dpi: int) -> None:

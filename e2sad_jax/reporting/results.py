@@ -59,7 +59,7 @@ def build(
       What results.json holds.
     """
     examples = len(next(iter(outcomes.values())).correct)
-    settings = flat(config)
+    settings = config.to_json()
     whole = examples == dataset["test_examples"]
     column, why_not = paper_numbers.comparable(settings, dataset["name"], steps, whole)
     last = _measured(suite, outcomes)
@@ -79,12 +79,6 @@ def build(
         "command": provenance.command(),
         "environment": provenance.environment(),
     }
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """The settings of a run by name, the defense's own among them."""
-    values = dataclasses.asdict(config)
-    return {**values, **values.pop("settings", {})}
 
 
 def _measured(suite: Sequence[Attack], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:

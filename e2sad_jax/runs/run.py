@@ -80,7 +80,7 @@ def _train_and_report(job: Job, suite: Sequence[Attack]) -> dict[str, Any]:
     )
     check_there(job.workdir)
     reported.write(job.workdir, results, outcomes, best)
-    settings = reported.flat(config)
+    settings = config.settings
     shown = np.array([np.flatnonzero(dataset.y_test == k)[0] for k in np.unique(dataset.y_test)])
     plots.examples(
         job.workdir / "examples.png",
