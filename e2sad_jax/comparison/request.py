@@ -78,9 +78,7 @@ class Request:
       ConfigError: if a value is out of range, or the flags do not fit together.
     """
 
-    entry: tuple[str, ...] = setting(
-        (), f"one to compare, may be given several times; none: all; of {_quoted()}"
-    )
+    entry: tuple[str, ...] = setting((), f"one to compare, may be given several times; none: all; of {_quoted()}")
     data: str = setting("mnist", "mnist, digits, or a file PATH.npz of images in [0, 1]")
     data_dir: str = setting("", "where data sets lie, empty: $E2SAD_DATA_DIR or ~/.cache/e2sad_jax")
     model: str = setting("digits_cnn", "network; mnist_cnn is the paper's")

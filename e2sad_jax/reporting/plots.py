@@ -140,17 +140,22 @@ def label_points(axes: Any, names: Sequence[tuple[str, float, float, Mapping[str
         crowd = np.sort(np.hypot(*(at - at[i]).T))[1:4].sum()
         return names[i][3].get("weight") != "bold", float(crowd)
 
-    def place(i: int, distance: float, right: float, up: float) -> Any:
+    def write(i: int, distance: float, right: float, up: float) -> Any:
         name, x, y, style = names[i]
+        sides = int(np.sign(right)) + 1, int(np.sign(up)) + 1
         return axes.annotate(
             name,
             (x, y),
             (right * distance, up * distance),
             textcoords="offset points",
-            ha=("right", "center", "left")[int(np.sign(right)) + 1],
-            va=("top", "center", "bottom")[int(np.sign(up)) + 1],
+            ha=("right", "center", "left")[sides[0]],
+            va=("top", "center", "bottom")[sides[1]],
             **style,
         )
+
+    def box_at(i: int, size: Any, distance: float, right: float, up: float) -> Any:
+        corner = at[i] + pixel * distance * np.array([right, up]) - size * (1 - np.sign([right, up])) / 2
+        return Bbox.from_bounds(*corner, *size)
 
     def score(box: Any, distance: float, own: int) -> float:
         gaps = [_gap(box, other) / pixel for k, other in enumerate(taken) if k != own]
@@ -158,14 +163,13 @@ def label_points(axes: Any, names: Sequence[tuple[str, float, float, Mapping[str
         return min([6.0, *gaps]) - distance - 40 * sum(gap < 2.5 for gap in gaps) - 400 * (not inside)
 
     for i in sorted(range(len(names)), key=turn):
-        best, where = -np.inf, (0.0, 0.0, 0.0)
-        for distance, (right, up) in itertools.product((6, 9, 12, 16), _SIDES):
-            text = place(i, distance, right, up)
-            value = score(text.get_window_extent(renderer), distance, i)
-            text.remove()
-            if value > best:
-                best, where = value, (distance, right, up)
-        taken.append(place(i, *where).get_window_extent(renderer))
+        text = write(i, 0, 1, 1)
+        size = np.array(text.get_window_extent(renderer).size)
+        text.remove()
+        places = [(d, *side) for d, side in itertools.product((6, 9, 12, 16), _SIDES)]
+        best = max(places, key=lambda place: score(box_at(i, size, *place), place[0], i))
+        write(i, *best)
+        taken.append(box_at(i, size, *best))
 
 
 _SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7))

@@ -70,12 +70,12 @@ def commit() -> str | None:
 def command() -> str:
     """The command line of this process as a user types it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is not None and spec.name:
+    if sys.argv[0].startswith("e2sad "):  # the console script's, with its subcommand
+        program = sys.argv[0]
+    elif spec is not None and spec.name:
         program = f"python -m {spec.name.removesuffix('.__main__')}"
     else:
-        program = (
-            f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else sys.argv[0]
-        )  # the latter: a console script
+        program = f"python {sys.argv[0]}"
     return " ".join([program, *map(shlex.quote, sys.argv[1:])])
 
 

@@ -154,7 +154,7 @@ def markdown(all_results: Mapping[str, Mapping[str, Any]]) -> str:
                 note += " The gradient of its Eq. 7 is zero; the second step here is `--second_step=total`."
             notes.append(note)
         else:
-            notes.append(f"{name}: not compared with the paper, for {results['paper']}.")
+            notes.append(f"{name}: not compared with the paper: {results['paper']}.")
     notes += [
         *about_best(all_results),
         f"`{WORST}`: images classified correctly under every attack of the table. IFGSM is the paper's attack and weak; "
@@ -170,7 +170,7 @@ def write(
     results: Mapping[str, Any],
     outcomes: Mapping[str, Outcome],
     best: Best | None = None,
-    beside: Mapping[str, Mapping[str, Any]] | None = None,
+    before: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Writes results.json, results.md, model_card.md and outcomes.npz into a workdir.
 
@@ -182,7 +182,7 @@ def write(
       results: what `build` returned.
       outcomes: outcomes of the last checkpoint, by attack.
       best: the best checkpoint.
-      beside: results of other runs, by defense, whose columns results.md shows before this run's.
+      before: results of other runs, by defense, whose columns results.md shows before this run's.
     """
     arrays: dict[str, Any] = {"attacks": np.array(list(outcomes))}
     for prefix, of in {"": outcomes, **({"best_": best.outcomes} if best and card.apart(results) else {})}.items():
@@ -192,5 +192,5 @@ def write(
     np.savez_compressed(content, **arrays)
     write_bytes(workdir / "outcomes.npz", content.getvalue())
     write_json(workdir / "results.json", results)
-    write_text(workdir / "results.md", markdown({**(beside or {}), results["config"]["defense"]: results}))
+    write_text(workdir / "results.md", markdown({**(before or {}), results["config"]["defense"]: results}))
     write_text(workdir / "model_card.md", card.model_card(results))
