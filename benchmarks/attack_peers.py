@@ -21,7 +21,7 @@ from e2sad_jax._compile import jit
 from e2sad_jax.evaluation import Attack
 from e2sad_jax.evaluation.model import Subject, of_classifier
 from e2sad_jax.reporting import provenance
-from e2sad_jax.runs import checkpoint
+from e2sad_jax.runs.classifier import Classifier, load
 from experiments.step_cost.peers import pytorch
 
 TOLERANCE = 0.01  # of accuracy
@@ -68,7 +68,7 @@ def theirs(eps: float, classifier: Any) -> list[Callable[[], Any]]:
     ]
 
 
-def art_classifier(trained: checkpoint.Classifier) -> Any:
+def art_classifier(trained: Classifier) -> Any:
     """The same network with the same weights, as ART takes it."""
     import torch
     from art.estimators.classification import PyTorchClassifier
@@ -141,7 +141,7 @@ def main(argv: Sequence[str]) -> None:
     print("Same weights, same images, same budgets; an accuracy is what is left under the attack, lower is stronger.\n")
     failed = []
     for workdir in FLAGS.workdir:
-        trained = checkpoint.load(workdir)
+        trained = load(workdir)
         dataset = data.load(trained.config.data, FLAGS.data_dir or trained.config.data_dir or None)
         subject = of_classifier(trained, dataset.x_test[: FLAGS.examples], dataset.y_test[: FLAGS.examples])
         eps, classifier = trained.config.eps1, art_classifier(trained)

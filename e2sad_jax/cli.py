@@ -1,18 +1,13 @@
-"""What the binaries share: one flag per setting of `Config`, errors as one line, and the call into the library."""
+"""Commands: a flag for each setting, errors as one line and an exit code, and the console script `e2sad`."""
 
 import dataclasses
-import functools
 import importlib
-import logging as standard_logging
 import os
 import pathlib
-import signal
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from absl import app, flags, logging
 
@@ -29,13 +24,12 @@ from e2sad_jax.errors import (
     first_line,
     printable,
 )
-from e2sad_jax.runs import _malloc, supervisor
+from e2sad_jax.runs import _malloc
+from e2sad_jax.runs.recipes import RECIPES, Recipe
 from e2sad_jax.training.config import COMMON, PRESETS, SCHEDULE, Config, configure, preset, setting_of
 
 FLAGS = flags.FLAGS
-PATIENCE = 4.0  # seconds that Python has to see to a signal
 PLUGINS = "E2SAD_JAX_DEFENSES"  # modules with defenses of the user's own
-_connected = False  # to other processes of the same run
 DEFINE: Mapping[type, Callable[..., Any]] = {
     bool: flags.DEFINE_bool,
     int: flags.DEFINE_integer,
@@ -45,49 +39,139 @@ DEFINE: Mapping[type, Callable[..., Any]] = {
 }
 
 
-def main(
-    suite: str,
-    defaults: Mapping[str, Any],
-    by_defense: Mapping[str, Mapping[str, Any]] | None = None,
-    baseline: str = "",
-) -> None:
-    """Runs one experiment from the command line.
+def train(name: str) -> None:
+    """The command that trains, evaluates and reports by one of `runs.recipes.RECIPES`."""
+    recipe = RECIPES[name]
+    define_flags(recipe)
 
-    Args:
-      suite: attacks to evaluate with.
-      defaults: this binary's settings where they differ from `Config`'s.
-      by_defense: settings that the paper chooses per defense; they give way to flags on the command line.
-      baseline: defense to train beside the chosen one, empty for none.
+    def main() -> None:
+        configs = read_configs(recipe)
+        from e2sad_jax import distributed  # after the flags are known to be right: this brings JAX and Orbax along
+        from e2sad_jax.runs import run
+
+        distributed.connect(FLAGS.coordinator, FLAGS.process_id, FLAGS.num_processes)
+        if FLAGS.describe:
+            print(run.describe(configs[-1]))
+        elif results := run.train_with_baseline(configs, name):
+            print(f"\n{run.summary(results, configs[-1])}")
+
+    launch(main, "the workdir's last checkpoint is safe")
+
+
+class Command(NamedTuple):
+    """A command whose flags are the fields of a dataclass.
+
+    Attributes:
+      module: has the dataclass, `Request`, and the function to call with one, `run`.
+      saved: what a failure of the system leaves whole.
+      resumes: whether the same command resumes from there.
+      about: what the command does, in a line.
     """
-    by_defense = by_defense or {}
-    define_flags(defaults, by_defense, baseline)
-    launch(lambda: _run(suite, defaults, by_defense), "the workdir's last checkpoint is safe")
+
+    module: str
+    saved: str
+    resumes: bool
+    about: str
+
+
+REQUESTS: Mapping[str, Command] = {
+    "evaluate": Command(
+        "e2sad_jax.runs.evaluate",
+        "the same command measures anew",
+        False,
+        "how robust a trained model is: curves, the worst case over strong attacks, checks for gradient masking",
+    ),
+    "compare": Command(
+        "e2sad_jax.comparison.run",
+        "finished models and the others' last checkpoints are safe",
+        True,
+        "every defense at the same number of updates: robust accuracy against what training cost",
+    ),
+    "export": Command(
+        "e2sad_jax.export",
+        "the same command with --overwrite exports anew",
+        False,
+        "a trained model for programs without this library: StableHLO and safetensors",
+    ),
+}
+
+
+def request(name: str) -> None:
+    """The command of that name in `REQUESTS`."""
+    command = REQUESTS[name]
+    define_request(name)
+    launch(lambda: run_request(name), command.saved, resumes=command.resumes)
+
+
+def define_request(name: str) -> None:
+    """Defines a flag for each field of a command's request."""
+    for field in dataclasses.fields(importlib.import_module(REQUESTS[name].module).Request):
+        define_flag(field)
+
+
+def run_request(name: str) -> None:
+    """Does what the flags of a command say."""
+    module = importlib.import_module(REQUESTS[name].module)
+    values = {field.name: FLAGS[field.name].value for field in dataclasses.fields(module.Request)}
+    module.run(module.Request(**{k: tuple(v or ()) if isinstance(v, list) else v for k, v in values.items()}))
+
+
+def console() -> None:
+    """The console script `e2sad`: `e2sad train mnist --defense=trades`, `e2sad evaluate RUN`."""
+    words = sys.argv[1:]
+    match words:
+        case [] | ["-h" | "-help" | "--help"]:
+            print(_commands())
+        case ["train", name, *rest] if name in RECIPES:
+            sys.argv = [f"e2sad train {name}", *rest]
+            train(name)
+        case [name, *rest] if name in REQUESTS:
+            if rest and not rest[0].startswith("-") and name != "compare":
+                rest[0] = f"--workdir={rest[0]}"
+            sys.argv = [f"e2sad {name}", *rest]
+            request(name)
+        case ["data", *rest]:
+            from e2sad_jax.data.__main__ import main
+
+            sys.exit(main(rest, "e2sad data"))
+        case _:
+            said = printable(" ".join(words[:2]))
+            print(f"e2sad: there is no command {said!r}\n\n{_commands()}", file=sys.stderr)
+            sys.exit(2)
+
+
+def _commands() -> str:
+    lines = [f"e2sad train {name}\n    {recipe.about}" for name, recipe in RECIPES.items()]
+    for name, command in REQUESTS.items():
+        lines.append(f"e2sad {name}{' RUN' if name != 'compare' else ''}\n    {command.about}")
+    lines.append("e2sad data mnist --to=PATH.npz\n    a prepared data set as one file")
+    return "\n".join(["Commands; each has --help:\n", *lines])
 
 
 def launch(run: Callable[[], None], saved: str, *, resumes: bool = True) -> None:
     """Parses the flags and calls `run`; what goes wrong is one line and an exit code.
 
     Args:
-      run: the experiment.
+      run: the command.
       saved: what a failure of the system leaves whole.
-      resumes: whether the same command goes on from there.
+      resumes: whether the same command resumes from there.
     """
     failed, interrupted = saved, saved
     if resumes:
-        failed = f"{saved}, and the same command goes on from there"
-        interrupted = "the same command goes on from the last checkpoint"
+        failed = f"{saved}, and the same command resumes from there"
+        interrupted = "the same command resumes from the last checkpoint"
     app.run(lambda argv: _guarded(run, failed, interrupted), flags_parser=_parse)
 
 
-def define_flags(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[str, Any]], baseline: str) -> None:
+def define_flags(recipe: Recipe) -> None:
     """Defines a flag for each setting, with its range in the help text, as the main module's own: `--help` lists those."""
     import_defenses()
     for field in COMMON:
-        special = [f"{s[field.name]} for {d}" for d, s in by_defense.items() if field.name in s]
+        special = [f"{s[field.name]} for {d}" for d, s in recipe.by_defense.items() if field.name in s]
         more = f" (unless given: {', '.join(special)})" if special else ""
-        _define(setting_of(field), defaults.get(field.name, field.default), more)
+        _define(setting_of(field), recipe.settings.get(field.name, field.default), more)
     for setting in _own_settings():
-        its_defaults = {d: _own_defaults(d, defaults, by_defense)[setting.name] for d in readers(setting.name)}
+        its_defaults = {d: _own_defaults(d, recipe)[setting.name] for d in readers(setting.name)}
         value = next(iter(its_defaults.values()))
         special = [f"{other} for {d}" for d, other in its_defaults.items() if other != value]
         more = f"; read by {', '.join(its_defaults)}" + (f" (unless given: {', '.join(special)})" if special else "")
@@ -95,7 +179,7 @@ def define_flags(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[s
     text = f"settings of e2SAD by name; flags given have precedence; one of {', '.join(PRESETS)}"
     flags.DEFINE_string("preset", PRESETS[0], text, module_name=sys.argv[0])
     text = f"defense to train and show beside it; one of {', '.join(DEFENSES)}; empty: none"
-    flags.DEFINE_string("baseline", baseline, text, module_name=sys.argv[0])
+    flags.DEFINE_string("baseline", recipe.baseline, text, module_name=sys.argv[0])
     flags.DEFINE_string(
         "coordinator",
         "",
@@ -107,13 +191,13 @@ def define_flags(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[s
     flags.DEFINE_bool("describe", False, "print the network's layers and stop", module_name=sys.argv[0])
 
 
-def read_configs(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[str, Any]]) -> list[Config]:
+def read_configs(recipe: Recipe) -> list[Config]:
     """The configuration that the flags say, after that of the baseline where there is one.
 
     Raises:
       ConfigError: if a value is out of range, or a flag is given that the defense does not read.
     """
-    config = _read_config(defaults, by_defense, FLAGS.defense)
+    config = _read_config(recipe, FLAGS.defense)
     config = dataclasses.replace(config, workdir=config.workdir or config.default_workdir())
     if FLAGS.baseline not in ("", *DEFENSES):
         raise ConfigError(f"--baseline={FLAGS.baseline}: must be empty or one of {', '.join(DEFENSES)}")
@@ -123,7 +207,7 @@ def read_configs(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[s
     if workdir.name in ("", ".."):
         workdir = workdir.resolve()
     beside = workdir.with_name(f"{workdir.name}-{FLAGS.baseline}")
-    return [dataclasses.replace(_read_config(defaults, by_defense, FLAGS.baseline), workdir=str(beside)), config]
+    return [dataclasses.replace(_read_config(recipe, FLAGS.baseline), workdir=str(beside)), config]
 
 
 def define_flag(field: "dataclasses.Field[Any]") -> None:
@@ -151,20 +235,19 @@ def _own_settings() -> list[Setting]:
     return list({s.name: s for defense in reversed(DEFENSES.values()) for s in defense.settings}.values())
 
 
-def _own_defaults(
-    defense: str, defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
+def _own_defaults(defense: str, recipe: Recipe) -> dict[str, Any]:
     """The values of a defense's own settings in this experiment where no flag is given."""
     own = DEFENSES[defense].defaults()
-    return {name: value for name, value in {**own, **defaults, **by_defense.get(defense, {})}.items() if name in own}
+    values = {**own, **recipe.settings, **recipe.by_defense.get(defense, {})}
+    return {name: value for name, value in values.items() if name in own}
 
 
-def _read_config(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[str, Any]], defense: str) -> Config:
+def _read_config(recipe: Recipe, defense: str) -> Config:
     values: dict[str, Any] = {field.name: FLAGS[field.name].value for field in COMMON}
     values["defense"] = defense
     if defense not in DEFENSES:
         return Config(defense=defense)  # which refuses it
-    own = _own_defaults(defense, defaults, by_defense)
+    own = _own_defaults(defense, recipe)
     given = {s.name: FLAGS[s.name].value for s in _own_settings() if FLAGS[s.name].present}
     if defense != FLAGS.defense:  # a baseline takes what it reads
         given = {name: value for name, value in given.items() if name in own}
@@ -175,7 +258,7 @@ def _read_config(defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[s
         )
     if defense != "e2sad":  # a baseline has the same schedule and labels
         named = {name: value for name, value in named.items() if name in (*SCHEDULE, "soft_label")}
-    for name, value in {**by_defense.get(defense, {}), **named}.items():
+    for name, value in {**recipe.by_defense.get(defense, {}), **named}.items():
         if name in values and not FLAGS[name].present:
             values[name] = value
     if FLAGS["steps"].present and not FLAGS["epochs"].present:
@@ -189,7 +272,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = FLAGS(argv)
         if not FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # Orbax tells a page for each checkpoint
+            logging.set_verbosity(logging.WARNING)  # Orbax logs a page for each checkpoint
         if len(rest) > 1:
             raise flags.Error(f"unexpected argument {rest[1]!r}; settings are given as --name=value")
         return rest
@@ -202,95 +285,49 @@ def _parse(argv: Sequence[str]) -> list[str]:
         sys.exit(0)
 
 
-def _run(suite: str, defaults: Mapping[str, Any], by_defense: Mapping[str, Mapping[str, Any]]) -> None:
-    configs = read_configs(defaults, by_defense)
-    from e2sad_jax import distributed  # after the flags are known to be right: this brings Orbax along
-    from e2sad_jax.runs import run  # after the flags are known to be right: this brings Orbax along
-
-    if FLAGS.coordinator and not supervisor.is_watched():
-        supervisor.run_again(configs[-1].workdir)
-    distributed.connect(FLAGS.coordinator, FLAGS.process_id, FLAGS.num_processes)
-    global _connected
-    _connected = bool(FLAGS.coordinator)
-
-    if FLAGS.describe:
-        print(run.describe(configs[-1]))
-    else:
-        run.run_beside(configs, suite)
-
-
-def _end_when_stuck() -> None:
-    """Ends the process on Ctrl-C or SIGTERM where Python does not see to them for long, and nothing is lost by it."""
-    told, tell = os.pipe()
-    os.set_blocking(tell, False)
-    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-
-    def watch() -> None:
-        while True:
-            number = os.read(told, 1)[0]
-            time.sleep(PATIENCE)
-            jobs = sys.modules.get("e2sad_jax.runs.jobs")
-            if number in (signal.SIGINT, signal.SIGTERM) and jobs and jobs.stuck():
-                os.write(2, f"\n{_program()}: stopped while it compiled; the same command goes on\n".encode())
-                os._exit(128 + number)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
+    """Calls `run` and ends the process on an error, with one line and the error's exit code."""
     _malloc.keep_freed()
-    _end_when_stuck()
-    for logger in (logging.get_absl_logger(), standard_logging.getLogger("asyncio")):
-        logger.addFilter(_not_told_elsewhere)
-    sys.unraisablehook = functools.partial(_told_late, sys.unraisablehook)
     try:
         run()
         sys.stdout.flush()
     except Error as error:
         # With other processes an orderly end waits for all, which is right only for what happens to all.
-        if isinstance(error, LostProcessError) or (_connected and not isinstance(error, (Stopped, NonFiniteError))):
-            print(f"{_program()}: {error}", file=sys.stderr, flush=True)
-            os._exit(error.exit_code)
-        _fail(_told(error), error.exit_code)
+        if isinstance(error, LostProcessError) or (_joined() and not isinstance(error, (Stopped, NonFiniteError))):
+            _end_at_once(str(error), error.exit_code)
+        keeps_lines = isinstance(error, (Stopped, OutOfTimeError))  # the command that resumes has its own
+        _fail(str(error) if keeps_lines else printable(str(error)), error.exit_code)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # if it was standard output that failed, not again at the exit
         _fail(f"{error}; {failed}", 1)
     except KeyboardInterrupt:
-        print(f"{_program()}: interrupted; {interrupted}", file=sys.stderr, flush=True)
-        os._exit(130)  # not through the teardown of threads that the second Ctrl-C cut short
+        # Not through the teardown of threads that the second Ctrl-C cut short.
+        _end_at_once(f"interrupted; {interrupted}", 130)
     except Exception as error:
-        if not _connected:
-            if FULL in str(error):
-                _fail(f"{FULL}; {failed}", 1)
-            if named := as_device_error(error, "while computing", failed, "batch size"):
-                _fail(str(named), named.exit_code)
-            raise
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        if _joined():
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        if FULL in str(error):
+            _fail(f"{FULL}; {failed}", 1)
+        if named := as_device_error(error, "while computing", failed, "batch size"):
+            _fail(str(named), named.exit_code)
+        raise
 
 
-def _not_told_elsewhere(record: standard_logging.LogRecord) -> bool:
-    """Leaves out the tracebacks of Orbax's threads, and of its tasks on a full disk: they are raised where the run waits."""
-    if not record.exc_info:
-        return True
-    in_task = record.name == "asyncio" and FULL in str(record.exc_info[1])
-    return not (in_task or "orbax" in pathlib.PurePath(record.pathname).parts)
-
-
-def _told_late(told: Callable[[Any], None], late: Any) -> None:
-    """Leaves out what TensorStore's threads say of a write that comes back after Orbax has given up on it, and on its loop."""
-    if not (late.exc_type is RuntimeError and str(late.exc_value) == "Event loop is closed" and late.object is None):
-        told(late)
+def _joined() -> bool:
+    """Whether this process is one of several of the same run."""
+    return "jax" in sys.modules and bool(sys.modules["jax"].distributed.is_initialized())
 
 
 def _program() -> str:
-    return pathlib.PurePath(sys.argv[0]).stem
+    path = pathlib.PurePath(sys.argv[0])
+    return path.parent.name if path.stem == "__main__" else path.stem
 
 
-def _told(error: Error) -> str:
-    """The message of an error in one line, whatever it quotes; of a run that was stopped, with the command that goes on."""
-    return str(error) if isinstance(error, (Stopped, OutOfTimeError)) else printable(str(error))
+def _end_at_once(message: str, exit_code: int) -> NoReturn:
+    print(f"{_program()}: {message}", file=sys.stderr, flush=True)
+    os._exit(exit_code)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

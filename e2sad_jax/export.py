@@ -27,8 +27,7 @@ from e2sad_jax._io import write_bytes, write_json
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.errors import ConfigError, Error, WorkdirError, first_line
 from e2sad_jax.reporting import provenance
-from e2sad_jax.runs import checkpoint
-from e2sad_jax.runs.checkpoint import Classifier
+from e2sad_jax.runs.classifier import Classifier, load
 from e2sad_jax.training import init_state
 from e2sad_jax.training.config import Config, check, setting
 
@@ -89,7 +88,7 @@ def run(request: Request) -> dict[str, Any]:
         raise ConfigError(
             f"--to={folder}: holds {', '.join(there)} of an earlier export; choose another folder, or add --overwrite"
         )
-    classifier = checkpoint.load(request.workdir, request.which)
+    classifier = load(request.workdir, request.which)
     contents = {name: WRITERS[name](classifier) for name in request.formats}
     differences = {name: _read_back(name, content, classifier) for name, content in contents.items()}
     card = _card(classifier, request, contents, differences)

@@ -9,11 +9,9 @@ def commands() -> dict[str, str]:
     """What each is for, by the name that `python -m` takes."""
     found, here = {}, pathlib.Path(__file__).parent
     for path in sorted(p for pattern in ("[!_]*.py", "[!_]*/__main__.py") for p in here.glob(pattern)):
-        text = path.read_text(encoding="utf-8")
-        if '__name__ == "__main__"' in text:
-            found[f"{__package__}.{(path.parent if path.stem == '__main__' else path).stem}"] = (
-                ast.get_docstring(ast.parse(text)) or ""
-            ).partition("\n")[0]
+        name = (path.parent if path.stem == "__main__" else path).stem
+        about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        found[f"{__package__}.{name}"] = about.partition("\n")[0]
     return found
 
 

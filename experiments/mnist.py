@@ -5,7 +5,5 @@ python -m experiments.mnist --defense=e2sad
 
 from e2sad_jax import cli
 
-TRADES = {"attack_steps": 40}  # its paper's
-
 if __name__ == "__main__":
-    cli.main("mnist", {"data": "mnist", "model": "mnist_cnn"}, {"trades": TRADES})
+    cli.train("mnist")  # settings: e2sad_jax/runs/recipes.py

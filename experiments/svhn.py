@@ -4,21 +4,6 @@ python -m experiments.svhn --defense=e2sad
 """
 
 from e2sad_jax import cli
-from e2sad_jax.defenses import DEFENSES
-
-PAPER = {
-    "data": "svhn",
-    "model": "svhn_cnn",
-    "transform": "standardize",
-    "epochs": 20.0,
-    "alpha": 0.6,
-    "lam": 0.3,
-    "eps1": 24 / 255,
-    "eps2": 8 / 255,
-    "attack_steps": 10,
-}
-# Only e2SAD is trained on soft labels there.
-HARD = {defense: {"soft_label": False} for defense in DEFENSES if defense != "e2sad"}
 
 if __name__ == "__main__":
-    cli.main("svhn", PAPER, HARD)
+    cli.train("svhn")  # settings: e2sad_jax/runs/recipes.py

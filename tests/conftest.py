@@ -98,7 +98,7 @@ def little(all_unoptimized: None) -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         narrow = functools.partial(networks.MnistCNN, features=(4, 8), hidden=64)
-        patch.setitem(networks.MODELS, "digits_cnn", narrow)
+        patch.setitem(networks.NETWORKS, "digits_cnn", narrow)
         yield
 
 

@@ -17,7 +17,8 @@ from benchmarks.faults.damage import flip, truncate
 from benchmarks.faults.runs import COMPARE, EVALUATE, KILLED, TRAIN, Ended, Runs
 from e2sad_jax._io import LOCK
 from e2sad_jax.errors import Error
-from e2sad_jax.runs import jobs
+from e2sad_jax.runs.checkpoint import digest
+from e2sad_jax.runs.folder import steps_in
 
 GRACE = 10.0  # seconds in which a run ends that is told to
 CHAIN = (  # what is killed in turn, in one run
@@ -51,7 +52,7 @@ class Torture:
             process.reach(phases.STEP, 2)
             process.send_signal(signal.SIGTERM)
             ended = process.end()
-            if len(jobs.steps_in(self.stopped)) == 2:
+            if len(steps_in(self.stopped)) == 2:
                 break
             shutil.rmtree(self.stopped)
         assert ended.code == 143, ended.err
@@ -128,9 +129,9 @@ class Torture:
         for chain in range(chains):
             rng, workdir = self.random(f"kill {chain}"), self.new()
             for phase in CHAIN:
-                had = {*jobs.steps_in(workdir)}
+                had = {*steps_in(workdir)}
                 self.kill("kill -9 in training", (*TRAIN, f"--workdir={workdir}"), phase, self.usual, rng)
-                kept = jobs.steps_in(workdir)
+                kept = steps_in(workdir)
                 lost = had - {*kept} and not (kept and kept[-1] > max(had))
                 self.note(
                     "kill -9 in training, checkpoints", "LOST" if lost else "none lost", not lost, f"{had} {kept}"
@@ -204,7 +205,7 @@ class Torture:
             with mounted(self.new(), f"size={int(size * (i + rng.random()) * 1.6 / times) + 8}k") as disk:
                 ended = self.runs.call(*TRAIN, f"--workdir={disk / 'w'}", timeout=200)
                 names = {p.name for p in (disk / "w").glob("*")} if (disk / "w").exists() else set()
-                reached = max([0, *jobs.steps_in(disk / "w")])
+                reached = max([0, *steps_in(disk / "w")])
                 when = "after the results" if "results.json" in names else f"with the checkpoint of step {reached}"
                 full = "No space left" in ended.err or "ENOSPC" in ended.err
                 if ended.code == 0:
@@ -249,7 +250,7 @@ class Torture:
         """Flipped bits and truncations in every file that is read back, one at a time."""
         rng = self.random("damage")
         whole = {which: e2sad_jax.load(self.stopped, which) for which in ("last", "best")}
-        expected = {which: (jobs.digest(c.params), c.step, c.config) for which, c in whole.items()}
+        expected = {which: (digest(c.params), c.step, c.config) for which, c in whole.items()}
         files = [p for p in (self.stopped / "checkpoints").rglob("*") if p.is_file()] + [self.stopped / "config.json"]
         for i in range(times):
             path = files[i % len(files)]
@@ -261,7 +262,7 @@ class Torture:
             for which in ("last", "best"):
                 try:
                     found = e2sad_jax.load(self.stopped, which)
-                    same = (jobs.digest(found.params), found.step, found.config) == expected[which]
+                    same = (digest(found.params), found.step, found.config) == expected[which]
                     self.note(f"{kind} damaged, read by load", "the right network" if same else "A WRONG ONE", same)
                 except Error as error:
                     self.note(f"{kind} damaged, read by load", "refused", "\n" not in str(error), str(error))
@@ -272,7 +273,7 @@ class Torture:
     def damaged_commands(self) -> None:
         """The same through the command line: what it does about each."""
         rng = self.random("damaged commands")
-        last, best = sorted(jobs.steps_in(self.stopped), reverse=True)
+        last, best = sorted(steps_in(self.stopped), reverse=True)
 
         def largest(workdir: pathlib.Path, step: int) -> pathlib.Path:
             return max((workdir / f"checkpoints/{step}").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
@@ -329,7 +330,7 @@ class Torture:
         process.end()
         owner = (workdir / LOCK).read_text()
         self.note("lock of a killed process", "names it", str(process.pid) in owner, owner)
-        ended = self.runs.call(*TRAIN, f"--workdir={workdir}", f"--steps={max(jobs.steps_in(workdir)) + 10}")
+        ended = self.runs.call(*TRAIN, f"--workdir={workdir}", f"--steps={max(steps_in(workdir)) + 10}")
         self.note("lock of a killed process", "taken over", ended.code == 0, ended.err)
 
     def told_to_stop(self) -> None:
@@ -403,26 +404,26 @@ PATCHES = {  # where it is raised; what must be said of that
     "a step": (
         """
 import jax
-from e2sad_jax.runs import jobs
-real = jobs.Recorder.__call__
+from e2sad_jax.runs import trainer
+real = trainer.Recorder.__call__
 def call(self, step, *rest):
     if step == 25:
         raise jax.errors.JaxRuntimeError("{error}")
     return real(self, step, *rest)
-jobs.Recorder.__call__ = call
+trainer.Recorder.__call__ = call
 """,
         ("after step 2", "the checkpoint of step 20 is whole"),
     ),
     "evaluation": (
         """
 import jax
-from e2sad_jax.runs import jobs
-real = jobs.attack
-def attack(job, params, tested, *rest, **more):
-    if tested is not job.watched:
+from e2sad_jax.runs.trainer import Run
+real = Run.attack
+def attack(run, params, dataset, *rest, **more):
+    if dataset is not run.validation_set:
         raise jax.errors.JaxRuntimeError("{error}")
-    return real(job, params, tested, *rest, **more)
-jobs.attack = attack
+    return real(run, params, dataset, *rest, **more)
+Run.attack = attack
 """,
         ("in the attacks on step 40", "the checkpoints are whole"),
     ),

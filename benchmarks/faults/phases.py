@@ -6,21 +6,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from e2sad_jax.comparison import judge
+from e2sad_jax.comparison import evaluate_model
 from e2sad_jax.comparison import run as comparison
 from e2sad_jax.data import tfds
-from e2sad_jax.reporting import plots, report
+from e2sad_jax.reporting import plots, results
 from e2sad_jax.runs import evaluate as diagnosis
-from e2sad_jax.runs import jobs, run
+from e2sad_jax.runs import run, trainer
 
 START, END = "start", "end"
 FIRST, STEP, JUDGING = "first step", "training step", "judging a checkpoint"
 CHECKPOINT, EVALUATION, RESULTS = "checkpoint write", "evaluation", "writing results"
 DOWNLOAD, DECODING, COPY = "data preparation: records", "data preparation: decoding", "data preparation: copy"
 TOLD = (
-    *((jobs, "fit", FIRST), (jobs.Recorder, "__call__", STEP), (jobs, "_watch", JUDGING)),
-    *((jobs.Checkpoints, "save", CHECKPOINT), (run, "_evaluate", EVALUATION), (report, "write", RESULTS)),
-    *((judge, "_attacked", EVALUATION), (comparison, "plot", RESULTS), (diagnosis, "diagnose", EVALUATION)),
+    *((trainer, "fit", FIRST), (trainer.Recorder, "__call__", STEP), (trainer, "validate", JUDGING)),
+    *((trainer.Checkpoints, "save", CHECKPOINT), (run, "_evaluate", EVALUATION), (results, "write", RESULTS)),
+    *((evaluate_model, "_attacked", EVALUATION), (comparison, "plot", RESULTS), (diagnosis, "diagnose", EVALUATION)),
     *((plots, "examples", RESULTS), (tfds, "_prepare", DOWNLOAD), (tfds, "_decode", DECODING)),
     (tfds, "_keep_decoded", COPY),
 )

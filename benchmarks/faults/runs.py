@@ -19,7 +19,7 @@ import numpy as np
 
 import e2sad_jax
 from benchmarks.faults import child
-from e2sad_jax.runs import jobs
+from e2sad_jax.runs.checkpoint import digest
 
 TRAIN = (
     *("-m", "experiments.digits", "--baseline=", "--steps=40", "--batch_size=16", "--checkpoint_every=10"),
@@ -189,12 +189,12 @@ def left(workdir: pathlib.Path, judged: bool = True) -> dict[str, Any]:
     metrics = [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
     return {
         "step": last.step,
-        "parameters": jobs.digest(last.params),
+        "parameters": digest(last.params),
         "state": state,
         "metrics": [line for line in metrics if judged or "validation_score" not in line],
         "results": {k: results[k] for k in ("dataset", "examples", "steps", "attacks", "worst_case_accuracy")},
         "outcomes": {k: v.tolist() for k, v in outcomes.items() if judged or not k.startswith("best")},
-        "best": judged and (results["best"], jobs.digest(e2sad_jax.load(workdir, "best").params)),
+        "best": judged and (results["best"], digest(e2sad_jax.load(workdir, "best").params)),
     }
 
 

@@ -25,9 +25,9 @@ from e2sad_jax import cli, data, networks
 from e2sad_jax._io import write_bytes, write_json, write_text
 from e2sad_jax.errors import Error, Stopped
 from e2sad_jax.reporting import provenance
-from e2sad_jax.runs import jobs
-from e2sad_jax.runs.folder import write_config
 from e2sad_jax.runs.metrics import METRICS
+from e2sad_jax.runs.signals import stopping
+from e2sad_jax.runs.trainer import open_run, train
 from e2sad_jax.training.config import Config
 
 FLAGS = flags.FLAGS
@@ -51,7 +51,7 @@ class Soak(Error):
 
 def main() -> None:
     (compiled := Compilations()).listen()
-    networks.MODELS["digits_cnn"] = NARROW  # type: ignore[index]
+    networks.NETWORKS["digits_cnn"] = NARROW  # type: ignore[index]
     digits = data.load("digits")
     # Every fourth pixel, of a quarter of the images: the steps are what there is to be many of.
     small = {name: getattr(digits, name)[::4, 2::4, 2::4] for name in ("x_train", "x_test")}
@@ -71,12 +71,11 @@ def main() -> None:
             log_every=max(1, FLAGS.steps // 2000),
             workdir=folder,
         )
-        with jobs.open_job(config, dataset) as job, jobs.interruptible() as interrupted:
-            write_config(job.workdir, config, dataset)
-            with Samples(job.workdir, compiled) as samples:
-                state, _ = jobs.train(job, interrupted)
-            if told := interrupted():
-                raise Stopped("stopped; nothing was kept", told)
+        with open_run(config, dataset) as run, stopping() as stop:
+            with Samples(run.workdir, compiled) as samples:
+                state, _ = train(run, stop)
+            if number := stop():
+                raise Stopped("stopped; nothing was kept", number)
         parameters = networks.count_parameters(state.params)
     result: dict[str, Any] = {
         "steps": int(state.step),

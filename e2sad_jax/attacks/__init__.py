@@ -1,32 +1,74 @@
 """Attacks: pure functions from a loss and images to adversarial images.
 
-An attack knows no model, no parameters and no labels: it takes `loss_fn`, a function from images `[N, ...]` to
-per-example losses `[N]`, and so works with any model library, inside jit, vmap, grad and shard_map.
+An attack knows no model and no parameters. It takes `loss_fn`, a function from images `[N, ...]` to per-example losses
+`[N]`, and so works with any model library, inside `jit`, `vmap`, `grad` and `shard_map`.
 
-One step: `fgsm`, `second_step`. Several: `ifgsm`, `mi_fgsm`, `pgd`, and `apgd`, which finds its own step size.
-`losses.margin`, `losses.dlr` and `losses.targeted_dlr` are losses for them, beside the cross-entropy.
+* One gradient: `fgsm`, and `second_step` of e2SAD.
+* Several gradients: `ifgsm`, `mi_fgsm`, `pgd`, and `apgd`, which adapts its step size. `losses.margin`, `losses.dlr` and
+  `losses.targeted_dlr` are losses for them beside the cross-entropy.
+* No gradient: `square`.
+* The smallest change instead of the highest loss within a budget, from logits and labels: `deepfool`, `carlini_wagner`,
+  `fab`.
 
-Without gradients: `square`. The smallest change instead of the worst within a budget, from logits and labels:
-`deepfool`, `carlini_wagner`, `fab`.
+`ATTACKS` has them by name, for suites (`evaluation.Attack`); `register` adds one of your own. `attacks.core` has what
+attacks are made of.
 """
 
+from e2sad_jax.attacks import core
+from e2sad_jax.attacks._method import Method
 from e2sad_jax.attacks.apgd import apgd
+from e2sad_jax.attacks.carlini_wagner import carlini_wagner
+from e2sad_jax.attacks.deepfool import deepfool
 from e2sad_jax.attacks.fab import fab
-from e2sad_jax.attacks.iterated import ifgsm, mi_fgsm, pgd
-from e2sad_jax.attacks.minimal import carlini_wagner, deepfool
-from e2sad_jax.attacks.one_step import OBJECTIVES, fgsm, second_step
+from e2sad_jax.attacks.fgsm import fgsm
+from e2sad_jax.attacks.ifgsm import ifgsm
+from e2sad_jax.attacks.mi_fgsm import mi_fgsm
+from e2sad_jax.attacks.pgd import pgd
+from e2sad_jax.attacks.second_step import OBJECTIVES, second_step
 from e2sad_jax.attacks.square import square
 
+ATTACKS: dict[str, Method] = {
+    "fgsm": Method(fgsm, "gradient", ("linf", "l2")),
+    "ifgsm": Method(ifgsm, "gradient"),
+    "mi_fgsm": Method(mi_fgsm, "gradient"),
+    "pgd": Method(pgd, "gradient", ("linf", "l2")),
+    "apgd": Method(apgd, "gradient", ("linf", "l2")),
+    "square": Method(square, "score-based", ("linf", "l2"), ndim=4),
+    "fab": Method(fab, "minimum-norm", ("linf", "l2")),
+    "deepfool": Method(deepfool, "minimum-norm", ("linf", "l2")),
+    "carlini_wagner": Method(carlini_wagner, "minimum-norm", ("l2",)),
+}
+
+
+def register(name: str, method: Method) -> None:
+    """Adds an attack of your own to `ATTACKS`, so that suites run it by name.
+
+    Args:
+      name: a name that no other attack has.
+      method: the attack, and what a suite has to know of it.
+
+    Raises:
+      ValueError: if the name is taken; "clean" is, for images that are not attacked.
+    """
+    if name == "clean" or name in ATTACKS:
+        raise ValueError(f"attack {name!r} exists already; register yours under another name")
+    ATTACKS[name] = method
+
+
 __all__ = [
+    "ATTACKS",
     "OBJECTIVES",
+    "Method",
     "apgd",
     "carlini_wagner",
+    "core",
     "deepfool",
     "fab",
     "fgsm",
     "ifgsm",
     "mi_fgsm",
     "pgd",
+    "register",
     "second_step",
     "square",
 ]

@@ -8,8 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e2sad_jax.attacks import _ball, _loops
-from e2sad_jax.attacks._worst import Worst, judge, select
+from e2sad_jax.attacks import _checks, _loops
+from e2sad_jax.attacks._ball import ball, cast_inside
+from e2sad_jax.attacks._best import Candidate, score
+from e2sad_jax.attacks._numerics import (
+    as_float32,
+    broadcast,
+    like_sharded,
+    losses_and_gradient,
+    per_image_keys,
+    select,
+)
+from e2sad_jax.attacks._types import Bounds, LossFn
 
 MOMENTUM = 0.75  # alpha of Algorithm 1
 
@@ -26,7 +36,7 @@ class _State(NamedTuple):
     now: _Seen
     before: jax.Array  # x^(k-1)
     best: _Seen  # x_max, f_max
-    worst: Worst
+    worst: Candidate
     step_size: jax.Array  # eta
     rises: jax.Array  # steps since the last checkpoint that raised the loss
     halved: jax.Array  # whether the last checkpoint halved the step size
@@ -43,16 +53,16 @@ def checkpoints(steps: int) -> list[int]:
 
 def apgd(
     key: jax.Array,
-    loss_fn: _ball.LossFn,
+    loss_fn: LossFn,
     x: jax.Array,
     *,
     eps: jax.typing.ArrayLike,
     steps: int = 100,
     restarts: int = 1,
     rho: float = 0.75,
-    misclassified_fn: _ball.LossFn | None = None,
+    misclassified_fn: LossFn | None = None,
     norm: str = "linf",
-    bounds: _ball.Bounds | None = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
 ) -> jax.Array:
     """Auto-PGD (Algorithm 1 of the paper): PGD with momentum, without a step size to choose.
 
@@ -90,35 +100,30 @@ def apgd(
 
     Reference: Croce and Hein, 2020, https://arxiv.org/abs/2003.01690
     """
-    _ball.check_images("apgd", x)
-    _ball.check_number("apgd", "eps", eps)
-    _ball.check_steps("apgd", "steps", steps)
-    _ball.check_steps("apgd", "restarts", restarts)
-    _ball.check_norm("apgd", norm)
-    _ball.check_bounds("apgd", bounds)
+    _checks.threat_model("apgd", x, eps=eps, norm=norm, bounds=bounds, steps=steps, restarts=restarts)
     if not 0 <= rho <= 1:
         raise ValueError(f"apgd: rho={rho}; it must lie in [0, 1], the paper takes 0.75")
     x, n = jax.lax.stop_gradient(x), x.shape[0]
-    keys = _ball.per_image_keys("apgd", key, n)
-    limits = _ball.ball(norm, x, eps, bounds)
-    clean = _ball.as_float32(x)
+    keys = per_image_keys("apgd", key, n)
+    limits = ball(norm, x, eps, bounds)
+    clean = as_float32(x)
     marks = checkpoints(steps)
     due, enough = np.zeros(steps, bool), np.zeros(steps, np.int32)
     for before, mark in itertools.pairwise(mark for mark in marks if mark < steps):
         due[mark], enough[mark] = True, math.ceil(round(rho * (mark - before), 9))
     is_due, enough_rises = jnp.asarray(due), jnp.asarray(enough)
 
-    def look(point: jax.Array) -> tuple[_Seen, Worst]:
-        image = _ball.cast_inside(point, x.dtype, limits)  # what is judged is what may be returned
-        loss, gradient = _ball.losses_and_gradient(loss_fn, image)
-        judged = judge(image, loss.astype(clean.dtype), misclassified_fn)
-        return _Seen(point, judged.loss, limits.direction(_ball.as_float32(gradient))), judged
+    def look(point: jax.Array) -> tuple[_Seen, Candidate]:
+        image = cast_inside(point, x.dtype, limits)  # what is scored is what may be returned
+        loss, gradient = losses_and_gradient(loss_fn, image)
+        scored = score(image, loss.astype(clean.dtype), misclassified_fn)
+        return _Seen(point, scored.loss, limits.steepest(as_float32(gradient))), scored
 
     def step(k: int | jax.Array, s: _State) -> _State:
         point = s.now.point
-        target = limits.clip(point + _ball.broadcast(s.step_size, x) * s.now.direction)
+        target = limits.project(point + broadcast(s.step_size, x) * s.now.direction)
         alpha = jnp.where(k == 0, 1.0, MOMENTUM).astype(point.dtype)
-        moved = limits.clip(point + alpha * (target - point) + (1 - alpha) * (point - s.before))
+        moved = limits.project(point + alpha * (target - point) + (1 - alpha) * (point - s.before))
         seen, candidate = look(moved)
         best = select(seen.loss > s.best.loss, seen, s.best)
         # As in the paper, a checkpoint at step k judges the points up to x_k; x_{k+1} is only then at hand.
@@ -129,29 +134,29 @@ def apgd(
             now=now,
             before=point,
             best=best,
-            worst=s.worst.or_worse(candidate),
+            worst=s.worst.keep_worst(candidate),
             step_size=jnp.where(halve, s.step_size / 2, s.step_size),
             rises=jnp.where(is_due[k], 0, s.rises) + (now.loss > s.now.loss).astype(jnp.int32),
             halved=jnp.where(is_due[k], halve, s.halved),
             best_at_checkpoint=jnp.where(is_due[k], s.best.loss, s.best_at_checkpoint),
         )
 
-    def attempt(restart: int | jax.Array, worst: Worst) -> Worst:
+    def attempt(restart: int | jax.Array, worst: Candidate) -> Candidate:
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, restart)
-        start, candidate = look(limits.clip(clean + eps * limits.noise(own, clean)))
+        start, candidate = look(limits.project(clean + eps * limits.sample(own, clean)))
         state = _State(
             now=start,
             before=start.point,
             best=start,
-            worst=worst.or_worse(candidate),
-            step_size=_ball.like_sharded(jnp.broadcast_to(jnp.asarray(2 * eps, clean.dtype).reshape(-1), (n,)), x),
-            rises=_ball.like_sharded(jnp.zeros(n, jnp.int32), x),
+            worst=worst.keep_worst(candidate),
+            step_size=like_sharded(jnp.broadcast_to(jnp.asarray(2 * eps, clean.dtype).reshape(-1), (n,)), x),
+            rises=like_sharded(jnp.zeros(n, jnp.int32), x),
             halved=never,
             best_at_checkpoint=start.loss,
         )
         return _loops.repeat_long(steps, step, state).worst
 
-    never = _ball.like_sharded(jnp.zeros(n, bool), x)
-    nothing = Worst(x, never, _ball.like_sharded(jnp.full(n, -jnp.inf, clean.dtype), x))
+    never = like_sharded(jnp.zeros(n, bool), x)
+    nothing = Candidate(x, never, like_sharded(jnp.full(n, -jnp.inf, clean.dtype), x))
     worst = attempt(0, nothing) if restarts == 1 else _loops.repeat_long(restarts, attempt, nothing)
     return jax.lax.stop_gradient(worst.image)

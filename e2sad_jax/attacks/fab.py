@@ -7,9 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax import losses
-from e2sad_jax.attacks import _ball, _loops
-from e2sad_jax.attacks._worst import select
-from e2sad_jax.attacks.minimal import LogitsFn, linearised
+from e2sad_jax.attacks import _checks, _loops
+from e2sad_jax.attacks._ball import ball, linf_ball, project_and_cast
+from e2sad_jax.attacks._numerics import (
+    as_float32,
+    broadcast,
+    finite,
+    like_sharded,
+    linearise,
+    losses_and_gradient,
+    norms,
+    per_image_keys,
+    select,
+)
+from e2sad_jax.attacks._types import Bounds, LogitsFn
 
 ROUNDS = 50  # of the projection at most; it needs about five
 FINAL_STEPS = 3  # along the line from the image to the nearest point found
@@ -38,7 +49,7 @@ def fab(
     overshoot: float = 1.05,
     beta: float = 0.9,
     norm: str = "linf",
-    bounds: _ball.Bounds | None = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
 ) -> jax.Array:
     """Fast Adaptive Boundary attack: the nearest image of another class, by projections onto the boundary.
 
@@ -83,17 +94,25 @@ def fab(
 
     Reference: Croce and Hein, 2019, https://arxiv.org/abs/1907.02044
     """
-    _check(x, steps, restarts, key, eps, alpha_max, overshoot, beta, norm, bounds)
+    _checks.threat_model(
+        "fab", x, eps=0.0 if eps is None else eps, norm=norm, bounds=bounds, steps=steps, restarts=restarts
+    )
+    if restarts > 1 and (key is None or eps is None):
+        raise ValueError(f"fab: restarts={restarts} begin at random points and need key and eps; or use restarts=1")
+    if not 0 <= alpha_max <= 1:
+        raise ValueError(f"fab: alpha_max={alpha_max}; it must lie in [0, 1], the paper takes 0.1")
+    if not overshoot >= 1:
+        raise ValueError(f"fab: overshoot={overshoot}; it must be at least 1, the paper takes 1.05")
+    if not 0 < beta <= 1:
+        raise ValueError(f"fab: beta={beta}; it must lie in (0, 1], the paper takes 0.9")
     x = jax.lax.stop_gradient(x)
-    n, clean, everywhere = x.shape[0], _ball.as_float32(x), _ball.box(x, jnp.inf, bounds)
+    n, clean, everywhere = x.shape[0], as_float32(x), linf_ball(x, jnp.inf, bounds)
     logits = jax.eval_shape(logits_fn, x)
-    if logits.ndim != 2 or logits.shape[0] != n or logits.shape[1] < 2:
-        raise ValueError(f"fab: logits have shape {logits.shape}; it must be ({n}, K), K at least 2")
-
-    _ball.check_classes("fab", "labels", labels, logits.shape)
+    _checks.logits("fab", logits.shape, n)
+    _checks.classes("fab", "labels", labels, logits.shape)
     if targets is not None:
-        _ball.check_classes("fab", "targets", targets, logits.shape)
-        known = _ball.can_be_read(labels) and _ball.can_be_read(targets)
+        _checks.classes("fab", "targets", targets, logits.shape)
+        known = _checks.is_readable(labels) and _checks.is_readable(targets)
         if known and (same := np.asarray(targets) == np.asarray(labels)).any():
             raise ValueError(f"fab: targets[{same.argmax()}] is that image's label; it must be another class")
 
@@ -102,24 +121,24 @@ def fab(
         return jax.lax.stop_gradient(ROUNDING * jnp.abs(logits).max(1))
 
     def margin(z: jax.Array) -> jax.Array:
-        logits = jax.lax.stop_gradient(_ball.as_float32(logits_fn(z)))
+        logits = jax.lax.stop_gradient(as_float32(logits_fn(z)))
         return (losses.margin(logits, labels) - slack(logits)).astype(clean.dtype)
 
     def ahead(z: jax.Array) -> jax.Array:
         """As `margin`, of two logits: by how much the target is above the label."""
         assert targets is not None
-        logits = _ball.as_float32(logits_fn(z))
+        logits = as_float32(logits_fn(z))
         lead = jnp.take_along_axis(logits, targets[:, None], 1) - jnp.take_along_axis(logits, labels[:, None], 1)
         return lead[:, 0] - slack(logits)
 
     def hyperplane(z: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The network at z as `value + <normal, . - z>`, above 0 beyond the boundary."""
         if targets is not None:
-            value, normal = _ball.losses_and_gradient(ahead, z)
-            return value.astype(clean.dtype), _ball.as_float32(normal)
-        logits, normals = linearised(logits_fn, z, labels)
+            value, normal = losses_and_gradient(ahead, z)
+            return value.astype(clean.dtype), as_float32(normal)
+        logits, normals = linearise(logits_fn, z, labels)
         values = logits - jnp.take_along_axis(logits, labels[:, None], 1) - slack(logits)[:, None]
-        size = _size(normals.reshape(-1, *x.shape[1:]), "l1" if norm == "linf" else norm).reshape(-1, n).T
+        size = norms(normals.reshape(-1, *x.shape[1:]), "l1" if norm == "linf" else norm).reshape(-1, n).T
         away = jnp.where(size > 0, jnp.abs(values) / jnp.where(size > 0, size, 1), jnp.inf)
         nearest = jnp.where(jnp.isfinite(away), away, jnp.inf).argmin(1)
         normal = jnp.take_along_axis(normals, nearest.reshape(1, -1, *[1] * (x.ndim - 1)), 0)[0]
@@ -127,36 +146,36 @@ def fab(
 
     def nearer(found: _Found, point: jax.Array) -> tuple[_Found, jax.Array]:
         """`point` instead, where it fools and is nearer; and its margin."""
-        image = _ball.project_and_cast(everywhere, point, x.dtype)
+        image = project_and_cast(everywhere, point, x.dtype)
         now = margin(image)
-        distance = _size(_ball.as_float32(image) - clean, norm)
+        distance = norms(as_float32(image) - clean, norm)
         return select((now > 0) & (distance < found.distance), _Found(image, distance), found), now
 
     def step(_: int | jax.Array, state: tuple[jax.Array, _Found]) -> tuple[jax.Array, _Found]:
         z, found = state
         value, normal = hyperplane(z.astype(x.dtype))
-        normal = _ball.finite(normal)
+        normal = finite(normal)
         value_clean = value + (normal * (clean - z)).sum(tuple(range(1, x.ndim)))
         both = [jnp.concatenate(pair) for pair in ((z, clean), (normal, normal), (value, value_clean))]
         moves = project(*both, norm=norm, bounds=bounds)
-        (d, d_clean), (size, size_clean) = jnp.split(moves, 2), jnp.split(_size(moves, norm), 2)
+        (d, d_clean), (size, size_clean) = jnp.split(moves, 2), jnp.split(norms(moves, norm), 2)
         total = size + size_clean
         alpha = jnp.minimum(jnp.where(total > 0, size / jnp.where(total > 0, total, 1), 0), alpha_max)
-        alpha = _ball.broadcast(alpha, x)
-        z = everywhere.clip((1 - alpha) * (z + overshoot * d) + alpha * (clean + overshoot * d_clean))
+        alpha = broadcast(alpha, x)
+        z = everywhere.project((1 - alpha) * (z + overshoot * d) + alpha * (clean + overshoot * d_clean))
         found, now = nearer(found, z)
-        return jnp.where(_ball.broadcast(now > 0, x), (1 - beta) * clean + beta * z, z), found
+        return jnp.where(broadcast(now > 0, x), (1 - beta) * clean + beta * z, z), found
 
     def attempt(restart: int | jax.Array, found: _Found) -> _Found:
         start = clean
         if restarts > 1:
             assert key is not None
             assert eps is not None
-            keys = jax.vmap(jax.random.fold_in, (0, None))(_ball.per_image_keys("fab", key, n), restart)
-            towards = _ball.ball(norm, x, eps, bounds).noise(keys, clean)
-            towards = towards / _ball.broadcast(_size(towards, norm), x)
-            radius = jnp.minimum(_ball.broadcast(found.distance, x), jnp.asarray(eps, clean.dtype)) / 2
-            start = everywhere.clip(clean + jnp.where(restart == 0, 0, radius) * towards)
+            keys = jax.vmap(jax.random.fold_in, (0, None))(per_image_keys("fab", key, n), restart)
+            towards = ball(norm, x, eps, bounds).sample(keys, clean)
+            towards = towards / broadcast(norms(towards, norm), x)
+            radius = jnp.minimum(broadcast(found.distance, x), jnp.asarray(eps, clean.dtype)) / 2
+            start = everywhere.project(clean + jnp.where(restart == 0, 0, radius) * towards)
         return _loops.repeat_long(steps, step, (start, found))[1]
 
     def towards_clean(
@@ -164,15 +183,15 @@ def fab(
     ) -> tuple[_Found, jax.Array, jax.Array, jax.Array]:
         """Just short of where a line through the margins at both ends crosses zero (the paper's Eq. 11)."""
         found, outside, inside, within = state
-        end, drop = _ball.as_float32(found.image), outside - within
+        end, drop = as_float32(found.image), outside - within
         share = SHORT * jnp.where(drop > 0, outside / jnp.where(drop > 0, drop, 1), 0)
-        point = end - _ball.broadcast(jnp.where(jnp.isfinite(share), share, 0), x) * (end - inside)
+        point = end - broadcast(jnp.where(jnp.isfinite(share), share, 0), x) * (end - inside)
         closer, now = nearer(found, point)
         fools = now > 0
-        inside = jnp.where(_ball.broadcast(fools, x), inside, point)
+        inside = jnp.where(broadcast(fools, x), inside, point)
         return closer, jnp.where(fools, now, outside), inside, jnp.where(fools, within, now)
 
-    nothing = _ball.like_sharded(jnp.full(n, jnp.inf, clean.dtype), x)
+    nothing = like_sharded(jnp.full(n, jnp.inf, clean.dtype), x)
     already = jax.lax.stop_gradient(losses.margin(logits_fn(x), labels)) > 0
     found = _Found(x, jnp.where(already, 0, nothing))
     found = attempt(0, found) if restarts == 1 else _loops.repeat_long(restarts, attempt, found)
@@ -180,9 +199,7 @@ def fab(
     return jax.lax.stop_gradient(_loops.repeat_long(FINAL_STEPS, towards_clean, ends)[0].image)
 
 
-def project(
-    point: jax.Array, normal: jax.Array, value: jax.Array, *, norm: str, bounds: _ball.Bounds | None
-) -> jax.Array:
+def project(point: jax.Array, normal: jax.Array, value: jax.Array, *, norm: str, bounds: Bounds) -> jax.Array:
     """The smallest change of `point` to where `value + <normal, change>` is 0, inside `bounds`.
 
     Every pixel moves the way that closes the gap, by min(t, room) in the l-infinity norm and min(t |w|, room) in l2, w
@@ -205,8 +222,8 @@ def project(
     gap = jnp.abs(value) / jnp.where(largest > 0, largest, 1)
     possible = (largest > 0) & jnp.isfinite(gap)
     gap = jnp.where(possible, gap, 0)
-    w = -_ball.broadcast(jnp.sign(value), point) * normal / _ball.broadcast(jnp.where(largest > 0, largest, 1), point)
-    w = jnp.where(_ball.broadcast(possible, point), w, 0)
+    w = -broadcast(jnp.sign(value), point) * normal / broadcast(jnp.where(largest > 0, largest, 1), point)
+    w = jnp.where(broadcast(possible, point), w, 0)
     weight = jnp.abs(w)
     room = jnp.full_like(point, jnp.inf)
     if bounds is not None:
@@ -216,50 +233,13 @@ def project(
 
     def newton(_: int | jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         t, _ = state
-        wide = _ball.broadcast(t, point)
+        wide = broadcast(t, point)
         gained = (weight * speed * jnp.minimum(wide, ends)).sum(axes)
         rate = jnp.where(wide < ends, weight * speed, 0).sum(axes)
         further = t + jnp.maximum(gap - gained, 0) / jnp.where(rate > 0, rate, 1)
         further = jnp.where((rate > 0) & jnp.isfinite(further), further, t)
         return further, further > t
 
-    zero = _ball.like_sharded(jnp.zeros(value.shape, point.dtype), value)
+    zero = like_sharded(jnp.zeros(value.shape, point.dtype), value)
     t, _ = _loops.repeat_while(lambda state: state[1].any(), ROUNDS, newton, (zero, zero == 0))
-    return jnp.sign(w) * jnp.minimum(_ball.broadcast(t, point) * speed, room)
-
-
-def _size(change: jax.Array, norm: str) -> jax.Array:
-    """`[N]`; "l1" beside the norms of balls."""
-    axes = tuple(range(1, change.ndim))
-    if norm == "l2":
-        return _ball.length(change).reshape(-1)
-    return jnp.abs(change).max(axes) if norm == "linf" else jnp.abs(change).sum(axes)
-
-
-def _check(
-    x: jax.Array,
-    steps: int,
-    restarts: int,
-    key: jax.Array | None,
-    eps: jax.typing.ArrayLike | None,
-    alpha_max: float,
-    overshoot: float,
-    beta: float,
-    norm: str,
-    bounds: _ball.Bounds | None,
-) -> None:
-    _ball.check_images("fab", x)
-    _ball.check_steps("fab", "steps", steps)
-    _ball.check_steps("fab", "restarts", restarts)
-    if restarts > 1 and (key is None or eps is None):
-        raise ValueError(f"fab: restarts={restarts} begin at random points and need key and eps; or use restarts=1")
-    if eps is not None:
-        _ball.check_number("fab", "eps", eps)
-    if not 0 <= alpha_max <= 1:
-        raise ValueError(f"fab: alpha_max={alpha_max}; it must lie in [0, 1], the paper takes 0.1")
-    if not overshoot >= 1:
-        raise ValueError(f"fab: overshoot={overshoot}; it must be at least 1, the paper takes 1.05")
-    if not 0 < beta <= 1:
-        raise ValueError(f"fab: beta={beta}; it must lie in (0, 1], the paper takes 0.9")
-    _ball.check_norm("fab", norm)
-    _ball.check_bounds("fab", bounds)
+    return jnp.sign(w) * jnp.minimum(broadcast(t, point) * speed, room)

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e2sad_jax.attacks import _ball, _loops
-from e2sad_jax.attacks._worst import select
+from e2sad_jax.attacks import _checks, _loops
+from e2sad_jax.attacks._ball import ball, project_and_cast
+from e2sad_jax.attacks._numerics import as_float32, per_image, per_image_keys, select, unit
+from e2sad_jax.attacks._types import Bounds, LossFn
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of p, in queries of 10,000
 LEAST = {"linf": 1, "l2": 3}  # side of a square
@@ -46,14 +48,14 @@ def window(side: int) -> np.ndarray:
 
 def square(
     key: jax.Array,
-    margin_fn: _ball.LossFn,
+    margin_fn: LossFn,
     x: jax.Array,
     *,
     eps: jax.typing.ArrayLike,
     queries: int = 5000,
     p_init: float = 0.8,
     norm: str = "linf",
-    bounds: _ball.Bounds | None = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
 ) -> jax.Array:
     """Square Attack: what only looks at the network's outputs.
 
@@ -96,32 +98,28 @@ def square(
 
     Reference: Andriushchenko et al., 2020, https://arxiv.org/abs/1912.00049
     """
-    _ball.check_images("square", x)
-    _ball.check_number("square", "eps", eps)
-    _ball.check_steps("square", "queries", queries)
-    _ball.check_norm("square", norm)
-    _ball.check_bounds("square", bounds)
+    _checks.threat_model("square", x, eps=eps, norm=norm, bounds=bounds, queries=queries)
     if x.ndim != 4:
         raise ValueError(f"square: images have shape {x.shape}; squares need a height and a width, [N, H, W, C]")
     if not 0 < p_init <= 1:
         raise ValueError(f"square: p_init={p_init}; it must lie in (0, 1], AutoAttack takes 0.8")
     x = jax.lax.stop_gradient(x)
     n, height, width, _ = x.shape
-    keys = _ball.per_image_keys("square", key, n)
-    limits, clean = _ball.ball(norm, x, eps, bounds), _ball.as_float32(x)
+    keys = per_image_keys("square", key, n)
+    limits, clean = ball(norm, x, eps, bounds), as_float32(x)
     size = sides(queries, p_init, height, width, LEAST[norm])
     first, further = (_stripes, _squares) if norm == "linf" else (_tiles, _hills)
     change = further(clean, eps, size)
 
     def look(image: jax.Array) -> _State:
-        margin = jax.lax.stop_gradient(_ball.per_image("margin_fn", margin_fn, image))
+        margin = jax.lax.stop_gradient(per_image("margin_fn", margin_fn, image))
         return _State(image, jnp.where(jnp.isnan(margin), -jnp.inf, margin).astype(clean.dtype))
 
     def tried(point: jax.Array) -> _State:
-        return look(_ball.project_and_cast(limits, point, x.dtype))
+        return look(project_and_cast(limits, point, x.dtype))
 
     def query(i: int | jax.Array, s: _State) -> _State:
-        new = tried(change(i, jax.vmap(jax.random.fold_in, (0, None))(own, i), _ball.as_float32(s.image)))
+        new = tried(change(i, jax.vmap(jax.random.fold_in, (0, None))(own, i), as_float32(s.image)))
         return select((s.margin <= 0) & (new.margin > s.margin), new, s)
 
     def unfinished(s: _State) -> jax.Array:
@@ -182,7 +180,7 @@ def _tiles(keys: jax.Array, clean: jax.Array, eps: jax.typing.ArrayLike) -> jax.
     signs = _signs(keys, (rows, columns, channels), clean).repeat(side, 1).repeat(side, 2)
     top, left = height - rows * side, width - columns * side
     around = ((0, 0), (top // 2, top - top // 2), (left // 2, left - left // 2), (0, 0))
-    return clean + eps * _ball.unit(jnp.pad(signs * grid, around))
+    return clean + eps * unit(jnp.pad(signs * grid, around))
 
 
 def _hills(clean: jax.Array, eps: jax.typing.ArrayLike, size: list[int]) -> Further:
@@ -212,7 +210,7 @@ def _hills(clean: jax.Array, eps: jax.typing.ArrayLike, size: list[int]) -> Furt
         lying = jax.vmap(lambda k: jax.random.randint(k, (), 0, 2))(draws[:, 4])
         hill = jax.vmap(lambda kind, *place: jnp.roll(windows[which[i], kind], place, (0, 1)))(lying, tops[0], lefts[0])
         towards = unit(_signs(draws[:, 5], (1, 1, channels), clean) * hill[..., None] + unit(now * to))
-        left_over = jnp.maximum(jnp.square(jnp.asarray(eps, clean.dtype)) - jnp.square(_ball.length(now)), 0)
+        left_over = jnp.maximum(jnp.square(jnp.asarray(eps, clean.dtype)) - jnp.square(length(now)), 0)
         available = jnp.sqrt(jnp.square(length(now * jnp.maximum(to, source))) + left_over / channels)
         return clean + now * (1 - jnp.maximum(to, source)) + towards * available
 

@@ -34,14 +34,7 @@ def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[s
       ConfigError, WorkdirError, NonFiniteError: as training does.
       Stopped: after Ctrl-C; the same call resumes.
     """
-    stages = request.stages(dataset.num_classes)
-    asked = {
-        "data": dataset.sha256,
-        "judge": request.judge,
-        "checkpoints": list(CHECKPOINTS),
-        "examples": request.examples,
-        "stages": [dataclasses.asdict(stage) for stage in stages],
-    }
+    stages, asked = request.stages(dataset.num_classes), question(request, dataset)
     path = pathlib.Path(config.workdir) / ("auto.json" if request.judge == "test" else f"auto_{request.judge}.json")
     known = known_outcome(path, asked, config.steps)
     if "best" in known:
@@ -68,6 +61,17 @@ def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[s
     }
     write_json(path, sealed(outcome))
     return outcome
+
+
+def question(request: Request, dataset: Dataset) -> dict[str, Any]:
+    """What a model is asked: data, images, checkpoints and attacks; outcomes of other questions do not compare."""
+    return {
+        "data": dataset.sha256,
+        "judge": request.judge,
+        "checkpoints": list(CHECKPOINTS),
+        "examples": request.examples,
+        "stages": [dataclasses.asdict(stage) for stage in request.stages(dataset.num_classes)],
+    }
 
 
 def known_outcome(path: pathlib.Path, asked: Mapping[str, Any], steps: int) -> dict[str, Any]:

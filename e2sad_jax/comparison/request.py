@@ -8,7 +8,7 @@ from typing import Any
 from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.evaluation import Attack, Effort
-from e2sad_jax.training import SCHEDULE, SCHEDULES, Config, check, configure, preset, setting
+from e2sad_jax.training.config import SCHEDULE, SCHEDULES, Config, check, configure, preset, setting
 
 # By name in tables and pictures. eps2 and attack_step_size are in multiples of eps.
 ENTRIES: Mapping[str, Mapping[str, Any]] = {

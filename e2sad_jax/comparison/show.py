@@ -205,7 +205,11 @@ def _by_name(result: Result) -> Any:
         ours = _is_ours(row) if equal else row["name"] == REFERENCE
         beside = f"{row['last']['steps'][0]:,} steps" if equal else f"{_price(result, row):.2f}"
         name = row["name"].removeprefix(f"{REFERENCE}, ")
-        style = {"color": OURS if ours else OTHERS, "marker": "*" if ours else "o", "ms": 13 if ours else 7}
+        style: dict[str, Any] = {
+            "color": OURS if ours else OTHERS,
+            "marker": "*" if ours else "o",
+            "ms": 13 if ours else 7,
+        }
         axes.plot([row["last"]["robust"]], [f"{name} ({beside})"], ls="", **style)
     axes.set(xlabel="robust accuracy", xlim=(-0.03, 1.0))
     axes.invert_yaxis()

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from e2sad_jax.attacks._ball import is_number
+from e2sad_jax.attacks.core import Bounds, LogitsFn, is_number
 
-LogitsFn = Callable[[jax.Array], jax.Array]  # images [N, ...] -> logits [N, K]
-Bounds = tuple[float, float] | None
+__all__ = ["Bounds", "LogitsFn", "Parts", "check_weight", "clean_term", "is_zero", "weighted"]
+
 Parts = dict[str, jax.Array]  # the terms of a loss by name: batch means, before their weights
 
 

@@ -3,7 +3,7 @@
 import jax
 
 from e2sad_jax import attacks
-from e2sad_jax.attacks import _ball
+from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import ALPHA, Defense, Setting, register
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, clean_term, is_zero, weighted
 from e2sad_jax.losses import cross_entropy, dissimilarity
@@ -63,7 +63,7 @@ def e2sad(
         return cross_entropy(logits_fn(z), y) / m
 
     # Line 3 (Eq. 6): the first point, by FGSM.
-    if random_start and not (_ball.is_number(eps1) and eps1 == 0):
+    if random_start and not (core.is_number(eps1) and eps1 == 0):
         if key is None:
             raise ValueError("e2sad: random_start draws random numbers and needs key")
         x_adv = attacks.pgd(jax.random.fold_in(key, 1), J, x, eps=eps1, steps=1, step_size=eps1, bounds=bounds)
@@ -74,7 +74,7 @@ def e2sad(
         logits_fn, x_adv, eps=eps2, objective=second_step, loss_fn=J, key=key, bounds=bounds if clip_second else None
     )
     if ball_second:
-        x_adv2 = _ball.project_and_cast(_ball.box(x, eps1, bounds), _ball.as_float32(x_adv2), x.dtype)
+        x_adv2 = core.project_and_cast(core.linf_ball(x, eps1, bounds), core.as_float32(x_adv2), x.dtype)
     f_adv, f_adv2 = logits_fn(x_adv), logits_fn(x_adv2)
     # Line 6.
     adversarial = cross_entropy(f_adv, y).mean()

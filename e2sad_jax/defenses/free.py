@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from e2sad_jax.attacks import _ball
+from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import Defense, Setting, register
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts
 from e2sad_jax.losses import cross_entropy
@@ -46,13 +46,11 @@ def free(
 
     Reference: Shafahi et al., 2019, https://arxiv.org/abs/1904.12843
     """
-    _ball.check_images("free", x)
-    _ball.check_number("free", "eps", eps)
-    _ball.check_bounds("free", bounds)
+    core.checks.threat_model("free", x, eps=eps, bounds=bounds)
     if delta.shape != x.shape:
         raise ValueError(f"free: delta has shape {delta.shape}; it must be that of the images, {x.shape}")
-    limits = _ball.box(x, eps, bounds)
-    point = _ball.project_and_cast(limits, _ball.as_float32(x) + delta.astype(limits.lower.dtype), x.dtype)
+    limits = core.linf_ball(x, eps, bounds)
+    point = core.project_and_cast(limits, core.as_float32(x) + delta.astype(limits.lower.dtype), x.dtype)
     through = (delta - jax.lax.stop_gradient(delta)).astype(x.dtype)  # zeros, for the gradient
     loss = cross_entropy(logits_fn(point + through), y).mean()
     return loss, {"adversarial": loss}
@@ -72,7 +70,7 @@ def free_ascent(delta: jax.Array, gradient: jax.Array, *, eps: jax.typing.ArrayL
     Raises:
       ValueError: if `eps` is out of range.
     """
-    _ball.check_number("free_ascent", "eps", eps)
+    core.checks.number("free_ascent", "eps", eps)
     moved = jnp.clip(delta + (eps * jnp.sign(gradient)).astype(delta.dtype), jnp.negative(eps), eps)
     return jax.lax.stop_gradient(moved.astype(delta.dtype))
 

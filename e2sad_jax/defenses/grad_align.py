@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from e2sad_jax.attacks import _ball, fgsm
+from e2sad_jax.attacks import core, fgsm
 from e2sad_jax.defenses._registry import Defense, Setting, register
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight
 from e2sad_jax.losses import cross_entropy
@@ -49,18 +49,18 @@ def grad_align(
         return cross_entropy(logits_fn(z), y)
 
     x_adv = fgsm(J, x, eps=eps, bounds=bounds)
-    wide = _ball.as_float32(x)
-    keys = _ball.per_image_keys("grad_align", key, x.shape[0])
-    noise = eps * _ball.box(x, eps, None).noise(keys, wide)
+    wide = core.as_float32(x)
+    keys = core.per_image_keys("grad_align", key, x.shape[0])
+    noise = eps * core.linf_ball(x, eps, None).sample(keys, wide)
     noisy = jax.lax.stop_gradient((wide + noise).astype(x.dtype))
     adversarial = J(x_adv).mean()
-    misalignment = _misalignment(_ball.input_gradient(J, x), _ball.input_gradient(J, noisy)).mean()
+    misalignment = _misalignment(core.input_gradient(J, x), core.input_gradient(J, noisy)).mean()
     return adversarial + weight * misalignment, {"adversarial": adversarial, "misalignment": misalignment}
 
 
 def _misalignment(first: jax.Array, second: jax.Array) -> jax.Array:
     """1 - cos of the angle between each example's two gradients, `[N]`; 0 where one of them is zero."""
-    a, b = (_scaled(_ball.as_float32(g).reshape(g.shape[0], -1)) for g in (first, second))
+    a, b = (_scaled(core.as_float32(g).reshape(g.shape[0], -1)) for g in (first, second))
     squared = (a**2).sum(-1) * (b**2).sum(-1)
     vanishes = squared == 0
     cosine = (a * b).sum(-1) / jnp.sqrt(jnp.where(vanishes, 1, squared))

@@ -2,7 +2,7 @@
 
 import jax
 
-from e2sad_jax.attacks import _ball
+from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import Defense, Setting, register
 from e2sad_jax.defenses._types import LogitsFn, Parts, check_weight
 from e2sad_jax.losses import cross_entropy
@@ -30,14 +30,14 @@ def input_gradient(
 
     Reference: Ross and Doshi-Velez, 2018, https://arxiv.org/abs/1711.09404
     """
-    _ball.check_images("input_gradient", x)
+    core.checks.images("input_gradient", x)
     check_weight("input_gradient", "weight", weight)
 
     def J(z: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(z), y)
 
     clean = J(x).mean()
-    gradient = _ball.as_float32(_ball.input_gradient(J, x))
+    gradient = core.as_float32(core.input_gradient(J, x))
     penalty = (gradient**2).reshape(x.shape[0], -1).sum(-1).mean()
     return clean + weight * penalty, {"clean": clean, "penalty": penalty}
 

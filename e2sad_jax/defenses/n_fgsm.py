@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from e2sad_jax.attacks import _ball
+from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, Defense, Setting, register
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts
 from e2sad_jax.losses import cross_entropy
@@ -44,20 +44,18 @@ def n_fgsm(
 
     Reference: de Jorge et al., 2022, https://arxiv.org/abs/2202.01181
     """
-    _ball.check_images("n_fgsm", x)
-    _ball.check_number("n_fgsm", "eps", eps)
-    _ball.check_number("n_fgsm", "noise", noise)
-    _ball.check_bounds("n_fgsm", bounds)
-    step_size = _ball.step_size("n_fgsm", step_size, eps)
+    core.checks.threat_model("n_fgsm", x, eps=eps, bounds=bounds, step_size=step_size)
+    core.checks.number("n_fgsm", "noise", noise)
+    step_size = eps if step_size is None else step_size
 
     def J(z: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(z), y)
 
-    limits = _ball.box(x, noise * eps + step_size, bounds)  # which cuts to the range alone: nothing goes farther
-    keys = _ball.per_image_keys("n_fgsm", key, x.shape[0])
-    start = limits.clip(_ball.as_float32(x) + noise * eps * limits.noise(keys, _ball.as_float32(x)))
-    gradient = _ball.input_gradient(J, start.astype(x.dtype))
-    x_adv = _ball.project_and_cast(limits, start + step_size * jnp.sign(_ball.as_float32(gradient)), x.dtype)
+    limits = core.linf_ball(x, noise * eps + step_size, bounds)  # which cuts to the range alone: nothing goes farther
+    keys = core.per_image_keys("n_fgsm", key, x.shape[0])
+    start = limits.project(core.as_float32(x) + noise * eps * limits.sample(keys, core.as_float32(x)))
+    gradient = core.input_gradient(J, start.astype(x.dtype))
+    x_adv = core.project_and_cast(limits, start + step_size * jnp.sign(core.as_float32(gradient)), x.dtype)
     loss = J(x_adv).mean()
     return loss, {"adversarial": loss}
 

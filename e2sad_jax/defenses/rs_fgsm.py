@@ -3,7 +3,7 @@
 import jax
 
 from e2sad_jax import attacks
-from e2sad_jax.attacks import _ball
+from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, Defense, register
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts
 from e2sad_jax.losses import cross_entropy
@@ -43,12 +43,12 @@ def rs_fgsm(
 
     Reference: Wong et al., 2020, https://arxiv.org/abs/2001.03994
     """
-    _ball.check_number("rs_fgsm", "eps", eps)
+    core.checks.number("rs_fgsm", "eps", eps)
 
     def J(z: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(z), y)
 
-    if step_size is None and not (_ball.is_number(eps) and eps == 0):  # where there is nowhere to go
+    if step_size is None and not (core.is_number(eps) and eps == 0):  # where there is nowhere to go
         step_size = 1.25 * eps
     x_adv = attacks.pgd(key, J, x, eps=eps, steps=1, step_size=step_size, bounds=bounds)
     loss = J(x_adv).mean()

@@ -3,8 +3,7 @@
 import jax
 import optax
 
-from e2sad_jax.attacks import _ball
-from e2sad_jax.attacks.iterated import _ascend
+from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, ATTACK_STEPS, Defense, Setting, register
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight
 from e2sad_jax.losses import cross_entropy
@@ -49,18 +48,13 @@ def trades(
 
     Reference: Zhang et al., 2019, https://arxiv.org/abs/1901.08573
     """
-    _ball.check_images("trades", x)
+    core.checks.threat_model("trades", x, eps=eps, bounds=bounds, steps=steps, step_size=step_size)
     check_weight("trades", "beta", beta)
-    _ball.check_number("trades", "eps", eps)
-    _ball.check_steps("trades", "steps", steps)
-    _ball.check_bounds("trades", bounds)
     if step_size is None:
         step_size = 2.5 * eps / steps
-    else:
-        _ball.check_number("trades", "step_size", step_size, positive=True)
 
     def log_f(z: jax.Array) -> jax.Array:
-        return jax.nn.log_softmax(_ball.as_float32(logits_fn(z)))
+        return jax.nn.log_softmax(core.as_float32(logits_fn(z)))
 
     f_x = log_f(x)
     constant = jax.lax.stop_gradient(f_x)
@@ -68,11 +62,11 @@ def trades(
     def divergence(z: jax.Array) -> jax.Array:
         return optax.losses.kl_divergence_with_log_targets(log_f(z), constant)
 
-    limits = _ball.box(x, eps, bounds)
-    keys = _ball.per_image_keys("trades", key, x.shape[0])
-    start = _ball.as_float32(x)
+    limits = core.linf_ball(x, eps, bounds)
+    keys = core.per_image_keys("trades", key, x.shape[0])
+    start = core.as_float32(x)
     normal = jax.vmap(lambda k: jax.random.normal(k, start.shape[1:], start.dtype))(keys)
-    x_adv = _ascend(divergence, limits.clip(start + START * normal), limits, x.dtype, step_size, steps)
+    x_adv = core.ascend(divergence, limits.project(start + START * normal), limits, x.dtype, step_size, steps)
     x_adv = jax.lax.stop_gradient(x_adv)
 
     clean = cross_entropy(f_x, y).mean()  # log f is f's logits as well as any

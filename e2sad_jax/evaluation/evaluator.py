@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 
 from e2sad_jax import _streams, attacks, distributed, networks
 from e2sad_jax._compile import jit
-from e2sad_jax.attacks import _ball
-from e2sad_jax.attacks._loops import repeat
+from e2sad_jax.attacks import core
 from e2sad_jax.data.transforms import Transform
 from e2sad_jax.losses import cross_entropy, dlr, margin, soft_labels, targeted_dlr
 
@@ -293,7 +292,7 @@ def perturb(
         fooled = logits_fn(best).argmax(-1) != labels
         return jnp.where(fooled.reshape(-1, *[1] * (x.ndim - 1)), best, towards(i + 2))
 
-    return repeat(min(attack.targets, y.shape[-1] - 1) - 1, next_target, towards(1))
+    return core.repeat(min(attack.targets, y.shape[-1] - 1) - 1, next_target, towards(1))
 
 
 def check_attack(attack: Attack, num_classes: int, ndim: int) -> None:
@@ -369,8 +368,8 @@ def _perturb(
             near = attacks.fab(
                 logits_fn, x, labels, targets=targets, steps=attack.steps, restarts=attack.restarts, key=keys, **ball
             )
-            held = _ball.ball(attack.norm, x, attack.eps, bounds).holds(_ball.as_float32(near))
-            return jnp.where(_ball.broadcast(held, x), near, x)
+            held = core.ball(attack.norm, x, attack.eps, bounds).contains(core.as_float32(near))
+            return jnp.where(core.broadcast(held, x), near, x)
     return attacks.square(keys, lambda z: margin(logits_fn(z), labels), x, queries=attack.steps, **ball)
 
 

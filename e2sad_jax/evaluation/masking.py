@@ -15,7 +15,7 @@ import numpy as np
 
 from e2sad_jax import _streams
 from e2sad_jax._compile import jit
-from e2sad_jax.attacks._ball import box, finite, input_gradient, unit
+from e2sad_jax.attacks.core import finite, input_gradient, linf_ball, unit
 from e2sad_jax.evaluation.auto import Apply
 from e2sad_jax.evaluation.evaluator import batches
 from e2sad_jax.evaluation.model import Subject
@@ -172,8 +172,8 @@ def _gradients(apply: Apply, bounds: tuple[float, float]) -> Callable[..., tuple
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.fold_in(jax.random.key(seed), _streams.MASKING), index
         )
-        limits = box(x, eps, bounds)
-        near = limits.clip(x + eps * limits.noise(keys, x))
+        limits = linf_ball(x, eps, bounds)
+        near = limits.project(x + eps * limits.sample(keys, x))
         both = [input_gradient(loss_fn, z).reshape(len(x), -1) for z in (x, near)]
         broken = ~jnp.isfinite(both[0]).all(1)  # nothing to follow either
         here, there = map(finite, both)

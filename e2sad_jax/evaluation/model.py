@@ -17,7 +17,7 @@ from e2sad_jax.evaluation.auto import Apply, attack_fn, predict
 from e2sad_jax.evaluation.evaluator import Attack, batches, check_attack
 
 if TYPE_CHECKING:
-    from e2sad_jax.runs.checkpoint import Classifier
+    from e2sad_jax.runs.classifier import Classifier
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from e2sad_jax.attacks import _ball, _loops
+from e2sad_jax.attacks import core
 
 
 def directions(
@@ -43,15 +43,15 @@ def directions(
     Raises:
       ValueError: if shapes differ, or neither `key` nor `towards` is given.
     """
-    _ball.check_images("directions", x)
+    core.checks.images("directions", x)
     for name, other in (("x_adv", x_adv), ("towards", towards)):
         if other is not None and other.shape != x.shape:
             raise ValueError(f"directions: {name} has shape {other.shape}; it must be that of x, {x.shape}")
     n = x.shape[0]
-    g1 = jnp.sign(_ball.as_float32(x_adv) - _ball.as_float32(x)).reshape(n, -1)
+    g1 = jnp.sign(core.as_float32(x_adv) - core.as_float32(x)).reshape(n, -1)
     if towards is not None:
         length = (g1**2).sum(-1, keepdims=True)
-        along = _ball.as_float32(towards).reshape(n, -1)
+        along = core.as_float32(towards).reshape(n, -1)
         rest = along - (along * g1).sum(-1, keepdims=True) / jnp.maximum(length, 1) * g1
         size = (rest**2).sum(-1, keepdims=True)
         # What rounding leaves of a parallel direction is no direction.
@@ -59,7 +59,7 @@ def directions(
         g2 = jnp.where(real, rest * jnp.sqrt(length / jnp.where(real, size, 1)), 0)
     elif key is not None:
         # Pixels that moved, in random order: the first half keeps its sign, the second half turns.
-        keys = _ball.per_image_keys("directions", key, n)
+        keys = core.per_image_keys("directions", key, n)
         draw = jnp.where(g1 != 0, jax.vmap(lambda k: jax.random.uniform(k, g1.shape[1:]))(keys), 2.0)
         place = jnp.argsort(jnp.argsort(draw, axis=-1), axis=-1)
         half = (jnp.abs(g1) > 0).sum(-1, keepdims=True) // 2
@@ -81,7 +81,7 @@ def coordinates(displacement: jax.Array, g1: jax.Array, g2: jax.Array) -> tuple[
       t1 and t2, `[N]`; 0 along a direction that is zero.
     """
     n = displacement.shape[0]
-    flat = _ball.as_float32(displacement).reshape(n, -1)
+    flat = core.as_float32(displacement).reshape(n, -1)
 
     def along(g: jax.Array) -> jax.Array:
         g = g.reshape(n, -1)
@@ -118,11 +118,10 @@ def loss_surface(
       TypeError: if `x` is not floating point.
       ValueError: if `bounds` is out of order.
     """
-    _ball.check_images("loss_surface", x)
-    _ball.check_bounds("loss_surface", bounds)
+    core.checks.threat_model("loss_surface", x, bounds=bounds)
 
     def loss(a: jax.Array, b: jax.Array) -> jax.Array:
-        z = _ball.as_float32(x) + a * g1 + b * g2
+        z = core.as_float32(x) + a * g1 + b * g2
         return loss_fn((z if bounds is None else jnp.clip(z, *bounds)).astype(x.dtype))
 
-    return _loops.each(t1, lambda a: jax.vmap(lambda b: loss(a, b))(t2))
+    return core.each(t1, lambda a: jax.vmap(lambda b: loss(a, b))(t2))

@@ -1,3 +1,111 @@
-"""Networks in Flax: the paper's CNNs, a narrow one, and PreActResNet-18."""
+"""Networks in Flax Linen: the paper's CNNs, a narrower one for small images, and PreActResNet-18, by name.
 
-from e2sad_jax.networks.cnn import *  # noqa: F403
+>>> import jax
+>>> import jax.numpy as jnp
+>>> from e2sad_jax import networks
+>>> model = networks.create("digits_cnn", num_classes=10, image_shape=(8, 8, 1))
+>>> params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+>>> networks.apply_fn(model)(params, jnp.zeros((5, 8, 8, 1))).shape
+(5, 10)
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from e2sad_jax.errors import DataError
+from e2sad_jax.networks import batch_stats
+from e2sad_jax.networks.cnn import MnistCNN, SvhnCNN
+from e2sad_jax.networks.preact_resnet import PreActResNet18
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "mnist_cnn": MnistCNN,  # Table 4
+    "svhn_cnn": SvhnCNN,  # Table 5
+    "digits_cnn": functools.partial(MnistCNN, features=(16, 32), hidden=256),  # Table 4, narrower
+    "preact_resnet18": PreActResNet18,
+}
+
+# What `--precision` means to the layers: JAX rounds float32 products to TF32 or bfloat16 on accelerators by default.
+PRECISIONS: Mapping[str, dict[str, Any]] = {
+    "float32": {"precision": jax.lax.Precision.HIGHEST},
+    "tf32": {"precision": jax.lax.Precision.HIGH},  # "tensorfloat32" in JAX's own words; on TPU three bfloat16 passes
+    "bf16": {"dtype": jnp.bfloat16},
+}
+
+
+def create(name: str, num_classes: int, image_shape: Sequence[int], precision: str = "float32") -> nn.Module:
+    """The named network for images of `image_shape`.
+
+    Args:
+      name: a key of `NETWORKS`.
+      num_classes: number of classes K, at least 2.
+      image_shape: (H, W, C).
+      precision: a key of `PRECISIONS`; parameters and losses stay float32.
+
+    Returns:
+      The Flax module; `model.init(key, images)` makes its variables.
+
+    Raises:
+      DataError: if the images are too small for the network.
+      KeyError: if `name` or `precision` is unknown.
+    """
+    model: Any = NETWORKS[name](num_classes=num_classes, **PRECISIONS[precision])
+    if min(image_shape[:2]) < model.min_size:
+        raise DataError(
+            f"images of {image_shape[0]}x{image_shape[1]} are too small for {name}, which needs at least "
+            f"{model.min_size}x{model.min_size}; choose another --model ({', '.join(NETWORKS)})"
+        )
+    return model
+
+
+@functools.lru_cache(maxsize=128)
+def apply_fn(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
+    """The function `(params, images [N, H, W, C]) -> logits [N, K]` of a network: the same object for equal modules.
+
+    So what is compiled for one module is found again for an equal one. Batch normalisation uses its running averages, as
+    outside of training; `params` are all of the network's variables.
+    """
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return cast(jax.Array, model.apply(params, x))
+
+    return apply
+
+
+def logits_fn(model: nn.Module, params: Any) -> Callable[[jax.Array], jax.Array]:
+    """The function from images `[N, H, W, C]` to logits `[N, K]` that attacks and defenses take.
+
+    It is `apply_fn(model)` with `params`. In training `batch_stats.training_logits_fn` takes its place for networks with
+    batch normalisation.
+    """
+    return functools.partial(apply_fn(model), params)
+
+
+def describe(model: nn.Module, image_shape: Sequence[int]) -> str:
+    """A table of the network's layers for one image: output shapes and numbers of parameters, without computing any."""
+    image = jnp.zeros((1, *image_shape))
+    return model.tabulate(jax.random.key(0), image, console_kwargs={"width": 110, "force_terminal": False})
+
+
+def count_parameters(params: Any) -> int:
+    """The number of parameters in a network's variables, running averages left out."""
+    trained = batch_stats.parameters(params) if isinstance(params, Mapping) else params
+    return sum(leaf.size for leaf in jax.tree.leaves(trained))
+
+
+__all__ = [
+    "NETWORKS",
+    "PRECISIONS",
+    "MnistCNN",
+    "PreActResNet18",
+    "SvhnCNN",
+    "apply_fn",
+    "count_parameters",
+    "create",
+    "describe",
+    "logits_fn",
+]

@@ -1,10 +1,11 @@
-"""Batch normalisation under attack: which passes through the network its running averages learn from.
+"""Batch normalisation for adversarial training: the loss's passes update the running averages, the attack's do not.
 
-In training every pass is normalised by its own batch's statistics, an attack's as well as the loss's. A pass tells
-what it saw by way of the gradient: it takes a *slot* of zeros that changes nothing, and whose gradient is, by a rule
-of its own, the statistics. The gradient of the loss in the slots is then their sum over just the passes that the loss
-is made of. Attacks are not among them, because no gradient flows through what they return, nor are passes inside a
-gradient that a penalty differentiates. No pass is made twice for this.
+In training every pass, of the loss or of an attack, is normalised by the statistics of its own batch. A training step
+makes several passes inside one gradient, and only those of the loss may update the running averages. The gradient tells
+them apart. Each pass takes a *slot*, zeros that change no value, whose gradient is defined to be the batch's statistics
+(`note`). The gradient of the loss in the slots is then the sum of the statistics over the passes that the loss consists
+of. Attacks add nothing to it, because no gradient flows through what they return, and neither do passes inside a gradient
+that a penalty differentiates. No pass is computed twice.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ MOMENTUM, EPSILON = 0.9, 1e-5
 
 @jax.custom_vjp
 def note(y: Y, slot: Any, value: Any) -> Y:
-    """`y`, whose gradient in `slot` is `value`, of the same shapes."""
+    """Returns `y`, with `value` as its gradient in `slot`; `slot` and `value` have the same shapes."""
     return y
 
 
@@ -29,9 +30,9 @@ note.defvjp(lambda y, slot, value: (y, value), lambda value, g: (g, value, jax.t
 
 
 class BatchNorm(nn.Module):
-    """scale (x - mean) / sqrt(var + 1e-5) + bias, over all axes but the last, in float32 at least.
+    """Normalises over all axes but the last: scale (x - mean) / sqrt(var + 1e-5) + bias, in float32 or wider.
 
-    Mean and (biased) variance are those of the batch in training and the running averages otherwise.
+    Mean and (biased) variance are those of the batch in training, and the running averages otherwise.
 
     Attributes:
       dtype: of the result; None for that of `x`.
@@ -65,12 +66,12 @@ class BatchNorm(nn.Module):
 
 
 def parameters(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a network's variables the optimiser trains: all but its running averages."""
+    """The variables that the optimiser trains: all but the running averages."""
     return {name: tree for name, tree in variables.items() if name != "batch_stats"}
 
 
 def slots(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Slots for `training_logits_fn`; none for a network without running averages."""
+    """Slots of zeros for `training_logits_fn`; empty for a network without running averages."""
     if "batch_stats" not in variables:
         return {}
     return {"passes": jnp.zeros(()), "batch_stats": jax.tree.map(jnp.zeros_like, variables["batch_stats"])}
@@ -79,12 +80,12 @@ def slots(variables: Mapping[str, Any]) -> dict[str, Any]:
 def training_logits_fn(
     model: nn.Module, variables: Mapping[str, Any], slots: Mapping[str, Any]
 ) -> Callable[[jax.Array], jax.Array]:
-    """The function from network inputs to logits in training.
+    """The function from images `[N, H, W, C]` to logits `[N, K]` in training, normalised by each batch's own statistics.
 
     Args:
-      model: the network; `train=True` makes it normalise by the batch.
+      model: the network; its `__call__` takes `train`.
       variables: its variables, running averages among them.
-      slots: what `slots` made; the gradient in them is for `updated`.
+      slots: what `slots` returns. `updated` takes the loss's gradient in them.
     """
 
     def apply(x: jax.Array) -> jax.Array:
@@ -95,11 +96,14 @@ def training_logits_fn(
 
 
 def updated(batch_stats: Any, noted: Mapping[str, Any]) -> Any:
-    """The running averages after a step: 0.9 of the old ones, 0.1 of the mean over the loss's passes.
+    """The running averages after a step: 0.9 of the old ones plus 0.1 of the mean over the loss's passes.
 
     Args:
-      batch_stats: the running averages.
-      noted: the gradient of the loss in its slots.
+      batch_stats: the running averages before.
+      noted: the gradient of the loss in the slots.
+
+    Returns:
+      A tree like `batch_stats`; unchanged if the loss made no pass.
     """
     share = jnp.where(noted["passes"] > 0, (1 - MOMENTUM) / jnp.maximum(noted["passes"], 1), 0)
     kept = jnp.where(noted["passes"] > 0, MOMENTUM, 1)

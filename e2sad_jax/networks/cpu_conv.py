@@ -1,11 +1,14 @@
-"""Convolutions and pooling that are fast on the CPU too.
+"""CPU only: convolutions and max pooling that XLA's CPU backend runs fast. Other platforms get XLA's own operations.
 
-XLA's CPU backend has a fast kernel for plain convolutions only: images [N, H, W, C], kernels [kh, kw, C, F], nothing turned
-round. It brings the gradients of others into that form, but not in a compiled loop, and its kernel is slow where there are
-few output channels, as in the input gradient of a first layer, and for images of one channel. So a convolution, its input
-gradient and its kernel gradient are primitives here, lowered to plain convolutions or elementwise products on the CPU and to
-XLA's own operation everywhere else. All three are bilinear and the transposes of one another, so derivatives of every order
-are made of these three again. The same holds of what pooling picks from its windows and where its gradient is placed.
+Why: XLA's CPU backend has one fast convolution kernel, for images `[N, H, W, C]` and kernels `[kh, kw, C, F]`, neither of
+them reversed or transposed. It rewrites the gradients of convolutions into that form, but not inside a compiled loop, where
+they run several times slower. The kernel is also slow for few output channels, as in the input gradient of a first layer,
+and for images of one channel.
+
+How: a convolution, its input gradient and its kernel gradient are three JAX primitives. On the CPU each is lowered to a
+convolution in the fast form, or to products and sums; elsewhere to XLA's own operation. The three are bilinear and
+transposes of one another, so derivatives of every order consist of the same three. Max pooling and its gradient are done
+likewise. A model can do without this module: `flax.linen.Conv` and `flax.linen.max_pool` compute the same.
 """
 
 import functools

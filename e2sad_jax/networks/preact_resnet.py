@@ -19,15 +19,15 @@ Conv = functools.partial(
 
 
 class PreActBlock(nn.Module):
-    """Two 3x3 convolutions, each behind batch normalisation and ReLU, beside a shortcut.
+    """A residual block: batch normalisation, ReLU and a 3x3 convolution, twice, plus a shortcut.
 
-    The shortcut is the identity or, where the shape changes, a 1x1 convolution behind the first ReLU.
+    The shortcut is the identity, or a 1x1 convolution after the first ReLU where the shape changes.
 
     Attributes:
       features: filters.
       stride: of the first convolution.
-      dtype: what the layers compute in; None for the parameters' own.
-      precision: of products in float32 (`jax.lax.Precision`).
+      dtype: that the layers compute in; None for that of the parameters.
+      precision: of float32 products (`jax.lax.Precision`).
     """
 
     features: int
@@ -48,15 +48,16 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet18(nn.Module):
-    """The 18-layer pre-activation residual network in its form for CIFAR: a 3x3 stem, four stages of two blocks with
-    1, 2, 4 and 8 times `width` filters, the last three halving the image, and the mean over it; 11,172,170 parameters
-    for 3 channels and 10 classes.
+    """The 18-layer pre-activation residual network for small images such as CIFAR's.
+
+    A 3x3 convolution, four stages of two blocks with 1, 2, 4 and 8 times `width` filters, of which the last three halve
+    the image, and global average pooling; 11,172,170 parameters for 3 channels and 10 classes.
 
     Attributes:
       num_classes: number of classes K.
-      width: filters of stem and first stage.
-      dtype: what the layers compute in; None for the parameters' own.
-      precision: of products in float32 (`jax.lax.Precision`).
+      width: filters of the first convolution and the first stage.
+      dtype: that the layers compute in; None for that of the parameters.
+      precision: of float32 products (`jax.lax.Precision`).
 
     Reference: He et al., 2016, https://arxiv.org/abs/1603.05027
     """
@@ -66,7 +67,7 @@ class PreActResNet18(nn.Module):
     dtype: Any = None
     precision: Any = None
 
-    min_size = 8  # 8 -> 4 -> 2 -> 1
+    min_size = 8  # lowest height and width: 8 -> 4 -> 2 -> 1
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

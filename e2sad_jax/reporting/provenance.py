@@ -84,6 +84,8 @@ def again() -> str:
     if not command().startswith("python "):
         return command()
     own, usual = pathlib.Path(sys.executable), shutil.which("python")
+    if not command().startswith("python"):
+        return command()
     if usual and pathlib.Path(usual).absolute().parent == own.absolute().parent and os.path.samefile(usual, own):
         return command()
     here = os.path.relpath(own) if own.is_relative_to(pathlib.Path.cwd()) else str(own)

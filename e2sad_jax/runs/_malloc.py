@@ -1,10 +1,9 @@
-"""The process's memory: what a training step frees is kept for the next one."""
+"""glibc's settings for memory: what a training step frees is kept for the next one."""
 
 import ctypes
 import os
 
-# Of <malloc.h>.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of <malloc.h>
 _LIMIT = 2**30  # bytes
 
 
@@ -12,8 +11,8 @@ def keep_freed() -> bool:
     """Lets glibc keep freed memory, up to a gibibyte in one piece, instead of giving it back to the system at once.
 
     On the CPU the buffers of a step are one large piece, which glibc maps anew for each step: thousands of page faults.
-    For the whole process, so programs call it, not the library; before JAX computes, because threads that ran before may
-    keep memory of their own. Settings of the user's own in the environment have precedence.
+    This is for the whole process, so programs call it, not the library, and before JAX computes. Settings of the user's
+    own in the environment have precedence.
 
     Returns:
       Whether glibc took it; elsewhere nothing changes, nor with a glibc (before about 2.35) that allows 32 MiB at most.
@@ -24,6 +23,6 @@ def keep_freed() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # no glibc
         return False
-    # That of mapping first: where it is refused the one of trimming would do harm, which ends its growth by itself.
+    # The threshold of mapping first: where it is refused, that of trimming alone would do harm.
     settings = {_MMAP_THRESHOLD: _LIMIT, _TRIM_THRESHOLD: _LIMIT, _ARENA_MAX: 1}
     return all(mallopt(option, value) == 1 for option, value in settings.items())

@@ -14,7 +14,7 @@ from e2sad_jax.evaluation.diagnose import Effort, diagnose, work
 from e2sad_jax.evaluation.model import Subject, apply_of, of_classifier, of_function
 from e2sad_jax.reporting import diagnosis, provenance
 from e2sad_jax.reporting.progress import Bar
-from e2sad_jax.runs import checkpoint
+from e2sad_jax.runs.classifier import load
 from e2sad_jax.training.config import check, setting
 
 
@@ -69,7 +69,7 @@ def run(request: Request) -> dict[str, Any]:
     subject, eps, folder = _subject(request)
     substitute = None
     if request.transfer_from:
-        classifier = checkpoint.load(request.transfer_from)
+        classifier = load(request.transfer_from)
         if (bounds := classifier.transform.bounds) != subject.bounds:
             raise ConfigError(
                 f"--transfer_from={request.transfer_from}: its images lie in {bounds}, those of the judged in {subject.bounds}"
@@ -129,7 +129,7 @@ def _subject(request: Request) -> tuple[Subject, float, pathlib.Path]:
             seed=request.seed,
         )
         return subject, request.eps, pathlib.Path(request.results or "runs/evaluation").expanduser()
-    classifier = checkpoint.load(request.workdir, request.which)
+    classifier = load(request.workdir, request.which)
     dataset = data.load(request.data or classifier.config.data, request.data_dir or classifier.config.data_dir or None)
     if dataset.image_shape != tuple(classifier.dataset["image_shape"]):
         raise ConfigError(

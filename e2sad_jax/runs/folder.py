@@ -1,4 +1,4 @@
-"""What a workdir holds beside its checkpoints: `config.json`, and files written whole or not at all."""
+"""A run's folder: `config.json`, which says whose it is, `training.json`, which says how it came about, and the lock."""
 
 import contextlib
 import os
@@ -8,21 +8,19 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 from e2sad_jax._io import LOCK, locked, read_json, read_sealed, sealed, unsealed, write_json
 from e2sad_jax.data import Dataset
-from e2sad_jax.data.dataset import MAX_CLASSES
-from e2sad_jax.errors import ConfigError, DataError, GoneError, WorkdirError, first_line, printable
+from e2sad_jax.errors import ConfigError, GoneError, WorkdirError, first_line, printable
 from e2sad_jax.training.config import Config
 
 FORMAT = 1  # of config.json and the checkpoints beside it
 TRAINING = "training.json"
 CONFIG_BYTES = 2**20
-MAX_SIDE = 2**16  # height, width, channels of an image
+
+
+def workdir_of(config: Config) -> pathlib.Path:
+    """Where a run is kept: its `workdir`, or the folder that its settings name."""
+    return pathlib.Path(config.workdir or config.default_workdir()).expanduser()
 
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:
@@ -61,8 +59,8 @@ def open_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> Ite
         yield
 
 
-def check_there(workdir: pathlib.Path) -> None:
-    """Makes sure that nobody deleted or moved a workdir under its run, before something is written that would make it anew.
+def ensure_exists(workdir: pathlib.Path) -> None:
+    """Refuses to write into a workdir that was deleted or moved during its run, which would make it anew.
 
     Raises:
       GoneError: if it is gone.
@@ -70,7 +68,7 @@ def check_there(workdir: pathlib.Path) -> None:
     if not (workdir / "config.json").exists():  # a folder of the same name may have been made since
         raise GoneError(
             f"{workdir}/config.json is gone: the workdir was deleted or moved while the run was at work in it, so nothing more "
-            "can be saved there; put it back to go on from its last checkpoint, or start the run anew"
+            "can be saved there; put it back to resume from its last checkpoint, or start the run anew"
         )
 
 
@@ -126,12 +124,12 @@ def write_config(workdir: pathlib.Path, config: Config, dataset: Dataset) -> Non
 def note_training(workdir: pathlib.Path, segment: Mapping[str, Any]) -> None:
     """Writes into training.json what one process did, from `from_step` to `to_step`, on what and when.
 
-    What earlier processes did after `from_step` was lost with them and is left out.
+    The steps of earlier processes after `from_step` were lost with them and are left out.
     """
     begun = segment["from_step"]
     known = read_training(workdir)
     if not known and begun and (workdir / TRAINING).exists():
-        print(f"warning: {workdir / TRAINING} was damaged; what it said of earlier steps is lost", file=sys.stderr)
+        print(f"warning: {workdir / TRAINING} is damaged; its entries on earlier steps are lost", file=sys.stderr)
     earlier = [{**s, "to_step": min(s["to_step"], begun)} for s in known if s["from_step"] < begun]
     write_json(workdir / TRAINING, [sealed(s) for s in (*earlier, segment)])
 
@@ -139,29 +137,19 @@ def note_training(workdir: pathlib.Path, segment: Mapping[str, Any]) -> None:
 def read_training(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The segments in which a run was trained, oldest first; empty where nothing readable says so.
 
-    Each has `from_step`, `to_step`, `seconds`, `runs_together`, `command`, what `report.environment` says, and the last
-    one of a finished run `weights`, the digest of its parameters.
+    Each has `from_step`, `to_step`, `seconds`, `runs_together`, `command`, and what `provenance.environment` says.
     """
     try:
-        segments = [unsealed(segment) for segment in read_json(workdir / TRAINING)]
+        return [unsealed(segment) for segment in read_json(workdir / TRAINING)]
     except (OSError, ValueError, TypeError):
         return []
-    needed = {"from_step", "to_step", "seconds", "runs_together", "hardware", "date", "commit"}
-    right = all(
-        needed <= set(s)
-        and all(type(s[key]) is int for key in ("from_step", "to_step", "runs_together"))
-        and type(s["seconds"]) in (int, float)
-        and all(isinstance(s[key], str) for key in ("hardware", "date"))
-        for s in segments
-    )
-    return segments if right else []
 
 
 def read_config(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
     """Configuration and data set description from a workdir's config.json.
 
     Raises:
-      WorkdirError: if it is missing, damaged, of another format, or describes no data set that there can be.
+      WorkdirError: if it is missing, damaged, or of another format or version.
     """
     path = workdir / "config.json"
     try:
@@ -180,26 +168,6 @@ def read_config(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
         if missing := {"name", "sha256", "image_shape", "num_classes"} - set(dataset):
             raise KeyError(f"dataset without {', '.join(sorted(missing))}")
         config = Config.from_json(values["config"])
-        _check_dataset(dataset)
         return config, dataset
-    except (KeyError, TypeError, ConfigError, DataError) as error:
+    except (KeyError, TypeError, ConfigError) as error:
         raise WorkdirError(f"{path} is not a configuration of this version: {printable(str(error))}") from error
-
-
-def _check_dataset(dataset: Mapping[str, Any]) -> None:
-    """Refuses the description of a data set that there cannot be.
-
-    Raises:
-      DataError: naming the value and its range.
-    """
-    for name in ("name", "sha256"):
-        if not isinstance(dataset[name], str) or not dataset[name].isprintable() or len(dataset[name]) > 1000:
-            raise DataError(f"the data set's {name} is no line of text")
-    shape = dataset["image_shape"]
-    if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 1 <= n <= MAX_SIDE for n in shape):
-        raise DataError(
-            f"the data set's image_shape is {ascii(shape)[:60]}; it must be [H, W, C], each from 1 to {MAX_SIDE:,}"
-        )
-    classes = dataset["num_classes"]
-    if type(classes) is not int or not 2 <= classes <= MAX_CLASSES:
-        raise DataError(f"the data set's num_classes is {ascii(classes)[:60]}; it must be from 2 to {MAX_CLASSES:,}")

@@ -1,4 +1,4 @@
-"""What a run tells while it works: a bar at a terminal, plain lines in a log; metrics to files, without waiting."""
+"""Metrics of a run: to the progress bar, `metrics.jsonl` and TensorBoard, without waiting for the device."""
 
 import collections
 import contextlib
@@ -88,7 +88,7 @@ class Recorder:
             self._boards[member].write(step, {tags[name]: value for name, value in values.items()})
 
     def restart_clock(self) -> None:
-        """Leaves what came since the last step out of images/s: a checkpoint, say."""
+        """Leaves the time since the last step out of images/s: a checkpoint's, for example."""
         self._mark = None
 
     def close(self) -> None:

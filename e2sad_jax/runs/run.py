@@ -1,33 +1,30 @@
-"""A whole run: data, training with checkpoints, evaluation, results. What the binaries in `experiments/` call."""
+"""A whole run: data, training with checkpoints, evaluation, results; what the training commands call."""
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from e2sad_jax import data, distributed, networks
-from e2sad_jax._io import write_text
 from e2sad_jax.errors import ConfigError, Stopped, as_device_error
 from e2sad_jax.evaluation import SUITES, Attack, Outcome
-from e2sad_jax.evaluation.model import apply_of
 from e2sad_jax.reporting import plots, provenance
 from e2sad_jax.reporting import results as reported
 from e2sad_jax.reporting.progress import Bar
-from e2sad_jax.runs import jobs
-from e2sad_jax.runs.folder import check_there, describe_dataset, write_config
-from e2sad_jax.runs.jobs import Job, workdir_of
+from e2sad_jax.runs.folder import describe_dataset, ensure_exists, workdir_of
+from e2sad_jax.runs.signals import stopping
+from e2sad_jax.runs.trainer import Run, open_runs, train
 from e2sad_jax.training import TrainState
 from e2sad_jax.training.config import Config
 
 
-def run(config: Config, suite: str) -> dict[str, Any]:
-    """Trains, evaluates and reports one model in `config.workdir`; goes on where an earlier run stopped.
+def train_and_report(config: Config, suite: str) -> dict[str, Any]:
+    """Trains, evaluates and reports one model in its workdir; resumes from the last checkpoint there.
 
     Args:
-      config: the settings, `workdir` among them.
-      suite: attacks to evaluate with, a key of `evaluate.SUITES`.
+      config: the settings.
+      suite: attacks to evaluate with, a key of `evaluation.SUITES`.
 
     Returns:
       What `results.json` holds; empty in all processes but the first.
@@ -37,127 +34,131 @@ def run(config: Config, suite: str) -> dict[str, Any]:
       NonFiniteError: if training diverged; the last good checkpoint stays.
       Stopped: after Ctrl-C or SIGTERM and a checkpoint.
     """
-    (results,) = _run_all([config], suite)
+    return train_with_baseline([config], suite).get(config.defense, {})
+
+
+def train_with_baseline(configs: Sequence[Config], suite: str) -> dict[str, dict[str, Any]]:
+    """`train_and_report` of each on the same data; `results.md` of each shows those before it, too.
+
+    Args:
+      configs: settings of the runs, of different defenses and in workdirs of their own.
+      suite: as of `train_and_report`.
+
+    Returns:
+      What each run's `results.json` holds, by defense; empty in all processes but the first.
+
+    Raises:
+      As `train_and_report`; before anything is trained if one of the runs is refused.
+    """
+    if suite not in SUITES:
+        raise ConfigError(f"suite={suite!r}: must be one of {', '.join(SUITES)}")
+    for what, values in {
+        "defense": [config.defense for config in configs],
+        "workdir": [str(workdir_of(config)) for config in configs],
+    }.items():
+        if len(set(values)) < len(values):
+            raise ConfigError(f"--{what}={values[-1]}: is the baseline's too; each run must have another one")
+    provenance.commit()  # of the code that runs, not of what a checkout may hold when the run ends
+    dataset = data.load(configs[0].data, configs[0].data_dir or None)
+    results: dict[str, dict[str, Any]] = {}
+    with open_runs(configs, dataset) as runs:
+        for run in runs:
+            with stopping() as stop:
+                state, seconds = train(run, stop)
+                if number := distributed.max_over_processes(stop()):
+                    raise _stopped(run, int(state.step), number)
+            if result := _report(run, state, seconds, SUITES[suite], results):
+                results[run.config.defense] = result
     return results
 
 
-def _run_all(configs: Sequence[Config], suite: str) -> list[dict[str, Any]]:
-    """`run` of each, on the same data; all are found possible before the first is trained."""
-    if suite not in SUITES:
-        raise ConfigError(f"suite={suite!r}: must be one of {', '.join(SUITES)}")
-    provenance.commit()  # of the code that runs, not of what a checkout may hold when the run ends
-    dataset = data.load(configs[0].data, configs[0].data_dir or None)
-    with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(jobs.open_job(config, dataset)) for config in configs]
-        for job in opened:  # now that none of them is refused
-            if distributed.is_main():
-                write_config(job.workdir, job.config, dataset)
-        return [_train_and_report(job, SUITES[suite]) for job in opened]
-
-
-def _train_and_report(job: Job, suite: Sequence[Attack]) -> dict[str, Any]:
-    config, dataset = job.config, job.dataset
-    with jobs.interruptible() as interrupted:
-        state, seconds = jobs.train(job, interrupted)
-        if told := distributed.max_over_processes(interrupted()):
-            raise _stopped(job, int(state.step), told)
-    chosen = jobs.best(job)
-    apart = job.restore(chosen[0]) if chosen and chosen[0] != job.steps else None  # by all processes
+def _report(
+    run: Run, state: TrainState, seconds: float, suite: Sequence[Attack], before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Attacks the last and the best checkpoint, and writes results.json, results.md, the model card and the picture."""
+    chosen = run.best()
+    other = run.restore(chosen[0]) if chosen and chosen[0] != run.steps else None  # by all processes
     if not distributed.is_main():
         distributed.barrier()  # the first evaluates
         return {}
-    outcomes = _evaluate(job, state, suite)
-    best = chosen and reported.Best(*chosen, _evaluate(job, apart, suite) if apart else outcomes)
+    outcomes = _evaluate(run, state, suite)
+    best = chosen and reported.Best(*chosen, _evaluate(run, other, suite) if other else outcomes)
     results = reported.build(
-        config,
-        describe_dataset(dataset),
+        run.config,
+        describe_dataset(run.dataset),
         suite,
         outcomes,
-        steps=job.steps,
+        steps=run.steps,
         parameters=networks.count_parameters(state.params),
         train_seconds=seconds,
         best=best,
     )
-    check_there(job.workdir)
-    reported.write(job.workdir, results, outcomes, best)
-    settings = config.settings
-    shown = np.array([np.flatnonzero(dataset.y_test == k)[0] for k in np.unique(dataset.y_test)])
-    plots.examples(
-        job.workdir / "examples.png",
-        apply_of(job.model),
-        distributed.local(state.params),
-        np.asarray(job.transform.apply(dataset.x_test[shown])),
-        dataset.y_test[shown],
-        num_classes=dataset.num_classes,
-        title=f"{dataset.name}, {config.defense}, {job.steps:,} steps: predicted class (probability)",
-        eps1=config.eps1,
-        eps2=settings.get("eps2", config.eps1 / 3),
-        second_step=settings.get("second_step", "total"),
-        bounds=job.transform.bounds,
-        clip_second=settings.get("clip_second", False),
-        seed=config.seed,
-    )
+    ensure_exists(run.workdir)
+    reported.write(run.workdir, results, outcomes, best, before=before)
+    _draw(run, state)
     distributed.barrier()
     return results
 
 
-def _stopped(job: Job, step: int, signal_number: int) -> Stopped:
-    how = "The same command" if job.config.resume else "The same command without --noresume"
-    return Stopped(
-        f"Stopped at step {step:,} of {job.steps:,}; everything is saved in {job.workdir}. {how} goes on from there:\n"
-        f"  {provenance.again()}",
-        signal_number,
+def _draw(run: Run, state: TrainState) -> None:
+    """Writes examples.png: the first test image of each class with its adversarial points."""
+    config, test = run.config, run.dataset
+    rows = np.array([np.flatnonzero(test.y_test == k)[0] for k in np.unique(test.y_test)])
+    plots.examples(
+        run.workdir / "examples.png",
+        networks.apply_fn(run.model),
+        distributed.local(state.params),
+        np.asarray(run.transform.apply(test.x_test[rows])),
+        test.y_test[rows],
+        num_classes=test.num_classes,
+        title=f"{test.name}, {config.defense}, {run.steps:,} steps: predicted class (probability)",
+        eps1=config.eps1,
+        eps2=config.settings.get("eps2", config.eps1 / 3),  # the paper's ratio
+        second_step=config.settings.get("second_step", "total"),
+        bounds=run.transform.bounds,
+        clip_second=config.settings.get("clip_second", False),
+        seed=config.seed,
     )
 
 
-def _evaluate(job: Job, state: TrainState, suite: Sequence[Attack]) -> dict[str, Outcome]:
-    tested = jobs.tested(job)
-    total = len(tested.x_test) * sum(attack.gradients() for attack in suite)
-    which = "" if (step := int(state.step)) == job.steps else f", best checkpoint, step {step:,}"
-    with Bar(f"attack {job.config.defense} on {tested.name}{which}", total, "gradients") as bar:
+def _evaluate(run: Run, state: TrainState, suite: Sequence[Attack]) -> dict[str, Outcome]:
+    test_set = run.test_set()
+    total = len(test_set.x_test) * sum(attack.gradients() for attack in suite)
+    which = "" if (step := int(state.step)) == run.steps else f", best checkpoint, step {step:,}"
+    with Bar(f"attack {run.config.defense} on {test_set.name}{which}", total, "gradients") as bar:
         try:
-            return jobs.attack(
-                job, state.params, tested, suite, progress=lambda name, gradients: bar.update(gradients, name)
+            return run.attack(
+                state.params, test_set, suite, progress=lambda name, gradients: bar.update(gradients, name)
             )
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
-            kept = f"the checkpoints are whole in {job.workdir}, and the same command attacks them again"
-            lower = f"--eval_batch_size (now {job.config.eval_batch_size})"
+            kept = f"the checkpoints are whole in {run.workdir}, and the same command attacks them again"
+            lower = f"--eval_batch_size (now {run.config.eval_batch_size})"
             if named := as_device_error(error, f"in the attacks on step {step:,}", kept, lower):
                 raise named from error
             raise
 
 
-def run_beside(configs: Sequence[Config], suite: str) -> None:
-    """`run` of each, on the same data, the last one with the table of all; prints it and where everything lies.
+def _stopped(run: Run, step: int, number: int) -> Stopped:
+    how = "The same command" if run.config.resume else "The same command without --noresume"
+    return Stopped(
+        f"Stopped at step {step:,} of {run.steps:,}; everything is saved in {run.workdir}. {how} resumes from there:\n"
+        f"  {provenance.again()}",
+        number,
+    )
 
-    Args:
-      configs: settings of the runs, of different defenses and in workdirs of their own.
-      suite: as of `run`.
 
-    Raises:
-      As `run`; before anything is trained if one of the runs is not possible.
-    """
-    for what, values in {
-        "defense": [c.defense for c in configs],
-        "workdir": [str(workdir_of(c)) for c in configs],
-    }.items():
-        if len(set(values)) < len(values):
-            raise ConfigError(f"--{what}={values[-1]}: runs beside each other must each have another one")
-    results = {r["config"]["defense"]: r for r in _run_all(configs, suite) if r}
-    if not distributed.is_main():
-        return
-    config = configs[-1]
+def summary(results: Mapping[str, Mapping[str, Any]], config: Config) -> str:
+    """The table of all results for a terminal, and where the files of the run of `config` are."""
+    files = {
+        "checkpoint": "checkpoints",
+        "results": "results.json",
+        "table": "results.md",
+        "picture": "examples.png",
+        "training curves": "metrics.jsonl",
+    }
     workdir = workdir_of(config)
-    write_text(workdir / "results.md", reported.markdown(results))
-    print(f"\n{reported.summary(results)}\n")
-    for what, name in [
-        ("checkpoint", "checkpoints"),
-        ("results", "results.json"),
-        ("table", "results.md"),
-        ("picture", "examples.png"),
-        ("training curves", "metrics.jsonl"),
-    ]:
-        print(f"{what + ':':16} {workdir / name}")
+    lines = (f"{what + ':':16} {workdir / name}" for what, name in files.items())
+    return "\n\n".join([reported.summary(results), "\n".join(lines)])
 
 
 def describe(config: Config) -> str:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, whom they are given to."""
+"""Ctrl-C and SIGTERM: the first one asks the program to stop, a second one ends it."""
 
 import contextlib
 import os
@@ -8,21 +8,46 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+REPEAT = 1.0  # seconds within which a second signal is the first once more: sent to a process and to its group
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ends work in the middle, because the program was asked to stop.
+
+    Attributes:
+      number: of the signal; -1 for the end of a time budget.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
 
 @contextlib.contextmanager
-def first_to(told: Callable[[int], None]) -> Iterator[None]:
-    """Gives the first Ctrl-C or SIGTERM to `told`; a second one does what it would have done without us."""
-    first = 0.0
+def stopping(*, at_once: bool = False) -> Iterator[Callable[[], int]]:
+    """Catches the first Ctrl-C or SIGTERM; a second one does what it would have done without this.
+
+    Args:
+      at_once: whether to raise `Interrupted` where the program is, instead of waiting to be asked.
+
+    Yields:
+      A function that returns the number of the signal that came, 0 if none did.
+    """
+    caught, since = 0, 0.0
     previous: dict[int, Any] = {}
 
     def catch(number: int, frame: Any) -> None:
-        nonlocal first
-        if not first:
-            first = time.monotonic()
-            told(number)
-        elif time.monotonic() - first >= 1:  # who signals a process and its group means it once
-            restore()
-            os.kill(os.getpid(), number)
+        nonlocal caught, since
+        if caught:
+            if time.monotonic() - since >= REPEAT:
+                restore()
+                os.kill(os.getpid(), number)
+            return
+        caught, since = number, time.monotonic()
+        if at_once:
+            raise Interrupted(number)
+        # Not print: the signal may come while the same stream is being written.
+        os.write(2, b"\nStopping after this step; once more to stop at once.\n")
 
     def restore() -> None:
         while previous:
@@ -32,6 +57,6 @@ def first_to(told: Callable[[int], None]) -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 previous[number] = signal.signal(number, catch)
-        yield
+        yield lambda: caught
     finally:
         restore()

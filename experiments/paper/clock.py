@@ -6,13 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 
 from e2sad_jax.reporting.progress import Bar, duration
+from e2sad_jax.runs.signals import Interrupted
 
 MARGIN = 30.0  # seconds before the end of the time budget that nothing is begun in; a tenth of it if that is less
 TELL = 60.0  # seconds between two lines that say the same
-
-
-class Interruption(Exception):
-    """Time to stop; whoever is at work saves and lets it pass."""
 
 
 class Clock:
@@ -43,9 +40,9 @@ class Clock:
         return -1 if self._budget and now - self._began > self._budget - margin else 0
 
     def check(self) -> None:
-        """Raises `Interruption` if it is time to stop."""
-        if self.stop():
-            raise Interruption
+        """Raises `Interrupted` if it is time to stop."""
+        if number := self.stop():
+            raise Interrupted(number)
 
     def wait(self, why: str, seconds: float) -> None:
         """Waits a little for another process, and says so now and then."""
@@ -73,7 +70,7 @@ class Clock:
 
     @contextlib.contextmanager
     def bar(self, name: str, total: int) -> Iterator[Callable[[str, int], None]]:
-        """A progress bar as a function that attacks call; it raises `Interruption` when it is time to stop."""
+        """A progress bar as a function that attacks call; it raises `Interrupted` when it is time to stop."""
         with Bar(name, total, "gradients") as bar:
 
             def progress(_: str, gradients: int) -> None:

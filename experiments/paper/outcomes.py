@@ -24,11 +24,11 @@ class Tested:
     """What was attacked: with it an outcome is only found again for the same question.
 
     Attributes:
-      weights: digest of the attacked run's parameters (`jobs.digest`).
+      weights: digest of the attacked run's state (`checkpoint.state_digest`).
       sha256: of the data set.
       examples: test images, the first ones.
       seed: of the random starts.
-      targets: digests of the parameters of those that the images were shown to, if not to the attacked run itself.
+      targets: digests of the states of those that the images were shown to, if not to the attacked run itself.
     """
 
     weights: str

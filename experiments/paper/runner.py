@@ -16,12 +16,15 @@ from e2sad_jax.data import KNOWN, Dataset
 from e2sad_jax.errors import BusyError, ConfigError, NonFiniteError, OutOfTimeError, Stopped
 from e2sad_jax.evaluation import Attack, transfer
 from e2sad_jax.reporting import provenance
-from e2sad_jax.runs import checkpoint, jobs
-from e2sad_jax.runs.folder import check_workdir, steps_in, write_config
+from e2sad_jax.runs.checkpoint import state_digest
+from e2sad_jax.runs.classifier import Classifier, load
+from e2sad_jax.runs.folder import check_workdir, steps_in
+from e2sad_jax.runs.signals import Interrupted, stopping
+from e2sad_jax.runs.trainer import Run, open_runs, train_together
 from e2sad_jax.training import population_key
 from e2sad_jax.training.config import Config
 from experiments.paper import cost, figures, outcomes, page, plan, tables
-from experiments.paper.clock import Clock, Interruption
+from experiments.paper.clock import Clock
 from experiments.paper.outcomes import Known, Tested
 from experiments.paper.plan import Entry, Item, Scale
 
@@ -156,8 +159,8 @@ class Reproduction:
         return config.total_steps(len(self.dataset_of(config).x_train))
 
     def weights(self, config: Config) -> str | None:
-        """Digest of a finished run's parameters, None while it is not finished."""
-        return jobs.weights(pathlib.Path(config.workdir), self.steps(config))
+        """Digest of a finished run's state, None while it is not finished."""
+        return state_digest(pathlib.Path(config.workdir), self.steps(config))
 
     def examples(self, config: Config) -> int:
         """Test images that a run is attacked on."""
@@ -209,9 +212,9 @@ class Reproduction:
         possible = [(s, targets) for s, targets in self.transfers() if not self._failed.keys() & targets]
         return [(s, targets) for s, targets in possible if self.known(s, plan.TRANSFER, targets) is None]
 
-    def classifier(self, config: Config) -> checkpoint.Classifier:
+    def classifier(self, config: Config) -> Classifier:
         """A trained run, from its last checkpoint."""
-        return checkpoint.load(config.workdir)
+        return load(config.workdir)
 
     # What is done.
 
@@ -226,15 +229,15 @@ class Reproduction:
           NonFiniteError: if runs diverged; after everything that does not need them is written.
           WorkdirError, CheckpointError, OSError: a full disk, say; finished runs stay.
         """
-        with jobs.interruptible() as interrupted:
-            self._clock = Clock(interrupted, self.request.time_budget_minutes, self._began)
+        with stopping() as stop:
+            self._clock = Clock(stop, self.request.time_budget_minutes, self._began)
             try:
                 self._train_and_attack()
                 with self._alone():
                     for substitute, targets in self._possible_transfers():
                         self._transfer(substitute, targets)
                     written = self._write()
-            except Interruption:
+            except Interrupted:
                 raise self._stopped() from None
         if self._failed:
             failures = "; ".join(f"{pathlib.Path(c.workdir).name}: {why}" for c, why in self._failed.items())
@@ -309,29 +312,25 @@ class Reproduction:
         if all(map(self.finished, group)):
             return
         dataset = self.dataset_of(group[0])
-        with contextlib.ExitStack() as stack:
-            opened = [stack.enter_context(jobs.open_job(config, dataset)) for config in group]
-            for job in opened:
-                write_config(job.workdir, job.config, dataset)
-            if any(job.step < job.steps for job in opened):
+        with open_runs(group, dataset) as runs:
+            if any(run.step < run.steps for run in runs):
                 self._announce("train", group)
-                jobs.train_together(opened, self._clock.stop)
+                train_together(runs, self._clock.stop)
                 self.check()
-            for job in opened:
-                jobs.note_weights(job)
-                attacks = self.missing(job.config)
+            for run in runs:
+                attacks = self.missing(run.config)
                 if attacks:
-                    self._announce("attack", [job.config])
-                    params = job.restore().params
+                    self._announce("attack", [run.config])
+                    params = run.restore().params
                 for attack in attacks:
-                    self._attack(job, params, attack)
+                    self._attack(run, params, attack)
 
-    def _attack(self, job: jobs.Job, params: Any, attack: Attack) -> None:
-        with self._clock.bar(attack.name, self.examples(job.config) * attack.gradients()) as progress:
-            outcome = jobs.attack(job, params, jobs.tested(job), [attack], progress=progress)[attack.name]
-        tested = self.tested(job.config)
+    def _attack(self, run: Run, params: Any, attack: Attack) -> None:
+        with self._clock.bar(attack.name, self.examples(run.config) * attack.gradients()) as progress:
+            outcome = run.attack(params, run.test_set(), [attack], progress=progress)[attack.name]
+        tested = self.tested(run.config)
         assert tested is not None
-        outcomes.write(outcomes.path_of(job.workdir, attack, tested), attack, tested, [outcome])
+        outcomes.write(outcomes.path_of(run.workdir, attack, tested), attack, tested, [outcome])
 
     def _transfer(self, substitute: Config, targets: Sequence[Config]) -> None:
         self.check()

@@ -16,8 +16,8 @@ from e2sad_jax._compile import platform
 from e2sad_jax.errors import Error, Stopped, first_line
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.progress import Bar
+from e2sad_jax.runs.signals import Interrupted
 from experiments.step_cost import counts, peers
-from experiments.step_cost.interrupt import Interrupt
 from experiments.step_cost.request import NUM_CLASSES, OURS, Kind, Request
 from experiments.step_cost.step import Step, Timer, in_turn, timer
 
@@ -52,7 +52,7 @@ def measure(request: Request, write: Callable[[dict[str, Any]], None]) -> dict[s
       What step_cost.json holds (docs/step_cost.md).
 
     Raises:
-      Stopped: after Ctrl-C, or a SIGTERM that `interrupt.raising` has made one.
+      Stopped: after Ctrl-C, or a SIGTERM that `signals.stopping` has made one.
     """
     rows: Rows = {kind: _row(kind) for kind in request.kinds()}
     rounds: list[dict[Any, float]] = []
@@ -82,7 +82,7 @@ def measure(request: Request, write: Callable[[dict[str, Any]], None]) -> dict[s
             if rounds:  # once more, for it may have cut the writing short
                 write(_result(request, rows, rounds, ceilings) | about)
                 kept = f"the {len(rounds)} rounds that were done are in {request.results}"
-            number = interrupt.number if isinstance(interrupt, Interrupt) else signal.SIGINT
+            number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
             raise Stopped(f"interrupted; {kept}", number) from None
     return result
 

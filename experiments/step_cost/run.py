@@ -5,7 +5,8 @@ from typing import Any
 
 from e2sad_jax._io import write_json, write_text
 from e2sad_jax.errors import ConfigError, Error
-from experiments.step_cost import interrupt, show
+from e2sad_jax.runs.signals import stopping
+from experiments.step_cost import show
 from experiments.step_cost.measure import measure
 from experiments.step_cost.request import OURS, Request
 
@@ -37,7 +38,7 @@ def run(request: Request) -> None:
         write_json(folder / "step_cost.json", result)
         write_text(folder / "step_cost.md", show.markdown(result))
 
-    with interrupt.raising():
+    with stopping(at_once=True):
         try:
             measure(request, write)
         finally:  # interrupted or not

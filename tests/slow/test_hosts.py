@@ -30,8 +30,8 @@ def start(
     port = free_port(range(61440, 65536) if slurm else range(1))  # JAX makes Slurm's port of the job's number
     module = ["-m", "experiments.mnist"]
     if heartbeat:  # seconds, instead of the usual
-        run_it = "from e2sad_jax import cli; cli.main('mnist', {})"
-        module = ["-c", f"from e2sad_jax import sharding; sharding.HEARTBEAT = {heartbeat}; {run_it}"]
+        run_it = "from e2sad_jax import cli; cli.train('mnist')"
+        module = ["-c", f"from e2sad_jax import distributed; distributed.HEARTBEAT = {heartbeat}; {run_it}"]
     command = [
         sys.executable,
         *module,
@@ -164,30 +164,3 @@ def test_trouble_in_one_or_both_processes_ends_both(trouble, npz, tmp_path):
     assert first == code, said
     assert words in said or (trouble == "loss" and "loss=nan" in said), said
     assert other in (code, 5)
-
-
-@pytest.mark.parametrize("end", [signal.SIGABRT, signal.SIGSEGV])
-def test_however_jax_ends_a_process_there_is_a_word(end, tmp_path):
-    """It aborts one whose peer was lost, and may crash when its peers end while it starts."""
-    (tmp_path / "checkpoints" / "40").mkdir(parents=True)
-    code = f"""
-import os, signal, sys
-from e2sad_jax.runs import supervisor
-from e2sad_jax.errors import LostProcessError
-if supervisor.is_watched():
-    signal.signal({end.value}, signal.SIG_DFL)
-    os.kill(os.getpid(), {end.value})
-try:
-    supervisor.run_again({str(tmp_path)!r})
-except LostProcessError as error:
-    sys.exit(str(error))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=pathlib.Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert f"({end.name})" in done.stderr, done.stderr
-    assert "the checkpoint of step 40 is whole in" in done.stderr

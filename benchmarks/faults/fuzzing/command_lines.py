@@ -15,7 +15,9 @@ from benchmarks.faults.fuzz import Refused, Wrong
 from benchmarks.faults.fuzzing.damage import ODD, Target, damage_bytes
 from e2sad_jax import cli
 from e2sad_jax.comparison import run as comparison
-from e2sad_jax.errors import Error
+from e2sad_jax.errors import Error, printable
+from e2sad_jax.runs import run
+from e2sad_jax.runs.recipes import RECIPES
 from experiments.paper import runner
 from experiments.step_cost import run as step_cost_run
 
@@ -31,24 +33,29 @@ class Flags(Target):
 
     def __init__(self, folder: pathlib.Path):
         super().__init__(folder)
-        from experiments import compare, evaluate, paper, step_cost
+        from experiments.paper import __main__ as paper
+        from experiments.step_cost import __main__ as step_cost
 
-        by_defense = {"trades": {"attack_steps": 40}}
+        define = {
+            "mnist": functools.partial(cli.define_flags, RECIPES["mnist"]),
+            **{name: functools.partial(cli.define_request, name) for name in ("compare", "evaluate")},
+            **{"paper": paper.define_flags, "step_cost": step_cost.define_flags},
+        }
+        runs = {
+            "mnist": lambda: run.train_with_baseline(cli.read_configs(RECIPES["mnist"]), "mnist"),
+            **{name: functools.partial(cli.run_request, name) for name in ("compare", "evaluate")},
+            **{"paper": paper._run, "step_cost": step_cost._run},
+        }
+        modules = {"paper": paper, "step_cost": step_cost}
         self.binaries: dict[str, tuple[Any, Callable[[], None]]] = {}
-        for module in (cli, compare, evaluate, paper, step_cost):
-            name = module.__name__.rpartition(".")[2]
-            if module is cli:
-                cli.define_flags({}, by_defense, "")
-                run = functools.partial(cli._run, "mnist", {}, by_defense)
-            else:
-                module.define_flags()
-                run = module._run
+        for name in define:
+            define[name]()
             own = flags.FlagValues()  # type: ignore[no-untyped-call]
             for flag in flags.FLAGS.get_flags_for_module(sys.argv[0]):
                 own[flag.name] = flag
                 delattr(flags.FLAGS, flag.name)
             own["verbosity"] = flags.FLAGS["verbosity"]
-            self.binaries[name] = (module, run)
+            self.binaries[name] = (modules.get(name, cli), runs[name])
             setattr(self, name, own)
         values: list[str] = [str(value)[:100] for value in ODD if not isinstance(value, float) or value == value]
         self.values = [value for value in values if "\x00" not in value and "\ud800" not in value]
@@ -100,7 +107,7 @@ class Flags(Target):
         except _Reached:
             return arguments
         except Error as error:
-            return Refused(Error(cli._told(error)))
+            return Refused(Error(printable(str(error))))
         except SystemExit as error:
             if error.code != 2 or len(told.getvalue().splitlines()) != 1:
                 raise Wrong(f"exit code {error.code}, {told.getvalue()!r}") from error
@@ -113,17 +120,12 @@ def _until_a_run_begins(module: Any, own: Any) -> Iterator[None]:
     def reached(*args: Any, **kwargs: Any) -> None:
         raise _Reached
 
-    from e2sad_jax import distributed
     from e2sad_jax.runs import evaluate as diagnosis_run
-    from e2sad_jax.runs import run, supervisor
 
     places: list[tuple[Any, str, Any]] = [
         (cli, "FLAGS", own),
         (module, "FLAGS", own),
-        (run, "run_beside", reached),
-        (run, "describe", reached),
-        (distributed, "connect", lambda *args: None),
-        (supervisor, "run_again", reached),
+        (run, "train_with_baseline", reached),
         (comparison, "run", reached),
         (diagnosis_run, "run", reached),
         (step_cost_run, "run", reached),

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from e2sad_jax import attacks, defenses, losses
 from e2sad_jax._compile import straight_line
-from e2sad_jax.attacks import _loops
+from e2sad_jax.attacks import core
 from e2sad_jax.networks import cpu_conv
 
 N, SHAPE, HIDDEN, K = 8, (3, 4, 1), 16, 3
@@ -186,7 +186,7 @@ def test_repeat(platform, monkeypatch):
     """body(times - 1, ... body(0, init)): order and count, on every platform."""
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     for times in (0, 1, 5):
-        got = _loops.repeat(times, lambda i, v: 10 * v + i, jnp.int32(1))
+        got = core.repeat(times, lambda i, v: 10 * v + i, jnp.int32(1))
         assert int(got) == int("1" + "".join(str(i) for i in range(times)))
 
 
@@ -206,7 +206,7 @@ def test_only_xlas_convolutions_on_the_cpu_are_not_put_into_a_loop(convolution, 
         return jnp.tanh(z)
 
     def both(z: jax.Array) -> jax.Array:
-        return _loops.repeat(3, lambda i, z: step(z), z) + _loops.each(jnp.arange(3.0), lambda a: step(a * z)).sum(0)
+        return core.repeat(3, lambda i, z: step(z), z) + core.each(jnp.arange(3.0), lambda a: step(a * z)).sum(0)
 
     jaxpr = str(jax.make_jaxpr(both)(jnp.ones((2, 5, 5, 1))))
     loops = 0 if (convolution, platform) == ("XLA's", "cpu") else 2

@@ -1,6 +1,7 @@
 """Defenses against their equations written out by hand, the second point of e2SAD, and what a training step costs."""
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import optax
 import pytest
 
 from e2sad_jax import attacks, defenses, losses, training
-from e2sad_jax.attacks import _ball
+from e2sad_jax.attacks import core
 from e2sad_jax.training.config import Config, preset
 
 N, SHAPE, HIDDEN, K = 8, (3, 4, 1), 16, 3
@@ -431,13 +432,13 @@ def test_total_climbs_the_entropy():
 def test_literal_has_only_rounding_noise_to_follow(monkeypatch):
     """Eq. 7 as it stands, seen where the attack takes its gradient: below 1e-6 of the total one."""
     seen = {}
-    original = _ball.input_gradient
+    original = core.input_gradient
 
     def watched(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
         seen[objective] = original(function, x)
         return seen[objective]
 
-    monkeypatch.setattr(_ball, "input_gradient", watched)
+    monkeypatch.setattr(sys.modules["e2sad_jax.attacks.second_step"], "input_gradient", watched)
     for objective in ("total", "literal"):
         attacks.second_step(net(draw()), batch()[0], eps=0.1, objective=objective)
     assert np.abs(seen["total"]).max() > 1e-2

@@ -15,7 +15,7 @@ from jax.test_util import check_grads
 from benchmarks.collectives import collective_bytes
 from e2sad_jax import networks
 from e2sad_jax._compile import straight_line
-from e2sad_jax.networks import cpu_conv
+from e2sad_jax.networks import cnn, cpu_conv
 
 # batch, height, width, channels, filters, kernel, padding: the paper's layers, narrowed; odd and uneven ones.
 SHAPES = {
@@ -237,7 +237,7 @@ def test_a_network_and_its_gradients_are_those_of_plain_layers(name, monkeypatch
         return jax.jit(lambda p, x: (model.apply(p, x), jax.grad(loss, (0, 1))(p, x), jax.grad(penalty)(p)))(params, x)
 
     ours = quantities()
-    monkeypatch.setattr(networks, "Conv", networks.nn.Conv)
+    monkeypatch.setattr(cnn, "Conv", nn.Conv)
     monkeypatch.setattr(cpu_conv, "max_pool", lambda x: nn.max_pool(x, (2, 2), strides=(2, 2)))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(quantities()), strict=True):
         assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max()

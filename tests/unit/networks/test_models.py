@@ -38,7 +38,7 @@ def test_layers_and_parameter_count(name):
 
 
 def test_every_model_has_a_table():
-    assert set(networks.MODELS) == {*TABLES, "preact_resnet18"}, "which has its own tests"
+    assert set(networks.NETWORKS) == {*TABLES, "preact_resnet18"}, "which has its own tests"
 
 
 @pytest.mark.parametrize(("model", "image_shape", "outputs"), [
@@ -111,7 +111,7 @@ def test_images_too_small_are_refused(name, image_shape, least):
     with pytest.raises(DataError) as error:
         networks.create(name, 10, image_shape)
     message = str(error.value)
-    for part in (f"{image_shape[0]}x{image_shape[1]}", name, f"{least}x{least}", "--model", *networks.MODELS):
+    for part in (f"{image_shape[0]}x{image_shape[1]}", name, f"{least}x{least}", "--model", *networks.NETWORKS):
         assert part in message
 
 

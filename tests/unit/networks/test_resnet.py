@@ -14,7 +14,7 @@ import pytest
 from e2sad_jax import attacks, distributed, losses, networks, training
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.networks import batch_stats, preact_resnet
-from e2sad_jax.runs import jobs, run
+from e2sad_jax.runs import run, trainer
 from e2sad_jax.training.config import DEFENSES
 from tests.unit.training.test_train import fit, load_state, no_evaluation, no_last_evaluation, tiny_config  # noqa: F401
 
@@ -38,7 +38,9 @@ class Normed(nn.Module):
 
 @pytest.fixture(autouse=True)
 def standard_promotion(monkeypatch):
-    monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": 0.0})  # checkpoints are not attacked here
+    monkeypatch.setattr(
+        trainer, "validate", lambda run, state, stop: {"score": 0.0}
+    )  # checkpoints are not attacked here
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -46,7 +48,7 @@ def standard_promotion(monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """`preact_resnet18` by name is the smallest network."""
-    monkeypatch.setitem(networks.MODELS, "preact_resnet18", lambda num_classes, **_: Normed(num_classes))
+    monkeypatch.setitem(networks.NETWORKS, "preact_resnet18", lambda num_classes, **_: Normed(num_classes))
 
 
 def draw(model: nn.Module, shape: tuple[int, ...] = (8, 8, 1)) -> Any:
@@ -223,10 +225,10 @@ def test_a_step_updates_parameters_by_adam_and_averages_by_the_batch(small, tiny
 @pytest.mark.parametrize("defense", ["e2sad", "free"])
 def test_resumed_run_equals_uninterrupted_one_bit_for_bit(defense, small, no_evaluation, tmp_path):  # noqa: F811
     config = tiny_config(model="preact_resnet18", defense=defense, workdir=str(tmp_path / "whole"))
-    run.run(config, "mnist")
+    run.train_and_report(config, "mnist")
     parts = dataclasses.replace(config, workdir=str(tmp_path / "parts"))
     for stop in (5, config.steps):
-        run.run(dataclasses.replace(parts, steps=stop), "mnist")
+        run.train_and_report(dataclasses.replace(parts, steps=stop), "mnist")
     whole, resumed = (load_state(config, tmp_path / name) for name in ("whole", "parts"))
     chex.assert_trees_all_equal(whole.replace(key=None), resumed.replace(key=None))
     assert float(whole.params["batch_stats"]["BatchNorm_0"]["mean"][0]) > 0.1
@@ -256,7 +258,7 @@ def test_eight_devices_normalise_by_the_whole_batch(small, tiny):
 
 
 def test_the_network_itself_learns_under_attack(tiny, monkeypatch):
-    monkeypatch.setitem(networks.MODELS, "preact_resnet18", functools.partial(preact_resnet.PreActResNet18, width=2))
+    monkeypatch.setitem(networks.NETWORKS, "preact_resnet18", functools.partial(preact_resnet.PreActResNet18, width=2))
     config = tiny_config(model="preact_resnet18", defense="fgsm", eps1=0.05, steps=12, learning_rate=0.02)
     history = []
     state = fit(config, tiny, record=lambda step, metrics, count: history.append(float(metrics["loss"])))

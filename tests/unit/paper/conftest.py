@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from e2sad_jax.evaluation import SUITES
-from e2sad_jax.runs import jobs
+from e2sad_jax.runs import trainer
 from experiments.paper import cost, plan, runner
 
 SHORT = {"ifgsm": 2, "pgd": 2}
@@ -35,7 +35,7 @@ def quick(monkeypatch, little):
     monkeypatch.setattr(plan, "SUITES", {name: tuple(map(short, suite)) for name, suite in SUITES.items()})
     monkeypatch.setattr(plan, "TRANSFER", short(plan.TRANSFER))
     monkeypatch.setattr(runner, "POLL", 0.0)
-    monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": 0.0})
+    monkeypatch.setattr(trainer, "validate", lambda run, state, stop: {"score": 0.0})
     step = {"flops_natural": 2.0, "time_natural": 3.0, "milliseconds": 4.0, "fastest": 4.0, "slowest": 5.0}
 
     def measure(configs, *args):
@@ -76,14 +76,14 @@ def ask(files, tmp_path):
 @pytest.fixture
 def trained(monkeypatch):
     """The configurations that were trained, in order, with the step they began at."""
-    seen, fit = [], jobs.fit
+    seen, fit = [], trainer.fit
 
     def counting(config, model, dataset, state, **kwargs):
         configs = [config] if not isinstance(config, list) else config
         seen.extend((c, int(np.ravel(state.step)[0])) for c in configs)
         return fit(config, model, dataset, state, **kwargs)
 
-    monkeypatch.setattr(jobs, "fit", counting)
+    monkeypatch.setattr(trainer, "fit", counting)
     return seen
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from e2sad_jax import training
 from e2sad_jax.errors import BusyError, ConfigError, DataError, NonFiniteError, OutOfTimeError, Stopped, WorkdirError
-from e2sad_jax.runs import jobs
+from e2sad_jax.runs import trainer
+from e2sad_jax.runs.checkpoint import state_digest
 from e2sad_jax.runs.folder import open_workdir, read_training, write_config
 from experiments.paper import outcomes, page, plan, runner
 from experiments.paper.clock import Clock
@@ -26,13 +27,13 @@ def test_stopped_anywhere_it_goes_on_without_doing_anything_twice(
     expected = lines_of(whole.results / "study_labels.csv")
     trained.clear()
 
-    attacked, evaluate = [], jobs.evaluate
+    attacked, evaluate = [], trainer.evaluate
 
     def counting(*args, **kwargs):
         attacked.append(args[4][0].name)
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(jobs, "evaluate", counting)
+    monkeypatch.setattr(trainer, "evaluate", counting)
     goes, patience = 0, 0
     while goes < 60:
         goes, looks = goes + 1, 0
@@ -95,7 +96,7 @@ def test_runs_of_a_kind_train_together(ask, trained, lam):
     reproduction.run()
     segments = [read_training(pathlib.Path(c.workdir)) for c in reproduction.runs]
     assert [[s["runs_together"] for s in run] for run in segments] == [[3]] * 3 + [[2]] * 2
-    assert len({s[-1]["weights"] for s in segments}) == 5
+    assert len({state_digest(pathlib.Path(c.workdir), reproduction.steps(c)) for c in reproduction.runs}) == 5
     (seeds,) = {c.seed for c, _ in trained}
     assert seeds == 0
 
@@ -108,7 +109,7 @@ def test_a_run_that_another_process_has_is_waited_for(ask, monkeypatch, labels):
     other = open_workdir(workdir, config, dataset)
     other.__enter__()
     write_config(workdir, config, dataset)
-    with pytest.raises(BusyError), jobs.open_job(config, dataset):
+    with pytest.raises(BusyError), trainer.open_run(config, dataset):
         pass
 
     def wait(clock, why, seconds):

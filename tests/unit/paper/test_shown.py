@@ -10,7 +10,7 @@ import pytest
 
 from e2sad_jax.data.transforms import Transform
 from e2sad_jax.evaluation import Attack, transfer
-from e2sad_jax.runs import jobs
+from e2sad_jax.runs import trainer
 from experiments.paper import cost, illustration, plan, runner, tables
 
 
@@ -94,7 +94,7 @@ def test_tables_and_figures_from_start_to_report(ask, trained, tmp_path, labels,
     before = {p.name: p.read_text() for p in folder.glob("table*.csv")}
     trained.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "evaluate", None)
+        patch.setattr(trainer, "evaluate", None)
         patch.setattr(runner, "transfer", None)
         patch.setattr(runner.figures, "_figure_4", None)
         ask(*everything[:2], *everything[3:], seeds=1).run()

@@ -71,7 +71,7 @@ np.savez(f"{folder}/results.npz", **results)
 def narrow():
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         for name, model in NARROW.items():
-            patch.setitem(networks.MODELS, name, model)
+            patch.setitem(networks.NETWORKS, name, model)
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)

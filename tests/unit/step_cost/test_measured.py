@@ -17,7 +17,7 @@ import pytest
 
 from e2sad_jax.errors import ConfigError, Stopped
 from e2sad_jax.training.config import DEFENSES, Config
-from experiments.step_cost import counts, interrupt, measure, peers, run, show
+from experiments.step_cost import counts, measure, peers, run, show
 from experiments.step_cost.request import OURS, Kind, Request
 from experiments.step_cost.step import Step, in_turn, no_compilation_cache, timer
 
@@ -231,24 +231,6 @@ def test_a_signal_ends_the_measurement_with_what_there_is(number, tmp_path):
     assert f"interrupted; the {result['rounds_done']} rounds that were done are in {tmp_path}" in said
     assert out.startswith("Cost of a training step")
     assert (tmp_path / "step_cost.png").stat().st_size > 10_000
-
-
-def test_a_second_signal_later_is_not_caught(monkeypatch):
-    now, killed = [5.0], []
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    monkeypatch.setattr("os.kill", lambda pid, number: killed.append((pid, number)))
-    before = signal.getsignal(signal.SIGTERM)
-    with interrupt.raising():
-        with pytest.raises(interrupt.Interrupt) as caught:
-            signal.raise_signal(signal.SIGTERM)
-        assert caught.value.number == signal.SIGTERM
-        signal.raise_signal(signal.SIGTERM)
-        assert killed == []
-        now[0] += 2
-        signal.raise_signal(signal.SIGTERM)
-        assert killed == [(os.getpid(), signal.SIGTERM)]
-        assert signal.getsignal(signal.SIGTERM) == before
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize(("devices", "count"), [(1, 1), (4, 4), (0, 8)])

@@ -16,7 +16,7 @@ from benchmarks.collectives import collective_bytes
 from e2sad_jax import distributed, networks, training
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.errors import ConfigError
-from e2sad_jax.runs import jobs, run
+from e2sad_jax.runs import run, trainer
 from e2sad_jax.training.config import DEFENSES, Config
 from tests.unit.training.test_train import (  # noqa: F401
     load_state,
@@ -137,11 +137,11 @@ def test_bytes_of_a_collective_are_those_of_its_result(line, sent):
 def test_a_checkpoint_of_eight_devices_goes_on_on_one_and_the_reverse(no_evaluation, tmp_path):  # noqa: F811
     settings = dict(defense="natural", steps=10, checkpoint_every=5)
     reference = tiny_config(workdir=str(tmp_path / "one"), **settings)
-    run.run(reference, "mnist")
+    run.train_and_report(reference, "mnist")
     for name, devices in (("down", (8, 1)), ("up", (1, 8)), ("twos", (2, 4))):
         config = tiny_config(workdir=str(tmp_path / name), **settings)
-        run.run(dataclasses.replace(config, steps=5, devices=devices[0]), "mnist")
-        run.run(dataclasses.replace(config, devices=devices[1]), "mnist")
+        run.train_and_report(dataclasses.replace(config, steps=5, devices=devices[0]), "mnist")
+        run.train_and_report(dataclasses.replace(config, devices=devices[1]), "mnist")
         segments = json.loads((tmp_path / name / "training.json").read_text())
         assert [s.get("devices", 1) for s in segments] == list(devices)
         np.testing.assert_allclose(
@@ -158,10 +158,10 @@ def test_an_evaluation_on_eight_devices_is_that_on_one(tiny):
     for devices in (1, 8):
         mesh = distributed.mesh(devices, config.batch_size)
         model = networks.create(config.model, 3, (8, 8, 1))
-        job = jobs.Job(config, tiny, tiny, tiny, model, 1, pathlib.Path(), None, mesh)
+        job = trainer.Run(config, tiny, tiny, tiny, model, 1, pathlib.Path(), None, mesh)
         params = distributed.replicate(mesh, state.params)
         suite = [run.Attack("clean", "clean"), run.Attack("pgd", "pgd", 0.05, 3)]
-        outcomes.append(jobs.attack(job, params, tiny, suite))
+        outcomes.append(job.attack(params, tiny, suite))
     for name in outcomes[0]:
         np.testing.assert_array_equal(outcomes[0][name].prediction, outcomes[1][name].prediction)
 
@@ -181,7 +181,7 @@ def test_an_evaluation_on_eight_devices_is_that_on_one(tiny):
 )
 def test_what_does_not_fit_the_devices_is_refused(devices, batch_size, message, no_evaluation, tmp_path):  # noqa: F811
     with pytest.raises(ConfigError, match=message):
-        run.run(tiny_config(workdir=str(tmp_path / "w"), devices=devices, batch_size=batch_size), "mnist")
+        run.train_and_report(tiny_config(workdir=str(tmp_path / "w"), devices=devices, batch_size=batch_size), "mnist")
     assert not (tmp_path / "w").exists()
 
 

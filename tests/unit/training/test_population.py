@@ -11,7 +11,7 @@ import pytest
 
 from e2sad_jax import networks, training
 from e2sad_jax.errors import NonFiniteError
-from e2sad_jax.runs import jobs
+from e2sad_jax.runs import trainer
 from e2sad_jax.runs.folder import read_training, write_config
 from e2sad_jax.training.config import Config
 
@@ -21,7 +21,7 @@ N = 50
 @pytest.fixture(autouse=True)
 def standard_promotion(monkeypatch, little):
     """Optax's Adam mixes float and int32. Checkpoints are not attacked here: that takes longer than the training."""
-    monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": 0.0})
+    monkeypatch.setattr(trainer, "validate", lambda run, state, stop: {"score": 0.0})
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -142,10 +142,10 @@ def train_all(configs, dataset, tmp_path, stop_at=None, **changes):
         opened = []
         for i, config in enumerate(configs):
             config = dataclasses.replace(config, workdir=str(tmp_path / f"run{i}"), **changes)
-            job = stack.enter_context(jobs.open_job(config, dataset))
+            job = stack.enter_context(trainer.open_run(config, dataset))
             write_config(job.workdir, config, dataset)
             opened.append(job)
-        jobs.train_together(opened, lambda: 0)
+        trainer.train_together(opened, lambda: 0)
         return [(job.step, job.restore()) for job in opened]
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +13,7 @@ import pytest
 
 from e2sad_jax import networks, training
 from e2sad_jax.errors import WorkdirError
-from e2sad_jax.reporting import paper_numbers
-from e2sad_jax.runs import checkpoint, jobs, run
+from e2sad_jax.runs import run, trainer
 from e2sad_jax.runs.checkpoint import Checkpoints
 from e2sad_jax.training.config import Config
 from tests.unit.training.test_train import N, fit, load_state, no_evaluation, no_last_evaluation, tiny_config  # noqa: F401
@@ -28,7 +28,9 @@ SETTINGS = (  # the later ones
 
 @pytest.fixture(autouse=True)
 def standard_promotion(monkeypatch):
-    monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": 0.0})  # checkpoints are not attacked here
+    monkeypatch.setattr(
+        trainer, "validate", lambda run, state, stop: {"score": 0.0}
+    )  # checkpoints are not attacked here
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -58,8 +60,8 @@ def test_updates_follow_the_schedule_over_all_steps_of_the_run(tiny, monkeypatch
     def plane(logits_fn, x, y, key):
         return logits_fn(jnp.ones_like(x[:1])).sum(), {}
 
-    class Sum(networks.nn.Module):
-        @networks.nn.compact
+    class Sum(nn.Module):
+        @nn.compact
         def __call__(self, x):
             return self.param("w", lambda key: jnp.zeros((1, 3))) + 0 * x.sum()
 
@@ -178,7 +180,7 @@ def test_free_perturbation_is_carried_and_stays_in_the_ball(tiny):
 def test_an_interrupted_run_goes_on_bit_for_bit(changes, no_evaluation, tmp_path, monkeypatch):  # noqa: F811
     """Stopped by a signal within a replay, within the warm-up and within the schedule; and its length is its own."""
     config = tiny_config(**changes, workdir=str(tmp_path / "whole"))
-    run.run(config, "mnist")
+    run.train_and_report(config, "mnist")
     parts = dataclasses.replace(config, workdir=str(tmp_path / "parts"))
     take, flag = training.fit, []
 
@@ -190,13 +192,13 @@ def test_an_interrupted_run_goes_on_bit_for_bit(changes, no_evaluation, tmp_path
         return take(*arguments, record=recording, **{**kwargs, "stop": lambda: bool(flag)})
 
     with monkeypatch.context() as patch:
-        patch.setattr("e2sad_jax.runs.jobs.fit", stopping)
+        patch.setattr("e2sad_jax.runs.trainer.fit", stopping)
         with contextlib.suppress(Exception):
-            run.run(parts, "mnist")
+            run.train_and_report(parts, "mnist")
     assert int(load_state(parts, tmp_path / "parts").step) == 4
     with pytest.raises(WorkdirError, match="--steps: 12 there, 20 here"):
-        run.run(dataclasses.replace(parts, steps=20), "mnist")
-    run.run(parts, "mnist")
+        run.train_and_report(dataclasses.replace(parts, steps=20), "mnist")
+    run.train_and_report(parts, "mnist")
     whole, resumed = (load_state(config, tmp_path / name) for name in ("whole", "parts"))
     chex.assert_trees_all_equal(whole.replace(key=None), resumed.replace(key=None))
     assert counts(resumed) == [12, 12]
@@ -211,16 +213,15 @@ def test_runs_from_before_keep_their_names_and_go_on(no_evaluation, tmp_path):  
     assert Config().digest() == "0b5d1cd7"
     assert Config(defense="pgd", lam=0.3).digest() == "71ca2922"
     config = tiny_config(workdir=str(tmp_path / "w"), defense="natural", steps=2)
-    run.run(config, "mnist")
+    run.train_and_report(config, "mnist")
     path = tmp_path / "w" / "config.json"
     values = json.loads(path.read_text())
     for name in SETTINGS:
         del values["config"][name]
     del values["sha256"]  # nor was there a digest
     path.write_text(json.dumps(values))
-    assert run.run(dataclasses.replace(config, steps=3), "mnist")["steps"] == 3
+    assert run.train_and_report(dataclasses.replace(config, steps=3), "mnist")["steps"] == 3
     state = training.init_state(config, networks.create(config.model, 3, (8, 8, 1)), (8, 8, 1))
-    assert set(checkpoint._storable(state)) == {"step", "params", "opt_state", "key"}
     with Checkpoints(tmp_path / "w") as checkpoints:
         assert int(checkpoints.restore(state).step) == 3
 
@@ -233,17 +234,3 @@ def test_the_identity_has_what_differs_from_before():
     assert Config(eps_warmup=0.25, steps=7).identity() == {**before, "eps_warmup": 0.25, "steps": 7}
     assert Config(schedule="cosine", steps=7).identity() == {**before, "schedule": "cosine", "steps": 7}
     assert Config(schedule="cosine", epochs=2.0).identity() == {**before, "schedule": "cosine", "epochs": 2.0}
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"schedule": "cyclic"}, "schedule cyclic"),
-        ({"eps_warmup": 9}, "eps_warmup 9"),
-        ({"random_start": True}, "random_start True"),
-    ],
-)
-def test_the_papers_numbers_do_not_stand_beside_a_schedule(changes, words):
-    column, why = paper_numbers.beside(Config(**changes), "mnist", 30_000, True)
-    assert column is None
-    assert words in why

@@ -20,7 +20,7 @@ from e2sad_jax._io import read_sealed, sealed, write_json
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.errors import CheckpointError, ConfigError, LostProcessError, NonFiniteError, WorkdirError
 from e2sad_jax.evaluation import Outcome
-from e2sad_jax.runs import jobs, run
+from e2sad_jax.runs import run, trainer
 from e2sad_jax.runs.checkpoint import Checkpoints
 from e2sad_jax.runs.folder import open_workdir
 from e2sad_jax.training.config import DEFENSES, Config
@@ -55,7 +55,7 @@ def no_last_evaluation(monkeypatch, tiny):
 @pytest.fixture
 def no_evaluation(no_last_evaluation, monkeypatch):
     """Nor before: checkpoints are all alike."""
-    monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": 0.0})
+    monkeypatch.setattr(trainer, "validate", lambda run, state, stop: {"score": 0.0})
 
 
 def fit(config, dataset, state=None, **kwargs):
@@ -122,10 +122,10 @@ def test_resumed_run_equals_uninterrupted_one_bit_for_bit(defense, second_step, 
     monkeypatch.setattr(
         training, "make_train_step", lambda *args, **kwargs: steps.append(make(*args, **kwargs)) or steps[-1]
     )
-    run.run(config, "mnist")
+    run.train_and_report(config, "mnist")
     parts = dataclasses.replace(config, workdir=str(tmp_path / "parts"))
     for stop in (5, 8, config.steps):
-        run.run(dataclasses.replace(parts, steps=stop), "mnist")
+        run.train_and_report(dataclasses.replace(parts, steps=stop), "mnist")
     whole, resumed = (load_state(c, tmp_path / name) for c, name in ((config, "whole"), (parts, "parts")))
     chex.assert_trees_all_equal(jax.random.key_data(whole.key), jax.random.key_data(resumed.key))
     chex.assert_trees_all_equal(whole.replace(key=None), resumed.replace(key=None))
@@ -188,7 +188,7 @@ def test_non_finite_loss_stops_and_names_step_and_last_good_checkpoint(no_evalua
     key_8 = jax.random.fold_in(training.init_state(config, model, (8, 8, 1)).key, 7)
     monkeypatch.setattr(training, "training_loss", breaking)
     with pytest.raises(NonFiniteError, match=r"step 8: .*loss=nan.*checkpoint of step 5 stays"):
-        run.run(config, "mnist")
+        run.train_and_report(config, "mnist")
     assert int(load_state(config, tmp_path / "w").step) == 5
 
 
@@ -196,13 +196,13 @@ def test_non_finite_loss_stops_and_names_step_and_last_good_checkpoint(no_evalua
 def test_no_checkpoint_of_a_broken_update_replaces_a_good_one(learning_rate, no_evaluation, tmp_path):
     """The first update already ruins the network, and its loss, taken before, is finite."""
     config = tiny_config(workdir=str(tmp_path / "w"), steps=1)
-    run.run(config, "mnist")
+    run.train_and_report(config, "mnist")
     broken = dataclasses.replace(config, steps=4, checkpoint_every=1, learning_rate=learning_rate)
     values = read_sealed(tmp_path / "w" / "config.json")
     values["config"]["learning_rate"] = learning_rate  # as if it had got there by itself
     write_json(tmp_path / "w" / "config.json", sealed(values))
     with pytest.raises(NonFiniteError, match=r"step \d.*checkpoint of step 1 stays"):
-        run.run(broken, "mnist")
+        run.train_and_report(broken, "mnist")
     images = np.zeros((2, 8, 8, 1), np.uint8)
     assert np.isfinite(e2sad_jax.load(tmp_path / "w")(images)).all()
 
@@ -210,7 +210,7 @@ def test_no_checkpoint_of_a_broken_update_replaces_a_good_one(learning_rate, no_
 def test_interrupted_in_the_last_step_is_not_forgotten(no_evaluation, tmp_path, monkeypatch):
     """Training is complete and saved, but who pressed Ctrl-C does not want to wait for the attacks."""
     config = tiny_config(workdir=str(tmp_path / "w"), steps=3)
-    take = jobs.Recorder.__call__
+    take = trainer.Recorder.__call__
 
     def interrupting(self, step, metrics, count):
         take(self, step, metrics, count)
@@ -218,9 +218,9 @@ def test_interrupted_in_the_last_step_is_not_forgotten(no_evaluation, tmp_path, 
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs.Recorder, "__call__", interrupting)
+        patch.setattr(trainer.Recorder, "__call__", interrupting)
         with pytest.raises(run.Stopped, match="Stopped at step 3 of 3") as stopped:
-            run.run(config, "mnist")
+            run.train_and_report(config, "mnist")
     assert stopped.value.exit_code == 130
     assert not (tmp_path / "w" / "results.json").exists()
     assert "score" not in (tmp_path / "w" / "metrics.jsonl").read_text(), (
@@ -239,15 +239,15 @@ def test_interrupted_in_the_last_step_is_not_forgotten(no_evaluation, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "restore", interrupted_restore)
         with pytest.raises(run.Stopped, match="Stopped at step 3 of 3"):
-            run.run(config, "mnist")
-    assert run.run(config, "mnist")["steps"] == 3
+            run.train_and_report(config, "mnist")
+    assert run.train_and_report(config, "mnist")["steps"] == 3
     assert (tmp_path / "w" / "results.json").exists()
 
 
 def test_the_command_that_goes_on_leaves_noresume_out(no_evaluation, tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs.Recorder, "flush", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(trainer.Recorder, "flush", lambda self: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(run.Stopped, match="The same command without --noresume goes on"):
-        run.run(tiny_config(workdir=str(tmp_path / "w"), steps=1, resume=False), "mnist")
+        run.train_and_report(tiny_config(workdir=str(tmp_path / "w"), steps=1, resume=False), "mnist")
 
 
 def test_a_full_disk_is_an_error_of_the_system_and_keeps_what_was_saved(no_evaluation, tmp_path, monkeypatch):
@@ -262,34 +262,36 @@ def test_a_full_disk_is_an_error_of_the_system_and_keeps_what_was_saved(no_evalu
     with monkeypatch.context() as patch:
         patch.setattr(ocp.CheckpointManager, "save", full)
         with pytest.raises(CheckpointError, match="No space left on device") as caught:
-            run.run(config, "mnist")
+            run.train_and_report(config, "mnist")
     assert caught.value.exit_code == 1
     assert int(load_state(config, tmp_path / "w").step) == 2
-    assert run.run(config, "mnist")["steps"] == 4
+    assert run.train_and_report(config, "mnist")["steps"] == 4
 
 
 def test_without_budget_there_is_nothing_to_attack_with_and_no_error(no_last_evaluation, tmp_path):
     for defense in ("natural", "e2sad", "pgd"):
-        run.run(tiny_config(workdir=str(tmp_path / defense), defense=defense, steps=2, eps1=0.0, eps2=0.0), "mnist")
+        run.train_and_report(
+            tiny_config(workdir=str(tmp_path / defense), defense=defense, steps=2, eps1=0.0, eps2=0.0), "mnist"
+        )
 
 
 def test_a_second_process_is_kept_out_while_one_is_at_work(no_evaluation, tiny, tmp_path):
     config = tiny_config(workdir=str(tmp_path / "w"), steps=2)
     with open_workdir(tmp_path / "w", config, tiny), pytest.raises(WorkdirError, match="another process is at work in"):
-        run.run(config, "mnist")
-    run.run(config, "mnist")
+        run.train_and_report(config, "mnist")
+    run.train_and_report(config, "mnist")
 
 
 def test_a_refused_start_changes_nothing(no_evaluation, tmp_path, monkeypatch):
     config = tiny_config(workdir=str(tmp_path / "w"), steps=2)
-    run.run(config, "mnist")
+    run.train_and_report(config, "mnist")
     before = (tmp_path / "w" / "config.json").read_text()
     for changes in ({"steps": 1}, {"resume": False}, {"lam": 0.7}):
         with pytest.raises((ConfigError, WorkdirError)):
-            run.run(dataclasses.replace(config, **changes), "mnist")
+            run.train_and_report(dataclasses.replace(config, **changes), "mnist")
         assert (tmp_path / "w" / "config.json").read_text() == before
     with pytest.raises(ConfigError, match=r"suite='minst': must be one of mnist, digits, svhn"):
-        run.run(dataclasses.replace(config, workdir=str(tmp_path / "new")), "minst")
+        run.train_and_report(dataclasses.replace(config, workdir=str(tmp_path / "new")), "minst")
     assert not (tmp_path / "new").exists()
 
     def read_only(source, target):
@@ -299,8 +301,10 @@ def test_a_refused_start_changes_nothing(no_evaluation, tmp_path, monkeypatch):
         patch.setattr(os, "replace", read_only)
         for name in ("w", "new"):
             with pytest.raises(WorkdirError, match=rf"cannot use .*{name} as workdir: Permission denied"):
-                run.run(dataclasses.replace(config, workdir=str(tmp_path / name)), "mnist")
-    run.run(dataclasses.replace(config, workdir=str(tmp_path / "new")), "mnist")  # what that start left is no obstacle
+                run.train_and_report(dataclasses.replace(config, workdir=str(tmp_path / name)), "mnist")
+    run.train_and_report(
+        dataclasses.replace(config, workdir=str(tmp_path / "new")), "mnist"
+    )  # what that start left is no obstacle
 
 
 def test_all_runs_are_found_possible_before_the_first_is_trained(no_evaluation, tmp_path):
@@ -308,14 +312,14 @@ def test_all_runs_are_found_possible_before_the_first_is_trained(no_evaluation, 
     (tmp_path / "second").mkdir()
     (tmp_path / "second" / "thesis.txt").write_text("precious")
     with pytest.raises(WorkdirError, match="is not empty"):
-        run.run_beside([dataclasses.replace(first, defense="natural"), second], "mnist")
+        run.train_with_baseline([dataclasses.replace(first, defense="natural"), second], "mnist")
     assert not list((tmp_path / "first" / "checkpoints").iterdir())
     (tmp_path / "second" / "thesis.txt").unlink()
     natural = dataclasses.replace(first, defense="natural", delta=0.2)  # the first one's workdir was not taken
-    run.run_beside([natural, second], "mnist")
+    run.train_with_baseline([natural, second], "mnist")
     assert "| natural | e2sad |" in (tmp_path / "second" / "results.md").read_text()
     with pytest.raises(ConfigError, match="--defense=e2sad: runs beside each other must each have another one"):
-        run.run_beside([first, second], "mnist")
+        run.train_with_baseline([first, second], "mnist")
 
 
 def test_settings_that_the_data_makes_wrong_are_refused_before_training(no_evaluation, tmp_path):
@@ -326,32 +330,32 @@ def test_settings_that_the_data_makes_wrong_are_refused_before_training(no_evalu
         ({"steps": 2**28}, r"--steps=268435456: steps \* batch_size must be below"),
     ]:
         with pytest.raises(ConfigError, match=words):
-            run.run(tiny_config(workdir=str(tmp_path / "w"), **changes), "mnist")
+            run.train_and_report(tiny_config(workdir=str(tmp_path / "w"), **changes), "mnist")
     assert not (tmp_path / "w").exists()
 
 
 def test_a_workdir_of_other_settings_or_data_is_refused_naming_what_differs(no_evaluation, tiny, tmp_path, monkeypatch):
     config = tiny_config(workdir=str(tmp_path / "w"), steps=2)
-    run.run(config, "mnist")
+    run.train_and_report(config, "mnist")
     with pytest.raises(WorkdirError, match=r"--alpha: 0.6 there, 0.5 here; --lam: 0.1 there, 0.3 here"):
-        run.run(dataclasses.replace(config, lam=0.3, alpha=0.5), "mnist")
+        run.train_and_report(dataclasses.replace(config, lam=0.3, alpha=0.5), "mnist")
     with pytest.raises(WorkdirError, match=r"--resume is off"):
-        run.run(dataclasses.replace(config, resume=False), "mnist")
+        run.train_and_report(dataclasses.replace(config, resume=False), "mnist")
     with pytest.raises(ConfigError, match=r"--steps=1: .* is at step 2 already"):
-        run.run(dataclasses.replace(config, steps=1), "mnist")
+        run.train_and_report(dataclasses.replace(config, steps=1), "mnist")
     other = dataclasses.replace(tiny, x_train=255 - tiny.x_train)
     monkeypatch.setattr(data, "load", lambda name, data_dir: other)
     with pytest.raises(WorkdirError, match=r"tiny there, tiny here, with other content"):
-        run.run(config, "mnist")
+        run.train_and_report(config, "mnist")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("precious")
     with pytest.raises(WorkdirError, match=r"is not empty and holds no config.json"):
-        run.run(dataclasses.replace(config, workdir=str(tmp_path / "other")), "mnist")
+        run.train_and_report(dataclasses.replace(config, workdir=str(tmp_path / "other")), "mnist")
 
 
 def test_held_out_images_are_not_trained_on(tiny):
     for count, watched_size in ((10, 10), (0, N)):
-        train_set, watched = jobs.hold_out(tiny, tiny_config(validation_examples=count))
+        train_set, watched = trainer.hold_out(tiny, tiny_config(validation_examples=count).validation_examples)
         assert len(train_set.x_train) == N - count
         assert len(watched.x_test) == watched_size
         trained_on = {image.tobytes() for image in train_set.x_train}
@@ -387,9 +391,9 @@ def test_a_process_lost_while_a_checkpoint_is_written_is_a_lost_process(
         monkeypatch.setattr("e2sad_jax.distributed.is_multiprocess", lambda: several)
         raise CheckpointError("cannot write a checkpoint") from cause
 
-    monkeypatch.setattr(jobs, "fit", fit)
-    with jobs.open_job(tiny_config(workdir=str(tmp_path / "w")), tiny) as job, pytest.raises(kind):
-        jobs.train(job, lambda: 0)
+    monkeypatch.setattr(trainer, "fit", fit)
+    with trainer.open_run(tiny_config(workdir=str(tmp_path / "w")), tiny) as job, pytest.raises(kind):
+        trainer.train(job, lambda: 0)
 
 
 def test_counts_of_a_function_are_those_of_its_products_and_of_every_turn_of_its_loops():

@@ -1,0 +1,172 @@
+"""An entry of `ATTACKS`: an attack with what a suite has to know to run it."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from e2sad_jax import losses
+from e2sad_jax.attacks._ball import NORMS, ball
+from e2sad_jax.attacks._numerics import as_float32, select
+from e2sad_jax.attacks._types import Bounds, LogitsFn, LossFn
+
+FAMILIES = ("gradient", "score-based", "minimum-norm")
+GIVEN = (
+    *("key", "loss_fn", "margin_fn", "misclassified_fn", "logits_fn", "x", "labels", "targets"),
+    *("eps", "steps", "queries", "step_size", "restarts", "norm", "bounds"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An attack that a suite runs by name.
+
+    `run` passes to `function` those of the following that its signature names, by keyword: `key` (keys `[N]`), `loss_fn`,
+    `margin_fn`, `misclassified_fn` (images to values `[N]`), `logits_fn`, `x`, `labels`, `targets`, `eps`, `steps` or
+    `queries`, `step_size`, `restarts`, `norm`, `bounds`. A parameter of another name needs a default.
+
+    Attributes:
+      function: returns images of the shape and dtype of `x`.
+      family: "gradient", "score-based" (it needs no gradient), or "minimum-norm" (it looks for the smallest change; `run`
+        keeps what lies within `eps`).
+      norms: the balls that it supports, of "linf" and "l2".
+      ndim: number of axes that a batch of images must have; None for any.
+
+    Raises:
+      ValueError: if `family` or `norms` is unknown, or `function` needs an argument of another name.
+    """
+
+    function: Callable[..., jax.Array]
+    family: str
+    norms: tuple[str, ...] = ("linf",)
+    ndim: int | None = None
+
+    def __post_init__(self) -> None:
+        name = getattr(self.function, "__name__", repr(self.function))
+        if self.family not in FAMILIES:
+            raise ValueError(f"{name}: family={self.family!r}; it must be one of {', '.join(FAMILIES)}")
+        if not self.norms or not set(self.norms) <= set(NORMS):
+            raise ValueError(f"{name}: norms={self.norms}; it must be some of {', '.join(NORMS)}")
+        for parameter in inspect.signature(self.function).parameters.values():
+            variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if not variadic and parameter.default is parameter.empty and parameter.name not in GIVEN:
+                raise ValueError(
+                    f"{name}: its argument {parameter.name!r} is none that a suite can give ({', '.join(GIVEN)}); "
+                    f"give it a default"
+                )
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """The names of `function`'s parameters that `run` passes."""
+        return frozenset(inspect.signature(self.function).parameters) & frozenset(GIVEN)
+
+    @property
+    def random(self) -> bool:
+        """Whether the attack draws random numbers."""
+        return "key" in self.parameters
+
+    def check(
+        self,
+        name: str,
+        *,
+        norm: str = "linf",
+        restarts: int = 1,
+        step_size: object | None = None,
+        ndim: int | None = None,
+    ) -> None:
+        """Refuses settings that the attack does not support.
+
+        Args:
+          name: the attack's name in the messages.
+          norm: of the ball.
+          restarts: number of random starts.
+          step_size: length of a step, or None.
+          ndim: number of axes of a batch of images, or None if it is not known.
+
+        Raises:
+          ValueError: with the attack's name, the value, and what to change.
+        """
+        if norm not in self.norms:
+            raise ValueError(f"{name}: norm={norm!r}; it must be {' or '.join(self.norms)}")
+        if restarts != 1 and "restarts" not in self.parameters:
+            raise ValueError(f"{name}: restarts={restarts}; it has no random restarts, leave them out")
+        if step_size is not None and "step_size" not in self.parameters:
+            raise ValueError(f"{name}: step_size={step_size}; it has no step size to choose, leave it out")
+        if ndim is not None and self.ndim not in (None, ndim):
+            raise ValueError(f"{name}: images have {ndim} axes; it needs {self.ndim}, leave it out for others")
+
+    def run(
+        self,
+        logits_fn: LogitsFn,
+        x: jax.Array,
+        labels: jax.Array,
+        *,
+        key: jax.Array,
+        eps: jax.typing.ArrayLike,
+        steps: int | None = None,
+        loss_fn: LossFn | None = None,
+        targets: jax.Array | None = None,
+        step_size: jax.typing.ArrayLike | None = None,
+        restarts: int = 1,
+        norm: str = "linf",
+        bounds: Bounds = (0.0, 1.0),
+    ) -> jax.Array:
+        """Attacks `x` within `eps`, whatever the attack's own signature is.
+
+        Args:
+          logits_fn: images `[N, ...]` to logits `[N, K]`.
+          x: images `[N, ...]`, floating point, inside `bounds`.
+          labels: integer classes, `[N]`.
+          key: one random key, or keys `[N]`, one per image.
+          eps: budget in `norm`, at least 0; it may be traced.
+          steps: number of gradient steps, or queries of a score-based attack; None for the attack's default.
+          loss_fn: images to losses `[N]`, to be maximised; None for `losses.margin`. Score-based attacks see the margin.
+          targets: integer classes to walk to, `[N]`, for minimum-norm attacks that take them; or None.
+          step_size: length of a step; None for the attack's default.
+          restarts: number of random starts, at least 1.
+          norm: one of `norms`.
+          bounds: image range, or None.
+
+        Returns:
+          Images, same shape and dtype as `x`, within `eps` of it. A minimum-norm attack that finds nothing within `eps`
+          leaves the image as it is.
+
+        Raises:
+          ValueError: if the attack does not support a setting, or refuses it.
+        """
+        name = getattr(self.function, "__name__", repr(self.function))
+        self.check(name, norm=norm, restarts=restarts, step_size=step_size, ndim=x.ndim)
+
+        def margin(z: jax.Array) -> jax.Array:
+            return losses.margin(logits_fn(z), labels)
+
+        def misclassified(z: jax.Array) -> jax.Array:  # NaN is no right answer
+            logits = logits_fn(z)
+            return (logits.argmax(-1) != labels) | jnp.isnan(logits).any(-1)
+
+        given: dict[str, Any] = {
+            "key": key,
+            "loss_fn": margin if loss_fn is None else loss_fn,
+            "margin_fn": margin,
+            "misclassified_fn": misclassified,
+            "logits_fn": logits_fn,
+            "x": x,
+            "labels": labels,
+            "targets": targets,
+            "eps": eps,
+            "steps": steps,
+            "queries": steps,
+            "step_size": step_size,
+            "restarts": restarts,
+            "norm": norm,
+        }
+        arguments = {name: given[name] for name in self.parameters & set(given) if given[name] is not None}
+        if "bounds" in self.parameters:  # where None is a value
+            arguments["bounds"] = bounds
+        found = self.function(**arguments)
+        if self.family != "minimum-norm":
+            return found
+        return select(ball(norm, x, eps, bounds).contains(as_float32(found)), found, x)

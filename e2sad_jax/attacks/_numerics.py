@@ -1,0 +1,134 @@
+"""Gradients, random keys and choices image by image; dtypes and norms of batches."""
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from e2sad_jax.attacks._types import LogitsFn, LossFn
+
+T = TypeVar("T")
+
+
+def as_float32(x: jax.Array) -> jax.Array:
+    """Casts to float32 unless `x` is wider.
+
+    Attacks keep their iterates so: in bfloat16 a step below 0.002 is lost to rounding near 1.
+    """
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def finite(gradient: jax.Array) -> jax.Array:
+    """Replaces NaN and infinity by 0: a pixel with such a gradient is left alone instead of becoming NaN."""
+    return jnp.where(jnp.isfinite(gradient), gradient, 0)
+
+
+def length(x: jax.Array) -> jax.Array:
+    """The l2 norm of each image, `[N, 1, ...]`."""
+    return jnp.sqrt(jnp.square(x).sum(tuple(range(1, x.ndim)), keepdims=True))
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Scales each image to l2 norm 1; zero stays zero."""
+    largest = jnp.abs(x).max(tuple(range(1, x.ndim)), keepdims=True)
+    x = x / jnp.where(largest > 0, largest, 1)  # the square of a saturated network's gradient would be zero
+    size = length(x)
+    return x / jnp.where(size > 0, size, 1)  # zero beside the largest numbers too, whose reciprocals are rounded to it
+
+
+def norms(x: jax.Array, norm: str) -> jax.Array:
+    """The norm of each image, `[N]`; `norm` is "linf", "l2" or "l1"."""
+    axes = tuple(range(1, x.ndim))
+    if norm == "l2":
+        return length(x).reshape(-1)
+    return jnp.abs(x).max(axes) if norm == "linf" else jnp.abs(x).sum(axes)
+
+
+def broadcast(values: jax.Array, like: jax.Array) -> jax.Array:
+    """Reshapes values `[N]` to `[N, 1, ...]`, so that they broadcast against images."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def select(choose: jax.Array, yes: T, no: T) -> T:
+    """Per image `yes` where `choose` `[N]` is True, otherwise `no`; both are trees of arrays `[N, ...]`."""
+    return jax.tree.map(lambda a, b: jnp.where(broadcast(choose, a), a, b), yes, no)
+
+
+def like_sharded(values: jax.Array, like: jax.Array) -> jax.Array:
+    """The constant `values`, inside `shard_map` typed as varying over the devices that `like` varies over.
+
+    A loop's initial value needs the type of its later values.
+    """
+    return jnp.where((like != like).any(), values, values)  # the type is what counts; the compiler drops the choice
+
+
+def per_image(name: str, function: LossFn, x: jax.Array) -> jax.Array:
+    """`function(x)`, checked to be one value per image.
+
+    Args:
+      name: the function's name in the message.
+      function: images `[N, ...]` to values `[N]`.
+      x: images `[N, ...]`.
+
+    Raises:
+      ValueError: if the values are not `[N]`.
+    """
+    values = function(x)
+    if values.shape != x.shape[:1]:
+        raise ValueError(
+            f"{name} returned shape {values.shape} for {x.shape[0]} images; it must return per-example losses, "
+            f"shape ({x.shape[0]},), neither summed nor averaged"
+        )
+    return values
+
+
+def input_gradient(loss_fn: LossFn, x: jax.Array) -> jax.Array:
+    """The gradient of each image's loss in that image, `[N, ...]`, independent of the rest of the batch.
+
+    It may be differentiated again, as regularisers do.
+
+    Raises:
+      ValueError: if `loss_fn` does not return one loss per image.
+    """
+    return jax.grad(lambda z: per_image("loss_fn", loss_fn, z).sum())(x)
+
+
+def losses_and_gradient(loss_fn: LossFn, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The losses `[N]` and their `input_gradient`, both without a gradient."""
+
+    def total(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        losses = per_image("loss_fn", loss_fn, z)
+        return losses.sum(), losses
+
+    gradient, losses = jax.grad(total, has_aux=True)(x)
+    return jax.lax.stop_gradient((losses, gradient))
+
+
+def linearise(logits_fn: LogitsFn, z: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The logits `[N, K]` and the gradients of each logit minus the label's, `[K, N, ...]`."""
+    logits, backward = jax.vjp(logits_fn, z)
+    n, classes = logits.shape
+    one_hot = jnp.broadcast_to(jnp.eye(classes, dtype=logits.dtype)[:, None], (classes, n, classes))
+    gradients = jax.vmap(lambda cotangent: backward(cotangent)[0])(like_sharded(one_hot, logits))
+    logits, gradients = jax.lax.stop_gradient((as_float32(logits), as_float32(gradients)))
+    return logits, gradients - jnp.take_along_axis(gradients, labels.reshape(1, -1, *[1] * (z.ndim - 1)), 0)
+
+
+def per_image_keys(name: str, key: jax.Array, n: int) -> jax.Array:
+    """Keys `[n]`, one per image, from one key or from `n` keys.
+
+    Args:
+      name: the attack's name in the message.
+      key: one key, folded with each image's place in the batch, or keys `[n]`, which are returned.
+      n: number of images.
+
+    Raises:
+      ValueError: if `key` is neither one key nor `n`.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # a raw uint32 key of the older jax.random.PRNGKey
+    if key.shape == (n,):
+        return key
+    if key.shape != ():
+        raise ValueError(f"{name}: key has shape {key.shape}; it must be one key, or one for each of the {n} images")
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))

@@ -1,0 +1,14 @@
+"""The functions that attacks and defenses take, and the image range, as types."""
+
+from collections.abc import Callable
+
+import jax
+
+LossFn = Callable[[jax.Array], jax.Array]
+"""Images `[N, ...]` to one value per image, `[N]`."""
+
+LogitsFn = Callable[[jax.Array], jax.Array]
+"""Images `[N, ...]` to logits `[N, K]`."""
+
+Bounds = tuple[float, float] | None
+"""Lowest and highest value of a valid pixel; None where there is no range."""

@@ -1,0 +1,132 @@
+"""Carlini and Wagner's l2 attack: the smallest change that fools the network, by descent."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from e2sad_jax import losses
+from e2sad_jax.attacks import _checks, _loops
+from e2sad_jax.attacks._ball import linf_ball, project_and_cast
+from e2sad_jax.attacks._numerics import as_float32, broadcast, like_sharded
+from e2sad_jax.attacks._types import LogitsFn
+
+
+class _Nearest(NamedTuple):
+    """The nearest image so far that fooled the network, and whether one did under the present c."""
+
+    image: jax.Array
+    distance: jax.Array
+    fooled: jax.Array
+
+
+class _Adam(NamedTuple):
+    w: jax.Array
+    mean: jax.Array
+    square: jax.Array
+
+
+class _Search(NamedTuple):
+    """The search of c, per image: tried in vain up to `low`, with success from `high`."""
+
+    c: jax.Array
+    low: jax.Array
+    high: jax.Array
+
+
+def carlini_wagner(
+    logits_fn: LogitsFn,
+    x: jax.Array,
+    labels: jax.Array,
+    *,
+    steps: int = 1000,
+    binary_steps: int = 9,
+    learning_rate: float = 0.01,
+    initial_c: float = 1e-3,
+    confidence: float = 0.0,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> jax.Array:
+    """Carlini and Wagner's l2 attack: the nearest image of another class, by descent.
+
+    Minimises ||x' - x||_2^2 + c max(-m(x'), -confidence) over w with Adam, where x' is tanh(w) stretched to `bounds` and
+    m the `losses.margin`. For each image c is searched: from `initial_c` ten times larger until the image is fooled, then
+    by bisection. Of all x' that fool the network the one nearest to x is kept.
+
+    It takes `steps * binary_steps` gradients. The l-infinity attack that goes by the same name is another one:
+    `pgd(key, lambda z: losses.margin(logits_fn(z), labels), ...)`.
+
+    Args:
+      logits_fn: images `[N, ...]` to logits `[N, K]`, K at least 2.
+      x: images `[N, ...]`, floating point, inside `bounds`.
+      labels: integer classes to leave, `[N]`. An image of another class stays as it is, if by `confidence`.
+      steps: Adam steps for each c, at least 1. The authors run up to 10,000.
+      binary_steps: number of values of c, at least 1.
+      learning_rate: Adam's, above 0. Where its steps are long beside the distance, one that happens to cross the boundary
+        ends the search of c too early, and a smaller one finds nearer images.
+      initial_c: first c, above 0.
+      confidence: margin by which the other class must lead, at least 0; higher ones transfer better.
+      bounds: range of valid images; the attack needs one.
+
+    Returns:
+      Images, same shape and dtype as `x`, inside `bounds`; an image for which nothing was found is that of `x`. No
+      gradient flows through them.
+
+    Raises:
+      TypeError: if `x` is not floating point or `labels` are not integers.
+      ValueError: if an argument is out of range, `bounds` is None, or the logits are not `[N, K]`.
+
+    Reference: Carlini and Wagner, 2017, https://arxiv.org/abs/1608.04644
+    """
+    _checks.threat_model("carlini_wagner", x, bounds=bounds, steps=steps, binary_steps=binary_steps)
+    _checks.number("carlini_wagner", "learning_rate", learning_rate, positive=True)
+    _checks.number("carlini_wagner", "initial_c", initial_c, positive=True)
+    _checks.number("carlini_wagner", "confidence", confidence)
+    if bounds is None:
+        raise ValueError("carlini_wagner: bounds=None; its change of variables needs the range of valid images")
+    x = jax.lax.stop_gradient(x)
+    n, clean, everywhere = x.shape[0], as_float32(x), linf_ball(x, jnp.inf, bounds)
+    middle, half = (bounds[0] + bounds[1]) / 2, (bounds[1] - bounds[0]) / 2
+    # Just inside, since the ends of the range lie at infinity.
+    start = jnp.arctanh(jnp.clip((clean - middle) / half, -1, 1) * 0.999999)
+
+    def lead(z: jax.Array) -> jax.Array:
+        return losses.margin(logits_fn(z), labels).astype(clean.dtype)
+
+    def descend(i: int | jax.Array, state: tuple[_Adam, _Nearest, jax.Array]) -> tuple[_Adam, _Nearest, jax.Array]:
+        adam, nearest, c = state
+        tanh = jnp.tanh(adam.w)
+        image = project_and_cast(everywhere, middle + half * tanh, x.dtype)
+        change = as_float32(image) - clean
+        led_by, backward = jax.vjp(lead, image)
+        (hinge,) = backward(jnp.where(led_by <= confidence, -c, 0))
+        led_by, hinge = jax.lax.stop_gradient((led_by, hinge))
+        gradient = (2 * change + as_float32(hinge)) * half * (1 - jnp.square(tanh))
+        mean = 0.9 * adam.mean + 0.1 * gradient
+        square = 0.999 * adam.square + 0.001 * jnp.square(gradient)
+        t = jnp.asarray(i + 1, clean.dtype)
+        step = mean / (1 - 0.9**t) / (jnp.sqrt(square / (1 - 0.999**t)) + 1e-8)
+        distance = jnp.square(change).sum(tuple(range(1, x.ndim)))
+        fooled = led_by > confidence
+        nearer = fooled & (distance < nearest.distance)
+        nearest = _Nearest(
+            jnp.where(broadcast(nearer, x), image, nearest.image),
+            jnp.where(nearer, distance, nearest.distance),
+            nearest.fooled | fooled,
+        )
+        return _Adam(adam.w - learning_rate * step, mean, square), nearest, c
+
+    def search(_: int | jax.Array, state: tuple[_Search, _Nearest]) -> tuple[_Search, _Nearest]:
+        (c, low, high), nearest = state
+        adam = _Adam(start, *[like_sharded(jnp.zeros_like(start), x)] * 2)
+        nearest = nearest._replace(fooled=like_sharded(jnp.zeros(n, bool), x))
+        nearest = _loops.repeat_long(steps, descend, (adam, nearest, c))[1]
+        low, high = jnp.where(nearest.fooled, low, c), jnp.where(nearest.fooled, c, high)
+        return _Search(jnp.where(jnp.isfinite(high), (low + high) / 2, 10 * c), low, high), nearest
+
+    def filled(value: float) -> jax.Array:
+        return like_sharded(jnp.full(n, value, clean.dtype), x)
+
+    already = jax.lax.stop_gradient(lead(x)) > confidence
+    nearest = _Nearest(x, jnp.where(already, 0, filled(jnp.inf)), already)
+    whole = (_Search(filled(initial_c), filled(0), filled(jnp.inf)), nearest)
+    return jax.lax.stop_gradient(_loops.repeat_long(binary_steps, search, whole)[1].image)

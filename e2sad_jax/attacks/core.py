@@ -1,0 +1,69 @@
+"""What attacks are made of, for attacks and defenses of one's own.
+
+* the ball: `ball`, `linf_ball`, `LinfBall`, `L2Ball` (`project`, `steepest`, `sample`, `contains`), `project_and_cast`,
+  `cast_inside`;
+* argument checks: `checks.threat_model`, `checks.images`, `checks.number`, `checks.classes`;
+* image by image: `input_gradient`, `losses_and_gradient`, `per_image_keys`, `broadcast`, `select`;
+* several candidates: `Candidate.keep_worst`, `score`;
+* loops: `repeat` and its kin, `ascend`;
+* types: `LossFn`, `LogitsFn`, `Bounds`.
+"""
+
+from e2sad_jax.attacks import _checks as checks
+from e2sad_jax.attacks._ascent import ascend
+from e2sad_jax.attacks._ball import NORMS, Ball, L2Ball, LinfBall, ball, cast_inside, linf_ball, project_and_cast
+from e2sad_jax.attacks._best import Candidate, score
+from e2sad_jax.attacks._checks import is_number
+from e2sad_jax.attacks._loops import each, repeat, repeat_long, repeat_while
+from e2sad_jax.attacks._numerics import (
+    as_float32,
+    broadcast,
+    finite,
+    input_gradient,
+    length,
+    like_sharded,
+    linearise,
+    losses_and_gradient,
+    norms,
+    per_image,
+    per_image_keys,
+    select,
+    unit,
+)
+from e2sad_jax.attacks._types import Bounds, LogitsFn, LossFn
+
+__all__ = [
+    "NORMS",
+    "Ball",
+    "Bounds",
+    "Candidate",
+    "L2Ball",
+    "LinfBall",
+    "LogitsFn",
+    "LossFn",
+    "as_float32",
+    "ascend",
+    "ball",
+    "broadcast",
+    "cast_inside",
+    "checks",
+    "each",
+    "finite",
+    "input_gradient",
+    "is_number",
+    "length",
+    "like_sharded",
+    "linearise",
+    "linf_ball",
+    "losses_and_gradient",
+    "norms",
+    "per_image",
+    "per_image_keys",
+    "project_and_cast",
+    "repeat",
+    "repeat_long",
+    "repeat_while",
+    "score",
+    "select",
+    "unit",
+]

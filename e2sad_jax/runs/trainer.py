@@ -1,0 +1,427 @@
+"""Training of runs on disk: what a run is, opening its folder, and training it with metrics, validation and checkpoints."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from e2sad_jax import distributed, networks
+from e2sad_jax._compile import jit
+from e2sad_jax.data import Dataset, hold_out
+from e2sad_jax.data.transforms import TRANSFORMS, Transform
+from e2sad_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    LostProcessError,
+    NonFiniteError,
+    WorkdirError,
+    as_device_error,
+    first_line,
+)
+from e2sad_jax.evaluation import Attack, Outcome, evaluate
+from e2sad_jax.reporting import provenance
+from e2sad_jax.reporting.progress import Bar
+from e2sad_jax.runs.checkpoint import Checkpoints, quarantine_damaged
+from e2sad_jax.runs.folder import ensure_exists, note_training, open_workdir, steps_in, workdir_of, write_config
+from e2sad_jax.runs.metrics import Recorder
+from e2sad_jax.runs.signals import Interrupted
+from e2sad_jax.training import TrainState, fit, init_state, stack, unstack
+from e2sad_jax.training.config import Config
+
+UNJUDGED = -1.0  # score of a checkpoint that was not validated, because the run was stopped: below all others
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run whose settings, data and workdir are known to fit together.
+
+    Attributes:
+      config: its settings.
+      dataset: all its data.
+      train_set: what it trains on.
+      validation_set: as a test set, the images that choose its best checkpoint.
+      model: the network.
+      steps: training steps in all.
+      workdir: its folder, locked.
+      checkpoints: those in it.
+      mesh: the devices it runs on, None for one.
+    """
+
+    config: Config
+    dataset: Dataset
+    train_set: Dataset
+    validation_set: Dataset
+    model: nn.Module
+    steps: int
+    workdir: pathlib.Path
+    checkpoints: Checkpoints
+    mesh: Mesh | None
+
+    @property
+    def transform(self) -> Transform:
+        """From images to the network's input."""
+        return TRANSFORMS[self.config.transform]
+
+    @property
+    def step(self) -> int:
+        """Step of the last checkpoint, 0 where there is none."""
+        return self.checkpoints.last_step or 0
+
+    def init_state(self) -> TrainState:
+        """A fresh state, on the run's devices."""
+        return distributed.replicate(self.mesh, init_state(self.config, self.model, self.dataset.image_shape))
+
+    def restore(self, step: int | None = None) -> TrainState:
+        """The state of the checkpoint of `step`, by default the last one, whatever number of devices wrote it."""
+        shapes = jax.eval_shape(lambda: init_state(self.config, self.model, self.dataset.image_shape))
+        place = None if self.mesh is None else distributed.whole(self.mesh)
+        return self.checkpoints.restore(shapes, step=step, place=place)
+
+    def test_set(self) -> Dataset:
+        """The data set with those test images that the run is evaluated on."""
+        count = self.config.eval_examples or len(self.dataset.x_test)
+        return dataclasses.replace(self.dataset, x_test=self.dataset.x_test[:count], y_test=self.dataset.y_test[:count])
+
+    def attack(self, params: Any, dataset: Dataset, suite: Sequence[Attack], **kwargs: Any) -> dict[str, Outcome]:
+        """`evaluation.evaluate` on the test images of `dataset`, by the run's settings, on all of this process's devices.
+
+        Args:
+          params: the network's variables.
+          dataset: whose test images are attacked.
+          suite: the attacks.
+          **kwargs: passed on, `progress` for example.
+        """
+        mesh = self.mesh
+        if distributed.is_multiprocess():  # the other processes wait
+            mesh, params = None, distributed.local(params)
+        # Bound to their devices, as restored ones are: else the same program is compiled for either.
+        params = jax.tree.map(lambda a: jax.device_put(a, a.sharding), params)
+        return evaluate(
+            self.model,
+            params,
+            dataset.x_test,
+            dataset.y_test,
+            suite,
+            transform=self.transform,
+            num_classes=dataset.num_classes,
+            batch_size=self.config.eval_batch_size,
+            seed=self.config.seed,
+            mesh=mesh,
+            **kwargs,
+        )
+
+    @property
+    def chosen_on(self) -> str:
+        """The images that choose the best checkpoint, in words."""
+        kind = "held-out" if self.config.validation_examples else "training"
+        return f"{len(self.validation_set.x_test):,} {kind} images"
+
+    def best(self) -> tuple[int, str] | None:
+        """Step of the best checkpoint, the later of equals, and what chose it, in words; None if none was validated."""
+        step = self.checkpoints.best_step
+        if step is None or self.checkpoints.score(step) == UNJUDGED:
+            return None
+        skipped = self.checkpoints.score(self.step) == UNJUDGED
+        return step, self.chosen_on + (
+            " (the last, saved when the run was stopped, did not compete)" if skipped else ""
+        )
+
+    def saved(self) -> str:
+        """The checkpoint to resume from, in words."""
+        steps = steps_in(self.workdir)
+        return (
+            f"the checkpoint of step {steps[-1]:,} is whole in {self.workdir}"
+            if steps
+            else "there is no checkpoint yet"
+        )
+
+
+@contextlib.contextmanager
+def open_runs(configs: Sequence[Config], dataset: Dataset) -> Iterator[list[Run]]:
+    """Opens runs on the same data, each in its workdir; if one of them is refused, nothing has changed in any.
+
+    Of several processes the first alone locks and writes; all read.
+
+    Raises:
+      ConfigError: if settings do not fit the data or the devices.
+      WorkdirError: if a workdir belongs to another run, is in use, damaged, or cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        runs = [stack.enter_context(_opened(config, dataset)) for config in configs]
+        for run in runs if distributed.is_main() else ():
+            write_config(run.workdir, run.config, dataset)
+        yield runs
+
+
+@contextlib.contextmanager
+def open_run(config: Config, dataset: Dataset) -> Iterator[Run]:
+    """`open_runs` of one run."""
+    with open_runs([config], dataset) as (run,):
+        yield run
+
+
+@contextlib.contextmanager
+def _opened(config: Config, dataset: Dataset) -> Iterator[Run]:
+    model = networks.create(config.model, dataset.num_classes, dataset.image_shape, config.precision)
+    train_set, validation_set = hold_out(dataset, config.validation_examples)
+    steps = config.total_steps(len(train_set.x_train))
+    _check_sizes(config, train_set, steps)
+    mesh = distributed.mesh(config.devices, config.batch_size)
+    workdir = workdir_of(config)
+    with contextlib.ExitStack() as stack:
+        if distributed.is_main():
+            stack.enter_context(open_workdir(workdir, config, dataset))
+        distributed.check_same(json.dumps([config.identity(), steps, config.checkpoint_every, dataset.sha256]))
+        start = max([0, *steps_in(workdir)])
+        if start and not config.resume:
+            raise WorkdirError(
+                f"{workdir} holds a run at step {start:,} and --resume is off; choose another --workdir, or delete that one"
+            )
+        if start > steps:
+            raise ConfigError(f"--steps={steps}: {workdir} is at step {start:,} already; it must be at least that")
+        if not distributed.is_multiprocess():  # else all would have to find the same
+            quarantine_damaged(workdir, jax.eval_shape(lambda: init_state(config, model, dataset.image_shape)))
+        checkpoints = stack.enter_context(Checkpoints(workdir))
+        yield Run(config, dataset, train_set, validation_set, model, steps, workdir, checkpoints, mesh)
+
+
+def train(run: Run, stop: Callable[[], int]) -> tuple[TrainState, float]:
+    """Trains a run from its last checkpoint, or from scratch, to `run.steps`.
+
+    Args:
+      run: an open run.
+      stop: asked after every dispatch; a number other than 0 ends training after a checkpoint.
+
+    Returns:
+      The state reached, and the seconds that training took in all.
+
+    Raises:
+      NonFiniteError: if training diverged; the last good checkpoint stays.
+      CheckpointError, GoneError: if a checkpoint cannot be written.
+      LostProcessError, OutOfMemoryError, DeviceError: naming the checkpoint to resume from.
+    """
+    if run.step == run.steps:
+        return run.restore(), run.checkpoints.seconds(run.steps)
+    trainer = _Trainer([run], stop)
+    (state,) = trainer.train(run.steps)
+    return state, trainer.seconds(0)
+
+
+def train_together(runs: Sequence[Run], stop: Callable[[], int]) -> None:
+    """Trains the runs of one population (`training.population_key`) to their last step, each in its own workdir.
+
+    Those that are behind, because a process was killed while it saved them, catch up first.
+
+    Args:
+      runs: open runs.
+      stop: as of `train`.
+
+    Raises:
+      NonFiniteError: if one of them diverged; `member` is its place in `runs`.
+    """
+    steps = runs[0].steps
+    while not stop() and (behind := min(run.step for run in runs)) < steps:
+        ahead = [run.step for run in runs if run.step > behind]
+        last = [run for run in runs if run.step == behind]
+        try:
+            _Trainer(last, stop).train(min([*ahead, steps]))
+        except NonFiniteError as error:
+            error.member = runs.index(last[error.member])
+            raise
+
+
+class _Trainer:
+    """Trains runs that are at the same step as one program, and saves each of them."""
+
+    def __init__(self, runs: Sequence[Run], stop: Callable[[], int]):
+        self._runs, self._first, self._stop = runs, runs[0], stop
+        self._start, self._began = self._first.step, time.monotonic()
+        self._before = [run.checkpoints.seconds(self._start) if self._start else 0.0 for run in runs]
+        first = self._first
+        self._logits = jit(lambda params, x: networks.logits_fn(first.model, params)(first.transform.apply(x)))
+
+    def seconds(self, member: int) -> float:
+        """Seconds that a run has been trained for in all."""
+        return self._before[member] + time.monotonic() - self._began
+
+    def train(self, steps: int) -> list[TrainState]:
+        """Trains to `steps`, or until asked to stop; returns the states reached."""
+        runs, first = self._runs, self._first
+        silent = not distributed.is_main()
+        if self._start and not silent:
+            where = ", ".join(str(run.workdir) for run in runs)
+            print(f"Resuming from step {self._start:,} in {where}", file=sys.stderr)
+        title = f"train {first.config.defense} on {first.train_set.name}"
+        if len(runs) > 1:
+            title += f", {len(runs)} together"
+        with Bar(title, steps, "steps", initial=self._start, silent=silent) as bar:
+            self._record = Recorder(
+                [run.workdir for run in runs],
+                bar,
+                start=self._start,
+                log_every=first.config.log_every,
+                batch_size=first.config.batch_size,
+                silent=silent,
+            )
+            with contextlib.closing(self._record), self._explaining(bar):
+                state = fit(
+                    first.config if len(runs) == 1 else [run.config for run in runs],
+                    first.model,
+                    first.train_set,
+                    self._states(),
+                    steps=steps,
+                    record=self._record,
+                    checkpoint=self._save,
+                    stop=lambda: bool(distributed.max_over_processes(self._stop())),
+                    mesh=first.mesh,
+                )
+            for run in runs:
+                run.checkpoints.wait()
+        return self._separate(state)
+
+    def _states(self) -> TrainState:
+        """Where to begin: the one run's state, or all runs' as a population's."""
+        states = [run.restore() if self._start else run.init_state() for run in self._runs]
+        return states[0] if len(states) == 1 else stack(states)
+
+    def _separate(self, state: TrainState) -> list[TrainState]:
+        return [state] if len(self._runs) == 1 else unstack(state)
+
+    def _save(self, step: int, state: TrainState) -> None:
+        """Validates each run, notes what was done, and begins to write its checkpoint."""
+        self._record.flush()  # refuses metrics that are not finite
+        for run in self._runs if distributed.is_main() else ():
+            ensure_exists(run.workdir)
+        with jax.transfer_guard("allow"):
+            states = self._separate(state)
+            self._refuse_broken(step, states)
+            for member, (run, own) in enumerate(zip(self._runs, states, strict=True)):
+                metrics = validate(run, own, self._stop)
+                if metrics["score"] != UNJUDGED:
+                    self._record.write(step, {f"validation_{name}": value for name, value in metrics.items()}, member)
+                self._note(run, step)
+                run.checkpoints.save(step, own, {**metrics, "seconds": self.seconds(member)})
+        self._record.restart_clock()
+
+    def _refuse_broken(self, step: int, states: Sequence[TrainState]) -> None:
+        """Refuses states that the last update, which no metric has seen, left with logits that are not finite."""
+        images = self._first.validation_set.x_test[: self._first.config.eval_batch_size]
+        for member, (run, state) in enumerate(zip(self._runs, states, strict=True)):
+            if not np.isfinite(self._logits(distributed.local(state.params), images)).all():
+                where = f" in {run.workdir.name}" if len(states) > 1 else ""
+                raise NonFiniteError(f"step {step}{where}: its update left logits that are not finite", member)
+
+    def _note(self, run: Run, step: int) -> None:
+        """Writes into training.json what this process has done so far; before the checkpoint, so that none is without."""
+        if not distributed.is_main():
+            return
+        ensure_exists(run.workdir)
+        segment = {
+            "from_step": self._start,
+            "to_step": step,
+            "seconds": round(time.monotonic() - self._began, 1),
+            "runs_together": len(self._runs),
+            "command": provenance.command(),
+            **provenance.environment(),
+        }
+        if run.mesh is not None:
+            segment |= {"devices": run.mesh.size, "processes": jax.process_count()}
+        note_training(run.workdir, segment)
+
+    @contextlib.contextmanager
+    def _explaining(self, bar: Bar) -> Iterator[None]:
+        """Raises what ends training as an error that names the checkpoint to resume from and what to change."""
+        first, config = self._first, self._first.config
+        try:
+            yield
+        except NonFiniteError as error:
+            for run in self._runs:
+                run.checkpoints.wait()
+            last = first.checkpoints.last_step
+            kept = f"the checkpoint of step {last:,} stays in {first.workdir}" if last else "there is no checkpoint yet"
+            raise NonFiniteError(
+                f"{error}; training stopped, {kept}. Try a lower --learning_rate (now {config.learning_rate}), or "
+                "--precision=float32, with another --workdir",
+                error.member,
+            ) from None
+        except (jax.errors.JaxRuntimeError, MemoryError, CheckpointError) as error:
+            # The thread that writes a checkpoint may be the one that waits for a lost process.
+            cause = error.__cause__ if isinstance(error, CheckpointError) else error
+            own = any(word in str(cause) for word in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"))
+            if distributed.is_multiprocess() and isinstance(cause, jax.errors.JaxRuntimeError) and not own:
+                raise LostProcessError(
+                    f"another of the {jax.process_count()} processes was lost after step {bar.done:,} "
+                    f"({first_line(cause)}); {first.saved()}. Start all of them again to resume from there"
+                ) from error
+            if isinstance(error, CheckpointError):
+                raise
+            for run in self._runs:
+                with contextlib.suppress(CheckpointError):
+                    run.checkpoints.wait()
+            lower = (
+                f"--eval_batch_size (now {config.eval_batch_size}), or --batch_size (now {config.batch_size}) with another "
+                "--workdir"
+            )
+            kept = f"{first.saved()}, and the same command resumes from there"
+            if named := as_device_error(error, f"in training, after step {bar.done:,}", kept, lower):
+                raise named from error
+            raise
+
+
+def validate(run: Run, state: TrainState, stop: Callable[[], int]) -> dict[str, float]:
+    """Clean accuracy and robust accuracy under PGD-10 on the validation set, and the score that orders checkpoints.
+
+    Args:
+      run: the run.
+      state: what to validate.
+      stop: whether the run is asked to stop: then nobody waits for an attack.
+
+    Returns:
+      `clean` and `robust`, in [0, 1], and `score`: images that are classified right under attack, equal numbers ordered
+      by clean accuracy. If the run is stopped meanwhile only `score`, `UNJUDGED`.
+    """
+    if distributed.max_over_processes(stop()):
+        return {"score": UNJUDGED}
+    eps, n = run.config.eps1, len(run.validation_set.x_test)
+    suite = [Attack("clean", "clean"), Attack("robust", "pgd", eps, 10, eps / 4 or None)]
+    values = {"clean": 0.0, "robust": 0.0, "score": UNJUDGED}
+
+    def progress(name: str, gradients: int) -> None:
+        if number := stop():
+            raise Interrupted(number)
+
+    if distributed.is_main():
+        with contextlib.suppress(Interrupted):
+            outcomes = run.attack(state.params, run.validation_set, suite, progress=progress)
+            clean, robust = (int(outcomes[name].correct.sum()) for name in ("clean", "robust"))
+            values = {"clean": clean / n, "robust": robust / n, "score": robust + clean / (n + 1)}
+    values = distributed.broadcast_from_main(values)
+    return values if values["score"] != UNJUDGED else {"score": UNJUDGED}
+
+
+def _check_sizes(config: Config, train_set: Dataset, steps: int) -> None:
+    """Refuses settings that do not fit the data.
+
+    Raises:
+      ConfigError: with flag, value and range.
+    """
+    n, tests = len(train_set.x_train), len(train_set.x_test)
+    if config.batch_size > n:
+        raise ConfigError(
+            f"--batch_size={config.batch_size}: must be at most the {n:,} training images of {train_set.name}"
+        )
+    if config.eval_examples > tests:
+        raise ConfigError(
+            f"--eval_examples={config.eval_examples}: must be at most the {tests:,} test images, or 0 for all"
+        )
+    if steps * config.batch_size >= 2**32:  # the place in the order is counted in 32 bits
+        raise ConfigError(f"--steps={steps}: steps * batch_size must be below {2**32:,}")
