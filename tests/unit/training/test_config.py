@@ -6,7 +6,6 @@ import math
 import pytest
 
 from e2sad_jax.errors import ConfigError, Error
-from e2sad_jax.reporting import paper_numbers
 from e2sad_jax.training.config import Config, check, range_of
 
 
@@ -79,66 +78,3 @@ def test_json_round_trip_and_refusals():
         Config.from_json({"lambda": 1.0})
     with pytest.raises(ConfigError, match="--steps='5': must be of type int"):
         Config.from_json({"steps": "5"})
-
-
-def csv(path):
-    lines = [line.split(",") for line in path.read_text().splitlines()]
-    return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
-
-
-def ours(data, defense, **setting):
-    (column,) = [
-        c
-        for c in paper_numbers.COLUMNS
-        if c.data == data and {"defense": defense, **setting}.items() <= dict(c.setting).items()
-    ]
-    return column.accuracy
-
-
-TABLE_1 = {"fgsm_at_0.3": ("fgsm", 0.3), "fgsm_at_0.4": ("fgsm", 0.4), "ifgsm_at_0.3_k30": ("ifgsm", 0.3)}
-
-
-def test_table_1_is_the_papers(shared):
-    rows = {("clean", "", ""): "clean", ("fgsm", "0.3", "1"): "FGSM 0.3", ("fgsm", "0.4", "1"): "FGSM 0.4"}
-    rows |= {("ifgsm", "0.3", "10"): "IFGSM-10", ("ifgsm", "0.3", "30"): "IFGSM-30"}
-    checked = 0
-    for line in csv(shared("paper/table1_mnist_whitebox.csv")):
-        name, soft = rows[line["attack"], line["eps"], line["steps"]], line["train_label"] == "soft"
-        for column, (defense, eps) in {"natural": ("natural", None), **TABLE_1}.items():
-            setting = {"soft_label": soft} | ({} if eps is None else {"eps1": eps})
-            assert ours("mnist", defense, **setting)[name] == float(line[column])
-            checked += 1
-        if soft:
-            assert ours("mnist", "e2sad")[name] == float(line["e2sad"])
-            checked += 1
-    assert checked == 45
-
-
-def test_table_3_is_the_papers(shared):
-    lines = csv(shared("paper/table3_svhn_whitebox.csv"))
-    names = ["clean", "FGSM 24/255", "IFGSM-10", "IFGSM-20", "IFGSM-30"]
-    columns = {"natural": "natural", "fgsm": "fgsm_at", "ifgsm": "ifgsm_at_k10", "e2sad": "e2sad"}
-    for name, line in zip(names, lines, strict=True):
-        for defense, column in columns.items():
-            assert ours("svhn", defense)[name] == float(line[column])
-
-
-def test_the_papers_numbers_stand_only_beside_the_papers_setting():
-    config = Config()
-    column, why = paper_numbers.beside(config, "mnist", 30_000, True)
-    assert column is not None
-    assert column.accuracy["IFGSM-30"] == 0.8633
-    assert why == ""
-    for changes, data, steps, full, words in [
-        ({}, "mnist", 2_000, True, "steps 2000 (paper: 30000)"),
-        ({"lam": 1.0}, "mnist", 30_000, True, "lam 1.0 (paper: 0.1)"),
-        ({"soft_label": False}, "mnist", 30_000, True, "soft_label False (paper: True)"),
-        ({"second_step": "noise"}, "mnist", 30_000, True, "second_step noise"),
-        ({"validation_examples": 100}, "mnist", 30_000, True, "100 training images held out"),
-        ({}, "mnist", 30_000, False, "part of the test set"),
-        ({}, "digits", 30_000, True, "no e2sad model on digits"),
-        ({"defense": "hamm"}, "mnist", 30_000, True, "no hamm model on mnist"),
-    ]:
-        column, why = paper_numbers.beside(dataclasses.replace(config, **changes), data, steps, full)
-        assert column is None
-        assert words in why

@@ -13,7 +13,6 @@ import pytest
 
 from e2sad_jax import networks, training
 from e2sad_jax.errors import WorkdirError
-from e2sad_jax.reporting import paper_numbers
 from e2sad_jax.runs import run, trainer
 from e2sad_jax.runs.checkpoint import Checkpoints
 from e2sad_jax.training.config import Config
@@ -235,17 +234,3 @@ def test_the_identity_has_what_differs_from_before():
     assert Config(eps_warmup=0.25, steps=7).identity() == {**before, "eps_warmup": 0.25, "steps": 7}
     assert Config(schedule="cosine", steps=7).identity() == {**before, "schedule": "cosine", "steps": 7}
     assert Config(schedule="cosine", epochs=2.0).identity() == {**before, "schedule": "cosine", "epochs": 2.0}
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"schedule": "cyclic"}, "schedule cyclic"),
-        ({"eps_warmup": 9}, "eps_warmup 9"),
-        ({"random_start": True}, "random_start True"),
-    ],
-)
-def test_the_papers_numbers_do_not_stand_beside_a_schedule(changes, words):
-    column, why = paper_numbers.beside(Config(**changes), "mnist", 30_000, True)
-    assert column is None
-    assert words in why
