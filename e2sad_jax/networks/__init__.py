@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from e2sad_jax._compile import pure
 from e2sad_jax.errors import DataError
 from e2sad_jax.networks import batch_stats
 from e2sad_jax.networks.cnn import MnistCNN, SvhnCNN
@@ -70,6 +71,7 @@ def apply_fn(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
     outside of training; `params` are all of the network's variables.
     """
 
+    @pure
     def apply(params: Any, x: jax.Array) -> jax.Array:
         return cast(jax.Array, model.apply(params, x))
 
