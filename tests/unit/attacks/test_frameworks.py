@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from e2sad_jax import attacks, defenses, losses
 from e2sad_jax._compile import straight_line
-from e2sad_jax.attacks import _loops
+from e2sad_jax.attacks import core
 from e2sad_jax.networks import cpu_conv
 
 N, SHAPE, HIDDEN, K = 8, (3, 4, 1), 16, 3
