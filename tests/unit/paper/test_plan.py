@@ -14,7 +14,9 @@ def test_full_scale_is_the_papers_setting_to_the_letter():
         (name, label) for name in ("natural", "FGSM 0.3", "FGSM 0.4", "IFGSM 0.3") for label in ("hard", "soft")
     ] + [("e2SAD", "soft")]
     for entry in entries[:-1]:
-        column, why_not = paper_numbers.comparable(entry.config.to_json(), "mnist", entry.config.total_steps(60_000), True)
+        column, why_not = paper_numbers.comparable(
+            entry.config.to_json(), "mnist", entry.config.total_steps(60_000), True
+        )
         assert column is not None, why_not
         assert column.accuracy == entry.paper
     hamm = entries[-1].config
