@@ -45,9 +45,12 @@ def test_links_to_files_of_this_repository_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_flags_in_commands_exist(page):
-    from e2sad_jax.training.config import Config
+    from e2sad_jax.defenses import DEFENSES
+    from e2sad_jax.training import Config
 
-    known = set(Config.__dataclass_fields__) | {
+    known = {
+        *Config.__dataclass_fields__,
+        *(name for defense in DEFENSES.values() for name in defense.defaults()),
         *("table", "figure", "study", "scale", "seeds", "time_budget_minutes", "results"),  # experiments.paper
         *("image_size", "rounds", "seconds", "peer", "steps_per_dispatch"),  # experiments.step_cost
         *("coordinator", "process_id", "num_processes"),

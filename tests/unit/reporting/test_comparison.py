@@ -13,9 +13,9 @@ from e2sad_jax._io import read_sealed
 from e2sad_jax.comparison import judge, price, show
 from e2sad_jax.comparison.request import ENTRIES, PARTS, Request
 from e2sad_jax.comparison.run import run
+from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.runs import checkpoint, jobs
-from e2sad_jax.training.config import DEFENSES
 from tests.unit.training.test_train import standard_promotion  # noqa: F401
 
 LITTLE = {
@@ -139,7 +139,8 @@ def test_what_is_not_asked_for_again_stays_in_the_table(tiny, tmp_path, monkeypa
     run(request)
     with monkeypatch.context() as changed:
         changed.setattr(
-            "e2sad_jax.comparison.request.ENTRIES", {**ENTRIES, "RS-FGSM": {"defense": "rs_fgsm", "alpha": 0.5}}
+            "e2sad_jax.comparison.request.ENTRIES",
+            {**ENTRIES, "RS-FGSM": {"defense": "rs_fgsm", "attack_step_size": 0.5}},
         )
         assert [row["name"] for row in run(moved)["rows"]] == ["natural"], "of another recipe by now"
     other = run(dataclasses.replace(request, entry=("natural",), queries=6))
@@ -277,16 +278,17 @@ def test_all_share_the_schedule_and_a_preset_brings_its_points():
     }
     assert {c.defense for c in configs.values()} == set(DEFENSES), "every defense here"
     robust, letter = configs["e2SAD, robust"], configs["e2SAD, paper's points"]
-    assert (robust.eps2, robust.alpha, robust.random_start, robust.ball_second) == (0.2 * 2 / 3, 0.0, True, True)
-    assert configs["PGD-2, shorter steps"].attack_step_size == pytest.approx(0.16)
+    points = ("eps2", "alpha", "random_start", "ball_second")
+    assert [robust.settings[name] for name in points] == [0.2 * 2 / 3, 0.0, True, True]
+    assert configs["PGD-2, shorter steps"].settings["attack_step_size"] == pytest.approx(0.16)
     parts = {name: request.configs(name)[0] for name in PARTS}
-    assert parts["e2SAD, robust, second step of eps"].eps2 == 0.2
+    assert parts["e2SAD, robust, second step of eps"].settings["eps2"] == 0.2
     assert parts["e2SAD, robust, full eps from the start"].eps_warmup == 0
     assert parts["e2SAD, robust, no second point"].eps_warmup == 0.25
     constant = parts["e2SAD, robust, constant learning rate"]
     assert (constant.schedule, constant.learning_rate, constant.eps_warmup) == ("constant", 0.001, 0.25)
     assert len({c.workdir for c in [*parts.values(), robust]}) == len(parts) + 1
-    assert (letter.eps2, letter.alpha, letter.random_start, letter.ball_second) == (0.2 / 3, 0.6, False, False)
+    assert [letter.settings[name] for name in points] == [0.2 / 3, 0.6, False, False]
     assert len({c.workdir for c in configs.values()}) == len(configs)
 
 
@@ -305,8 +307,8 @@ def test_with_equal_flops_all_spend_what_e2sad_does(tiny):
 
 
 def test_requests_that_cannot_be_right_are_refused():
-    with pytest.raises(ConfigError, match=r'--entry=pgd: must be of "natural", '):
-        Request(entry=("pgd",))
+    with pytest.raises(ConfigError, match=r'--entry=pgd-2: must be of "natural", '):
+        Request(entry=("pgd-2",))
     with pytest.raises(ConfigError, match=r"--eps=0.0: must be above 0"):
         Request(eps=0.0)
     with pytest.raises(ConfigError, match=r"--seeds=0: must be at least 1"):

@@ -14,7 +14,7 @@ from e2sad_jax.comparison import show
 from e2sad_jax.evaluation import SUITES, Outcome
 from e2sad_jax.reporting import provenance, report
 from e2sad_jax.reporting.report import Best
-from e2sad_jax.training.config import Config
+from e2sad_jax.training import configure
 from experiments.paper import tables
 
 
@@ -34,7 +34,7 @@ def build(mnist, suite, correct=9_000, best=None, **changes):
 
     about = {"steps": 30_000, "parameters": 1, "train_seconds": 1.0}
     about["best"] = best and Best(best[0], "500 training images", outcomes(best[1]))
-    return report.build(Config(**changes), mnist, SUITES[suite], outcomes(correct), **about)
+    return report.build(configure(**changes), mnist, SUITES[suite], outcomes(correct), **about)
 
 
 @pytest.mark.parametrize(("suite", "shown"), [("mnist", 5), ("svhn", 1), ("digits", 2)])

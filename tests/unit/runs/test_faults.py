@@ -47,7 +47,8 @@ from e2sad_jax.runs import jobs, metrics, run
 from e2sad_jax.runs.checkpoint import Checkpoints, load
 from e2sad_jax.runs.folder import TRAINING, read_config, read_training
 from e2sad_jax.training.config import Config
-from tests.unit.training.test_train import no_last_evaluation, standard_promotion, tiny_config  # noqa: F401
+from tests.helpers import tiny_config
+from tests.unit.training.test_train import no_last_evaluation, standard_promotion  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("little")
 

@@ -1,6 +1,5 @@
 """Configurations that somebody else made, and damaged notes beside a run."""
 
-import dataclasses
 import json
 import os
 import stat
@@ -15,7 +14,7 @@ from e2sad_jax.comparison.request import Request
 from e2sad_jax.errors import ConfigError, WorkdirError
 from e2sad_jax.runs import folder, metrics
 from e2sad_jax.runs.folder import read_config, read_training
-from e2sad_jax.training.config import Config
+from e2sad_jax.training import configure
 from experiments.paper import cost, outcomes, page
 from experiments.step_cost import request
 
@@ -65,7 +64,7 @@ def test_files_beyond_their_bound_are_not_read(tmp_path, monkeypatch):
 
 
 def a_config(**changes):
-    config = dataclasses.asdict(Config(data="tiny.npz", model="digits_cnn", steps=4, batch_size=8))
+    config = configure(data="tiny.npz", model="digits_cnn", steps=4, batch_size=8).to_json()
     dataset = {"name": "tiny", "sha256": "0" * 64, "image_shape": [8, 8, 1], "num_classes": 3, "version": ""}
     return {"format": 1, "config": config, "dataset": dataset} | changes
 
@@ -125,7 +124,7 @@ def test_absurd_configurations_are_refused_in_one_line(tmp_path, values, words):
 )
 def test_numbers_without_an_end_are_refused_like_any_other(changes, words):
     with pytest.raises(ConfigError) as caught:
-        Config(**changes)
+        configure(**changes)
     assert words in str(caught.value)
 
 

@@ -14,16 +14,17 @@ import pytest
 import e2sad_jax
 from e2sad_jax import distributed, networks, training
 from e2sad_jax.data.transforms import TRANSFORMS
+from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.runs import jobs, run
-from e2sad_jax.training.config import DEFENSES, Config
+from e2sad_jax.training import Config
+from tests.helpers import tiny_config
 from tests.unit.training.test_train import (  # noqa: F401
     load_state,
     losses,
     no_evaluation,
     no_last_evaluation,
     standard_promotion,
-    tiny_config,
 )
 
 STEPS = 20

@@ -13,7 +13,8 @@ from e2sad_jax import networks, training
 from e2sad_jax.errors import NonFiniteError
 from e2sad_jax.runs import jobs
 from e2sad_jax.runs.folder import read_training, write_config
-from e2sad_jax.training.config import Config
+from e2sad_jax.training import Config
+from tests.helpers import change_loss, count_compilations, tiny_config
 
 N = 50
 
@@ -27,8 +28,7 @@ def standard_promotion(monkeypatch, little):
 
 
 def config_of(**changes) -> Config:
-    settings = dict(data="tiny.npz", model="digits_cnn", steps=8, batch_size=16, checkpoint_every=4, log_every=1)
-    return Config(**{**settings, "eps1": 0.1, "eps2": 0.05, **changes})
+    return tiny_config(**{"steps": 8, "checkpoint_every": 4, "log_every": 1, "eps1": 0.1, "eps2": 0.05, **changes})
 
 
 MEMBERS = [
@@ -66,8 +66,7 @@ def close(a, b):
 
 def test_several_steps_in_one_dispatch_are_those_steps_compiled_once(tiny, singles, monkeypatch):
     """Five at most at once: the checkpoint of step 4 and the end of the epoch, inside step 4, cut them."""
-    made, make = [], training.make_train_step
-    monkeypatch.setattr(training, "make_train_step", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
+    made = count_compilations(monkeypatch)
     saved = []
     counts = []
     model = networks.create("digits_cnn", 3, tiny.image_shape)
@@ -164,14 +163,11 @@ def test_one_of_a_population_that_was_left_behind_catches_up(tiny, singles, tmp_
 
 
 def test_one_that_diverges_is_named(tiny, tmp_path, monkeypatch):
-    real = training.training_loss
 
-    def breaking(config, bounds):
-        return lambda f, x, y, key: (lambda loss, parts: (loss / jax.numpy.where(config.lam > 5, 0, 1), parts))(
-            *real(config, bounds)(f, x, y, key)
-        )
+    def breaking(loss, parts, arguments):
+        return loss / jax.numpy.where(arguments["lam"] > 5, 0, 1), parts
 
-    monkeypatch.setattr(training, "training_loss", breaking)
+    change_loss(monkeypatch, "e2sad", breaking)
     members = [config_of(), config_of(lam=9.0)]
     with pytest.raises(NonFiniteError, match=r"step 1 of run1: .*loss=inf") as caught:
         train_all(members, tiny, tmp_path)
@@ -181,20 +177,14 @@ def test_one_that_diverges_is_named(tiny, tmp_path, monkeypatch):
 def test_one_that_diverges_while_it_catches_up_is_named_by_its_place_among_all(tiny, tmp_path, monkeypatch):
     members = [config_of(seed=seed) for seed in (1, 2, 3)]
     train_all(members[:2], tiny, tmp_path, steps=4)  # the third is left behind
-    real, key = (
-        training.training_loss,
-        training.init_state(members[2], networks.create("digits_cnn", 3, tiny.image_shape), tiny.image_shape).key,
-    )
+    key = training.init_state(members[2], networks.create("digits_cnn", 3, tiny.image_shape), tiny.image_shape).key
 
-    def breaking(config, bounds):
-        def loss_fn(f, x, y, k):
-            loss, parts = real(config, bounds)(f, x, y, k)
-            third = (jax.random.key_data(k) == jax.random.key_data(jax.random.fold_in(key, 1))).all()
-            return jax.numpy.where(third, jax.numpy.nan, loss), parts
+    def breaking(loss, parts, arguments):
+        its_second = jax.random.key_data(jax.random.fold_in(key, 1))
+        third = (jax.random.key_data(arguments["key"]) == its_second).all()
+        return jax.numpy.where(third, jax.numpy.nan, loss), parts
 
-        return loss_fn
-
-    monkeypatch.setattr(training, "training_loss", breaking)
+    change_loss(monkeypatch, "e2sad", breaking)
     with pytest.raises(NonFiniteError, match=r"step 2: .*loss=nan") as caught:
         train_all(members, tiny, tmp_path)
     assert caught.value.member == 2

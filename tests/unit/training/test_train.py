@@ -18,12 +18,14 @@ import e2sad_jax
 from e2sad_jax import attacks, data, networks, training
 from e2sad_jax._io import read_sealed, sealed, write_json
 from e2sad_jax.data.transforms import TRANSFORMS
+from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.errors import CheckpointError, ConfigError, LostProcessError, NonFiniteError, WorkdirError
 from e2sad_jax.evaluation import Outcome
 from e2sad_jax.runs import jobs, run
 from e2sad_jax.runs.checkpoint import Checkpoints
 from e2sad_jax.runs.folder import open_workdir
-from e2sad_jax.training.config import DEFENSES, Config
+from e2sad_jax.training import Config
+from tests.helpers import change_loss, count_compilations, fit, register_loss, tiny_config
 
 N = 50
 
@@ -35,11 +37,6 @@ def standard_promotion():
     """Optax's Adam mixes float and int32; everything of ours in the step is held to strict promotion elsewhere."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-def tiny_config(**changes) -> Config:
-    settings = dict(data="tiny.npz", model="digits_cnn", steps=12, batch_size=16, attack_steps=2, checkpoint_every=5)
-    return Config(**{**settings, "log_every": 2, **changes})
 
 
 @pytest.fixture
@@ -56,13 +53,6 @@ def no_last_evaluation(monkeypatch, tiny):
 def no_evaluation(no_last_evaluation, monkeypatch):
     """Nor before: checkpoints are all alike."""
     monkeypatch.setattr(jobs, "_watch", lambda job, state: {"score": 0.0})
-
-
-def fit(config, dataset, state=None, **kwargs):
-    model = networks.create(config.model, dataset.num_classes, dataset.image_shape)
-    state = training.init_state(config, model, dataset.image_shape) if state is None else state
-    kwargs = {"steps": config.steps, "record": lambda *a: None, "checkpoint": lambda *a: None, **kwargs}
-    return training.fit(config, model, dataset, state, **kwargs)
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(50, 16), (48, 16), (7, 7), (10, 3), (5, 1)])
@@ -88,19 +78,20 @@ def test_the_step_takes_the_batch_that_the_order_says(tiny, monkeypatch):
     def name_images(logits_fn, x, y, key):
         return logits_fn(x).sum() * 0, {"images": jnp.sort(x[:, 0, 0, 0] * 255)}
 
-    monkeypatch.setattr(training, "training_loss", lambda config, bounds: name_images)
+    register_loss(monkeypatch, "names", name_images)
     seen = []
-    fit(tiny_config(steps=7), marked, record=lambda step, m, count: seen.extend(np.rint(m["images"]).astype(int)))
+    fit(
+        tiny_config(defense="names", steps=7),
+        marked,
+        record=lambda step, m, count: seen.extend(np.rint(m["images"]).astype(int)),
+    )
     assert len(set(seen[:48])) == 48, "no image twice within an epoch"
     assert sorted(np.bincount(seen, minlength=N)) == sorted([2] * 38 + [3] * 12), "7 * 16 = 2 * 50 + 12"
 
 
 @pytest.mark.parametrize("defense", DEFENSES)
 def test_every_defense_learns_in_one_compilation_and_donates_its_state(defense, tiny, monkeypatch):
-    steps, make = [], training.make_train_step
-    monkeypatch.setattr(
-        training, "make_train_step", lambda *args, **kwargs: steps.append(make(*args, **kwargs)) or steps[0]
-    )
+    steps = count_compilations(monkeypatch)
     config = tiny_config(defense=defense, steps=25, eps1=0.1, eps2=0.05, soft_label=False, learning_rate=1e-2)
     model = networks.create(config.model, tiny.num_classes, tiny.image_shape)
     first, losses = training.init_state(config, model, tiny.image_shape), []
@@ -118,10 +109,7 @@ def test_every_defense_learns_in_one_compilation_and_donates_its_state(defense, 
 def test_resumed_run_equals_uninterrupted_one_bit_for_bit(defense, second_step, no_evaluation, tmp_path, monkeypatch):
     """Through the checkpoints on disk, stopped at and between them, with random numbers in the defense."""
     config = tiny_config(defense=defense, second_step=second_step, workdir=str(tmp_path / "whole"))
-    steps, make = [], training.make_train_step
-    monkeypatch.setattr(
-        training, "make_train_step", lambda *args, **kwargs: steps.append(make(*args, **kwargs)) or steps[-1]
-    )
+    steps = count_compilations(monkeypatch)
     run.run(config, "mnist")
     parts = dataclasses.replace(config, workdir=str(tmp_path / "parts"))
     for stop in (5, 8, config.steps):
@@ -173,20 +161,15 @@ def test_the_loop_sends_nothing_to_the_device_unasked(tiny):
 
 def test_non_finite_loss_stops_and_names_step_and_last_good_checkpoint(no_evaluation, tmp_path, monkeypatch):
     """The loss breaks in step 8; the checkpoint of step 5 stays and is the one to go on from."""
-    real = training.training_loss
 
-    def breaking(config, bounds):
-        def loss_fn(logits_fn, x, y, key):
-            loss, parts = real(config, bounds)(logits_fn, x, y, key)
-            at_step_8 = (jax.random.key_data(key) == jax.random.key_data(key_8)).all()
-            return jnp.where(at_step_8, jnp.nan, loss), parts
-
-        return loss_fn
+    def breaking(loss, parts, arguments):
+        at_step_8 = (jax.random.key_data(arguments["key"]) == jax.random.key_data(key_8)).all()
+        return jnp.where(at_step_8, jnp.nan, loss), parts
 
     config = tiny_config(workdir=str(tmp_path / "w"))
     model = networks.create(config.model, 3, (8, 8, 1))
     key_8 = jax.random.fold_in(training.init_state(config, model, (8, 8, 1)).key, 7)
-    monkeypatch.setattr(training, "training_loss", breaking)
+    change_loss(monkeypatch, "e2sad", breaking)
     with pytest.raises(NonFiniteError, match=r"step 8: .*loss=nan.*checkpoint of step 5 stays"):
         run.run(config, "mnist")
     assert int(load_state(config, tmp_path / "w").step) == 5
@@ -286,7 +269,7 @@ def test_a_refused_start_changes_nothing(no_evaluation, tmp_path, monkeypatch):
     before = (tmp_path / "w" / "config.json").read_text()
     for changes in ({"steps": 1}, {"resume": False}, {"lam": 0.7}):
         with pytest.raises((ConfigError, WorkdirError)):
-            run.run(dataclasses.replace(config, **changes), "mnist")
+            run.run(config.replace(**changes), "mnist")
         assert (tmp_path / "w" / "config.json").read_text() == before
     with pytest.raises(ConfigError, match=r"suite='minst': must be one of mnist, digits, svhn"):
         run.run(dataclasses.replace(config, workdir=str(tmp_path / "new")), "minst")
@@ -308,10 +291,10 @@ def test_all_runs_are_found_possible_before_the_first_is_trained(no_evaluation, 
     (tmp_path / "second").mkdir()
     (tmp_path / "second" / "thesis.txt").write_text("precious")
     with pytest.raises(WorkdirError, match="is not empty"):
-        run.run_beside([dataclasses.replace(first, defense="natural"), second], "mnist")
+        run.run_beside([first.replace(defense="natural"), second], "mnist")
     assert not list((tmp_path / "first" / "checkpoints").iterdir())
     (tmp_path / "second" / "thesis.txt").unlink()
-    natural = dataclasses.replace(first, defense="natural", delta=0.2)  # the first one's workdir was not taken
+    natural = first.replace(defense="natural", delta=0.2)  # the first one's workdir was not taken
     run.run_beside([natural, second], "mnist")
     assert "| natural | e2sad |" in (tmp_path / "second" / "results.md").read_text()
     with pytest.raises(ConfigError, match="--defense=e2sad: runs beside each other must each have another one"):
@@ -334,7 +317,7 @@ def test_a_workdir_of_other_settings_or_data_is_refused_naming_what_differs(no_e
     config = tiny_config(workdir=str(tmp_path / "w"), steps=2)
     run.run(config, "mnist")
     with pytest.raises(WorkdirError, match=r"--alpha: 0.6 there, 0.5 here; --lam: 0.1 there, 0.3 here"):
-        run.run(dataclasses.replace(config, lam=0.3, alpha=0.5), "mnist")
+        run.run(config.replace(lam=0.3, alpha=0.5), "mnist")
     with pytest.raises(WorkdirError, match=r"--resume is off"):
         run.run(dataclasses.replace(config, resume=False), "mnist")
     with pytest.raises(ConfigError, match=r"--steps=1: .* is at step 2 already"):
