@@ -94,32 +94,46 @@ def test_several_steps_in_one_dispatch_are_those_steps_compiled_once(tiny, singl
     assert [float(r["loss"]) for r in rows] == pytest.approx([float(r["loss"]) for r in singles[0][1]], abs=1e-5)
 
 
-@pytest.mark.parametrize("steps_per_dispatch", [1, 3])
-def test_a_population_equals_separate_runs(steps_per_dispatch, tiny, singles):
-    """Other seeds, weights and budgets."""
-    model = networks.create("digits_cnn", 3, tiny.image_shape)
-    state = training.stack([training.init_state(c, model, tiny.image_shape) for c in MEMBERS])
+def together(members, dataset, **kwargs):
+    """The states and the losses `[steps, P]` of runs that train as one population."""
+    model = networks.create("digits_cnn", 3, dataset.image_shape)
+    state = training.stack([training.init_state(c, model, dataset.image_shape) for c in members])
     rows = []
 
     def record(step, metrics, count):
-        loss = np.asarray(metrics["loss"]).reshape(-1, len(MEMBERS))
-        rows.extend(loss[:count])
+        rows.extend(np.asarray(metrics["loss"]).reshape(-1, len(members))[:count])
 
     state = training.fit(
-        MEMBERS,
-        model,
-        tiny,
-        state,
-        steps=8,
-        record=record,
-        checkpoint=lambda *a: None,
-        steps_per_dispatch=steps_per_dispatch,
+        members, model, dataset, state, steps=members[0].steps, record=record, checkpoint=lambda *a: None, **kwargs
     )
-    for i, (member, (single, metrics)) in enumerate(zip(training.unstack(state), singles, strict=True)):
+    return training.unstack(state), np.stack(rows)
+
+
+def test_a_population_equals_separate_runs(tiny, singles):
+    """Other seeds, weights and budgets; several steps a dispatch."""
+    members, losses = together(MEMBERS, tiny, steps_per_dispatch=3)
+    for i, (member, (single, metrics)) in enumerate(zip(members, singles, strict=True)):
         close(member, single)
-        assert [r[i] for r in rows] == pytest.approx([float(m["loss"]) for m in metrics], abs=1e-5)
-    kernels = [jax.tree.leaves(m.params)[-1] for m in training.unstack(state)]
+        assert losses[:, i].tolist() == pytest.approx([float(m["loss"]) for m in metrics], abs=1e-5)
+    kernels = [jax.tree.leaves(m.params)[-1] for m in members]
     assert float(abs(kernels[0] - kernels[1]).max()) > 1e-4, "they are different runs"
+
+
+@pytest.mark.parametrize(
+    ("defense", "own"),
+    [("pgd", {}), ("e2sad", {"second_step": "noise"}), ("trades", {}), ("free", {"replays": 2})],
+    ids=["keys-of-images", "key-of-batch", "normal", "perturbation"],
+)
+def test_every_kind_of_random_number_is_that_of_a_run_alone(defense, own, tiny):
+    """Two seeds and two budgets; and the perturbation that free training keeps."""
+    common = dict(defense=defense, steps=3, **own)
+    members = [config_of(seed=1, **common), config_of(seed=2, eps1=0.05, **common)]
+    _, losses = together(members, tiny)
+    for i, config in enumerate(members):
+        _, metrics = alone(config, tiny)
+        # TRADES' first gradients are small, so more of their signs are of rounding.
+        rel = 1e-3 if defense == "trades" else 1e-4
+        assert losses[:, i].tolist() == pytest.approx([float(m["loss"]) for m in metrics], rel=rel)
 
 
 def test_what_may_train_together():
@@ -133,6 +147,8 @@ def test_what_may_train_together():
         {"defense": "fgsm"},
     ):
         assert training.population_key(config_of(**changes)) != keys[0]
+    assert training.varied_settings(MEMBERS) == ["eps1", "lam"]
+    assert training.varied_settings([config_of(seed=1, eps2=0.02), config_of(seed=2)]) == ["eps2"]
 
 
 def train_all(configs, dataset, tmp_path, stop_at=None, **changes):
@@ -188,31 +204,3 @@ def test_one_that_diverges_while_it_catches_up_is_named_by_its_place_among_all(t
     with pytest.raises(NonFiniteError, match=r"step 2: .*loss=nan") as caught:
         train_all(members, tiny, tmp_path)
     assert caught.value.member == 2
-
-
-@pytest.mark.parametrize(
-    ("defense", "second_step"),
-    [("natural", "total"), ("fgsm", "total"), ("ifgsm", "total"), ("pgd", "total"), ("hamm", "total"),
-     ("e2sad", "noise"), ("e2sad", "random"), ("e2sad", "loss"),
-     ("rs_fgsm", "total"), ("n_fgsm", "total"), ("free", "total"), ("trades", "total"), ("grad_align", "total")],
-)  # fmt: skip
-def test_every_defense_trains_in_a_population(defense, second_step, tiny):
-    """Two seeds and two budgets: losses of every step as alone, random numbers of the attacks included."""
-    common = dict(defense=defense, second_step=second_step, steps=3, attack_steps=2)
-    members = [config_of(seed=1, **common), config_of(seed=2, eps1=0.05, **common)]
-    model = networks.create("digits_cnn", 3, tiny.image_shape)
-    state, rows = training.stack([training.init_state(c, model, tiny.image_shape) for c in members]), []
-    training.fit(
-        members,
-        model,
-        tiny,
-        state,
-        steps=3,
-        record=lambda step, metrics, count: rows.append(np.asarray(metrics["loss"])),
-        checkpoint=lambda *a: None,
-    )
-    for i, config in enumerate(members):
-        _, metrics = alone(config, tiny)
-        # TRADES' first gradients are small, so more of their signs are of rounding.
-        rel = 1e-3 if defense == "trades" else 1e-4
-        assert [r[i] for r in rows] == pytest.approx([float(m["loss"]) for m in metrics], rel=rel)
