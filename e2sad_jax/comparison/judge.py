@@ -13,8 +13,7 @@ from e2sad_jax.comparison.price import step_flops
 from e2sad_jax.comparison.request import CHECKPOINTS, Request
 from e2sad_jax.data import Dataset
 from e2sad_jax.errors import Stopped, first_line
-from e2sad_jax.evaluation import Attack, of_classifier
-from e2sad_jax.evaluation.auto import auto
+from e2sad_jax.evaluation import Attack, auto
 from e2sad_jax.runs.classifier import load
 from e2sad_jax.runs.signals import stopping
 from e2sad_jax.runs.trainer import open_run, train
@@ -99,14 +98,14 @@ def _attacked(
 ) -> dict[str, Any]:
     """What strong attacks leave of one checkpoint of a run."""
     classifier = load(config.workdir, which)
-    subject = of_classifier(classifier, images, labels)
     outcome = auto(
-        subject.apply,
-        subject.params,
-        subject.x,
-        subject.labels,
+        classifier.apply,
+        classifier.params,
+        images,
+        labels,
         eps=config.eps1,
-        bounds=subject.bounds,
+        transform=classifier.transform.apply,
+        bounds=classifier.transform.bounds,
         stages=stages,
     )
     robust = float(outcome.robust.mean())
