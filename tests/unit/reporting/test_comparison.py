@@ -59,7 +59,7 @@ def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypa
             assert 0 <= mean["robust"] == own["robust"] <= own["after"]["APGD-CE"] <= mean["clean"] == own["clean"]
             assert mean["lowest"] == mean["highest"] == mean["robust"]
         assert read_sealed(pathlib.Path(one["workdir"]) / "auto.json") == one
-        assert len(trainer.hold_out(tiny, load(one["workdir"]).config.validation_examples)[0].x_train) == 40, (
+        assert len(data.hold_out(tiny, load(one["workdir"]).config.validation_examples)[0].x_train) == 40, (
             "ten are held out"
         )
     assert [row[which]["steps"] for row in result["rows"] for which in ("last", "best")] == [[3], [3], [3], [2]]
@@ -196,7 +196,7 @@ def test_held_out_images_are_attacked_where_settings_are_chosen(tiny, tmp_path, 
     assert [result["rows"][0][which]["steps"] for which in ("last", "best")] == [[3], [2]]
     assert len(seen) == 3, "the last is not attacked again"
     (config,) = request.configs("natural")
-    train_set, watched = trainer.hold_out(tiny, config.validation_examples)
+    train_set, watched = data.hold_out(tiny, config.validation_examples)
     np.testing.assert_array_equal(seen[0], watched.x_test)
     assert not any((image == train_set.x_train).all((1, 2, 3)).any() for image in seen[0])
     assert "10 images held out of the training set" in (tmp_path / "runs" / "compare.md").read_text()

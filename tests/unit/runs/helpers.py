@@ -39,13 +39,13 @@ def state_of(config: Config, step: int = 0) -> training.TrainState:
     return state.replace(step=jnp.int32(step), params=jax.tree.map(lambda a: a + step, state.params))
 
 
-def stop_after(steps: int, number: int = 15) -> Callable[[], int]:
-    """A stop that comes after so many steps of a process."""
+def stop_after(times: int, number: int = 15) -> Callable[[], int]:
+    """A stop that comes when it has been asked about so many times: after each step, and in each validation."""
     asked = 0
 
     def stop() -> int:
         nonlocal asked
         asked += 1
-        return number if asked >= steps else 0
+        return number if asked >= times else 0
 
     return stop
