@@ -16,7 +16,7 @@ import pytest
 import e2sad_jax
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TINY = ["--model=digits_cnn", "--batch_size=8", "--eval_batch_size=8", "--attack_steps=2"]
+TINY = ["--model=digits_cnn", "--batch_size=8", "--eval_batch_size=8"]
 
 
 def start(name, *flags, **kwargs):
