@@ -3,14 +3,29 @@
 import contextlib
 import functools
 import threading
+import types
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import jaxlib.version
 
+F = TypeVar("F", bound=Callable[..., Any])
 _state = threading.local()
+_pure: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+
+
+def pure(function: F) -> F:
+    """Marks a function whose result depends on its arguments alone: what is compiled of it may serve later calls."""
+    _pure.add(function)
+    return function
+
+
+def is_pure(function: Callable[..., Any]) -> bool:
+    """Whether a function is marked as `pure`."""
+    return isinstance(function, types.FunctionType) and function in _pure
 
 
 def platform() -> str:

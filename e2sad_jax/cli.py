@@ -105,6 +105,7 @@ def request(name: str) -> None:
 
 def define_request(name: str) -> None:
     """Defines a flag for each field of a command's request."""
+    import_defenses()
     for field in dataclasses.fields(importlib.import_module(REQUESTS[name].module).Request):
         define_flag(field)
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from e2sad_jax._compile import pure
+
 
 class Transform(NamedTuple):
     """How stored images become the network's input.
@@ -22,6 +24,7 @@ class Transform(NamedTuple):
     bounds: tuple[float, float]
 
 
+@pure
 def unit(images: jax.Array) -> jax.Array:
     """Pixels scaled to [0, 1]: uint8 divided by 255, floats as they are.
 
@@ -36,6 +39,7 @@ def unit(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32)
 
 
+@pure
 def standardize(images: jax.Array) -> jax.Array:
     """The paper's SVHN normalisation: each image minus its own mean, over its own standard deviation, scaled to [-1, 1].
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts
-from e2sad_jax.errors import ConfigError
+from e2sad_jax.errors import ConfigError, quoted
 
 LARGEST = 2**53  # of any number of things: what a float64 still counts
 
@@ -65,13 +65,13 @@ class Setting:
         """
         kind: type[Any] = type(self.default)
         if kind in (int, float) and type(value) is int and not -LARGEST <= value <= LARGEST:  # Python's own have no end
-            raise ConfigError(f"--{self.name}={short(value)}: must be {self.range or 'finite'}, at most {LARGEST:,}")
+            raise ConfigError(f"--{self.name}={quoted(value)}: must be {self.range or 'finite'}, at most {LARGEST:,}")
         if kind is float and type(value) in (int, float):
             value = float(value) + 0.0  # one zero
         if type(value) is not kind:
-            raise ConfigError(f"--{self.name}={short(value)}: must be of type {kind.__name__}")
+            raise ConfigError(f"--{self.name}={quoted(value)}: must be of type {kind.__name__}")
         if kind is str and not value.isprintable():
-            raise ConfigError(f"--{self.name}={short(value)}: must be printable text")
+            raise ConfigError(f"--{self.name}={quoted(value)}: must be printable text")
         right = self.choices is None or value in self.choices
         if kind in (int, float):
             right &= math.isfinite(value)
@@ -79,7 +79,7 @@ class Setting:
             right &= self.above is None or value > self.above
             right &= self.upper is None or value <= self.upper
         if not right:
-            shown = value if kind in (int, float) else short(value)[1:-1]
+            shown = value if kind in (int, float) else quoted(value)[1:-1]
             raise ConfigError(f"--{self.name}={shown}: must be {self.range or 'finite'}")
         return value
 
@@ -202,14 +202,6 @@ def register(name: str, defense: Defense) -> None:
 def readers(setting: str) -> tuple[str, ...]:
     """The defenses that read a setting, by name."""
     return tuple(name for name, defense in DEFENSES.items() if setting in defense.defaults())
-
-
-def short(value: object) -> str:
-    """A value in a message, whatever its length."""
-    if isinstance(value, int) and abs(value) > 10**40:
-        return f"an integer of {value.bit_length():,} bits"
-    text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
-    return text if len(text) <= 120 else f"{text[:60]} ... {text[-60:]}"
 
 
 # What several defenses read.

@@ -1,25 +1,49 @@
-"""What a model's robustness is worth: accuracy under attack, the worst case, curves, checks for gradient masking."""
+"""Evaluation of robustness: accuracy under attack, the worst case, curves, transfer, checks for gradient masking.
 
-from e2sad_jax.evaluation.auto import AutoResult, auto
-from e2sad_jax.evaluation.diagnose import Effort, diagnose
-from e2sad_jax.evaluation.evaluator import SUITES, Attack, Outcome, evaluate, perturb, transfer, worst_case
+It takes functions, of any model library:
+
+>>> import numpy as np
+>>> from e2sad_jax import evaluation
+>>> apply = lambda params, x: x.reshape(len(x), -1) @ params
+>>> w, images = np.eye(16, 4, dtype=np.float32), np.random.default_rng(0).uniform(size=(8, 4, 4, 1)).astype(np.float32)
+>>> labels = evaluation.predict(apply, w, images)
+>>> suite = [evaluation.Attack("clean", "clean"), evaluation.Attack("PGD-10", "pgd", eps=0.1, steps=10)]
+>>> outcomes = evaluation.evaluate(apply, w, images, labels, suite)
+>>> outcomes["clean"].accuracy
+1.0
+
+* `evaluate` runs a suite of `Attack`s; `SUITES` has those of the training commands.
+* `auto` measures the worst case by AutoAttack's protocol.
+* `transfer` shows the images made for one model to others.
+* `diagnose` measures curves, worst case and transfer of a `Model`, and makes the checks of `masking`.
+* `surfaces` computes the loss around images.
+"""
+
+from e2sad_jax.evaluation.attack import SUITES, Attack
+from e2sad_jax.evaluation.autoattack import FAB, STAGES, AutoResult, auto
+from e2sad_jax.evaluation.diagnosis import Effort, diagnose
+from e2sad_jax.evaluation.evaluator import Apply, Outcome, Outcomes, evaluate, in_batches, predict, transfer
 from e2sad_jax.evaluation.masking import Check
-from e2sad_jax.evaluation.model import Subject, of_classifier, of_function
+from e2sad_jax.evaluation.model import Model, of_classifier, of_function
 
 __all__ = [
+    "FAB",
+    "STAGES",
     "SUITES",
+    "Apply",
     "Attack",
     "AutoResult",
     "Check",
     "Effort",
+    "Model",
     "Outcome",
-    "Subject",
+    "Outcomes",
     "auto",
     "diagnose",
     "evaluate",
+    "in_batches",
     "of_classifier",
     "of_function",
-    "perturb",
+    "predict",
     "transfer",
-    "worst_case",
 ]

@@ -1,95 +1,37 @@
-"""Attack suites and the accuracy that is left under them, example by example."""
+"""The evaluator: what a function predicts for each image under each attack.
+
+Everything that attacks images in batches goes through here: suites, the worst case (`auto`), transfer, the checks for
+gradient masking, the choice of checkpoints, comparisons.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from e2sad_jax import _streams, attacks, distributed, networks
-from e2sad_jax._compile import jit
-from e2sad_jax.attacks import core
-from e2sad_jax.data.transforms import Transform
-from e2sad_jax.losses import cross_entropy, dlr, margin, soft_labels, targeted_dlr
+from e2sad_jax import attacks, distributed
+from e2sad_jax._compile import is_pure, jit
+from e2sad_jax.evaluation.attack import CLEAN, Attack
 
-KINDS = ("clean", "fgsm", "ifgsm", "mi_fgsm", "pgd", "apgd", "square", "fab")
-LOSSES = ("ce", "margin", "dlr", "targeted_dlr")  # cross-entropy, Carlini-Wagner's margin, difference of logits ratio
-TARGETED = ("targeted_dlr",)
-ROUND = ("fgsm", "pgd", "apgd", "square", "fab")  # that have an l2 ball too
-
-
-@dataclasses.dataclass(frozen=True)
-class Attack:
-    """One row of a suite.
-
-    Attributes:
-      name: the row's name, unique in its suite.
-      kind: one of `KINDS`.
-      eps: budget in the units of the network's input.
-      steps: gradient steps; of "square", queries.
-      step_size: None for the attack's default (ifgsm: eps / steps).
-      restarts: random restarts (pgd, apgd, fab).
-      loss: what rises, one of `LOSSES`. Of "fab", which looks for boundaries, only whether it is targeted counts:
-        otherwise each of its steps takes the gradients of all logits.
-      norm: of the ball, "linf" or "l2" (fgsm, pgd, apgd, square, fab).
-      targets: of a targeted loss: how many wrong classes are tried in turn, the likeliest first.
-    """
-
-    name: str
-    kind: str
-    eps: float = 0.0
-    steps: int = 0
-    step_size: float | None = None
-    restarts: int = 1
-    loss: str = "ce"
-    norm: str = "linf"
-    targets: int = 9
-
-    def gradients(self) -> int:
-        """Gradients taken per image, for the progress bar; a clean pass counts as one."""
-        return max(1, self.steps) * self.restarts * (self.targets if self.loss in TARGETED else 1)
-
-
-SUITES: Mapping[str, tuple[Attack, ...]] = {
-    "mnist": (
-        Attack("clean", "clean"),
-        Attack("FGSM 0.3", "fgsm", 0.3, 1),
-        Attack("FGSM 0.4", "fgsm", 0.4, 1),
-        Attack("IFGSM-10", "ifgsm", 0.3, 10),
-        Attack("IFGSM-30", "ifgsm", 0.3, 30),
-        Attack("PGD-40", "pgd", 0.3, 40, 0.02),
-    ),
-    "digits": (
-        Attack("clean", "clean"),
-        Attack("FGSM 0.2", "fgsm", 0.2, 1),
-        Attack("FGSM 0.3", "fgsm", 0.3, 1),
-        Attack("IFGSM-10", "ifgsm", 0.2, 10),
-        Attack("IFGSM-30", "ifgsm", 0.2, 30),
-        Attack("PGD-40", "pgd", 0.2, 40, 0.2 / 15),  # the same share of the ball as in the other suites
-    ),
-    "svhn": (
-        Attack("clean", "clean"),
-        Attack("FGSM 24/255", "fgsm", 24 / 255, 1),
-        Attack("IFGSM-10", "ifgsm", 24 / 255, 10),
-        Attack("IFGSM-20", "ifgsm", 24 / 255, 20),
-        Attack("IFGSM-30", "ifgsm", 24 / 255, 30),
-        Attack("PGD-40", "pgd", 24 / 255, 40, 2 / 255),
-    ),
-}
+Apply = Callable[[Any, jax.Array], jax.Array]  # (params, inputs [N, ...]) -> logits [N, K]
+Transform = Callable[[jax.Array], jax.Array]  # images as stored [N, ...] -> inputs [N, ...]
+Progress = Callable[[str, int], None]  # name of an attack, gradients since the last call
+Visit = Callable[[Attack, np.ndarray, np.ndarray, np.ndarray], None]  # attack, places, inputs, whether they are right
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one attack did to each example.
+    """What one attack did to each image.
 
     Attributes:
       correct: bool `[N]`, whether the prediction is right.
-      prediction: int32 `[N]`, the predicted class.
+      prediction: int32 `[N]`, the predicted class; -1, which is never right, where a logit is NaN.
     """
 
     correct: np.ndarray
@@ -97,282 +39,388 @@ class Outcome:
 
     @property
     def accuracy(self) -> float:
+        """The share of images that are predicted right."""
         return float(self.correct.mean())
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outcomes(Mapping[str, Outcome]):
+    """What each attack of a suite did to each image: a mapping from the attacks' names to `Outcome`s.
+
+    Attributes:
+      names: of the A attacks.
+      correct: bool `[A, N]`, whether the prediction is right.
+      prediction: int32 `[A, N]`, the predicted class; -1, which is never right, where a logit is NaN.
+    """
+
+    names: tuple[str, ...]
+    correct: np.ndarray
+    prediction: np.ndarray
+
+    def __getitem__(self, name: str) -> Outcome:
+        if name not in self.names:
+            raise KeyError(name)
+        row = self.names.index(name)
+        return Outcome(self.correct[row], self.prediction[row])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def worst_case(self) -> np.ndarray:
+        """Whether the prediction is right under every attack, bool `[N]`."""
+        return np.all(self.correct, axis=0)
+
+
 def evaluate(
-    model: nn.Module,
+    apply: Apply,
     params: Any,
     images: np.ndarray,
     labels: np.ndarray,
-    suite: Sequence[Attack],
+    attacks: Sequence[Attack],
     *,
-    transform: Transform,
-    num_classes: int,
+    transform: Transform | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 250,
     seed: int = 0,
-    progress: Callable[[str, int], None] = lambda name, gradients: None,
     mesh: Mesh | None = None,
-) -> dict[str, Outcome]:
-    """Runs each attack of `suite` on every image and keeps what became of it.
+    progress: Progress | None = None,
+    cascade: bool = False,
+) -> Outcomes:
+    """Runs each attack on every image and keeps the predictions.
 
-    Attacks use hard labels, whatever the model was trained on. The last batch is padded to full size and its padding
-    left out of the result, so no image is dropped and nothing is compiled twice. Random numbers belong to the image's
-    place in `images`, so the result does not depend on `batch_size`.
+    Random numbers belong to an image's place in `images`. So the outcome of an image depends neither on `batch_size`, nor
+    on the number of devices, the other attacks, or their order.
+
+    An attack is compiled once for all budgets of the call. What is compiled is kept for later calls only if `apply` and
+    `transform` are this library's own (`networks.apply_fn`, `data.transforms`). Of another function nobody knows whether
+    it still computes the same.
 
     Args:
-      model: network to attack.
-      params: its variables.
-      images: `[N, H, W, C]` as stored, before `transform`.
-      labels: `[N]`, integers in `[0, num_classes)`.
-      suite: attacks to run, as in `SUITES`.
-      transform: from stored images to the network's input.
-      num_classes: number of classes K.
-      batch_size: images at once.
-      seed: seed of the random starts.
-      progress: called with an attack's name and the gradients taken per image, times images, since the last call.
-      mesh: devices to split batches over that they divide; `params` must lie whole on each of them.
+      apply: parameters and inputs `[N, ...]` to logits `[N, K]`.
+      params: passed on to `apply`, a pytree of arrays.
+      images: `[N, ...]`, before `transform`.
+      labels: `[N]`, integers in `[0, K)`.
+      attacks: what to run, as in `SUITES`.
+      transform: from images as stored to what `apply` takes and attacks change. None: uint8 is divided by 255, floating
+        point stays as it is.
+      bounds: range of valid inputs.
+      batch_size: images at once, at least 1. The last batch is filled up, and its padding left out of the result.
+      seed: seed of the random numbers.
+      mesh: devices to split batches over, if they divide them.
+      progress: called with an attack's name and the number of gradients taken since the last call, summed over the images;
+        with 0 when an attack begins. All calls sum to N times `attack.gradients(K)` of all attacks: gradients that need
+        not be taken any more count as taken.
+      cascade: whether later attacks leave out the images that have fallen. Then `correct` says of each attack whether the
+        image withstood it and all before, and `prediction` of an image that has fallen is the wrong one.
 
     Returns:
-      An `Outcome` for each attack, by name, `[N]`.
+      The `Outcomes`, `[A, N]`.
+
+    Raises:
+      ValueError: if the arguments do not fit together or an attack is not possible; before anything is attacked.
     """
-    n = len(images)
-    batch_size = min(batch_size, n)
-    outcomes = {}
-    for attack in suite:
-        attack_batch = _attack_batch(model, attack, transform, num_classes)
-        predictions = []
-        for index, rows in batches(n, batch_size):
-            batch = distributed.split_batch(mesh, (images[rows], labels[rows], index))
-            predictions.append(attack_batch(params, *batch, np.uint32(seed)))
-            if len(predictions) > 1:  # one batch behind, so that the device never waits for the host
-                predictions[-2].block_until_ready()
-            progress(attack.name, min(batch_size, n - int(index[0])) * attack.gradients())
-        prediction = np.concatenate([np.asarray(p) for p in predictions])[:n]
-        outcomes[attack.name] = Outcome(prediction == labels, prediction)
-    return outcomes
+    evaluation = Evaluation(
+        programs_of(apply, transform, bounds), params, images, labels, batch_size, seed, mesh, progress
+    )
+    return evaluation.outcomes(attacks, cascade=cascade)
 
 
-def batches(n: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of one size over `n` images: their places `[B]`, and their rows, the last of which fills up the last batch."""
-    size = min(batch_size, n)
-    for first in range(0, n, size):
-        index = np.arange(first, first + size)
-        yield index, np.minimum(index, n - 1)
-
-
-@functools.lru_cache(maxsize=32)
-def _attack_batch(model: nn.Module, attack: Attack, transform: Transform, num_classes: int) -> Callable[..., jax.Array]:
-    """The jitted `(params, images, labels, index, seed) -> predicted classes`, compiled once for all models alike."""
-    make = _making(model, attack, transform, num_classes)
-
-    @jit
-    def attack_batch(params: Any, *batch: Any) -> jax.Array:
-        return networks.logits_fn(model, params)(make(params, *batch)).argmax(-1)
-
-    return attack_batch
+def predict(
+    apply: Apply,
+    params: Any,
+    images: np.ndarray,
+    *,
+    transform: Transform | None = None,
+    batch_size: int = 250,
+    mesh: Mesh | None = None,
+) -> np.ndarray:
+    """The predicted classes, int32 `[N]`; -1 where a logit is NaN. Arguments as those of `evaluate`."""
+    labels = np.zeros(len(images), np.int32)
+    return evaluate(
+        apply, params, images, labels, [_CLEAN], transform=transform, batch_size=batch_size, mesh=mesh
+    ).prediction[0]
 
 
 def transfer(
-    substitute: tuple[nn.Module, Any],
-    targets: Sequence[tuple[nn.Module, Any]],
+    substitute: tuple[Apply, Any],
+    targets: Sequence[tuple[Apply, Any]],
     images: np.ndarray,
     labels: np.ndarray,
     attack: Attack,
     *,
-    transform: Transform,
-    num_classes: int,
+    transform: Transform | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 250,
     seed: int = 0,
-    progress: Callable[[str, int], None] = lambda name, gradients: None,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
 ) -> list[Outcome]:
-    """Black-box attack: images are made for the substitute and shown to the targets (Section 4.1.2, Table 2).
+    """Black-box attack: images are made for a substitute and shown to the targets (Section 4.1.2, Table 2).
 
     Args:
-      substitute: network that the attack sees, with its variables.
-      targets: networks that are asked, with theirs; the substitute may be among them: then that one is a white box.
-      images: `[N, H, W, C]` as stored, before `transform`.
-      labels: `[N]`, integers in `[0, num_classes)`.
+      substitute: the function that the attack sees, `(apply, params)`.
+      targets: the functions that are asked, `(apply, params)` each. The substitute may be among them: that is a white box.
+      images: `[N, ...]`, before `transform`.
+      labels: `[N]`, integers in `[0, K)`.
       attack: how the images are made.
-      transform: from stored images to the networks' input, the same for all.
-      num_classes: number of classes K.
+      transform: as of `evaluate`, the same for all.
+      bounds: range of valid inputs.
       batch_size: images at once.
-      seed: seed of the random starts.
+      seed: seed of the random numbers.
+      mesh: as of `evaluate`.
       progress: as of `evaluate`.
 
     Returns:
       An `Outcome` for each target, `[N]`.
-    """
-    n = len(images)
-    batch_size = min(batch_size, n)
-    model, params = substitute
-    make, predictions = _make_batch(model, attack, transform, num_classes), []
-    for index, rows in batches(n, batch_size):
-        made = make(params, images[rows], labels[rows], index, np.uint32(seed))
-        predictions.append([_predict(target)(variables, made) for target, variables in targets])
-        if len(predictions) > 1:
-            jax.block_until_ready(predictions[-2])
-        progress(attack.name, min(batch_size, n - int(index[0])) * attack.gradients())
-    each = np.concatenate(jax.device_get(predictions), axis=1)[:, :n]
-    return [Outcome(prediction == labels, prediction) for prediction in each]
-
-
-@functools.lru_cache(maxsize=32)
-def _make_batch(model: nn.Module, attack: Attack, transform: Transform, num_classes: int) -> Callable[..., jax.Array]:
-    """`_making`, jitted."""
-    return jit(_making(model, attack, transform, num_classes))
-
-
-def _making(model: nn.Module, attack: Attack, transform: Transform, num_classes: int) -> Callable[..., jax.Array]:
-    """`(params, images, labels, index, seed) -> adversarial network inputs`."""
-
-    def make(params: Any, images: jax.Array, labels: jax.Array, index: jax.Array, seed: jax.Array) -> jax.Array:
-        x, y = transform.apply(images), soft_labels(labels, num_classes, 0.0)
-        return perturb(attack, networks.logits_fn(model, params), x, y, bounds=transform.bounds, index=index, seed=seed)
-
-    return make
-
-
-@functools.lru_cache(maxsize=32)
-def _predict(model: nn.Module) -> Callable[..., jax.Array]:
-    return jit(lambda params, x: networks.logits_fn(model, params)(x).argmax(-1))
-
-
-def perturb(
-    attack: Attack,
-    logits_fn: Callable[[jax.Array], jax.Array],
-    x: jax.Array,
-    y: jax.Array,
-    *,
-    bounds: tuple[float, float],
-    index: jax.Array,
-    seed: jax.typing.ArrayLike = 0,
-    rank: jax.typing.ArrayLike | None = None,
-) -> jax.Array:
-    """The images that `attack` makes of `x`; of "fab" those that lie within its budget, the others stay as they are.
-
-    Args:
-      attack: what to run; its budget may be traced.
-      logits_fn: images `[N, ...]` to logits `[N, K]`.
-      x: images `[N, ...]` inside `bounds`.
-      y: one-hot labels `[N, K]`.
-      bounds: range of valid images.
-      index: `[N]`, each image's place in the data set, which its random numbers depend on.
-      seed: seed of the random numbers.
-      rank: of a targeted loss: try only the wrong class of this rank, 1 for the likeliest; None for all of
-        `attack.targets`, of which the first that fools the model is kept.
-
-    Returns:
-      `[N, ...]`, as `x`.
 
     Raises:
-      ValueError: if the attack's kind or loss is unknown, or a loss needs more classes.
+      ValueError: as `evaluate`.
     """
-    check_attack(attack, y.shape[-1], x.ndim)
-    if attack.kind == "clean":
-        return x
-    labels = y.argmax(-1)
-    if attack.loss not in TARGETED:
-        loss = _loss(attack.loss, logits_fn, y)
-        return _perturb(attack, logits_fn, x, labels, None, loss, bounds, index, seed)
-    order = jnp.argsort(jnp.where(y > 0, -jnp.inf, logits_fn(x)), axis=-1)  # the label comes first, the likeliest last
+    apply, params = substitute
+    evaluation = Evaluation(
+        programs_of(apply, transform, bounds), params, images, labels, batch_size, seed, mesh, progress
+    )
+    asked = [(programs_of(apply, None, bounds).attack(_CLEAN), _placed(params, mesh)) for apply, params in targets]
 
-    def towards(rank: jax.typing.ArrayLike) -> jax.Array:
-        targets = jnp.take(order, -jnp.asarray(rank), axis=-1)
+    def show(inputs: jax.Array, batch: Any) -> list[jax.Array]:
+        return [ask(variables, inputs, *batch[1:], np.uint32(0), np.float32(0), 1)[1] for ask, variables in asked]
 
-        def loss_fn(z: jax.Array) -> jax.Array:
-            return targeted_dlr(logits_fn(z), labels, targets)
-
-        return _perturb(attack, logits_fn, x, labels, targets, loss_fn, bounds, index, seed)
-
-    if rank is not None:
-        return towards(rank)
-
-    def next_target(i: int | jax.Array, best: jax.Array) -> jax.Array:
-        fooled = logits_fn(best).argmax(-1) != labels
-        return jnp.where(fooled.reshape(-1, *[1] * (x.ndim - 1)), best, towards(i + 2))
-
-    return core.repeat(min(attack.targets, y.shape[-1] - 1) - 1, next_target, towards(1))
+    predictions = np.zeros((len(asked), len(evaluation.images)), np.int32)
+    evaluation.check([attack])
+    for batch in evaluation.run(attack, np.arange(len(evaluation.images)), show):
+        for row, shown in zip(predictions, batch.shown, strict=True):
+            row[batch.places] = np.asarray(shown)[: len(batch.places)]
+    return [Outcome(row == evaluation.labels, row) for row in predictions]
 
 
-def check_attack(attack: Attack, num_classes: int, ndim: int) -> None:
-    """Makes sure that an attack is possible.
+def in_batches(run: Callable[[np.ndarray], T], places: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, T]]:
+    """Runs a program over images in batches of one size, and yields results one batch behind, so that no device waits.
 
     Args:
-      attack: the attack.
-      num_classes: of the model.
-      ndim: axes of a batch of images.
+      run: places `[batch_size]` to what the program makes of the images there. It must not wait for the result.
+      places: of the images, `[N]`.
+      batch_size: images at once.
 
-    Raises:
-      ValueError: if not, with the attack's name and what to do.
+    Yields:
+      The places of a batch and its result. The last batch is filled up with its own images: of a result only as many rows
+      count as there are places.
     """
-    name = f"attack {attack.name!r}"
-    if attack.kind not in KINDS or attack.loss not in LOSSES:
-        raise ValueError(
-            f"{name}: kind={attack.kind!r} must be one of {', '.join(KINDS)}, and loss={attack.loss!r} one of "
-            f"{', '.join(LOSSES)}"
-        )
-    if attack.norm != "linf" and attack.kind not in ("clean", *ROUND):
-        raise ValueError(f"{name}: norm={attack.norm!r}; {attack.kind} has the l-infinity ball only, leave it out")
-    if attack.kind == "square" and ndim != 4:
-        raise ValueError(f"{name}: images have {ndim} axes; square needs [N, H, W, C], leave it out for others")
-    least = 2 if attack.kind == "fab" else {"targeted_dlr": 4, "dlr": 3}.get(attack.loss, 2)
-    if num_classes < least:
-        raise ValueError(
-            f"{name}: its loss {attack.loss} needs at least {least} classes; the model has {num_classes}: leave it out"
-        )
+    behind = None
+    for first in range(0, len(places), batch_size):
+        some = places[first : first + batch_size]
+        result = run(np.resize(some, batch_size))
+        if behind is not None:
+            yield behind
+        behind = some, result
+    if behind is not None:
+        yield behind
 
 
-def _loss(name: str, logits_fn: Callable[[jax.Array], jax.Array], y: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """Images to losses `[N]`, to be maximised."""
-    labels = y.argmax(-1)
-    of_logits = {
-        "ce": lambda logits: cross_entropy(logits, y),
-        "margin": lambda logits: margin(logits, labels),
-        "dlr": lambda logits: dlr(logits, labels),
-    }[name]
-    return lambda z: of_logits(logits_fn(z))
+class Programs:
+    """The compiled programs of one function, each compiled when it is first asked for, and once for all budgets."""
 
+    def __init__(self, apply: Apply, transform: Transform | None, bounds: tuple[float, float]):
+        self.apply = apply
+        self.transform = transform or _as_inputs
+        self.bounds = bounds
+        self._kept: dict[Hashable, Any] = {}
 
-def _perturb(
-    attack: Attack,
-    logits_fn: Callable[[jax.Array], jax.Array],
-    x: jax.Array,
-    labels: jax.Array,
-    targets: jax.Array | None,
-    loss_fn: Callable[[jax.Array], jax.Array],
-    bounds: tuple[float, float],
-    index: jax.Array,
-    seed: jax.typing.ArrayLike,
-) -> jax.Array:
-    """`perturb` with a loss, towards `targets` if it is that of some."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(jax.random.key(seed), _streams.EVALUATION), index)
-    budget: dict[str, Any] = {"eps": attack.eps, "bounds": bounds}
-    ball = {**budget, "norm": attack.norm}
-    random: dict[str, Any] = {
-        "restarts": attack.restarts,
-        "misclassified_fn": lambda z: logits_fn(z).argmax(-1) != labels,
-    }
-    match attack.kind:
-        case "fgsm":
-            return attacks.fgsm(loss_fn, x, **ball)
-        case "ifgsm":
-            return attacks.ifgsm(loss_fn, x, steps=attack.steps, step_size=attack.step_size, **budget)
-        case "mi_fgsm":
-            return attacks.mi_fgsm(loss_fn, x, steps=attack.steps, step_size=attack.step_size, **budget)
-        case "pgd":
-            return attacks.pgd(keys, loss_fn, x, steps=attack.steps, step_size=attack.step_size, **random, **ball)
-        case "apgd":
-            return attacks.apgd(keys, loss_fn, x, steps=attack.steps, **random, **ball)
-        case "fab":
-            near = attacks.fab(
-                logits_fn, x, labels, targets=targets, steps=attack.steps, restarts=attack.restarts, key=keys, **ball
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, made at the first call with this key."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]  # type: ignore[no-any-return]
+
+    def attack(self, attack: Attack) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        """The jitted `(params, images, labels, index, seed, eps, rank) -> (adversarial inputs, predicted classes)`."""
+        alike = dataclasses.replace(attack, name="", eps=0.0, targets=1)  # what the program does not depend on
+        return self.once((alike, attacks.ATTACKS.get(attack.kind)), lambda: self._attack(alike))
+
+    def _attack(self, attack: Attack) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        @jit
+        def run(
+            params: Any,
+            images: jax.Array,
+            labels: jax.Array,
+            index: jax.Array,
+            seed: jax.Array,
+            eps: jax.Array,
+            rank: jax.Array,
+        ) -> tuple[jax.Array, jax.Array]:
+            logits_fn = functools.partial(self.apply, params)
+            with_budget: Attack = dataclasses.replace(attack, eps=eps)  # type: ignore[arg-type]  # traced
+            inputs = with_budget.perturb(
+                logits_fn, self.transform(images), labels, bounds=self.bounds, index=index, seed=seed, rank=rank
             )
-            held = core.ball(attack.norm, x, attack.eps, bounds).contains(core.as_float32(near))
-            return jnp.where(core.broadcast(held, x), near, x)
-    return attacks.square(keys, lambda z: margin(logits_fn(z), labels), x, queries=attack.steps, **ball)
+            return inputs, _classes(logits_fn(inputs))
+
+        return run  # type: ignore[no-any-return]
+
+    def num_classes(self, params: Any, images: np.ndarray) -> int:
+        """The number of classes K.
+
+        Raises:
+          ValueError: if the function does not return logits `[N, K]`.
+        """
+
+        def ask() -> int:
+            shape = jax.eval_shape(lambda p, x: self.apply(p, self.transform(x)), params, images[:1]).shape
+            if len(shape) != 2 or shape[0] != 1:
+                raise ValueError(f"the model returns shape {shape} for 1 image; it must return logits (1, K)")
+            return int(shape[1])
+
+        shapes = tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(params))
+        return self.once((shapes, images.shape[1:], images.dtype), ask)
 
 
-def worst_case(outcomes: Mapping[str, Outcome]) -> np.ndarray:
-    """Per example, whether the prediction is right under every attack, bool `[N]`."""
-    return np.all([outcome.correct for outcome in outcomes.values()], axis=0)
+def programs_of(apply: Apply, transform: Transform | None, bounds: tuple[float, float]) -> Programs:
+    """The programs of a function: new ones, or, of functions marked as pure, those of earlier calls."""
+    bounds = (float(bounds[0]), float(bounds[1]))
+    if is_pure(apply) and (transform is None or is_pure(transform)):
+        return _kept_programs(apply, transform, bounds)
+    return Programs(apply, transform, bounds)
+
+
+_kept_programs = functools.lru_cache(maxsize=16)(Programs)
+
+
+class Batch(NamedTuple):
+    """A batch that has been attacked.
+
+    Attributes:
+      places: of its images, `[B]`.
+      prediction: int32 `[B]`.
+      inputs: adversarial inputs `[>= B, ...]`; what is beyond B is padding.
+      shown: what `show` made of them.
+    """
+
+    places: np.ndarray
+    prediction: np.ndarray
+    inputs: jax.Array
+    shown: Any
+
+
+class Evaluation:
+    """One function, images with their labels, and how they are cut into batches: `evaluate`, step by step."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        params: Any,
+        images: np.ndarray,
+        labels: np.ndarray,
+        batch_size: int,
+        seed: int,
+        mesh: Mesh | None = None,
+        progress: Progress | None = None,
+    ):
+        self.images, self.labels = np.asarray(images), np.asarray(labels)
+        n = len(self.images)
+        if n == 0 or self.labels.shape != (n,) or not np.issubdtype(self.labels.dtype, np.integer):
+            raise ValueError(
+                f"labels {self.labels.shape} {self.labels.dtype} must be one integer for each of {n} images, of which "
+                "there must be some"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}; it must be at least 1")
+        self.num_classes = programs.num_classes(params, self.images)
+        if self.labels.min() < 0 or self.labels.max() >= self.num_classes:
+            raise ValueError(
+                f"labels reach from {self.labels.min()} to {self.labels.max()}; the model has {self.num_classes} classes"
+            )
+        self.programs, self.params = programs, _placed(params, mesh)
+        self.batch_size, self.seed, self.mesh = min(batch_size, n), seed, mesh
+        self.progress: Progress = progress or (lambda name, gradients: None)
+
+    def check(self, attacks: Sequence[Attack]) -> None:
+        """Refuses attacks that are not possible, or share a name.
+
+        Raises:
+          ValueError: if there is one.
+        """
+        for attack in attacks:
+            attack.check(self.num_classes, self.images.ndim)
+        names = [attack.name for attack in attacks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"attacks are named {', '.join(names)}; each needs a name of its own")
+
+    def outcomes(self, attacks: Sequence[Attack], *, cascade: bool = False, visit: Visit | None = None) -> Outcomes:
+        """`evaluate`; `visit`, if given, is called with the adversarial inputs of each batch."""
+        self.check(attacks)
+        n = len(self.images)
+        correct, prediction = np.zeros((len(attacks), n), bool), np.zeros((len(attacks), n), np.int32)
+        places = np.arange(n)
+        for row, attack in enumerate(attacks):
+            if cascade and row:
+                places, prediction[row] = np.flatnonzero(correct[row - 1]), prediction[row - 1]
+            for batch in self.run(attack, places):
+                prediction[row, batch.places] = batch.prediction
+                if visit is not None:
+                    right = batch.prediction == self.labels[batch.places]
+                    visit(attack, batch.places, np.asarray(batch.inputs)[: len(batch.places)], right)
+            correct[row] = prediction[row] == self.labels
+        return Outcomes(tuple(attack.name for attack in attacks), correct, prediction)
+
+    def run(
+        self, attack: Attack, places: np.ndarray, show: Callable[[jax.Array, Any], Any] | None = None
+    ) -> Iterator[Batch]:
+        """Attacks the images at `places`, batch after batch.
+
+        A targeted attack goes over them once for each wrong class. An image that fools the model is left out from then on,
+        so of each image the last batch that has it counts.
+
+        Args:
+          attack: the attack.
+          places: of the images, `[B]`.
+          show: called with adversarial inputs and their `(images, labels, places)` while they are on the device; what it
+            returns, without waiting, is in `Batch.shown`.
+        """
+        ranks = attack.ranks(self.num_classes)
+        of_rank = attack.gradients(self.num_classes) // len(ranks)
+        fallen_before = len(self.images) - len(places)
+        self.progress(attack.name, fallen_before * of_rank * len(ranks))
+        program = self.programs.attack(attack)
+        for rank in ranks:
+
+            def dispatch(full: np.ndarray, rank: int = rank) -> tuple[jax.Array, jax.Array, Any]:
+                batch = distributed.split_batch(self.mesh, (self.images[full], self.labels[full], full))
+                seed, eps = np.uint32(self.seed), np.float32(attack.eps)
+                inputs, prediction = program(self.params, *batch, seed, eps, np.int32(rank))
+                return inputs, prediction, None if show is None else show(inputs, batch)
+
+            left = []
+            for some, (inputs, predicted, shown) in in_batches(dispatch, places, self.batch_size):
+                prediction = np.asarray(predicted)[: len(some)]
+                right = prediction == self.labels[some]
+                yield Batch(some, prediction, inputs, shown)
+                left.append(some[right])
+                done_with = len(some) + (len(ranks) - rank) * int((~right).sum())
+                self.progress(attack.name, done_with * of_rank)
+            places = np.concatenate([places[:0], *left])
+
+
+_CLEAN = Attack("clean", CLEAN)
+
+
+def _classes(logits: jax.Array) -> jax.Array:
+    """The predicted classes, int32 `[N]`; -1, which is never right, where a logit is NaN."""
+    return jnp.where(jnp.isnan(logits).any(-1), -1, logits.argmax(-1)).astype(jnp.int32)
+
+
+def _as_inputs(images: jax.Array) -> jax.Array:
+    if images.dtype == jnp.uint8:
+        return images.astype(jnp.float32) / 255
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images are {images.dtype}; they must be uint8 or floating point, or need a transform")
+    return images
+
+
+def _placed(params: Any, mesh: Mesh | None) -> Any:
+    """Parameters bound to the devices that they lie on, or to all of the mesh: else one program is compiled for either."""
+    if mesh is not None:
+        return distributed.replicate(mesh, params)
+    arrays = jax.device_put(params)
+    return jax.tree.map(lambda a: jax.device_put(a, a.sharding), arrays)

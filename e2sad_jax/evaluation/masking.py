@@ -1,12 +1,11 @@
-"""Named checks for gradient masking, each a number beside a bound.
+"""Checks for gradient masking: each a measured number and the bound that it is held to.
 
 From Athalye et al., 2018 (https://arxiv.org/abs/1802.00420), Carlini et al., 2019 (https://arxiv.org/abs/1902.06705), and,
 for catastrophic overfitting, Andriushchenko & Flammarion, 2020 (https://arxiv.org/abs/2007.02617).
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,16 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax import _streams
-from e2sad_jax._compile import jit
-from e2sad_jax.attacks.core import finite, input_gradient, linf_ball, unit
-from e2sad_jax.evaluation.auto import Apply
-from e2sad_jax.evaluation.evaluator import batches
-from e2sad_jax.evaluation.model import Subject
+from e2sad_jax.attacks import core
+from e2sad_jax.evaluation.evaluator import Programs
+from e2sad_jax.evaluation.model import Model
 from e2sad_jax.losses import cross_entropy
 
-SMALL = 0.02  # of accuracies: what a few images may do by chance
-FAR = 0.2  # FGSM above PGD: honest models of the papers differ by about a tenth
-ALIGNED = 0.2  # of gradients at two points of the ball: a model that overfits to one step has it near zero
+MAX_SHARE = 0.02  # of the images: what a few of them may do by chance
+MAX_GAP = 0.2  # of FGSM above PGD: honest models of the papers differ by about a tenth
+MIN_ALIGNMENT = 0.2  # of gradients at two points of the ball: near zero for a model that overfits to one step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +28,11 @@ class Check:
     """One check.
 
     Attributes:
-      name: what it is called.
-      value: the number that was found.
+      name: what is measured.
+      value: the number that was measured.
       bound: what it is held to.
-      below: whether it must be at most, rather than at least, `bound`.
-      means: what a breach says, a clause in plain words.
+      below: whether the value must be at most, rather than at least, `bound`.
+      means: what a value beyond the bound says about the model, a clause.
     """
 
     name: str
@@ -46,99 +43,16 @@ class Check:
 
     @property
     def suspicious(self) -> bool:
-        """Whether the number is beyond the bound; NaN is."""
+        """Whether the value is beyond the bound; NaN is."""
         return not (self.value <= self.bound if self.below else self.value >= self.bound)
-
-
-def checks(
-    *,
-    clean: np.ndarray,
-    fgsm: np.ndarray,
-    pgd: np.ndarray,
-    white_box: np.ndarray,
-    black_box: dict[str, np.ndarray],
-    whole_range: np.ndarray,
-    gradients: "Gradients",
-    loss_fell: float,
-) -> list[Check]:
-    """The checks, from what was measured.
-
-    Args:
-      clean: right without attack, bool `[N]`; so all of the following under theirs.
-      fgsm: FGSM.
-      pgd: PGD, at the same budget.
-      white_box: every attack that takes gradients.
-      black_box: those that take none of this model's, by name.
-      whole_range: PGD whose ball is all images.
-      gradients: of the clean images.
-      loss_fell: share of the images that PGD leaves with a lower loss than they had.
-    """
-    found = [
-        Check(
-            "FGSM above clean",
-            float(fgsm.mean() - clean.mean()),
-            SMALL,
-            True,
-            "images that FGSM made are easier than clean ones (label leaking)",
-        ),
-        Check(
-            "FGSM above PGD",
-            float(fgsm.mean() - pgd.mean()),
-            FAR,
-            True,
-            "one large step fails where small ones succeed: the loss is bent along the first gradient (catastrophic "
-            "overfitting)",
-        ),
-    ]
-    for name, right in black_box.items():
-        found.append(
-            Check(
-                f"{name} beats gradients",
-                float((white_box & clean & ~right).mean()),
-                SMALL,
-                True,
-                f"{name}, without gradients, fools images that no attack with them does",
-            )
-        )
-    found += [
-        Check(
-            "zero gradients",
-            gradients.zero,
-            SMALL,
-            True,
-            "some images have no gradient to follow (saturation or rounding)",
-        ),
-        Check(
-            "loss lower after the attack",
-            loss_fell,
-            SMALL,
-            True,
-            "following the gradient does not raise the loss",
-        ),
-        Check(
-            "right in the whole range",
-            float(whole_range.mean()),
-            SMALL,
-            True,
-            "images stand an attack that may turn them into anything",
-        ),
-        Check(
-            "gradient alignment",
-            gradients.alignment,
-            ALIGNED,
-            False,
-            "the gradient points elsewhere a little way off: single-step attacks see another loss than there is",
-        ),
-    ]
-    return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Gradients:
-    """Of the cross-entropy in the images.
+    """Gradients of the cross-entropy with respect to the images.
 
     Attributes:
-      zero: share of images whose gradient is exactly zero, or NaN somewhere.
+      zero: share of images whose gradient is exactly zero, or not finite somewhere.
       alignment: cosine between the gradients at an image and at a random point of its ball, mean over the images.
     """
 
@@ -146,64 +60,98 @@ class Gradients:
     alignment: float
 
 
-def gradients(subject: Subject, eps: float) -> Gradients:
-    """Gradients at clean images and at uniform random points of their l-infinity balls."""
-    of_batch, n = _gradients(subject.apply, subject.bounds), len(subject.x)
-    parts: list[Sequence[np.ndarray]] = []
-    for index, rows in batches(n, subject.batch_size):
-        seed, budget = np.uint32(subject.seed), np.float32(eps)
-        parts.append(
-            jax.device_get(of_batch(subject.params, subject.x[rows], subject.labels[rows], index, seed, budget))
-        )
-    zero, cosine = (np.concatenate(column)[:n] for column in zip(*parts, strict=True))
-    return Gradients(float(zero.mean()), float(cosine.mean()))
+def run_checks(
+    *,
+    clean: np.ndarray,
+    fgsm: np.ndarray,
+    pgd: np.ndarray,
+    white_box: np.ndarray,
+    black_box: Mapping[str, np.ndarray],
+    whole_range: np.ndarray,
+    gradients: Gradients,
+    loss_decreased: float,
+) -> list[Check]:
+    """The checks, from what was measured.
 
-
-@functools.lru_cache(maxsize=16)
-def _gradients(apply: Apply, bounds: tuple[float, float]) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    @jit
-    def of_batch(
-        params: Any, x: jax.Array, labels: jax.Array, index: jax.Array, seed: jax.Array, eps: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        def loss_fn(z: jax.Array) -> jax.Array:
-            logits = apply(params, z)
-            return cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1]))
-
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.fold_in(jax.random.key(seed), _streams.MASKING), index
-        )
-        limits = linf_ball(x, eps, bounds)
-        near = limits.project(x + eps * limits.sample(keys, x))
-        both = [input_gradient(loss_fn, z).reshape(len(x), -1) for z in (x, near)]
-        broken = ~jnp.isfinite(both[0]).all(1)  # nothing to follow either
-        here, there = map(finite, both)
-        cosine = (unit(here) * unit(there)).sum(1)
-        return (here == 0).all(1) | broken, cosine
-
-    return of_batch  # type: ignore[no-any-return]
-
-
-def losses(subject: Subject, images: np.ndarray) -> np.ndarray:
-    """Cross-entropy of each image with its label, `[N]`."""
-    of_batch, n = _losses(subject.apply), len(images)
-    parts = [
-        np.asarray(of_batch(subject.params, images[rows], subject.labels[rows]))
-        for _, rows in batches(n, subject.batch_size)
+    Args:
+      clean: whether each image is right without attack, bool `[N]`; the next five likewise, under attack.
+      fgsm: under FGSM.
+      pgd: under PGD with the same budget.
+      white_box: under every attack that takes gradients.
+      black_box: under each attack that takes none of this model's, by name.
+      whole_range: under PGD that may turn an image into any other.
+      gradients: at the clean images.
+      loss_decreased: share of the images that PGD leaves with a lower loss than they had.
+    """
+    gaps = [
+        Check(
+            "FGSM above clean",
+            float(fgsm.mean() - clean.mean()),
+            MAX_SHARE,
+            True,
+            "images that FGSM made are easier than clean ones (label leaking)",
+        ),
+        Check(
+            "FGSM above PGD",
+            float(fgsm.mean() - pgd.mean()),
+            MAX_GAP,
+            True,
+            "one large step fails where small ones succeed: the loss is bent along the first gradient (catastrophic "
+            "overfitting)",
+        ),
     ]
-    return np.concatenate(parts)[:n]
-
-
-@functools.lru_cache(maxsize=16)
-def _losses(apply: Apply) -> Callable[..., jax.Array]:
-    def of_batch(params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = apply(params, x)
-        return cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1]))
-
-    return jit(of_batch)  # type: ignore[no-any-return]
+    without_gradients = [
+        Check(
+            f"{name} beats gradients",
+            float((white_box & clean & ~right).mean()),
+            MAX_SHARE,
+            True,
+            f"{name}, without gradients, fools images that no attack with them does",
+        )
+        for name, right in black_box.items()
+    ]
+    return [
+        *gaps,
+        *without_gradients,
+        Check(
+            "zero gradients",
+            gradients.zero,
+            MAX_SHARE,
+            True,
+            "some images have no gradient to follow (saturation or rounding)",
+        ),
+        Check(
+            "loss lower after the attack",
+            loss_decreased,
+            MAX_SHARE,
+            True,
+            "following the gradient does not raise the loss",
+        ),
+        Check(
+            "right in the whole range",
+            float(whole_range.mean()),
+            MAX_SHARE,
+            True,
+            "images withstand an attack that may turn them into anything",
+        ),
+        Check(
+            "gradient alignment",
+            gradients.alignment,
+            MIN_ALIGNMENT,
+            False,
+            "the gradient changes its direction within the ball: single-step attacks see another loss than there is",
+        ),
+    ]
 
 
 def verdict(name: str, found: Sequence[Check], images: int) -> str:
-    """A sentence in plain words."""
+    """What the checks say about a model, in a sentence or two.
+
+    Args:
+      name: of the model.
+      found: the checks.
+      images: the number of images that they were made on.
+    """
     breaches = [check for check in found if check.suspicious]
     if not breaches:
         return (
@@ -215,3 +163,41 @@ def verdict(name: str, found: Sequence[Check], images: int) -> str:
         f"{name}: {len(breaches)} of {len(found)} checks on {images:,} images speak of gradient masking ({why}). Trust no "
         "accuracy under attacks with gradients alone."
     )
+
+
+def gradients(model: Model, eps: float) -> Gradients:
+    """Gradients at the clean images and at uniform random points of their l-infinity balls."""
+    zero, cosine = model.per_image(_gradients, np.uint32(model.seed), np.float32(eps))
+    return Gradients(float(zero.mean()), float(cosine.mean()))
+
+
+def losses(model: Model, images: np.ndarray) -> np.ndarray:
+    """Cross-entropy of each image with its label, `[N]`."""
+    return model.per_image(_losses, images=images)[0]
+
+
+def _loss(programs: Programs, params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
+    logits = programs.apply(params, x)
+    return cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1]))
+
+
+def _losses(
+    programs: Programs, params: Any, x: jax.Array, labels: jax.Array, places: jax.Array
+) -> tuple[jax.Array, ...]:
+    return (_loss(programs, params, x, labels),)
+
+
+def _gradients(
+    programs: Programs, params: Any, x: jax.Array, labels: jax.Array, places: jax.Array, seed: jax.Array, eps: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Whether there is no gradient to follow, and the cosine."""
+    key = jax.random.fold_in(jax.random.key(seed), _streams.MASKING)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
+    limits = core.linf_ball(x, eps, programs.bounds)
+    near = limits.project(x + eps * limits.sample(keys, x))
+    here, there = (
+        core.input_gradient(lambda z: _loss(programs, params, z, labels), z).reshape(len(x), -1) for z in (x, near)
+    )
+    broken = ~jnp.isfinite(here).all(1)
+    cosine = (core.unit(core.finite(here)) * core.unit(core.finite(there))).sum(1)
+    return (core.finite(here) == 0).all(1) | broken, cosine

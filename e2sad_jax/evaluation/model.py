@@ -1,108 +1,193 @@
-"""Who is judged: a function from images to logits, with images and labels."""
+"""A model to be evaluated: a function from images to logits, with the images and labels to evaluate it on."""
 
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from e2sad_jax import networks
+from e2sad_jax import distributed
+from e2sad_jax._compile import jit
 from e2sad_jax.errors import DataError, first_line
-from e2sad_jax.evaluation.auto import Apply, attack_fn, predict
-from e2sad_jax.evaluation.evaluator import Attack, batches, check_attack
-
-if TYPE_CHECKING:
-    from e2sad_jax.runs.classifier import Classifier
+from e2sad_jax.evaluation.attack import CLEAN, Attack
+from e2sad_jax.evaluation.autoattack import AutoResult, run_stages
+from e2sad_jax.evaluation.evaluator import Apply, Evaluation, Outcomes, Programs, Progress, in_batches, programs_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Subject:
-    """A model and the images that it is judged on.
+class Model:
+    """A model and the images that it is evaluated on.
 
     Attributes:
-      name: what it is called in tables.
-      apply: parameters and images `[N, ...]` to logits `[N, K]`.
+      name: its name in tables.
+      apply: parameters and inputs `[N, ...]` to logits `[N, K]`.
       params: passed on to `apply`.
-      x: images as `apply` takes them, `[N, ...]`, float32, inside `bounds`.
+      images: inputs as `apply` takes them, `[N, ...]`, float32, inside `bounds`.
       labels: `[N]`, integers in `[0, K)`.
-      bounds: range of valid images.
+      bounds: range of valid inputs.
       batch_size: images at once.
-      seed: of all random numbers.
+      seed: seed of all random numbers.
+      mesh: devices to split batches over, if they divide them; None for one device.
     """
 
     name: str
     apply: Apply
     params: Any
-    x: np.ndarray
+    images: np.ndarray
     labels: np.ndarray
     bounds: tuple[float, float] = (0.0, 1.0)
     batch_size: int = 250
     seed: int = 0
+    mesh: Mesh | None = None
+    _programs: Programs | None = dataclasses.field(default=None, init=False, repr=False)
 
     @property
-    def classes(self) -> int:
+    def num_classes(self) -> int:
         """The number of classes K."""
-        return int(jax.eval_shape(self.apply, self.params, self.x[:1]).shape[-1])
+        return self._compiled().num_classes(self.params, self.images)
+
+    def evaluate(self, attacks: Sequence[Attack], *, restart: int = 0, progress: Progress | None = None) -> Outcomes:
+        """`evaluate` of this model.
+
+        Args:
+          attacks: what to run.
+          restart: another number draws other random numbers.
+          progress: as of `evaluate`.
+        """
+        return self._evaluation(restart, progress).outcomes(attacks)
 
     def clean(self) -> np.ndarray:
         """Whether each prediction is right, bool `[N]`."""
-        return predict(self.apply, self.params, self.x, self.batch_size) == self.labels
+        return self.right_on(self.images)
 
-    def under(self, attack: Attack, restart: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """The predicted classes of images `[N, ...]`, others or these, int32 `[N]`; -1 where a logit is NaN."""
+        return self._evaluation(0, None, images).outcomes([Attack("clean", CLEAN)]).prediction[0]
+
+    def right_on(self, images: np.ndarray) -> np.ndarray:
+        """Whether each prediction of other images `[N, ...]` of the same labels is right, bool `[N]`."""
+        return self.predict(images) == self.labels
+
+    def under(
+        self, attack: Attack, restart: int = 0, progress: Progress | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Whether each prediction is right under an attack, bool `[N]`, and the attacked images `[N, ...]`.
 
         Args:
           attack: the attack.
           restart: another number draws other random numbers.
+          progress: as of `evaluate`.
         """
-        check_attack(attack, self.classes, self.x.ndim)
-        seed = np.uint32(zlib.crc32(f"{self.seed} {restart}".encode()) if restart else self.seed)
-        run, n = attack_fn(self.apply, attack, self.bounds), len(self.x)
-        made, right = [], []
-        for index, rows in batches(n, self.batch_size):
-            images, prediction = run(
-                self.params, self.x[rows], self.labels[rows], index, seed, np.float32(attack.eps), None
-            )
-            made.append(np.asarray(images))
-            right.append(np.asarray(prediction) == self.labels[rows])
-        return np.concatenate(right)[:n], np.concatenate(made)[:n]
+        attacked = np.array(self.images)
 
-    def right_on(self, images: np.ndarray) -> np.ndarray:
-        """Whether each prediction for other images of the same labels is right, bool `[N]`."""
-        return predict(self.apply, self.params, images, self.batch_size) == self.labels
+        def visit(attack: Attack, places: np.ndarray, inputs: np.ndarray, right: np.ndarray) -> None:
+            attacked[places] = inputs
+
+        outcomes = self._evaluation(restart, progress).outcomes([attack], visit=visit)
+        return outcomes.correct[0], attacked
+
+    def auto(
+        self, stages: Sequence[Attack], *, eps: float, norm: str = "linf", progress: Progress | None = None
+    ) -> AutoResult:
+        """`auto` of this model."""
+        return run_stages(self._evaluation(0, progress), stages, eps=eps, norm=norm)
+
+    def per_image(
+        self, function: Callable[..., tuple[jax.Array, ...]], *arguments: Any, images: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        """What a function computes for each image.
+
+        Args:
+          function: a function of a module, `(programs, params, images, labels, places, *arguments) -> arrays [N]`;
+            `programs.apply` and `programs.bounds` are the model's.
+          *arguments: numbers, which are traced.
+          images: others than the model's own, of the same labels.
+
+        Returns:
+          The arrays, `[N]`.
+        """
+        programs, images = self._compiled(), self.images if images is None else images
+        program = programs.once(function, lambda: jit(functools.partial(function, programs)))
+        params = distributed.replicate(self.mesh, self.params)
+
+        def run(full: np.ndarray) -> Any:
+            batch = distributed.split_batch(self.mesh, (images[full], self.labels[full], full))
+            return program(params, *batch, *arguments)
+
+        parts = [
+            [np.asarray(column)[: len(places)] for column in result]
+            for places, result in in_batches(run, np.arange(len(images)), min(self.batch_size, len(images)))
+        ]
+        return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+    def compiled(self) -> "Model":
+        """The same model, which compiles each program once, for several measurements while its function stays the same."""
+        model = dataclasses.replace(self)
+        object.__setattr__(model, "_programs", self._compiled())
+        return model
+
+    def _compiled(self) -> Programs:
+        return self._programs or programs_of(self.apply, None, self.bounds)
+
+    def _evaluation(self, restart: int, progress: Progress | None, images: Any = None) -> Evaluation:
+        seed = zlib.crc32(f"{self.seed} {restart}".encode()) if restart else self.seed
+        images = self.images if images is None else images
+        return Evaluation(
+            self._compiled(), self.params, images, self.labels, self.batch_size, seed, self.mesh, progress
+        )
+
+
+class Classifier(Protocol):
+    """What `of_classifier` takes: `e2sad_jax.load` returns it."""
+
+    @property
+    def apply(self) -> Apply: ...
+    @property
+    def params(self) -> Any: ...
+    @property
+    def transform(self) -> Any: ...
+    @property
+    def config(self) -> Any: ...
 
 
 def of_classifier(
-    classifier: "Classifier",
+    classifier: Classifier,
     images: np.ndarray,
     labels: np.ndarray,
     *,
     name: str = "",
     batch_size: int = 250,
     seed: int = 0,
-) -> Subject:
-    """A model of this library, as `e2sad_jax.load` returns it, with test images as stored."""
-    return Subject(
+    mesh: Mesh | None = None,
+) -> Model:
+    """A trained classifier of this library, with images to evaluate it on.
+
+    Args:
+      classifier: as `e2sad_jax.load` returns it.
+      images: `[N, H, W, C]` as stored, before the classifier's transform.
+      labels: `[N]`, integers in `[0, K)`.
+      name: its name in tables; empty for that of its defense.
+      batch_size: images at once.
+      seed: seed of all random numbers.
+      mesh: devices to split batches over.
+    """
+    transform = classifier.transform
+    return Model(
         name or classifier.config.defense,
-        apply_of(classifier.model),
+        classifier.apply,
         classifier.params,
-        np.asarray(classifier.transform.apply(jnp.asarray(images)), np.float32),
+        np.asarray(transform.apply(jnp.asarray(images)), np.float32),
         np.asarray(labels),
-        classifier.transform.bounds,
+        transform.bounds,
         batch_size,
         seed,
+        mesh,
     )
-
-
-@functools.lru_cache(maxsize=8)
-def apply_of(model: nn.Module) -> Apply:
-    """A network as a function of its variables and inputs, the same one for equal networks."""
-    return lambda params, x: networks.logits_fn(model, params)(x)
 
 
 def of_function(
@@ -114,17 +199,19 @@ def of_function(
     name: str = "model",
     batch_size: int = 250,
     seed: int = 0,
-) -> Subject:
-    """Anyone's model: a function that JAX can differentiate.
+    mesh: Mesh | None = None,
+) -> Model:
+    """Anyone's model: a function that JAX can differentiate, with images to evaluate it on.
 
     Args:
       logits_fn: images `[N, ...]`, float32 in [0, 1], to logits `[N, K]`; with `params`, of those and images.
       images: `[N, ...]`, uint8, or floating point in [0, 1].
       labels: `[N]`, integers in `[0, K)`.
-      params: the model's arrays. Those that a function holds itself become a part of each program that is compiled.
-      name: what it is called in tables.
+      params: the model's arrays. Arrays that a function holds itself become a part of each program that is compiled.
+      name: its name in tables.
       batch_size: images at once.
-      seed: of all random numbers.
+      seed: seed of all random numbers.
+      mesh: devices to split batches over.
 
     Raises:
       DataError: if images or labels are not that, or the function does not return logits for them.
@@ -140,7 +227,12 @@ def of_function(
         raise DataError(
             f"{name}: images are {images.dtype} {images.shape}; they must be some, uint8 or floating point in [0, 1]"
         )
-    apply = _without_params(logits_fn) if params is None else logits_fn
+    apply: Apply = logits_fn
+    if params is None:
+
+        def apply(params: Any, x: jax.Array) -> jax.Array:
+            return logits_fn(x)
+
     try:
         shape = jax.eval_shape(apply, params, jax.ShapeDtypeStruct((2, *images.shape[1:]), jnp.float32)).shape
     except Exception as error:  # whatever the function raises
@@ -153,10 +245,4 @@ def of_function(
         raise DataError(f"{name}: labels are {labels.dtype} {labels.shape}; they must be integers ({len(images)},)")
     if labels.min() < 0 or labels.max() >= shape[1]:
         raise DataError(f"{name}: labels reach from {labels.min()} to {labels.max()}; the model has {shape[1]} classes")
-
-    return Subject(name, apply, params, images.astype(np.float32), labels, (0.0, 1.0), batch_size, seed)
-
-
-@functools.lru_cache(maxsize=4)
-def _without_params(logits_fn: Callable[[jax.Array], jax.Array]) -> Apply:
-    return lambda params, x: logits_fn(x)
+    return Model(name, apply, params, images.astype(np.float32), labels, (0.0, 1.0), batch_size, seed, mesh)

@@ -4,9 +4,9 @@
 >>> import jax.numpy as jnp
 >>> from e2sad_jax import networks
 >>> model = networks.create("digits_cnn", num_classes=10, image_shape=(8, 8, 1))
->>> params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
->>> networks.apply_fn(model)(params, jnp.zeros((5, 8, 8, 1))).shape
-(5, 10)
+>>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+>>> networks.count_parameters(variables)
+48842
 """
 
 import functools
@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from e2sad_jax._compile import pure
 from e2sad_jax.errors import DataError
 from e2sad_jax.networks import batch_stats
 from e2sad_jax.networks.cnn import MnistCNN, SvhnCNN
@@ -70,6 +71,7 @@ def apply_fn(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
     outside of training; `params` are all of the network's variables.
     """
 
+    @pure
     def apply(params: Any, x: jax.Array) -> jax.Array:
         return cast(jax.Array, model.apply(params, x))
 

@@ -12,8 +12,8 @@ from flax.core import FrozenDict
 
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.defenses import DEFENSES, Defense, Setting, readers
-from e2sad_jax.defenses._registry import short
-from e2sad_jax.errors import ConfigError
+from e2sad_jax.errors import ConfigError, quoted
+from e2sad_jax.networks import NETWORKS
 
 SCHEDULES = ("constant", "cyclic", "piecewise", "cosine")
 PRESETS = ("paper", "robust")
@@ -83,7 +83,7 @@ class Config:
     defense: str = setting("e2sad", "how to train", choices=DEFENSES)
     settings: Mapping[str, Any] = FrozenDict()
     data: str = setting("mnist", "mnist, svhn, digits, or a file PATH.npz", identity=False)
-    model: str = setting("mnist_cnn", "network", choices=("mnist_cnn", "svhn_cnn", "digits_cnn", "preact_resnet18"))
+    model: str = setting("mnist_cnn", "network", choices=tuple(NETWORKS))
     transform: str = setting("unit", "input transform; every eps is in its units", choices=("unit", "standardize"))
     steps: int = setting(30_000, "training steps", lower=1, identity=False)
     epochs: float = setting(
@@ -175,8 +175,8 @@ class Config:
           ConfigError: if a setting is unknown, not the defense's, has another type, or is out of range.
         """
         if not isinstance(values, Mapping):
-            raise ConfigError(f"the settings are {short(values)}; they must be given by name")
-        return configure(**{name if isinstance(name, str) else short(name): value for name, value in values.items()})
+            raise ConfigError(f"the settings are {quoted(values)}; they must be given by name")
+        return configure(**{name if isinstance(name, str) else quoted(name): value for name, value in values.items()})
 
     def identity(self) -> dict[str, Any]:
         """The settings that make two runs different runs, without those that change nothing in this one."""
@@ -252,11 +252,11 @@ def _not_read(name: str, value: object, defense: str) -> str:
     """Why a setting that the defense does not read is refused."""
     if reading := readers(name):
         return (
-            f"--{name}={short(value)}: --defense={defense} does not read it; leave it out, or train one that does: "
+            f"--{name}={quoted(value)}: --defense={defense} does not read it; leave it out, or train one that does: "
             f"{', '.join(reading)}"
         )
     known = ", ".join([*(field.name for field in COMMON), *DEFENSES[defense].defaults()])
-    return f"unknown setting {short(name)}; --defense={defense} has {known}"
+    return f"unknown setting {quoted(name)}; --defense={defense} has {known}"
 
 
 def check_at_least(request: object, **bounds: int) -> None:

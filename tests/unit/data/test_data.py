@@ -1,6 +1,7 @@
 """Data sets: the embedded digits, known names, splits, the command line."""
 
 import pathlib
+import runpy
 import socket
 import subprocess
 import sys
@@ -104,7 +105,8 @@ def test_default_data_dir(monkeypatch, tmp_path):
         assert data.default_data_dir() == tmp_path / ".cache" / "e2sad_jax"
 
 
-def test_import_is_cheap_and_no_device_is_touched_and_without_tensorflow_datasets_the_error_says_what_to_do(tmp_path):
+def test_import_is_light_and_the_error_without_tensorflow_datasets_helps(tmp_path):
+    """Neither importing nor loading touches a device."""
     out = python(
         "import sys, e2sad_jax; before = set(sys.modules)\n"
         "from e2sad_jax import data\n"
@@ -183,17 +185,16 @@ def test_parts_keep_images_with_their_labels():
 # Command line ---------------------------------------------------------------------------------------------------------
 
 
-def test_export_of_digits(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "e2sad_jax.data", "digits", "--to=d.npz"],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(pathlib.Path(data.__file__).parents[3]), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("wrote d.npz: digits, 1442 train and 355 test images of 28x28x1 uint8, 10 classes")
+def test_export_of_digits(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["data", "digits", "--to=d.npz"])
+    monkeypatch.delitem(sys.modules, "e2sad_jax.data.__main__")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("e2sad_jax.data", run_name="__main__", alter_sys=True)
+    assert ended.value.code == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith("wrote d.npz: digits, 1442 train and 355 test images of 28x28x1 uint8, 10 classes")
     assert data.load(str(tmp_path / "d.npz")).sha256 == data.load("digits").sha256
     assert data.load(str(tmp_path / "d.npz")).name == "digits"
 

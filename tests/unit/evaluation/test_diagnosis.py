@@ -15,7 +15,8 @@ from e2sad_jax.errors import ConfigError, DataError
 from e2sad_jax.evaluation import Effort, diagnose, masking, of_function
 from e2sad_jax.runs import evaluate as diagnosis
 from e2sad_jax.runs import run as training
-from tests.unit.training.test_train import no_evaluation, no_last_evaluation, standard_promotion, tiny_config  # noqa: F401
+from tests.helpers import tiny_config
+from tests.unit.training.test_train import no_evaluation, no_last_evaluation, standard_promotion  # noqa: F401
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 N, K, EPS = 40, 4, 0.1

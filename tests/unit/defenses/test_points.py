@@ -1,4 +1,4 @@
-"""Later defenses: on linear models, where points and penalties are known, by hand, and by finite differences."""
+"""The later defenses on linear models, where points and penalties are known."""
 
 import functools
 from collections.abc import Callable
@@ -8,38 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_defenses import (
-    EPS,
-    KEY,
-    STEPS,
-    LogitsFn,
-    N,
-    Weights,
-    batch,
-    close,
-    defended,
-    draw,
-    net,
-    refuses_integer_labels,
-    step_flops,
-    training_decreases_the_loss,
-)
 
 from e2sad_jax import defenses, losses
+from tests.unit.defenses.toy import EPS, KEY, LogitsFn, N, batch, close, draw, net, registered
 
-DELTA = jnp.asarray(np.random.RandomState(5).uniform(-EPS, EPS, (N, 3, 4, 1)), jnp.float32)
-
-# Every defense as a function of logits_fn, x, y; its settings may be overridden.
+# The later defenses as functions of logits_fn, x, y; their arguments may be overridden.
 DEFENSES: dict[str, Callable[..., Any]] = {
-    "rs_fgsm": functools.partial(defenses.rs_fgsm, key=KEY, eps=EPS),
-    "n_fgsm": functools.partial(defenses.n_fgsm, key=KEY, eps=EPS),
-    "free": functools.partial(defenses.free, delta=DELTA, eps=EPS),
-    "trades": functools.partial(defenses.trades, key=KEY, eps=EPS, steps=STEPS),
-    "grad_align": functools.partial(defenses.grad_align, key=KEY, eps=EPS, weight=0.5),
-    "input_gradient": functools.partial(defenses.input_gradient, weight=0.7),
+    "rs_fgsm": registered("rs_fgsm"),
+    "n_fgsm": registered("n_fgsm"),
+    "free": registered("free"),
+    "trades": registered("trades"),
+    "grad_align": functools.partial(registered("grad_align"), weight=0.5),
+    "input_gradient": functools.partial(registered("input_gradient"), weight=0.7),
 }
 NOISY = ["rs_fgsm", "n_fgsm", "trades", "grad_align"]
-every_defense = pytest.mark.parametrize("name", DEFENSES)
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
@@ -215,7 +197,7 @@ def test_without_budget_it_is_natural_training(name):
 )
 def test_without_its_weight_nothing_is_left_of_the_regulariser(name, weight):
     (x, y), weights = batch(), draw()
-    plain = functools.partial(defenses.fgsm_training, alpha=0, eps=EPS) if name == "grad_align" else defenses.natural
+    plain = functools.partial(defenses.fgsm, alpha=0, eps=EPS) if name == "grad_align" else defenses.natural
     got, want = (
         jax.grad(lambda w, f=f: f(net(w), x, y)[0])(weights)
         for f in (functools.partial(DEFENSES[name], **weight), plain)
@@ -234,103 +216,7 @@ def test_noise_is_each_images_own_and_repeats_by_key(name):
         np.testing.assert_allclose(trained_on(name, f, x, y)[: N // 2], half, atol=1e-6)
 
 
-def test_rs_fgsm_is_one_step_of_pgd_minmax():
+def test_rs_fgsm_is_one_step_of_pgd():
     (x, y), weights = batch(), draw()
-    pgd = functools.partial(defenses.pgd_minmax, key=KEY, eps=EPS, steps=1, step_size=1.25 * EPS)
+    pgd = functools.partial(defenses.pgd, key=KEY, eps=EPS, steps=1, step_size=1.25 * EPS)
     np.testing.assert_array_equal(DEFENSES["rs_fgsm"](net(weights), x, y)[0], pgd(net(weights), x, y)[0])
-
-
-# --- derivatives, transformations, training
-
-
-@every_defense
-def test_gradient_against_finite_differences(name):
-    """In float64; the penalties are second derivatives. No sign turns within so small a step."""
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        (x, y), weights = batch(dtype=jnp.float64), draw(dtype=jnp.float64)
-        both = jax.jit(jax.value_and_grad(lambda w: DEFENSES[name](net(w), x, y)[0]))
-        _, gradient = both(weights)
-        rs, step = np.random.RandomState(0), 1e-5
-        for _ in range(3):
-            way = {key: rs.randn(*leaf.shape) for key, leaf in weights.items()}
-            up, down = (both({key: leaf + s * step * way[key] for key, leaf in weights.items()})[0] for s in (1, -1))
-            slope = sum((gradient[key] * way[key]).sum() for key in weights)
-            np.testing.assert_allclose((up - down) / (2 * step), slope, rtol=1e-6, atol=1e-8)
-            assert abs(slope) > 1e-4
-
-
-@every_defense
-@pytest.mark.parametrize("change", ["zero w1", "zero w2", "zero all", "saturated"])
-def test_finite_where_gradients_vanish_and_where_logits_saturate(name, change):
-    (x, y), weights = batch(0), draw()
-    for key in {"zero w1": ["w1"], "zero w2": ["w2"], "zero all": ["w1", "b1", "w2"]}.get(change, []):
-        weights |= {key: jnp.zeros_like(weights[key])}
-    if change == "saturated":
-        weights |= {"w2": 1e4 * weights["w2"]}
-    for leaf in jax.tree.leaves(defended(DEFENSES[name])(weights, x, y)):
-        assert np.isfinite(leaf).all()
-
-
-@every_defense
-def test_jit_and_vmap_over_models_with_traced_settings(name):
-    """One program for several models, each with another budget or weight."""
-    (x, y), models_ = batch(), [draw(seed) for seed in range(3)]
-    argument = "weight" if name == "input_gradient" else "eps"
-    values = jnp.asarray([0.1, 0.15, 0.2])
-
-    def run(weights: Weights, value: jax.Array) -> Any:
-        return DEFENSES[name](net(weights), x, y, **{argument: value})
-
-    want = [DEFENSES[name](net(w), x, y, **{argument: float(v)}) for w, v in zip(models_, values, strict=True)]
-    stacked = jax.jit(jax.vmap(run))(jax.tree.map(lambda *w: jnp.stack(w), *models_), values)
-    close(stacked, jax.tree.map(lambda *v: jnp.stack(v), *want))
-
-
-@every_defense
-def test_training_decreases_the_loss(name):
-    training_decreases_the_loss(DEFENSES[name])
-
-
-# --- what is refused
-
-REFUSED = [
-    *[(name, {"eps": -0.1}, "eps=-0.1; .*at least 0") for name in DEFENSES if name != "input_gradient"],
-    *[(name, {"bounds": (1, 0)}, r"bounds=\(1, 0\); ") for name in DEFENSES if name != "input_gradient"],
-    *[(name, {"step_size": -1.0}, "step_size=-1.0; .*above 0") for name in ("rs_fgsm", "n_fgsm", "trades")],
-    *[(name, {"weight": float("nan")}, r"weight=nan; .*\[0, inf") for name in ("grad_align", "input_gradient")],
-    ("trades", {"beta": -1.0}, r"beta=-1.0; .*\[0, inf"),
-    ("trades", {"steps": 0}, "steps=0; .*at least 1"),
-    ("n_fgsm", {"noise": -1.0}, "noise=-1.0; .*at least 0"),
-    ("free", {"delta": jnp.zeros((N, 2))}, r"delta has shape \(8, 2\); it must be .*\(8, 3, 4, 1\)"),
-]
-
-
-@pytest.mark.parametrize(("name", "kwargs", "message"), REFUSED)
-def test_refuses(name, kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        DEFENSES[name](net(draw()), *batch(), **kwargs)
-
-
-@every_defense
-def test_refuses_integer_labels(name):
-    refuses_integer_labels(DEFENSES[name])
-
-
-# --- the cost, by XLA's own count
-
-
-@pytest.mark.parametrize(
-    ("defense", "settings", "low", "high"),
-    [
-        ("rs_fgsm", {}, 1.6, 1.75),
-        ("n_fgsm", {}, 1.6, 1.75),
-        ("pgd", {"attack_steps": 2}, 2.2, 2.4),
-        ("free", {}, 1.0, 1.05),
-        ("trades", {"attack_steps": 2}, 3.2, 3.45),
-        ("grad_align", {}, 4.5, 5.5),
-        ("input_gradient", {}, 2.0, 2.75),
-    ],
-)
-def test_cost_in_natural_steps(defense, settings, low, high):
-    """A gradient of the images alone is two thirds of a natural step; GradAlign's is FGSM's too, and taken once."""
-    assert low <= step_flops(defense, **settings) / step_flops("natural") <= high

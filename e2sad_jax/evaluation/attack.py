@@ -1,0 +1,203 @@
+"""One row of a suite of attacks, and the suites that training commands evaluate with."""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from e2sad_jax import _streams, attacks
+from e2sad_jax.losses import cross_entropy, dlr, margin, targeted_dlr
+
+CLEAN = "clean"  # the kind of a row that attacks nothing
+LOSSES = ("ce", "margin", "dlr", "targeted_dlr")  # cross-entropy, Carlini-Wagner's margin, difference of logits ratio
+MIN_CLASSES = {"dlr": 3, "targeted_dlr": 4}  # of other losses 2
+QUERIES_PER_GRADIENT = 3  # what a query of a score-based attack costs, for progress bars
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """One row of a suite: an attack of `attacks.ATTACKS` with its settings.
+
+    Attributes:
+      name: the row's name, unique in its suite.
+      kind: "clean" for no attack, or a key of `attacks.ATTACKS`, to which `attacks.register` adds attacks of your own.
+      eps: budget in the units of the network's input, at least 0.
+      steps: gradient steps, or queries of a score-based attack; 0 for the attack's default, if it has one.
+      step_size: length of a step; None for the attack's default.
+      restarts: number of random restarts.
+      loss: what the attack raises, "ce", "margin", "dlr" or "targeted_dlr". A score-based attack always lowers the margin.
+        A minimum-norm attack reads only whether the loss is targeted.
+      norm: of the ball, "linf" or "l2".
+      targets: with a targeted loss, the number of wrong classes that are tried in turn, the likeliest first.
+    """
+
+    name: str
+    kind: str
+    eps: float = 0.0
+    steps: int = 0
+    step_size: float | None = None
+    restarts: int = 1
+    loss: str = "ce"
+    norm: str = "linf"
+    targets: int = 9
+
+    @property
+    def targeted(self) -> bool:
+        """Whether the attack walks to one wrong class after the other."""
+        return self.kind != CLEAN and self.loss == "targeted_dlr"
+
+    def ranks(self, num_classes: int) -> range:
+        """The wrong classes that are tried in turn, by rank, 1 for the likeliest; of an untargeted loss rank 1 alone."""
+        return range(1, 1 + (min(self.targets, num_classes - 1) if self.targeted else 1))
+
+    def gradients(self, num_classes: int | None = None) -> int:
+        """The number of gradients that the attack takes per image, for progress bars.
+
+        A clean pass counts as one gradient, and so do three queries.
+
+        Args:
+          num_classes: of the model; None if it has more than `targets`.
+        """
+        ranks = len(self.ranks(self.targets + 1 if num_classes is None else num_classes))
+        method = attacks.ATTACKS.get(self.kind)
+        queries = QUERIES_PER_GRADIENT if method is not None and method.family == "score-based" else 1
+        return max(1, self.steps // queries) * self.restarts * ranks
+
+    def check(self, num_classes: int, ndim: int) -> None:
+        """Refuses an attack that is not possible.
+
+        Args:
+          num_classes: of the model.
+          ndim: number of axes of a batch of images.
+
+        Raises:
+          ValueError: with the attack's name, the value and what to change.
+        """
+        name = f"attack {self.name!r}"
+        if self.kind == CLEAN:
+            return
+        if self.kind not in attacks.ATTACKS:
+            raise ValueError(f"{name}: kind={self.kind!r}; it must be one of {', '.join((CLEAN, *attacks.ATTACKS))}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"{name}: loss={self.loss!r}; it must be one of {', '.join(LOSSES)}")
+        if isinstance(self.eps, float | int) and not 0 <= self.eps < math.inf:  # a traced one was checked before
+            raise ValueError(f"{name}: eps={self.eps}; it must be finite and at least 0")
+        if self.targeted and self.targets < 1:
+            raise ValueError(f"{name}: targets={self.targets}; it must be at least 1")
+        method = attacks.ATTACKS[self.kind]
+        method.check(name, norm=self.norm, restarts=self.restarts, step_size=self.step_size, ndim=ndim)
+        if self.steps < 0 or (not self.steps and _needs_steps(method)):
+            raise ValueError(f"{name}: steps={self.steps}; it must be at least 1")
+        if self.targeted and method.family == "minimum-norm" and "targets" not in method.parameters:
+            raise ValueError(f"{name}: loss={self.loss!r}; {self.kind} has no targets to walk to, leave the loss out")
+        least = 2 if method.family == "minimum-norm" else MIN_CLASSES.get(self.loss, 2)
+        if num_classes < least:
+            raise ValueError(
+                f"{name}: its loss {self.loss} needs at least {least} classes; the model has {num_classes}: leave it out"
+            )
+
+    def perturb(
+        self,
+        logits_fn: Callable[[jax.Array], jax.Array],
+        x: jax.Array,
+        labels: jax.Array,
+        *,
+        bounds: tuple[float, float],
+        index: jax.Array,
+        seed: jax.typing.ArrayLike = 0,
+        rank: jax.typing.ArrayLike = 1,
+    ) -> jax.Array:
+        """The adversarial images that the attack makes of `x`; for use inside `jit`.
+
+        Args:
+          logits_fn: images `[N, ...]` to logits `[N, K]`.
+          x: images `[N, ...]` inside `bounds`.
+          labels: integer classes, `[N]`.
+          bounds: range of valid images.
+          index: `[N]`, each image's place in the data set: its random numbers depend on nothing else but the seed.
+          seed: seed of the random numbers.
+          rank: with a targeted loss, the wrong class to walk to, 1 for the likeliest. `evaluate` tries all in turn.
+
+        Returns:
+          `[N, ...]`, as `x`. A minimum-norm attack that finds nothing within `eps` leaves the image as it is.
+
+        Raises:
+          ValueError: as `check`.
+        """
+        num_classes = jax.eval_shape(logits_fn, x).shape[-1]
+        self.check(num_classes, x.ndim)
+        if self.kind == CLEAN:
+            return x
+        targets = None
+        of_logits: Callable[[jax.Array], jax.Array]
+        if self.targeted:
+            true = jax.nn.one_hot(labels, num_classes, dtype=bool)
+            order = jnp.argsort(jnp.where(true, -jnp.inf, logits_fn(x)), axis=-1)  # the label first, the likeliest last
+            targets = chosen = jnp.take(order, -jnp.asarray(rank), axis=-1)
+
+            def of_logits(logits: jax.Array) -> jax.Array:
+                return targeted_dlr(logits, labels, chosen)
+
+        else:
+            of_logits = {
+                "ce": lambda logits: cross_entropy(logits, jax.nn.one_hot(labels, num_classes)),
+                "margin": lambda logits: margin(logits, labels),
+                "dlr": lambda logits: dlr(logits, labels),
+            }[self.loss]
+        return attacks.ATTACKS[self.kind].run(
+            logits_fn,
+            x,
+            labels,
+            key=_streams_of(seed, index),
+            eps=self.eps,
+            steps=self.steps or None,
+            loss_fn=lambda z: of_logits(logits_fn(z)),
+            targets=targets,
+            step_size=self.step_size,
+            restarts=self.restarts,
+            norm=self.norm,
+            bounds=bounds,
+        )
+
+
+def _streams_of(seed: jax.typing.ArrayLike, index: jax.Array) -> jax.Array:
+    """A key for each image, from its place in the data set."""
+    key = jax.random.fold_in(jax.random.key(seed), _streams.EVALUATION)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+
+def _needs_steps(method: attacks.Method) -> bool:
+    parameters: Mapping[str, Any] = inspect.signature(method.function).parameters
+    return any(n in parameters and parameters[n].default is inspect.Parameter.empty for n in ("steps", "queries"))
+
+
+SUITES: Mapping[str, tuple[Attack, ...]] = {
+    "mnist": (
+        Attack("clean", "clean"),
+        Attack("FGSM 0.3", "fgsm", 0.3, 1),
+        Attack("FGSM 0.4", "fgsm", 0.4, 1),
+        Attack("IFGSM-10", "ifgsm", 0.3, 10),
+        Attack("IFGSM-30", "ifgsm", 0.3, 30),
+        Attack("PGD-40", "pgd", 0.3, 40, 0.02),
+    ),
+    "digits": (
+        Attack("clean", "clean"),
+        Attack("FGSM 0.2", "fgsm", 0.2, 1),
+        Attack("FGSM 0.3", "fgsm", 0.3, 1),
+        Attack("IFGSM-10", "ifgsm", 0.2, 10),
+        Attack("IFGSM-30", "ifgsm", 0.2, 30),
+        Attack("PGD-40", "pgd", 0.2, 40, 0.2 / 15),  # the same share of the ball as in the other suites
+    ),
+    "svhn": (
+        Attack("clean", "clean"),
+        Attack("FGSM 24/255", "fgsm", 24 / 255, 1),
+        Attack("IFGSM-10", "ifgsm", 24 / 255, 10),
+        Attack("IFGSM-20", "ifgsm", 24 / 255, 20),
+        Attack("IFGSM-30", "ifgsm", 24 / 255, 30),
+        Attack("PGD-40", "pgd", 24 / 255, 40, 2 / 255),
+    ),
+}

@@ -1,0 +1,118 @@
+"""AutoAttack's protocol: the worst case over strong attacks, each run on the images that withstood those before."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from e2sad_jax.evaluation.attack import CLEAN, Attack
+from e2sad_jax.evaluation.evaluator import Apply, Evaluation, Progress, Transform, programs_of
+
+# Croce & Hein's standard version but for FAB, which in their Table 2 hardly ever lowers what the other three leave.
+STAGES = (
+    Attack("APGD-CE", "apgd", steps=100),
+    Attack("APGD-T", "apgd", steps=100, loss="targeted_dlr", targets=9),
+    Attack("Square", "square", steps=5000),
+)
+FAB = Attack("FAB-T", "fab", steps=100, loss="targeted_dlr", targets=9)  # to be added to them
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AutoResult:
+    """What became of each image.
+
+    Attributes:
+      standing: by stage, "clean" first: bool `[N]`, whether the prediction is right after it and all before it.
+      alone: by stage: how many of the images that it was run on it fooled.
+      adversarial: `[N, ...]`, the input that fools the model; where none was found, the clean one. None unless kept.
+    """
+
+    standing: Mapping[str, np.ndarray]
+    alone: Mapping[str, int]
+    adversarial: np.ndarray | None
+
+    @property
+    def robust(self) -> np.ndarray:
+        """Whether no attack changed the prediction, bool `[N]`."""
+        return list(self.standing.values())[-1]
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """Accuracy after each stage; the last is the robust accuracy."""
+        return {name: float(correct.mean()) for name, correct in self.standing.items()}
+
+
+def auto(
+    apply: Apply,
+    params: Any,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    eps: float,
+    norm: str = "linf",
+    transform: Transform | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    stages: Sequence[Attack] = STAGES,
+    batch_size: int = 250,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    keep: bool = False,
+    progress: Progress | None = None,
+) -> AutoResult:
+    """Robust accuracy in the worst case over several strong attacks (AutoAttack).
+
+    APGD on the cross-entropy, APGD on the targeted DLR loss towards the nine likeliest wrong classes in turn, and Square,
+    which sees no gradient. An image that has fallen is not attacked again: the others are gathered into full batches. So
+    each stage is compiled once, and its cost falls with the images. `FAB` is the attack of AutoAttack that is left out.
+
+    Args:
+      apply: parameters and inputs `[N, ...]` to logits `[N, K]`.
+      params: passed on to `apply`, a pytree of arrays.
+      images: `[N, ...]`, before `transform`.
+      labels: `[N]`, integers in `[0, K)`.
+      eps: budget in the units of the inputs, at least 0.
+      norm: "linf" or "l2".
+      transform: from images to what `apply` takes. None: uint8 is divided by 255, floating point stays as it is.
+      bounds: range of valid inputs.
+      stages: attacks in their order; `eps` and `norm` take the place of their own.
+      batch_size: images at once.
+      seed: seed of the random numbers, which belong to the image's place in `images`.
+      mesh: devices to split batches over, if they divide them.
+      keep: whether to return the adversarial inputs.
+      progress: as of `evaluate`: called with a stage's name and the number of gradients taken since the last call.
+
+    Returns:
+      An `AutoResult`.
+
+    Raises:
+      ValueError: if the arguments do not fit together, or a stage is not possible (its loss needs more classes, Square
+        images `[N, H, W, C]`); before anything is attacked.
+
+    Reference: Croce & Hein, 2020, https://arxiv.org/abs/2003.01690
+    """
+    evaluation = Evaluation(
+        programs_of(apply, transform, bounds), params, images, labels, batch_size, seed, mesh, progress
+    )
+    return run_stages(evaluation, stages, eps=eps, norm=norm, keep=keep)
+
+
+def run_stages(
+    evaluation: Evaluation, stages: Sequence[Attack], *, eps: float, norm: str = "linf", keep: bool = False
+) -> AutoResult:
+    """`auto`, on an evaluation."""
+    attacks = [Attack("clean", CLEAN), *(dataclasses.replace(stage, eps=float(eps), norm=norm) for stage in stages)]
+    kept: list[np.ndarray] = []
+
+    def visit(attack: Attack, places: np.ndarray, inputs: np.ndarray, right: np.ndarray) -> None:
+        if not kept:
+            kept.append(np.zeros((len(evaluation.images), *inputs.shape[1:]), inputs.dtype))
+        chosen = np.ones_like(right) if attack.kind == CLEAN else ~right
+        kept[0][places[chosen]] = inputs[chosen]
+
+    outcomes = evaluation.outcomes(attacks, cascade=True, visit=visit if keep else None)
+    standing = {name: outcome.correct for name, outcome in outcomes.items()}
+    counts = [int(correct.sum()) for correct in standing.values()]
+    alone = {stage.name: counts[i] - counts[i + 1] for i, stage in enumerate(stages)}
+    return AutoResult(standing, alone, kept[0] if keep else None)
