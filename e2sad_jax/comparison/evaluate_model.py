@@ -106,14 +106,15 @@ def _attacked(
 ) -> dict[str, Any]:
     """Clean and robust accuracy of one checkpoint of a run."""
     classifier = load(config.workdir, which)
+    transform = classifier.transform
     outcome = auto(
         classifier.apply,
         classifier.params,
         images,
         labels,
         eps=config.eps1,
-        transform=classifier.transform.apply,
-        bounds=classifier.transform.bounds,
+        transform=transform.apply,
+        bounds=transform.bounds,
         stages=stages,
     )
     robust = float(outcome.robust.mean())

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax import data, distributed, networks
@@ -108,7 +109,7 @@ def _draw(run: Run, state: TrainState) -> None:
         run.workdir / "examples.png",
         networks.apply_fn(run.model),
         distributed.local(state.params),
-        np.asarray(run.transform.apply(test.x_test[rows])),
+        np.asarray(run.transform.apply(jnp.asarray(test.x_test[rows]))),
         test.y_test[rows],
         num_classes=test.num_classes,
         title=f"{test.name}, {config.defense}, {run.steps:,} steps: predicted class (probability)",
