@@ -15,12 +15,13 @@ import numpy as np
 
 from e2sad_jax import attacks, losses, networks
 from e2sad_jax._compile import jit, platform
-from e2sad_jax._io import read_json, write_bytes, write_json
+from e2sad_jax._io import read_json, write_bytes, write_json, write_text
 from e2sad_jax.data.transforms import TRANSFORMS, Transform
 from e2sad_jax.evaluation import Attack, in_batches, surfaces
 from e2sad_jax.reporting.progress import Bar
+from e2sad_jax.reporting.table import Table
 from e2sad_jax.training.config import Config
-from experiments.paper import illustration, plan, tables
+from experiments.paper import figure2_problem, origin, plan
 from experiments.paper.plan import Item
 
 if TYPE_CHECKING:
@@ -59,11 +60,11 @@ def write(r: Reproduction, item: Item) -> list[pathlib.Path]:
     draw = {plan.FIGURE_2: _figure_2, plan.FIGURE_3: _figure_3, plan.FIGURE_4: _figure_4}[item]
     figure, text, records = draw(r)
     if configs:
-        records = [{**tables.scale_and_data(r, configs[0]), **record} for record in records]
+        records = [{**r.columns(configs[0]), **record} for record in records]
         figure.suptitle(_wrapped(text["setting"], figure), fontsize=8)
     save_picture(paths[0], figure)
-    tables.write_csv(paths[1], records)
-    about = tables.about(configs, seeds=[0] if configs else [])
+    write_text(paths[1], Table.of_records(records).csv())
+    about = origin.about(configs, seeds=[0] if configs else [])
     write_json(paths[2], {**text, "picture": paths[0].name, "drawn_of": drawn_of, "provenance": about})
     return paths
 
@@ -107,7 +108,7 @@ def _new(width: float, height: float) -> Figure:
 
 
 def _figure_2(r: Reproduction) -> Drawn:
-    curves, points = illustration.compute()
+    curves, points = figure2_problem.compute()
     figure = _new(10, 4.6)
     left, right = figure.subplots(1, 2, sharex=True)
     for k, (color, p) in enumerate(zip(("tab:green", "tab:red", "tab:purple"), curves.probabilities.T, strict=True)):
@@ -145,7 +146,7 @@ def _figure_2(r: Reproduction) -> Drawn:
         "title": "Figure 2: the loss step and the dissimilarity step part ways",
         "setting": "a made-up classifier of one input and three classes; the same at every scale",
         "caption": (
-            f"A step of {illustration.EPS2:g} from the first adversarial point (green, x = {adv.x:g}, class "
+            f"A step of {figure2_problem.EPS2:g} from the first adversarial point (green, x = {adv.x:g}, class "
             f"{adv.predicted}) along the loss leads to x = {red.x:g} (red): the highest loss of the three, "
             f"{red.loss:.2f}, and yet class {red.predicted}, the true one. Along CE(f(x), f(x)), both arguments "
             f"differentiated, it leads to x = {yellow.x:g} (yellow): class {yellow.predicted}, wrong, at a loss of "
