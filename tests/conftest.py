@@ -75,6 +75,13 @@ def shared() -> Callable[[str], pathlib.Path]:
 
 
 @pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    """Optax's Adam mixes float and int32; everything of ours in a training step is held to strict promotion elsewhere."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
 def unoptimized() -> Iterator[None]:
     """XLA compiles in a quarter of the time, and convolutions run ten times slower; for programs that run a few times."""
     jax.config.update("jax_disable_most_optimizations", True)

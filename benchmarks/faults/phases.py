@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from e2sad_jax.comparison import judge
+from e2sad_jax.comparison import evaluate_model
 from e2sad_jax.comparison import run as comparison
 from e2sad_jax.data import tfds
-from e2sad_jax.reporting import plots, report
+from e2sad_jax.reporting import plots, results
 from e2sad_jax.runs import evaluate as diagnosis
 from e2sad_jax.runs import run, trainer
 
@@ -19,8 +19,8 @@ CHECKPOINT, EVALUATION, RESULTS = "checkpoint write", "evaluation", "writing res
 DOWNLOAD, DECODING, COPY = "data preparation: records", "data preparation: decoding", "data preparation: copy"
 TOLD = (
     *((trainer, "fit", FIRST), (trainer.Recorder, "__call__", STEP), (trainer, "validate", JUDGING)),
-    *((trainer.Checkpoints, "save", CHECKPOINT), (run, "_evaluate", EVALUATION), (report, "write", RESULTS)),
-    *((judge, "_attacked", EVALUATION), (comparison, "plot", RESULTS), (diagnosis, "diagnose", EVALUATION)),
+    *((trainer.Checkpoints, "save", CHECKPOINT), (run, "_evaluate", EVALUATION), (results, "write", RESULTS)),
+    *((evaluate_model, "_attacked", EVALUATION), (comparison, "plot", RESULTS), (diagnosis, "diagnose", EVALUATION)),
     *((plots, "examples", RESULTS), (tfds, "_prepare", DOWNLOAD), (tfds, "_decode", DECODING)),
     (tfds, "_keep_decoded", COPY),
 )

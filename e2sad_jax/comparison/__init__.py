@@ -1,1 +1,1 @@
-"""Every defense at the same number of updates: robust accuracy in the worst case against what training cost."""
+"""Compares defenses under one budget of training: robust accuracy against FLOPs."""

@@ -10,7 +10,7 @@ from e2sad_jax.errors import ConfigError
 from e2sad_jax.evaluation import Attack, Effort
 from e2sad_jax.training.config import SCHEDULE, SCHEDULES, Config, check, configure, preset, setting
 
-# By name in tables and pictures; the price of each in gradient steps grows downwards. eps2 and steps are in multiples of eps.
+# By name in tables and pictures. eps2 and attack_step_size are in multiples of eps.
 ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "natural": {"defense": "natural"},
     "input gradient": {"defense": "input_gradient"},
@@ -30,7 +30,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "PGD-10": {"defense": "pgd", "attack_steps": 10},
     "IFGSM-30 (Eq. 3)": {"defense": "ifgsm", "attack_steps": 30},
 }
-# What each part of it does: all else as in "e2SAD, robust".
+# The robust preset with one thing changed: what each part of it does.
 _PARTS: Mapping[str, Mapping[str, Any]] = {
     "no second point": {"lam": 0.0},
     "second point at random": {"second_step": "random"},
@@ -44,21 +44,26 @@ _PARTS: Mapping[str, Mapping[str, Any]] = {
     "full eps from the start": {"eps_warmup": 0.0},
     "constant learning rate": {"schedule": "constant", "learning_rate": 1e-3},  # the paper's
 }
-PARTS = {f"e2SAD, robust, {n}": {"defense": "e2sad", "preset": "robust", **c} for n, c in _PARTS.items()}
-REFERENCE = "e2SAD, robust"  # whose steps are counted where all spend the same FLOPs
+REFERENCE = "e2SAD, robust"  # its steps are the budget where all spend the same FLOPs
+PARTS = {f"{REFERENCE}, {name}": {"defense": "e2sad", "preset": "robust", **own} for name, own in _PARTS.items()}
 CHECKPOINTS = ("last", "best")
 JUDGES = {"test": "test images", "held_out": "images held out of the training set"}
 
 
-def usual() -> dict[str, Mapping[str, Any]]:
-    """What is compared where nothing else is asked for: `ENTRIES`, and by its name each defense that none of them has."""
+def entries() -> dict[str, Mapping[str, Any]]:
+    """What is compared unless asked otherwise: `ENTRIES`, and by its name each registered defense that none of them has."""
     there = {entry["defense"] for entry in ENTRIES.values()}
     return {**ENTRIES, **{name: {"defense": name} for name in DEFENSES if name not in there}}
 
 
 def known() -> dict[str, Mapping[str, Any]]:
-    """All that can be compared, by name: the usual entries, e2SAD's parts, each registered defense as it is by default."""
-    return {**usual(), **PARTS, **{name: {"defense": name} for name in DEFENSES}}
+    """All that can be compared, by name: the entries, e2SAD's parts, and each registered defense at its defaults."""
+    return {**entries(), **PARTS, **{name: {"defense": name} for name in DEFENSES}}
+
+
+def position(name: str) -> int:
+    """Place of an entry among all that are known, for tables; behind them where it is not."""
+    return list(known()).index(name) if name in known() else len(known())
 
 
 def _quoted() -> str:
@@ -70,7 +75,7 @@ class Request:
     """What to compare; each field is the flag of that name.
 
     Raises:
-      ConfigError: if a value is out of range.
+      ConfigError: if a value is out of range, or the flags do not fit together.
     """
 
     entry: tuple[str, ...] = setting((), f"one to compare, may be given several times; none: all; of {_quoted()}")
@@ -91,7 +96,7 @@ class Request:
     parts: bool = setting(False, "compare what each part of e2SAD's robust preset does, instead of every defense")
     seeds: int = setting(1, "seeds of each", lower=1)
     validation_examples: int = setting(
-        1000, "training images held out to choose the best checkpoint, 0: watch 500 of the training images", lower=0
+        1000, "training images held out to choose the best checkpoint, 0: use 500 of the training images", lower=0
     )
     judge: str = setting(
         "test",
@@ -104,6 +109,9 @@ class Request:
     targets: int = setting(9, "wrong classes that the targeted APGD tries", lower=1)
     workdir: str = setting("runs/compare", "where the runs are kept")
     results: str = setting("", "folder for compare.md, .json and .png, empty: --workdir")
+    show: bool = setting(
+        False, "train nothing: count the prices of the rows in --results again and write its files anew"
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -120,11 +128,18 @@ class Request:
             )
 
     def entries(self) -> tuple[str, ...]:
-        """What is compared, by name."""
-        return self.entry or (("natural", REFERENCE, *PARTS) if self.parts else tuple(usual()))
+        """What is compared, by its name in tables, each once."""
+        if self.entry:
+            return tuple(dict.fromkeys(self.entry))
+        return ("natural", REFERENCE, *PARTS) if self.parts else tuple(entries())
+
+    def question(self) -> dict[str, Any]:
+        """What rows must have in common to share a table: all but the entries and where things lie."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if k not in ("entry", "data_dir", "workdir", "results", "show")}
 
     def stages(self, num_classes: int) -> list[Attack]:
-        """The attacks, all of which an image has to stand."""
+        """The attacks; robust accuracy counts the images that all of them leave correct."""
         return Effort(apgd_steps=self.apgd_steps, queries=self.queries, targets=self.targets).stages(num_classes)
 
     def configs(self, name: str) -> list[Config]:
@@ -132,21 +147,18 @@ class Request:
 
         A preset brings its points.
         """
+        entry = dict(known()[name])
+        points = preset(entry.pop("preset", "paper"), self.eps)
+        for budget in {"eps2", "attack_step_size"} & entry.keys():
+            entry[budget] *= self.eps
+        if entry["defense"] == "e2sad":
+            points = {"eps2": self.eps / 3, **points}  # the paper's ratio
         shared = ("data", "data_dir", "model", "steps", "batch_size", "validation_examples", *SCHEDULE)
         common: dict[str, Any] = {key: getattr(self, key) for key in shared}
         common["checkpoint_every"] = min(500, max(1, self.steps // 4))  # the best is one of at least four
-        budgets = {"eps1": self.eps}
-        entry = dict(known()[name])
-        if entry["defense"] == "e2sad":
-            budgets["eps2"] = self.eps / 3  # the paper's ratio
-        points = preset(entry.pop("preset", "paper"), self.eps)
-        own: dict[str, Any] = {
-            **entry,
-            **{key: entry[key] * self.eps for key in ("eps2", "attack_step_size") if key in entry},
-        }
         found = []
         for seed in range(self.seeds):
-            config = configure(**{**budgets, **points, **common, **own, "soft_label": False, "seed": seed})
+            config = configure(**{**points, **common, "eps1": self.eps, **entry, "soft_label": False, "seed": seed})
             folder = pathlib.Path(self.workdir).expanduser() / pathlib.Path(config.default_workdir()).name
-            found.append(dataclasses.replace(config, workdir=str(folder)))
+            found.append(config.replace(workdir=str(folder)))
         return found

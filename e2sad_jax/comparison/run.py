@@ -1,4 +1,4 @@
-"""Trains, attacks and writes what is compared, model by model."""
+"""Trains, attacks and shows what is compared, model by model."""
 
 import dataclasses
 import pathlib
@@ -10,20 +10,27 @@ import numpy as np
 
 from e2sad_jax import data
 from e2sad_jax._io import read_json, write_json, write_text
-from e2sad_jax.comparison.judge import judge
-from e2sad_jax.comparison.price import affordable
-from e2sad_jax.comparison.request import CHECKPOINTS, Request, known
+from e2sad_jax.comparison.evaluate_model import evaluate_model
+from e2sad_jax.comparison.flops import match_flops, step_flops
+from e2sad_jax.comparison.request import CHECKPOINTS, Request, position
 from e2sad_jax.comparison.show import card, markdown, plot
-from e2sad_jax.errors import NonFiniteError, first_line
+from e2sad_jax.errors import ConfigError, NonFiniteError, first_line
 from e2sad_jax.reporting import provenance
+from e2sad_jax.training import Config
+
+FORMAT = 4
 
 
 def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Trains, attacks, and writes compare.json, .md and .png after each model; goes on where it was stopped.
+    """Trains, attacks, and writes compare.json, .md and .png after each model; resumes where it was stopped.
 
     Hard labels everywhere, so that only the defense differs. Both the last checkpoint and the best, chosen by PGD-10 on
-    images that no run trains on, are attacked. What training costs are FLOPs by XLA's count for the CPU
-    (`training.step_flops`) times the steps. What a compare.json of the same question has of other entries is kept.
+    images that no run trains on, are attacked. The price of training is XLA's count of FLOPs for the CPU, by this code.
+    What a compare.json for the same question has of other entries is kept, with its origin.
+
+    Args:
+      request: what to compare.
+      say: takes a line of progress.
 
     Returns:
       What compare.json holds.
@@ -34,83 +41,139 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
       Stopped: after Ctrl-C; what is finished stays.
     """
     provenance.commit()  # before the results that are written make it one with changes
-    dataset = data.load(request.data, request.data_dir or None)
     folder = pathlib.Path(request.results or request.workdir).expanduser()
-    order = list(known())
-    entries = sorted(set(request.entries()), key=order.index)
+    if request.show:
+        return _show(folder)
+    dataset = data.load(request.data, request.data_dir or None)
+    shape, num_classes = tuple(dataset.image_shape), dataset.num_classes
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
-    earlier = _earlier(folder / "compare.json", request)
-    for name in entries:
+    earlier = _earlier(folder / "compare.json", request, shape, num_classes)
+    for name in sorted(request.entries(), key=position):
         runs = []
-        for config in request.configs(name):
+        configs = [match_flops(request, config, shape, num_classes) for config in request.configs(name)]
+        for config in configs:
             try:
-                runs.append(judge(request, affordable(request, config, dataset), dataset))
+                runs.append(evaluate_model(request, config, dataset))
             except NonFiniteError as error:
                 say(f"{name}, seed {config.seed}: {error}")
         if not runs:
             continue
-        rows.append(row_of(name, runs))
+        rows.append(row_of(name, configs[0], runs))
         if len(rows) == 1:
-            earlier = _kept(earlier, rows[0], say)
-        result = {
-            "format": 3,
-            "request": dataclasses.asdict(request),
-            "attacks": [dataclasses.asdict(stage) for stage in request.stages(dataset.num_classes)],
-            "eps": runs[0]["eps"],
-            "images": runs[0]["images"],
-            "chosen_on": runs[0]["chosen_on"],
-            "rows": sorted([*rows, *earlier], key=lambda row: order.index(row["name"])),
-            "command": provenance.command(),
-            "environment": provenance.environment(),
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "compare.json", result)
-        write_text(folder / "compare.md", markdown(result))
-        write_text(folder / "compare_card.md", card(result))
-        plot(folder / "compare.png", result)
-        last, best = (f"clean {rows[-1][c]['clean']:.3f}, robust {rows[-1][c]['robust']:.3f}" for c in CHECKPOINTS)
-        apart = rows[-1]["best"]["steps"] != rows[-1]["last"]["steps"]
-        say(f"{name}: {last}{f' (best checkpoint: {best})' if apart else ''}, {rows[-1]['flops']:.3g} FLOPs")
+            earlier = _same_question(earlier, rows[0], say)
+        result = priced(
+            {
+                "format": FORMAT,
+                "request": dataclasses.asdict(request),
+                "attacks": [dataclasses.asdict(stage) for stage in request.stages(num_classes)],
+                "eps": runs[0]["eps"],
+                "images": runs[0]["images"],
+                "image_shape": list(shape),
+                "num_classes": num_classes,
+                "chosen_on": runs[0]["chosen_on"],
+                "rows": [*rows, *earlier],
+                "command": provenance.command(),
+                "environment": provenance.environment(),
+            }
+        )
+        _write(folder, result)
+        own = next(row for row in result["rows"] if row["name"] == name)
+        last, best = (f"clean {own[c]['clean']:.3f}, robust {own[c]['robust']:.3f}" for c in CHECKPOINTS)
+        apart = own["best"]["steps"] != own["last"]["steps"]
+        say(f"{name}: {last}{f' (best checkpoint: {best})' if apart else ''}, {own['flops']:.3g} FLOPs")
     if not rows:
         raise NonFiniteError("every run diverged; nothing was compared")
     return result
 
 
-def _earlier(path: pathlib.Path, request: Request) -> list[dict[str, Any]]:
-    """Rows that a run before, for the same request, wrote of entries that are not asked for now, with their origin."""
-    asked = {**dataclasses.asdict(request), "entry": []}
+def priced(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison with the prices of its rows counted by this code, its rows in the order of a step's price.
+
+    Args:
+      result: what compare.json holds, with or without prices.
+
+    Returns:
+      A copy: each row has `step_flops` and `flops` (of its training), the whole `natural_step_flops` and `priced`, where
+      and when they were counted.
+
+    Raises:
+      ConfigError: if JAX has no CPU to count FLOPs for, or a row's settings are none of this version.
+    """
+    shape, num_classes = result["image_shape"], result["num_classes"]
+    rows = []
+    for row in result["rows"]:
+        price = step_flops(Config.from_json(row["settings"]), shape, num_classes)
+        rows.append({**row, "step_flops": price, "flops": price * row["settings"]["steps"]})
+    any_row = Config.from_json(result["rows"][0]["settings"])
+    natural = step_flops(any_row.replace(defense="natural"), shape, num_classes)
+    by_price = not result["request"]["parts"]
+    rows.sort(key=lambda row: (row["step_flops"] if by_price else 0, position(row["name"])))
+    about = {key: provenance.environment()[key] for key in ("date", "jax", "commit")}
+    return {**result, "rows": rows, "natural_step_flops": natural, "priced": about}
+
+
+def _write(folder: pathlib.Path, result: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "compare.json", result)
+    write_text(folder / "compare.md", markdown(result))
+    write_text(folder / "compare_card.md", card(result))
+    plot(folder / "compare.png", result)
+
+
+def _show(folder: pathlib.Path) -> dict[str, Any]:
+    """Counts the prices of a finished comparison again and writes its files; rows keep where they were trained."""
+    path = folder / "compare.json"
+    try:
+        result = priced(read_json(path))
+        _write(folder, result)
+    except FileNotFoundError as error:
+        raise ConfigError(f"--results={folder}: has no compare.json; leave out --show to make one") from error
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ConfigError(f"--results={folder}: compare.json is unusable ({first_line(error)})") from error
+    return result
+
+
+def _earlier(path: pathlib.Path, request: Request, shape: Sequence[int], num_classes: int) -> list[dict[str, Any]]:
+    """Rows that a run before, for the same question, wrote of entries that are not asked for now, with their origin."""
     try:
         before = read_json(path)
-        here = {key: before["request"][key] for key in ("data_dir", "workdir", "results")}
-        if {**before["request"], "entry": []} != {**asked, **here}:
+        if {key: before["request"].get(key) for key in request.question()} != request.question():
             return []
         origin = {"command": before["command"], "environment": before["environment"]}
-        rows = {row["name"]: {"origin": origin, **row} for row in before["rows"]}
-        card({**before, "rows": list(rows.values())})  # has all that is shown
-        markdown({**before, "rows": list(rows.values())})
+        rows = [{"origin": origin, **row} for row in before["rows"]]
+        asked = request.entries()
+        card({**before, "rows": rows})  # has all that is shown
+        markdown({**before, "rows": rows})
         return [
             row
-            for name, row in rows.items()
-            if name in known() and name not in request.entries() and _same(request, row)
+            for row in rows
+            if row["name"] not in asked and _settings_now(request, row["name"], shape, num_classes) == row["settings"]
         ]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        print(f"warning: {path} is of no use ({first_line(error)}); written anew", file=sys.stderr, flush=True)
+        print(f"warning: {path} is unusable ({first_line(error)}); it is written anew", file=sys.stderr, flush=True)
         return []
 
 
-def _same(request: Request, row: Mapping[str, Any]) -> bool:
-    """Whether the runs of an earlier row are those that this request would make: their folders' names are of their settings."""
-    ours = {pathlib.Path(config.workdir).name for config in request.configs(row["name"])}
-    return all(any(pathlib.Path(run["workdir"]).name.startswith(name) for name in ours) for run in row["runs"])
+def _settings_now(request: Request, name: str, shape: Sequence[int], num_classes: int) -> dict[str, Any] | None:
+    """The settings that an entry has by this code; None where it is not known any more."""
+    try:
+        return settings_of(match_flops(request, request.configs(name)[0], shape, num_classes))
+    except KeyError:
+        return None
 
 
-def _kept(
+def settings_of(config: Config) -> dict[str, Any]:
+    """The settings of a row: those of its runs but for the seed and where things lie."""
+    return {k: v for k, v in config.to_json().items() if k not in ("seed", "workdir", "data_dir", "resume")}
+
+
+def _same_question(
     earlier: Sequence[dict[str, Any]], row: Mapping[str, Any], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Those earlier rows whose models faced the same attacks on the same images as this one's; the others are forgotten."""
+    """Those earlier rows whose models faced the same attacks on the same images as this one's; the others are left out."""
     kept = [other for other in earlier if other["runs"][0]["asked"] == row["runs"][0]["asked"]]
     for other in earlier:
         if other not in kept:
@@ -118,13 +181,11 @@ def _kept(
     return kept
 
 
-def row_of(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What is shown of an entry: means over its runs, and the runs themselves."""
-    row: dict[str, Any] = {"name": name}
+def row_of(name: str, config: Config, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is shown of an entry: means over its runs, its settings, and the runs themselves."""
+    row: dict[str, Any] = {"name": name, "settings": settings_of(config)}
     for which in CHECKPOINTS:
         clean, robust = ([run[which][key] for run in runs] for key in ("clean", "robust"))
         spread = {"lowest": min(robust), "highest": max(robust), "steps": [run[which]["step"] for run in runs]}
         row[which] = {"clean": float(np.mean(clean)), "robust": float(np.mean(robust)), **spread}
-    return (
-        row | {key: float(np.mean([r[key] for r in runs])) for key in ("flops", "train_seconds")} | {"runs": list(runs)}
-    )
+    return {**row, "train_seconds": float(np.mean([run["train_seconds"] for run in runs])), "runs": list(runs)}

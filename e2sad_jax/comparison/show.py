@@ -1,83 +1,108 @@
 """A comparison as a table, a model card and a picture."""
 
 import pathlib
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from e2sad_jax.comparison.request import CHECKPOINTS, JUDGES, REFERENCE
-from e2sad_jax.reporting import plots, report
+from e2sad_jax.reporting import plots
+from e2sad_jax.reporting.card import PURPOSE, limits
+from e2sad_jax.reporting.table import Table
+
+Result = Mapping[str, Any]
+TITLE = "Robust accuracy against the price of training"
+OURS, OTHERS = "#c1272d", "#3b6ea5"
 
 
-def _about(result: Mapping[str, Any]) -> str:
+def protocol(result: Result) -> list[str]:
+    """How the models were trained and attacked, in sentences.
+
+    Args:
+      result: what compare.json holds.
+    """
     r = result["request"]
-    attacks = ", ".join(
-        f"{a['name']} {a['steps']:,} {'queries' if a['kind'] == 'square' else 'steps'}"
-        + (f" towards each of {a['targets']} targets" if a["loss"] == "targeted_dlr" else "")
+    return [
+        f"Trained on {r['data']}: network `{r['model']}`, {_length(r)}, {_seeds(r['seeds'])}, hard labels, learning rate "
+        f"{r['learning_rate']:g} ({r['schedule']}), eps rising over {_share(r['eps_warmup'])}"
+        f"{', unless a part says otherwise' if r['parts'] else ''}.",
+        f"Robust accuracy: the share of {_images(result)} classified correctly under all of {_attacks(result)}; one restart "
+        f"each, eps {result['eps']:.4g}.",
+    ]
+
+
+def _images(result: Result) -> str:
+    return f"{result['images']:,} {JUDGES[result['request']['judge']]}"
+
+
+def _attacks(result: Result) -> str:
+    return ", ".join(
+        f"{a['name']} ({a['steps']:,} {'queries' if a['kind'] == 'square' else 'steps'}"
+        + (f" towards each of {a['targets']} classes)" if a["loss"] == "targeted_dlr" else ")")
         for a in result["attacks"]
-    )
-    return (
-        f"{r['data']}, {r['model']}, {_length(r)}, {r['seeds']} seed(s), hard labels, learning rate {r['learning_rate']:g} "
-        f"{r['schedule']}, eps rises over {_share(r['eps_warmup'])}"
-        f"{' (but where a part says otherwise)' if r['parts'] else ''}; robust: "
-        f"what stands {attacks}, one restart each, eps {result['eps']:.4g}, {result['images']:,} {JUDGES[r['judge']]}; "
-        f"best: the checkpoint that stood PGD-10 best on {result['chosen_on']}"
     )
 
 
 def _length(r: Mapping[str, Any]) -> str:
-    steps = f"{r['steps']:,} steps of {r['batch_size']}"
-    return (
-        f"as many steps of {r['batch_size']} as cost what {r['steps']:,} of {REFERENCE} do"
-        if r["equal_flops"]
-        else steps
-    )
+    if r["equal_flops"]:
+        return f"as many steps of {r['batch_size']} as cost what {r['steps']:,} of {REFERENCE} do"
+    return f"{r['steps']:,} steps of {r['batch_size']}"
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def _share(warmup: float) -> str:
     return f"{warmup:g} of all steps" if warmup < 1 else f"{warmup:,.0f} steps"
 
 
-def _natural(result: Mapping[str, Any]) -> float | None:
-    """What natural training cost, where it is among the rows."""
-    return next((row["flops"] for row in result["rows"] if row["name"] == "natural"), None)
+def table(result: Result) -> Table:
+    """A row for each entry: accuracies of the last and of the best checkpoint, and the price.
 
-
-def markdown(result: Mapping[str, Any]) -> str:
-    """The table."""
-    lines = [
-        "| defense | last: clean | last: robust (lowest .. highest) | last: step | best: clean "
-        "| best: robust (lowest .. highest) | best: step | training, FLOPs | natural = 1 |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    natural = _natural(result)
+    Args:
+      result: what compare.json holds.
+    """
+    several = result["request"]["seeds"] > 1
+    robust = "robust (lowest .. highest)" if several else "robust"
+    rows = []
     for row in result["rows"]:
         lost = result["request"]["seeds"] - len(row["runs"])
         cells = [row["name"] + (f" ({lost} of the seeds diverged)" if lost else "")]
         for which in CHECKPOINTS:
             own = row[which]
-            cells += [f"{own['clean']:.3f}", f"{own['robust']:.3f} ({own['lowest']:.3f} .. {own['highest']:.3f})"]
+            cells += [f"{own['clean']:.3f}", f"{own['robust']:.3f}"]
+            if several:
+                cells[-1] += f" ({own['lowest']:.3f} .. {own['highest']:.3f})"
             cells.append(", ".join(f"{step:,}" for step in sorted(set(own["steps"]))))
-        cells.append(f"{row['flops']:.3g}")
-        lines.append("| " + " | ".join([*cells, f"{row['flops'] / natural:.2f}" if natural else ""]) + " |")
-    return "\n".join(
-        [
-            "# Robust accuracy against the price of training",
-            "",
-            f"{_about(result)}.",
-            "",
-            *lines,
-            "",
-            "![Robust accuracy against training FLOPs](compare.png)",
-            "",
-            "\n\n".join(_origins(result)),
-            "",
-        ]
+        rows.append([*cells, f"{row['flops']:.3g}", f"{_price(result, row):.2f}"])
+    priced = result["priced"]
+    best = ["best: clean", f"best: {robust}", "best: step"]
+    return Table(
+        title=TITLE,
+        columns=["defense", "clean", robust, "steps", *best, "training FLOPs", "FLOPs of a step, natural = 1"],
+        rows=rows,
+        notes=[
+            *protocol(result),
+            "clean, robust: of the last checkpoint. best: of the checkpoint with the highest accuracy under PGD-10 on "
+            f"{result['chosen_on']}.",
+            f"FLOPs: XLA's count for the CPU, JAX {priced['jax']}, commit {priced['commit']}, {priced['date']}.",
+            *(f"Trained and attacked: {origin}." for origin in _origins(result)),
+        ],
     )
 
 
-def _origins(result: Mapping[str, Any]) -> list[str]:
-    """What printed the rows; of which it did, where there are several."""
+def _price(result: Result, row: Mapping[str, Any]) -> float:
+    """FLOPs of a training step, natural training's being 1."""
+    return float(row["step_flops"] / result["natural_step_flops"])
+
+
+def markdown(result: Result) -> str:
+    """compare.md: the table and the picture."""
+    return f"{table(result).markdown()}\n![{TITLE}](compare.png)\n"
+
+
+def _origins(result: Result) -> list[str]:
+    """What trained and attacked the rows; which of the rows, where there are several."""
     origins: dict[str, list[str]] = {}
     for row in result["rows"]:
         origin = row.get("origin", result)
@@ -87,8 +112,12 @@ def _origins(result: Mapping[str, Any]) -> list[str]:
     return list(origins) if len(origins) == 1 else [f"{made}: {'; '.join(of)}" for made, of in origins.items()]
 
 
-def card(result: Mapping[str, Any]) -> str:
-    """compare_card.md: of all models of the comparison, what `report.model_card` says of one."""
+def card(result: Result) -> str:
+    """compare_card.md: of all models of the comparison, what a model card says of one.
+
+    Args:
+      result: what compare.json holds.
+    """
     r, rows = result["request"], result["rows"]
     robust = sorted(rows, key=lambda row: float(row["last"]["robust"]))
     best, clean = robust[-1], sorted(float(row["last"]["clean"]) for row in rows)
@@ -98,93 +127,95 @@ def card(result: Mapping[str, Any]) -> str:
         "# Model card: all models of [the comparison](compare.md)",
         "",
         f"- **Models:** `{r['model']}`, {runs} of them: {'; '.join(row['name'] for row in rows)}.",
-        report.PURPOSE,
-        f"- **Data:** {r['data']} (content SHA-256 `{digest}...`). Whatever these images leave out or get wrong, the models do "
-        "too.",
-        f"- **Training and evaluation:** {_about(result)}.",
+        PURPOSE,
+        f"- **Data:** {r['data']} (SHA-256 of the content `{digest}...`). The models inherit what these images leave out or "
+        "get wrong.",
+        f"- **Training and evaluation:** {' '.join(protocol(result))}",
         *(f"- **Command:** {origin}." for origin in _origins(result)),
         "",
         "## Evaluation",
         "",
-        f"Each model's accuracies are in [compare.md](compare.md). Clean from {clean[0]:.3f} to {clean[-1]:.3f}; in the "
-        f"worst case, at the last checkpoint, from {robust[0]['last']['robust']:.3f} to {best['last']['robust']:.3f} "
+        f"Each model's accuracies are in [compare.md](compare.md). Clean accuracy from {clean[0]:.3f} to {clean[-1]:.3f}, "
+        f"robust accuracy of the last checkpoint from {robust[0]['last']['robust']:.3f} to {best['last']['robust']:.3f} "
         f"({best['name']}).",
         "",
         "## Limits",
         "",
-        *report.limits(r["seeds"], result["images"]),
+        *limits(r["seeds"], result["images"]),
     ]
     return "\n".join(lines) + "\n"
 
 
-def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
-    """Robust accuracy against training FLOPs, a point for each defense; hollow above it the best checkpoint, where apart."""
+def plot(path: pathlib.Path, result: Result) -> None:
+    """Draws the robust accuracy of the last checkpoints: against the price, or by name where all cost about the same.
+
+    Args:
+      path: PNG to write.
+      result: what compare.json holds.
+    """
+    r = result["request"]
+    figure = _by_name(result) if r["equal_flops"] or r["parts"] else _by_price(result)
+    plots.save(path, figure, dpi=150)
+
+
+def _is_ours(row: Mapping[str, Any]) -> bool:
+    return bool(row["settings"]["defense"] == "e2sad")
+
+
+def _caption(result: Result) -> str:
+    r = result["request"]
+    return f"{r['data'].upper()}, eps {result['eps']:.3g}, {_length(r)}, {_seeds(r['seeds'])}, {_images(result)}"
+
+
+def _by_price(result: Result) -> Any:
+    """A point for each defense, its name beside it; e2SAD's are stars."""
     from matplotlib.figure import Figure
 
-    equal = result["request"]["equal_flops"]
-    by_name = equal or result["request"]["parts"]  # too many that cost the same
-    natural = _natural(result)
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    figure = Figure(figsize=(7, 5.2), layout="constrained")
     axes = figure.subplots()
-    labels = {"last": "last checkpoint", "best": f"best on {result['chosen_on']}, where another"}
-
-    def draw(row: Mapping[str, Any], robust: Sequence[float], *args: Any, **style: Any) -> None:
-        name = row["name"]
-        if equal:
-            name += f" ({row['last']['steps'][0]:,})"
-        elif natural:
-            name += f" ({row['flops'] / natural:.2f})"
-        at = [name if by_name else row["flops"] / (natural or 1)] * len(robust)
-        axes.plot(*((robust, at) if by_name else (at, robust)), *args, **style)
-
-    for row in result["rows"]:
-        last, best = row["last"]["robust"], row["best"]["robust"]
-        ours = row["name"].startswith("e2SAD") and not by_name
-        style: dict[str, Any] = {"color": "C3" if ours else "C0"}
-        marker = {"marker": "*" if ours else "o", "ms": 14 if ours else 7, "ls": "", **style}
-        if best != last:
-            draw(row, [last, best], ":", lw=1, **style)
-            draw(row, [best], mfc="none", **marker)
-        draw(row, [last], **marker)
-    for which, fill in (("last", "0.4"), ("best", "none")):
-        axes.plot([], [], "o", color="0.4", mfc=fill, label=labels[which])
-    axes.legend(loc="best" if by_name else (0.55, 0.15), fontsize=8, frameon=False)
-    axes.grid(color="0.92")
-    if by_name:
-        beside = "steps" if equal else "FLOPs of training, natural = 1"
-        axes.set(xlabel=f"robust accuracy (in parentheses: {beside})", xlim=(-0.03, 1.0))
-        axes.invert_yaxis()
-    else:
-        unit = f", natural training = 1 ({natural:.3g})" if natural else ""
-        axes.set(xlabel=f"FLOPs of training{unit}", ylabel="robust accuracy", xscale="log", ylim=(-0.03, 1.0))
-        axes.margins(x=0.06)
-        if natural:
-            ticks = (1, 2, 3, 5, 10, 20, 50)
-            axes.set_xticks(ticks, [str(tick) for tick in ticks])
-            axes.set_xticks([], minor=True)
-            axes.set_xlim(0.9, 1.15 * max(row["flops"] for row in result["rows"]) / natural)
-        _name_points(
-            axes, [(row["name"], row["flops"] / (natural or 1), row["last"]["robust"]) for row in result["rows"]]
+    points = [(_price(result, row), row["last"]["robust"]) for row in result["rows"]]
+    for row, (x, y) in zip(result["rows"], points, strict=True):
+        ours = _is_ours(row)
+        axes.plot(
+            x, y, "*" if ours else "o", ms=14 if ours else 7, color=OURS if ours else OTHERS, mec="white", zorder=3
         )
-    figure.suptitle(textwrap.fill(_about(result), 130), fontsize=8)  # across all: names may take half of the width
-    plots.save(path, figure, dpi=120)
+    axes.set(xscale="log", xlabel="FLOPs of a training step (natural training = 1)", ylabel="robust accuracy")
+    axes.set(ylim=(-0.05, 1.0), xlim=(0.8, 1.6 * max(x for x, _ in points)))
+    axes.set_xticks(ticks := [t for t in (1, 2, 3, 5, 10, 20, 50) if t <= axes.get_xlim()[1]], list(map(str, ticks)))
+    axes.set_xticks([], minor=True)
+    axes.grid(color="0.93")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(_caption(result), fontsize=9, color="0.35", loc="left")
+    names = []
+    for row, (x, y) in zip(result["rows"], points, strict=True):
+        style: dict[str, Any] = {"color": OURS if _is_ours(row) else "0.15", "fontsize": 9}
+        names.append((row["name"], x, y, {**style, "weight": "bold"} if row["name"] == REFERENCE else style))
+    plots.label_points(axes, names)
+    return figure
 
 
-def _name_points(axes: Any, points: Sequence[tuple[str, float, float]], gap: float = 0.047) -> None:
-    """Each point's name in a column to the right of the axes, with a line to it: many lie close together."""
-    named = sorted(points, key=lambda point: (-point[2], -point[1]))
-    heights: list[float] = []
-    for _, _, y in named:
-        heights.append(min(y, heights[-1] - gap) if heights else y)
-    for i in reversed(range(len(heights))):  # none below the lowest
-        heights[i] = max(heights[i], gap * (len(heights) - 1 - i))
-    for (name, x, y), height in zip(named, heights, strict=True):
-        axes.annotate(
-            name,
-            (x, y),
-            (1.03, height),
-            textcoords=("axes fraction", "data"),
-            fontsize=8,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": "0.75", "lw": 0.6, "shrinkB": 4, "relpos": (0, 0.5)},
-        )
+def _by_name(result: Result) -> Any:
+    """A line for each entry, in the order of the table."""
+    from matplotlib.figure import Figure
+
+    rows, equal = result["rows"], result["request"]["equal_flops"]
+    figure = Figure(figsize=(7, 0.9 + 0.27 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        ours = _is_ours(row) if equal else row["name"] == REFERENCE
+        beside = f"{row['last']['steps'][0]:,} steps" if equal else f"{_price(result, row):.2f}"
+        name = row["name"].removeprefix(f"{REFERENCE}, ")
+        style: dict[str, Any] = {
+            "color": OURS if ours else OTHERS,
+            "marker": "*" if ours else "o",
+            "ms": 13 if ours else 7,
+        }
+        axes.plot([row["last"]["robust"]], [f"{name} ({beside})"], ls="", **style)
+    axes.set(xlabel="robust accuracy", xlim=(-0.03, 1.0))
+    axes.invert_yaxis()
+    axes.grid(color="0.93")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=9)
+    price = "" if equal else "\nIn parentheses: FLOPs of a training step (natural training = 1)"
+    figure.suptitle(_caption(result) + price, fontsize=9, color="0.35")
+    return figure

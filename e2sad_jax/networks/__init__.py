@@ -4,9 +4,9 @@
 >>> import jax.numpy as jnp
 >>> from e2sad_jax import networks
 >>> model = networks.create("digits_cnn", num_classes=10, image_shape=(8, 8, 1))
->>> params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
->>> networks.apply_fn(model)(params, jnp.zeros((5, 8, 8, 1))).shape
-(5, 10)
+>>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+>>> networks.count_parameters(variables)
+48842
 """
 
 import functools

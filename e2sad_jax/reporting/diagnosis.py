@@ -1,111 +1,108 @@
-"""A diagnosis as text, as Markdown and as a picture."""
+"""Shows a diagnosis as text, as Markdown and as a picture."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from e2sad_jax.reporting import plots, report
+from e2sad_jax.reporting import plots, provenance
+from e2sad_jax.reporting.card import WORST
+from e2sad_jax.reporting.table import Table
 
 Result = Mapping[str, Any]
 
 
-def _rows(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
-    """The tables: title, head, cells."""
-    eps, n = result["eps"], result["images"]
-    curve = result["over_eps"]
-    tables = [
-        (
-            f"Accuracy on {n:,} images against the budget (1 restart; clean {result['clean']:.3f})",
-            ["eps", *(f"{e:.4g}" for e in curve["eps"])],
-            [[name, *(f"{a:.3f}" for a in values)] for name, values in curve["accuracy"].items()],
+def tables(result: Result) -> list[Table]:
+    """The tables of a diagnosis: accuracy against budget, steps, restarts; worst case; transfer; checks.
+
+    Args:
+      result: what evaluation.json holds.
+    """
+    eps, n = f"eps {result['eps']:.4g}", result["images"]
+    budget, steps, restarts = result["over_eps"], result["over_steps"], result["over_restarts"]
+    found = [
+        Table(
+            title=f"Accuracy on {n:,} images against the budget (1 restart; clean accuracy {result['clean']:.3f})",
+            columns=["eps", *(f"{e:.4g}" for e in budget["eps"])],
+            rows=[[name, *map(_accuracy, values)] for name, values in budget["accuracy"].items()],
         ),
-        (
-            f"Accuracy against PGD's steps (eps {eps:.4g}, 1 restart)",
-            ["steps", *map(str, result["over_steps"]["steps"])],
-            [["PGD", *(f"{a:.3f}" for a in result["over_steps"]["accuracy"])]],
+        Table(
+            title=f"Accuracy against the steps of PGD ({eps}, 1 restart)",
+            columns=["steps", *map(str, steps["steps"])],
+            rows=[["PGD", *map(_accuracy, steps["accuracy"])]],
         ),
-        (
-            f"Accuracy against restarts (eps {eps:.4g}, worst of them)",
-            ["restarts", *(str(i + 1) for i in range(len(result["over_restarts"]["accuracy"])))],
-            [
-                [
-                    result["over_restarts"]["attack"],
-                    *(f"{a:.3f}" for a in result["over_restarts"]["accuracy"]),
-                ]
-            ],
+        Table(
+            title=f"Accuracy against restarts ({eps}, worst of all restarts)",
+            columns=["restarts", *(str(i + 1) for i in range(len(restarts["accuracy"])))],
+            rows=[[restarts["attack"], *map(_accuracy, restarts["accuracy"])]],
         ),
     ]
     if worst := result["worst_case"]:
-        words = [_describe(stage) for stage in worst["stages"]]
-        tables.append(
-            (
-                f"Worst case (eps {eps:.4g}, {n:,} images): {'; '.join(words)}",
-                ["after", *worst["accuracy"], "and all above"],
-                [
-                    [
-                        "accuracy",
-                        *(f"{a:.3f}" for a in worst["accuracy"].values()),
-                        f"{worst['robust']:.3f}",
-                    ],
-                    ["fooled there", "", *map(str, worst["fooled"].values()), ""],
-                ],
+        rows = [[name, _accuracy(value), worst["fooled"].get(name, "")] for name, value in worst["accuracy"].items()]
+        found.append(
+            Table(
+                title=f"Worst case: accuracy after each attack in turn ({eps}, {n:,} images)",
+                columns=["attack", "accuracy", "images it fooled"],
+                rows=[*rows, [f"{WORST}, those above included", _accuracy(worst["robust"]), ""]],
+                notes=[f"{describe(stage)}." for stage in worst["stages"]],
+                footer=1,
             )
         )
     if transfer := result["transfer"]:
-        tables.append(
-            (
-                f"Transfer ({transfer['attack']}, eps {eps:.4g}, made for {transfer['from']})",
-                ["accuracy of", result["name"], transfer["from"]],
-                [["", f"{transfer['accuracy']:.3f}", f"{transfer['accuracy_of_substitute']:.3f}"]],
+        found.append(
+            Table(
+                title=f"Transfer ({transfer['attack']}, {eps}, made for {transfer['from']})",
+                columns=["model", "accuracy"],
+                rows=[
+                    [result["name"], _accuracy(transfer["accuracy"])],
+                    [transfer["from"], _accuracy(transfer["accuracy_of_substitute"])],
+                ],
             )
         )
-    tables.append(
-        (
-            "Checks for gradient masking",
-            ["check", "found", "held to", ""],
-            [
-                [
-                    c["name"],
-                    f"{c['value']:.3f}",
-                    f"{'at most' if c['below'] else 'at least'} {c['bound']}",
-                    "SUSPICIOUS" if c["suspicious"] else "",
-                ]
-                for c in result["checks"]
-            ],
-        )
-    )
-    return tables
+    rows = [
+        [
+            check["name"],
+            _accuracy(check["value"]),
+            f"{'at most' if check['below'] else 'at least'} {check['bound']}",
+            "SUSPICIOUS" if check["suspicious"] else "",
+        ]
+        for check in result["checks"]
+    ]
+    columns = ["check", "measured", "expected", ""]
+    return [*found, Table(title="Checks for gradient masking", columns=columns, rows=rows)]
 
 
-def _describe(stage: Mapping[str, Any]) -> str:
+def _accuracy(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def describe(stage: Mapping[str, Any]) -> str:
+    """One attack of the worst case with its effort, in words."""
     if stage["kind"] == "square":
-        return f"{stage['name']} {stage['steps']:,} queries"
-    targets = f", {stage['targets']} targets" if stage["loss"] == "targeted_dlr" else ""
-    return f"{stage['name']} {stage['steps']} steps{targets}, {stage['restarts']} restart"
+        return f"{stage['name']}: {stage['steps']:,} queries, {_restarts(stage['restarts'])}"
+    targets = f" towards each of {stage['targets']} classes" if stage["loss"] == "targeted_dlr" else ""
+    return f"{stage['name']}: {stage['steps']} steps{targets}, {_restarts(stage['restarts'])}"
+
+
+def _restarts(count: int) -> str:
+    return "1 restart" if count == 1 else f"{count} restarts"
 
 
 def text(result: Result) -> str:
-    """For a terminal."""
-    parts = []
-    for title, head, rows in _rows(result):
-        parts.append("\n".join([title, *map(str.rstrip, report.aligned([head, *rows]))]))
-    return "\n\n".join([*parts, result["verdict"]])
+    """The tables and the verdict, for a terminal."""
+    return "\n\n".join([*(table.text() for table in tables(result)), result["verdict"]])
 
 
 def markdown(result: Result) -> str:
-    """For a file: the tables, the verdict, and where the numbers come from."""
-    parts = [f"# {result['name']}: what its robustness is worth", result["verdict"]]
-    for title, head, rows in _rows(result):
-        lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
-        parts.append("\n".join([f"{title}:", "", *lines]))
-    about = result["environment"]
-    parts.append("![Accuracy against budget and steps](evaluation.png)")
-    parts.append(f"`{result['command']}`, {about['hardware']}, {about['date']}, commit {about['commit']}")
-    return "\n\n".join(parts) + "\n"
+    """evaluation.md: the verdict, the tables, the picture, and the provenance."""
+    blocks = [f"# Robustness of {result['name']}", result["verdict"]]
+    blocks += [table.markdown(level=2).strip() for table in tables(result)]
+    blocks.append("![Accuracy against budget and steps](evaluation.png)")
+    blocks.append(f"Command: `{result['command']}`. {provenance.sentence(result['environment'])}")
+    return "\n\n".join(blocks) + "\n"
 
 
 def plot(path: pathlib.Path, results: Sequence[Result]) -> None:
-    """Accuracy against budget and against steps, a colour for each model."""
+    """Draws accuracy against budget and against steps, a colour for each model."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")

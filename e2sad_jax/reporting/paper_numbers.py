@@ -1,10 +1,8 @@
-"""The paper's accuracies (Tables 1 to 3), the settings behind them, and when a run may stand beside them."""
+"""The paper's accuracies (Tables 1 to 3), their settings, and whether a run may be compared with them."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
-
-from e2sad_jax.training.config import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +126,15 @@ def transfer(substitute: tuple[str, str], target: tuple[str, str]) -> float | No
     return row[_TARGETS.index(target[0])] if row and target[0] in _TARGETS else None
 
 
-def beside(config: Config, data: str, steps: int, full_test_set: bool) -> tuple[Column | None, str]:
-    """The paper's column that this run may be held against.
+# What the paper does not have: at these values a run is as the paper's.
+_OURS = {"schedule": "constant", "eps_warmup": 0, "random_start": False, "ball_second": False}
+
+
+def comparable(settings: Mapping[str, Any], data: str, steps: int, full_test_set: bool) -> tuple[Column | None, str]:
+    """The paper's column that a run may be compared with: one of equal settings, data, training and test images.
 
     Args:
-      config: the run's settings.
+      settings: of the run, by name, the defense and its own settings among them.
       data: name of the data set.
       steps: training steps done.
       full_test_set: whether every test image was evaluated.
@@ -140,20 +142,15 @@ def beside(config: Config, data: str, steps: int, full_test_set: bool) -> tuple[
     Returns:
       The column, or None and the reason: what differs from the paper's nearest setting.
     """
-    ours = {**config.to_json(), "steps": steps}
+    ours = {**settings, "steps": steps}
     nearest: list[str] | None = None
     for column in COLUMNS:
-        if column.data != data or column.setting["defense"] != config.defense:
+        if column.data != data or column.setting["defense"] != ours["defense"]:
             continue
-        differs = [
-            f"{name} {ours[name]} (paper: {value})" for name, value in column.setting.items() if ours[name] != value
-        ]
-        later = (("schedule", "constant"), ("eps_warmup", 0), ("random_start", False), ("ball_second", False))
-        for name, value in later:
-            if ours.get(name, value) != value:
-                differs.append(f"{name} {ours[name]} (paper: {value})")
-        if config.validation_examples:
-            differs.append(f"{config.validation_examples} training images held out (paper: 0)")
+        expected = {**column.setting, **{name: value for name, value in _OURS.items() if name in ours}}
+        differs = [f"{name} {ours[name]} (paper: {value})" for name, value in expected.items() if ours[name] != value]
+        if ours["validation_examples"]:
+            differs.append(f"{ours['validation_examples']} training images held out (paper: 0)")
         if not full_test_set:
             differs.append("part of the test set (paper: all)")
         if not differs:
@@ -161,5 +158,5 @@ def beside(config: Config, data: str, steps: int, full_test_set: bool) -> tuple[
         if nearest is None or len(differs) < len(nearest):
             nearest = differs
     if nearest is None:
-        return None, f"the paper has no {config.defense} model on {data}"
-    return None, "not the paper's setting: " + ", ".join(nearest)
+        return None, f"the paper has no {ours['defense']} model on {data}"
+    return None, "its setting is not the paper's: " + ", ".join(nearest)

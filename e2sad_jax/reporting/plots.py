@@ -1,74 +1,82 @@
 """Pictures of a run."""
 
 import io
+import itertools
 import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e2sad_jax import attacks, networks
+from e2sad_jax import attacks
 from e2sad_jax._compile import jit
 from e2sad_jax._io import write_bytes
-from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.losses import cross_entropy, soft_labels
-from e2sad_jax.training.config import Config
 
 
 def examples(
     path: pathlib.Path,
-    config: Config,
-    model: nn.Module,
+    apply: Callable[[Any, jax.Array], jax.Array],
     params: Any,
-    images: np.ndarray,
+    images: Any,
     labels: np.ndarray,
     *,
-    title: str,
     num_classes: int,
+    title: str,
+    eps1: float,
+    eps2: float,
+    second_step: str = "total",
+    bounds: tuple[float, float] = (0.0, 1.0),
+    clip_second: bool = False,
+    seed: int = 0,
     count: int = 8,
 ) -> None:
-    """Draws test images, their first and second adversarial points, the perturbations, and what the model says of each.
+    """Draws images, their first and second adversarial points, the perturbations, and the predictions.
 
-    The first point is FGSM's with `config.eps1`, the second e2SAD's, whatever the model was trained on: with its settings
-    where it is e2SAD, else with a third of that budget, the paper's ratio.
+    The first point is FGSM's, the second e2SAD's, for a model of any defense.
 
     Args:
       path: PNG to write.
-      config: the run's settings.
-      model: the network.
-      params: its variables.
-      images: test images `[N, H, W, C]` as stored.
+      apply: from parameters and images to logits `[N, K]`.
+      params: parameters of `apply`.
+      images: inputs of the network `[N, H, W, C]`, in `bounds`.
       labels: `[N]`.
-      title: line above the picture.
       num_classes: number of classes K.
-      count: images to show: the first of each class, as far as they go.
+      title: line above the picture.
+      eps1: budget of the first step, in units of the images.
+      eps2: budget of the second step.
+      second_step: what the second step differentiates, one of `attacks.OBJECTIVES`.
+      bounds: range of the images.
+      clip_second: whether the second point is clipped to `bounds`.
+      seed: of the second step's random numbers.
+      count: images to show: the first of each class, up to so many.
     """
     from matplotlib.figure import Figure
 
     rows = np.array([np.flatnonzero(labels == k)[0] for k in np.unique(labels)[:count]])
-    transform = TRANSFORMS[config.transform]
-    low, high = transform.bounds
-    eps2 = config.settings.get("eps2", config.eps1 / 3)
+    low, high = bounds
 
     @jit
-    def points(params: Any, images: jax.Array, labels: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-        logits_fn = networks.logits_fn(model, params)
+    def points(params: Any, x: jax.Array, labels: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        y = soft_labels(labels, num_classes, 0.0)
+
+        def logits_fn(z: jax.Array) -> jax.Array:
+            return apply(params, z)
 
         def loss_fn(z: jax.Array) -> jax.Array:
             return cross_entropy(logits_fn(z), y)
 
-        x, y = transform.apply(images), soft_labels(labels, num_classes, 0.0)
-        first = attacks.fgsm(loss_fn, x, eps=config.eps1, bounds=transform.bounds)
+        first = attacks.fgsm(loss_fn, x, eps=eps1, bounds=bounds)
         second = attacks.second_step(
             logits_fn,
             first,
             eps=eps2,
-            objective=config.settings.get("second_step", "total"),
+            objective=second_step,
             loss_fn=loss_fn,
-            key=jax.random.key(config.seed),
-            bounds=transform.bounds if config.settings.get("clip_second") else None,
+            key=jax.random.key(seed),
+            bounds=bounds if clip_second else None,
         )
         return [(z, jax.nn.softmax(logits_fn(z))) for z in (x, first, second)]
 
@@ -77,12 +85,12 @@ def examples(
     )
     lines = [
         ("clean", x, p),
-        (f"first point\nFGSM, eps {config.eps1:.3g}", first, p1),
+        (f"first point\nFGSM, eps {eps1:.3g}", first, p1),
         (f"second point\neps {eps2:.3g}", second, p2),
         ("first - clean", first - x, None),
         ("second - first", second - first, None),
     ]
-    span = max(config.eps1, eps2) or 1.0
+    span = max(eps1, eps2) or 1.0
     figure = Figure(figsize=(1.25 * len(rows) + 1.4, 1.55 * len(lines) + 0.6), layout="constrained")
     figure.suptitle(title, fontsize=11)
     axes = figure.subplots(len(lines), len(rows), squeeze=False)
@@ -105,6 +113,72 @@ def examples(
                 )
         line[0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
     save(path, figure, dpi=120)
+
+
+def label_points(axes: Any, names: Sequence[tuple[str, float, float, Mapping[str, Any]]]) -> None:
+    """Writes the name of each point beside it, where it covers neither a point nor another name.
+
+    Each name takes the place near its point that is farthest from all others. Bold names choose first, then those of
+    crowded points.
+
+    Args:
+      axes: of a figure whose limits, scales and other contents are final.
+      names: name, x, y of each point, and keywords of its text.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
+
+    figure = axes.figure
+    renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
+    figure.draw_without_rendering()
+    pixel = figure.dpi / 72  # of a point of type
+    at = axes.transData.transform([(x, y) for _, x, y, _ in names])
+    taken = [Bbox.from_bounds(x - 4 * pixel, y - 4 * pixel, 8 * pixel, 8 * pixel) for x, y in at]
+    frame = axes.get_window_extent(renderer)
+
+    def turn(i: int) -> tuple[bool, float]:
+        crowd = np.sort(np.hypot(*(at - at[i]).T))[1:4].sum()
+        return names[i][3].get("weight") != "bold", float(crowd)
+
+    def write(i: int, distance: float, right: float, up: float) -> Any:
+        name, x, y, style = names[i]
+        sides = int(np.sign(right)) + 1, int(np.sign(up)) + 1
+        return axes.annotate(
+            name,
+            (x, y),
+            (right * distance, up * distance),
+            textcoords="offset points",
+            ha=("right", "center", "left")[sides[0]],
+            va=("top", "center", "bottom")[sides[1]],
+            **style,
+        )
+
+    def box_at(i: int, size: Any, distance: float, right: float, up: float) -> Any:
+        corner = at[i] + pixel * distance * np.array([right, up]) - size * (1 - np.sign([right, up])) / 2
+        return Bbox.from_bounds(*corner, *size)
+
+    def score(box: Any, distance: float, own: int) -> float:
+        gaps = [_gap(box, other) / pixel for k, other in enumerate(taken) if k != own]
+        inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+        return min([6.0, *gaps]) - distance - 40 * sum(gap < 2.5 for gap in gaps) - 400 * (not inside)
+
+    for i in sorted(range(len(names)), key=turn):
+        text = write(i, 0, 1, 1)
+        size = np.array(text.get_window_extent(renderer).size)
+        text.remove()
+        places = [(d, *side) for d, side in itertools.product((6, 9, 12, 16), _SIDES)]
+        best = max(places, key=lambda place: score(box_at(i, size, *place), place[0], i))
+        write(i, *best)
+        taken.append(box_at(i, size, *best))
+
+
+_SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7))
+
+
+def _gap(a: Any, b: Any) -> float:
+    """Distance between two boxes; negative by the overlap where they overlap."""
+    across, along = max(a.x0 - b.x1, b.x0 - a.x1), max(a.y0 - b.y1, b.y0 - a.y1)
+    return float(np.hypot(across, along)) if min(across, along) > 0 else float(max(across, along))
 
 
 def save(path: pathlib.Path, figure: Any, *, dpi: int) -> None:

@@ -1,19 +1,21 @@
-"""A progress bar at a terminal, plain lines in a log."""
+"""Progress: a bar at a terminal, plain lines in a log."""
 
 import os
 import sys
 import time
 from types import TracebackType
+from typing import Self
 
 import tqdm
 
-SHOWN = (
-    "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # tqdm's rate would leave no room for the note
-)
+SHOWN = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 class Bar:
-    """A progress bar at a terminal; elsewhere a plain line now and then, at least `interval` seconds apart."""
+    """Shows progress: a tqdm bar at a terminal, elsewhere a line now and then.
+
+    The first update starts the clock of the time left: what comes before it is mostly the compiler, which is no step.
+    """
 
     def __init__(
         self,
@@ -25,37 +27,51 @@ class Bar:
         interval: float = 30.0,
         silent: bool = False,
     ):
-        self._silent = silent
+        """Starts at `initial` of `total`.
+
+        Args:
+          title: what is done.
+          total: units of work.
+          unit: their name, in the plural.
+          initial: units done before.
+          interval: seconds between lines in a log.
+          silent: whether nothing is shown.
+        """
         self.title, self.total, self.unit, self.done = title, total, unit, initial
-        self._initial, self._start, self._interval = initial, time.monotonic(), interval
-        self._last_line = self._start - interval + 2  # the first line comes soon
+        self._silent, self._interval = silent, interval
+        self._start = time.monotonic()
+        self._next_line = self._start + 2  # the first line comes soon
+        self._clock: tuple[float, int] | None = None  # time and units done after the first update
         self._bar = None
         if sys.stderr.isatty() and not silent:
             known = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # some pseudo terminals have no size
             width = {"dynamic_ncols": True} if known else {"ncols": 100, "nrows": 24}
-            self._bar = tqdm.tqdm(desc=title, total=total, initial=initial, smoothing=0.1, bar_format=SHOWN, **width)
+            self._bar = tqdm.tqdm(desc=title, total=total, initial=initial, bar_format=SHOWN, **width)
 
     def update(self, amount: int, note: str = "") -> None:
-        """Moves on by `amount`; `note` is shown behind the count."""
+        """Adds `amount` units; `note` is shown behind the count."""
+        now = time.monotonic()
         self.done += amount
+        if self._clock is None:
+            self._clock = now, self.done
         if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.set_postfix_str(", ".join(filter(None, (self._left(now), note))), refresh=False)
             self._bar.update(amount)
-        elif self._silent:
-            return
-        elif time.monotonic() - self._last_line >= self._interval or self.done >= self.total:
-            self._last_line = time.monotonic()
-            elapsed = self._last_line - self._start
-            left = (self.total - self.done) * elapsed / max(self.done - self._initial, 1)
-            print(
-                f"{self.title}: {self.done:,}/{self.total:,} {self.unit}"
-                + (f", {note}" if note else "")
-                + (f", {duration(left)} left" if self.done < self.total else f", took {duration(elapsed)}"),
-                file=sys.stderr,
-                flush=True,
-            )
+        elif not self._silent and (now >= self._next_line or self.done >= self.total):
+            self._next_line = now + self._interval
+            end = self._left(now) if self.done < self.total else f"took {duration(now - self._start)}"
+            parts = [f"{self.title}: {self.done:,}/{self.total:,} {self.unit}", note, end]
+            print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
 
-    def __enter__(self) -> "Bar":
+    def _left(self, now: float) -> str:
+        """The time left, from the speed since the first update; empty before there is one."""
+        assert self._clock is not None
+        since, done = self._clock
+        if self.done <= done or self.done >= self.total:
+            return ""
+        return f"{duration((self.total - self.done) * (now - since) / (self.done - done))} left"
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

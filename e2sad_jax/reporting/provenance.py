@@ -1,4 +1,4 @@
-"""Where a number comes from: command, date, hardware, versions, commit."""
+"""Provenance of a number: command, date, hardware, versions, commit."""
 
 import datetime
 import functools
@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax
 
 
 def environment() -> dict[str, Any]:
-    """Date, hardware, versions and commit, as they belong beside every number."""
+    """Date, hardware, versions and commit of this process, noted with every result."""
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -27,6 +28,15 @@ def environment() -> dict[str, Any]:
         **{name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
         "commit": commit(),
     }
+
+
+def sentence(environment: Mapping[str, Any]) -> str:
+    """An environment in one sentence: when, on what, with which versions, at which commit."""
+    e = environment
+    return (
+        f"Measured {e['date']} on {e['hardware']}; Python {e['python']}, JAX {e['jax']}, Flax {e['flax']}; "
+        f"commit {e['commit']}."
+    )
 
 
 def _cpu_name() -> str:
@@ -71,6 +81,8 @@ def command() -> str:
 
 def again() -> str:
     """`command`, with the interpreter's path where `python` is another one."""
+    if not command().startswith("python "):
+        return command()
     own, usual = pathlib.Path(sys.executable), shutil.which("python")
     if not command().startswith("python"):
         return command()

@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from e2sad_jax.defenses import DEFENSES
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -13,7 +11,7 @@ class Recipe:
 
     Attributes:
       about: what the command does, in a line.
-      settings: those that differ from the defaults of `training.config`.
+      settings: those that differ from the defaults of `training.Config` and of the defenses.
       by_defense: those that one defense takes instead, by its name.
       baseline: defense to train beside the chosen one, empty for none.
     """
@@ -43,8 +41,9 @@ RECIPES: Mapping[str, Recipe] = {
             "eps1": 24 / 255,
             "eps2": 8 / 255,
             "attack_steps": 10,
+            "soft_label": False,
         },
-        by_defense={name: {"soft_label": False} for name in DEFENSES if name != "e2sad"},  # only e2SAD has soft labels
+        by_defense={"e2sad": {"soft_label": True}},  # e2SAD alone is trained on soft labels there
     ),
     # Not the paper's: a narrow network, and budgets that 8x8 digits enlarged to 28x28 can be defended against in minutes.
     "digits": Recipe(

@@ -4,13 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from e2sad_jax import data, distributed, networks
 from e2sad_jax.errors import ConfigError, Stopped, as_device_error
 from e2sad_jax.evaluation import SUITES, Attack, Outcomes
-from e2sad_jax.reporting import plots, provenance, report
+from e2sad_jax.reporting import plots, provenance
+from e2sad_jax.reporting import results as reported
 from e2sad_jax.reporting.progress import Bar
-from e2sad_jax.runs.folder import ensure_exists, workdir_of
+from e2sad_jax.runs.folder import describe_dataset, ensure_exists, workdir_of
 from e2sad_jax.runs.signals import stopping
 from e2sad_jax.runs.trainer import Run, open_runs, train
 from e2sad_jax.training import TrainState
@@ -80,10 +82,10 @@ def _report(
         distributed.barrier()  # the first evaluates
         return {}
     outcomes = _evaluate(run, state, suite)
-    best = chosen and report.Best(*chosen, _evaluate(run, other, suite) if other else outcomes)
-    results = report.build(
+    best = chosen and reported.Best(*chosen, _evaluate(run, other, suite) if other else outcomes)
+    results = reported.build(
         run.config,
-        run.dataset,
+        describe_dataset(run.dataset),
         suite,
         outcomes,
         steps=run.steps,
@@ -92,19 +94,31 @@ def _report(
         best=best,
     )
     ensure_exists(run.workdir)
-    report.write(run.workdir, results, outcomes, best, before=before)
-    plots.examples(
-        run.workdir / "examples.png",
-        run.config,
-        run.model,
-        distributed.local(state.params),
-        run.dataset.x_test,
-        run.dataset.y_test,
-        title=f"{run.dataset.name}, {run.config.defense}, {run.steps:,} steps: predicted class (probability)",
-        num_classes=run.dataset.num_classes,
-    )
+    reported.write(run.workdir, results, outcomes, best, before=before)
+    _draw(run, state)
     distributed.barrier()
     return results
+
+
+def _draw(run: Run, state: TrainState) -> None:
+    """Writes examples.png: the first test image of each class with its adversarial points."""
+    config, test = run.config, run.dataset
+    rows = np.array([np.flatnonzero(test.y_test == k)[0] for k in np.unique(test.y_test)])
+    plots.examples(
+        run.workdir / "examples.png",
+        networks.apply_fn(run.model),
+        distributed.local(state.params),
+        np.asarray(run.transform.apply(test.x_test[rows])),
+        test.y_test[rows],
+        num_classes=test.num_classes,
+        title=f"{test.name}, {config.defense}, {run.steps:,} steps: predicted class (probability)",
+        eps1=config.eps1,
+        eps2=config.settings.get("eps2", config.eps1 / 3),  # the paper's ratio
+        second_step=config.settings.get("second_step", "total"),
+        bounds=run.transform.bounds,
+        clip_second=config.settings.get("clip_second", False),
+        seed=config.seed,
+    )
 
 
 def _evaluate(run: Run, state: TrainState, suite: Sequence[Attack]) -> Outcomes:
@@ -135,9 +149,6 @@ def _stopped(run: Run, step: int, number: int) -> Stopped:
 
 def summary(results: Mapping[str, Mapping[str, Any]], config: Config) -> str:
     """The table of all results for a terminal, and where the files of the run of `config` are."""
-    table = [report.heading(results[config.defense]), report.text_table(results)]
-    if best := report.about_best(results):
-        table.append("\n".join(best))
     files = {
         "checkpoint": "checkpoints",
         "results": "results.json",
@@ -146,8 +157,8 @@ def summary(results: Mapping[str, Mapping[str, Any]], config: Config) -> str:
         "training curves": "metrics.jsonl",
     }
     workdir = workdir_of(config)
-    table.append("\n".join(f"{what + ':':16} {workdir / name}" for what, name in files.items()))
-    return "\n\n".join(table)
+    lines = (f"{what + ':':16} {workdir / name}" for what, name in files.items())
+    return "\n\n".join([reported.summary(results), "\n".join(lines)])
 
 
 def describe(config: Config) -> str:

@@ -13,6 +13,7 @@ from flax.core import FrozenDict
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.defenses import DEFENSES, Defense, Setting, readers
 from e2sad_jax.errors import ConfigError, quoted
+from e2sad_jax.networks import NETWORKS
 
 SCHEDULES = ("constant", "cyclic", "piecewise", "cosine")
 PRESETS = ("paper", "robust")
@@ -82,7 +83,7 @@ class Config:
     defense: str = setting("e2sad", "how to train", choices=DEFENSES)
     settings: Mapping[str, Any] = FrozenDict()
     data: str = setting("mnist", "mnist, svhn, digits, or a file PATH.npz", identity=False)
-    model: str = setting("mnist_cnn", "network", choices=("mnist_cnn", "svhn_cnn", "digits_cnn", "preact_resnet18"))
+    model: str = setting("mnist_cnn", "network", choices=tuple(NETWORKS))
     transform: str = setting("unit", "input transform; every eps is in its units", choices=("unit", "standardize"))
     steps: int = setting(30_000, "training steps", lower=1, identity=False)
     epochs: float = setting(

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from e2sad_jax._io import write_json, write_text
 from e2sad_jax.errors import WorkdirError
-from e2sad_jax.reporting import paper_numbers, provenance, report
+from e2sad_jax.reporting import paper_numbers, provenance
+from e2sad_jax.reporting.card import PURPOSE, limits
 from e2sad_jax.runs.checkpoint import state_digest
 from e2sad_jax.runs.folder import read_config, read_training
 from e2sad_jax.training.config import Config
@@ -451,7 +452,7 @@ def card(scale: str, records: Sequence[Mapping[str, Any]], images: Sequence[int]
         "",
         f"- **Models:** {len(records)}, each with its settings in [models.md](models.md); networks: {all_of('network')}, "
         f"layers in {all_of('precision')}.",
-        report.PURPOSE,
+        PURPOSE,
         f"- **Data:** {all_of('data')}. Whatever these images leave out or get wrong, the models do too.",
         f"- **Training:** {all_of('defense')}; batches of {all_of('batch')}, steps: {all_of('steps')}; {all_of('hardware')}; "
         f"commits {all_of('commit')}.",
@@ -463,6 +464,6 @@ def card(scale: str, records: Sequence[Mapping[str, Any]], images: Sequence[int]
         "",
         "## Limits",
         "",
-        *report.limits(seeds, *images),
+        *limits(seeds, *images),
     ]
     return "\n".join(lines) + "\n"

@@ -16,6 +16,7 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the flags, as the main module's own: `--help` lists those."""
+    cli.import_defenses()
     from e2sad_jax.defenses import DEFENSES
     from experiments.step_cost.request import DATA, iterated
 

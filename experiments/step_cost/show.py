@@ -1,17 +1,16 @@
 """The measured cost as a table for a terminal, as markdown, and as a plot against the steps of the attack."""
 
 import pathlib
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from e2sad_jax.defenses import DEFENSES
-from e2sad_jax.reporting import plots, report
+from e2sad_jax.reporting import plots
+from e2sad_jax.reporting.table import Table
 from experiments.step_cost.request import OURS
 
 Row = Mapping[str, Any]
 COLORS = {OURS: "#1f4e99", "xla": "#7a7a7a", "torch": "#d1495b", "torch.compile": "#e8963a", "art": "#6a994e"}
-WIDTH = 120  # of a terminal
 MARKS = {"fgsm": ("FGSM", "s", 7), "e2sad": ("e2SAD", "*", 15)}
 TARGET = (1.4, 0.7)  # FLOPs of IFGSM-k training in natural steps are at most 1.4 + 0.7 k
 
@@ -138,29 +137,21 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def table(result: Mapping[str, Any]) -> Table:
+    """The table, and beneath it how and on what it was measured."""
+    headings, lines = _cells(result)
+    columns = ["\n".join(filter(None, pair)) for pair in headings]
+    return Table(title=heading(result), columns=columns, rows=lines, notes=notes(result))
+
+
 def text(result: Mapping[str, Any]) -> str:
     """The table for a terminal."""
-    headings, lines = _cells(result)
-    cells = [*map(list, zip(*headings, strict=True)), *lines]
-    table = report.aligned(cells)
-    if len(table[0]) > WIDTH:
-        table = report.aligned(cells, " ")
-    rule = "-" * len(table[0])
-    shown = [heading(result), "", *table[:2], rule, *table[2:], rule, *_wrapped(notes(result))]
-    return "\n".join(line.rstrip() for line in shown)
-
-
-def _wrapped(lines: Sequence[str], width: int = WIDTH) -> list[str]:
-    return [part for line in lines for part in textwrap.wrap(line, width, break_on_hyphens=False)]
+    return table(result).text()
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """step_cost.md: the table, and beneath it how and on what it was measured."""
-    headings, lines = _cells(result)
-    table = [[" ".join(filter(None, pair)) for pair in headings], ["---"] + ["---:"] * (len(headings) - 1)]
-    table += [[line[0].replace("  ", "&emsp;"), *line[1:]] for line in lines]
-    shown = ["# " + heading(result), "", *("| " + " | ".join(line) + " |" for line in table), ""]
-    return "\n".join([*shown, *(f"- {line}" for line in notes(result))]) + "\n"
+    """step_cost.md: the table in Markdown."""
+    return table(result).markdown()
 
 
 def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ import e2sad_jax
 from benchmarks.faults.fuzz import Refused, Wrong
 from benchmarks.faults.fuzzing.damage import ODD, Target, damage_bytes, damage_json, refusing
 from e2sad_jax import networks, training
-from e2sad_jax.comparison.judge import known_of
+from e2sad_jax.comparison.evaluate_model import known_outcome
 from e2sad_jax.comparison.run import row_of
 from e2sad_jax.errors import ConfigError, Error
 from e2sad_jax.runs import folder, metrics
@@ -137,9 +137,9 @@ class Notes(Target):
                         raise Wrong("what was noted behind it cannot be read")
                 return segments or Refused(Error("none"))
             case "auto.json":
-                known = known_of(path, {"data": "x"}, 4)
+                known = known_outcome(path, {"data": "x"}, 4)
                 if "best" in known:
-                    row_of("x", [known])
+                    row_of("x", training.configure(), [known])
                 return known or Refused(Error("none"))
             case "cost.json":
                 return cost._known(path, ["natural"]) or Refused(Error("none"))

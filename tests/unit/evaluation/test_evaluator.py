@@ -12,7 +12,7 @@ import pytest
 
 from e2sad_jax import attacks, distributed, evaluation, losses
 from e2sad_jax._compile import pure
-from e2sad_jax.comparison import judge
+from e2sad_jax.comparison import evaluate_model
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.evaluation import Attack, in_batches
 from e2sad_jax.evaluation.evaluator import Evaluation, programs_of
@@ -327,9 +327,9 @@ class NanNetwork:
 def by_comparison(problem):
     loaded = types.SimpleNamespace(apply=nan, params=problem.w, transform=TRANSFORMS["unit"], step=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judge, "load", lambda workdir, which: loaded)
+        patch.setattr(evaluate_model, "load", lambda workdir, which: loaded)
         config = types.SimpleNamespace(workdir="", eps1=EPS)
-        found = judge._attacked(config, "last", problem.images, ALL_ZERO, [Attack("APGD", "apgd", steps=1)])
+        found = evaluate_model._attacked(config, "last", problem.images, ALL_ZERO, [Attack("APGD", "apgd", steps=1)])
     return [found["clean"], found["robust"], *found["after"].values()]
 
 

@@ -13,10 +13,11 @@ import pytest
 
 from e2sad_jax import attacks, distributed, losses, networks, training
 from e2sad_jax.data.transforms import TRANSFORMS
+from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.networks import batch_stats, preact_resnet
 from e2sad_jax.runs import run, trainer
-from e2sad_jax.training.config import DEFENSES
-from tests.unit.training.test_train import fit, load_state, no_evaluation, no_last_evaluation, tiny_config  # noqa: F401
+from tests.helpers import fit, tiny_config
+from tests.unit.training.test_train import load_state, no_evaluation, no_last_evaluation  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -175,11 +176,11 @@ def test_running_averages_hear_of_the_losss_passes_and_of_no_attack(defense):
     variables, x = draw(model), images(6)
     y = losses.soft_labels(jnp.arange(6) % 3, 3, 0)
     config = tiny_config(defense=defense, eps1=0.2, eps2=0.1, attack_steps=3, alpha=0.4)
-    delta = (jnp.full(x.shape, 0.1),) if defense == "free" else ()
+    own = dict(settings=config.settings, eps=config.eps1, bounds=(0.0, 1.0), key=jax.random.key(2))
 
     def loss(slots: Any) -> jax.Array:
         f = batch_stats.training_logits_fn(model, variables, slots)
-        return training.training_loss(config, (0.0, 1.0))(f, x, y, jax.random.key(2), *delta)[0]
+        return DEFENSES[defense](f, x, y, **own, delta=jnp.full(x.shape, 0.1))[0]
 
     noted = jax.jit(jax.grad(loss))(batch_stats.slots(variables))
     assert noted["passes"] == PASSES[defense]

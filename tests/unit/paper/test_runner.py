@@ -9,13 +9,13 @@ import re
 import jax
 import pytest
 
-from e2sad_jax import training
 from e2sad_jax.errors import BusyError, ConfigError, DataError, NonFiniteError, OutOfTimeError, Stopped, WorkdirError
 from e2sad_jax.runs import trainer
 from e2sad_jax.runs.checkpoint import state_digest
 from e2sad_jax.runs.folder import open_workdir, read_training, write_config
 from experiments.paper import outcomes, page, plan, runner
 from experiments.paper.clock import Clock
+from tests.helpers import change_loss
 
 
 def test_stopped_anywhere_it_goes_on_without_doing_anything_twice(
@@ -125,18 +125,11 @@ def test_a_run_that_another_process_has_is_waited_for(ask, monkeypatch, labels):
 
 def test_one_that_diverges_does_not_keep_the_others(ask, trained, monkeypatch, lam):
     """Whether they train together or alone; what does not need it is written."""
-    real = training.training_loss
 
-    def breaking(config, bounds):
-        loss_of = real(config, bounds)
+    def breaking(loss, parts, arguments):
+        return loss / jax.numpy.where(arguments["lam"] > 2, 0.0, 1.0), parts
 
-        def loss_fn(f, x, y, key):
-            loss, parts = loss_of(f, x, y, key)
-            return loss / jax.numpy.where(config.lam > 2, 0.0, 1.0), parts
-
-        return loss_fn
-
-    monkeypatch.setattr(training, "training_loss", breaking)
+    change_loss(monkeypatch, "e2sad", breaking)
     for together in (5, 1):
         reproduction = ask(lam, plan.FIGURE_3, seeds=1, together=together)
         with pytest.raises(NonFiniteError, match=r"step 1: .*loss=inf.*not need them is done") as caught:
@@ -152,8 +145,8 @@ def test_busy_runs_are_waited_for_also_when_another_one_diverges(ask, monkeypatc
     reproduction, looks, waits = ask(lam, seeds=1), [], []
 
     def group(self, group):
-        looks.append(group[0].lam)
-        if group[0].lam > 2:
+        looks.append(group[0].settings["lam"])
+        if group[0].settings["lam"] > 2:
             raise NonFiniteError("step 1: loss=inf")
         if len(waits) < 3:
             raise BusyError("another process is at work")

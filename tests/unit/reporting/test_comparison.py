@@ -1,4 +1,4 @@
-"""The comparison of defenses: trained once, attacked once, shown whole."""
+"""The comparison of defenses: one small one from training to picture, the rest on made-up outcomes."""
 
 import dataclasses
 import json
@@ -8,17 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from e2sad_jax import data, training
-from e2sad_jax._io import read_sealed
-from e2sad_jax.comparison import judge, price, show
-from e2sad_jax.comparison.request import ENTRIES, PARTS, Request
+from e2sad_jax import data, defenses, training
+from e2sad_jax._io import read_sealed, sealed
+from e2sad_jax.comparison import evaluate_model, flops, show
+from e2sad_jax.comparison import run as comparison
+from e2sad_jax.comparison.request import ENTRIES, PARTS, Request, entries, position
 from e2sad_jax.comparison.run import run
-from e2sad_jax.errors import ConfigError
+from e2sad_jax.errors import ConfigError, NonFiniteError
 from e2sad_jax.runs import trainer
-from e2sad_jax.runs.checkpoint import digest
 from e2sad_jax.runs.classifier import load
-from e2sad_jax.training.config import DEFENSES
-from tests.unit.training.test_train import standard_promotion  # noqa: F401
 
 LITTLE = {
     "steps": 3,
@@ -29,10 +27,58 @@ LITTLE = {
     "apgd_steps": 2,
     "targets": 1,
 }
+PRICES = {"natural": 1.0, "rs_fgsm": 1.7, "pgd": 3.0, "e2sad": 3.0, "ifgsm": 20.0}
 
 
-def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypatch, unoptimized):
+def quiet(line):
+    pass
+
+
+def no_more(*args, **kwargs):
+    raise AssertionError("done before")
+
+
+@pytest.fixture
+def standard():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def tiny_data(tiny, monkeypatch):
     monkeypatch.setattr(data, "load", lambda name, data_dir: tiny)
+    return tiny
+
+
+@pytest.fixture
+def prices(monkeypatch):
+    """Prices by defense, so that nothing is compiled."""
+    monkeypatch.setattr(comparison, "step_flops", lambda config, *about: PRICES[config.defense])
+    monkeypatch.setattr(flops, "step_flops", lambda config, *about: PRICES[config.defense])
+
+
+@pytest.fixture
+def made_up(prices, monkeypatch):
+    """Outcomes without training: robust accuracy by defense and seed. Returns the settings that were asked for."""
+    seen = []
+
+    def made(request, config, dataset):
+        seen.append(config)
+        if config.defense == "ifgsm" and config.seed:
+            raise NonFiniteError("step 7: loss=nan")
+        robust = PRICES[config.defense] / 40 + 0.1 * config.seed
+        last = {"step": config.steps, "clean": 0.9, "after": {}, "robust": robust}
+        best = {**last, "step": config.steps - 1, "robust": robust + 0.05} if config.defense == "pgd" else last
+        asked = evaluate_model.question(request, dataset)
+        about = {"asked": asked, "seed": config.seed, "eps": config.eps1, "images": 10, "workdir": config.workdir}
+        return {**about, "last": last, "best": best, "chosen_on": "10 held-out images", "train_seconds": 1.0}
+
+    monkeypatch.setattr(comparison, "evaluate_model", made)
+    monkeypatch.setattr(comparison, "plot", lambda path, result: None)
+    return seen
+
+
+def test_models_are_trained_attacked_once_and_shown(little, tiny_data, tmp_path, monkeypatch, standard):
     scores = {"natural": {1: 0.0, 2: 1.0, 3: 1.0}, "rs_fgsm": {1: 0.0, 2: 2.0, 3: 1.0}}
     monkeypatch.setattr(
         trainer, "validate", lambda run, state, stop: {"score": scores[run.config.defense][int(state.step)]}
@@ -41,17 +87,18 @@ def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypa
     request = Request(
         entry=("RS-FGSM", "natural"), data="tiny.npz", workdir="~/runs", results=str(tmp_path / "out"), **LITTLE
     )
-    said, attacked, auto = [], [], judge.auto
+    said, attacked, auto = [], [], evaluate_model.auto
 
     def counting(apply, params, *args, **kwargs):
-        attacked.append(digest(params))
+        attacked.append(params)
         return auto(apply, params, *args, **kwargs)
 
-    monkeypatch.setattr(judge, "auto", counting)
+    monkeypatch.setattr(evaluate_model, "auto", counting)
     result = run(request, said.append)
-    assert [row["name"] for row in result["rows"]] == ["natural", "RS-FGSM"], "in the order of their price"
     natural, rs_fgsm = result["rows"]
-    assert rs_fgsm["flops"] == pytest.approx(1.7 * natural["flops"], rel=0.1)
+    assert (natural["name"], rs_fgsm["name"]) == ("natural", "RS-FGSM"), "in the order of their price"
+    assert rs_fgsm["step_flops"] == pytest.approx(1.7 * natural["step_flops"], rel=0.15)
+    assert natural["flops"] == 3 * natural["step_flops"] == 3 * result["natural_step_flops"]
     for row in result["rows"]:
         (one,) = row["runs"]
         for which in ("last", "best"):
@@ -59,125 +106,60 @@ def test_models_are_trained_and_attacked_once_and_shown(tiny, tmp_path, monkeypa
             assert 0 <= mean["robust"] == own["robust"] <= own["after"]["APGD-CE"] <= mean["clean"] == own["clean"]
             assert mean["lowest"] == mean["highest"] == mean["robust"]
         assert read_sealed(pathlib.Path(one["workdir"]) / "auto.json") == one
-        assert len(trainer.hold_out(tiny, load(one["workdir"]).config.validation_examples)[0].x_train) == 40, (
-            "ten are held out"
-        )
+        assert load(one["workdir"]).config.validation_examples == 10
     assert [row[which]["steps"] for row in result["rows"] for which in ("last", "best")] == [[3], [3], [3], [2]]
-    kept = [
-        load(row["runs"][0]["workdir"], which)
-        for row, which in [(natural, "last"), (rs_fgsm, "last"), (rs_fgsm, "best")]
-    ]
-    assert attacked == [digest(classifier.params) for classifier in kept], "once where the best is the last"
-    assert len(set(attacked)) == 3
+    kept = [(natural, "last"), (rs_fgsm, "last"), (rs_fgsm, "best")]
+    assert len(attacked) == 3, "once where the best is the last"
+    for params, (row, which) in zip(attacked, kept, strict=True):
+        saved = load(row["runs"][0]["workdir"], which).params
+        for ours, theirs in zip(*map(jax.tree.leaves, (params, saved)), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
     assert ["best checkpoint" in line for line in said] == [False, True]
-    card = (tmp_path / "out" / "compare_card.md").read_text()
-    assert "`digits_cnn`, 2 of them: natural; RS-FGSM." in card
-    assert f"SHA-256 `{tiny.sha256[:16]}...`" in card
-    assert f"Command:** `{result['command']}`" in card
-    assert "One seed; the standard error of an accuracy on 10 images is up to 0.158." in card
-    assert f" to {max(row['last']['robust'] for row in result['rows']):.3f} (" in card
-    page = (tmp_path / "out" / "compare.md").read_text()
-    assert f"| RS-FGSM | {rs_fgsm['last']['clean']:.3f} |" in page
-    assert "tiny.npz, digits_cnn, 3 steps of 16, 1 seed(s)" in page
-    assert "APGD-CE 2 steps, Square 5 queries, one restart each, eps 0.3, 10 test images" in page, (
-        "three classes: no DLR"
-    )
-    assert "best: the checkpoint that stood PGD-10 best on 10 held-out images" in page
-    last, best = (
-        f"{r['clean']:.3f} | {r['robust']:.3f} ({r['lowest']:.3f} .. {r['highest']:.3f})"
-        for r in (rs_fgsm["last"], rs_fgsm["best"])
-    )
-    assert f"| RS-FGSM | {last} | 3 | {best} | 2 | {rs_fgsm['flops']:.3g} |" in page
-    assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["rows"] == result["rows"]
+    assert (tmp_path / "out" / "compare.md").read_text() == show.markdown(result)
+    assert (tmp_path / "out" / "compare_card.md").read_text() == show.card(result)
+    assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
 
-    def no_more(*args, **kwargs):
-        raise AssertionError("done before")
-
-    monkeypatch.setattr(judge, "train", no_more)
-    monkeypatch.setattr(judge, "auto", no_more)
-    assert run(request, said.append)["rows"] == result["rows"]
-    path = pathlib.Path(rs_fgsm["runs"][0]["workdir"]) / "auto.json"
-    known = json.loads(path.read_text())
-    of_before = {"asked": {k: v for k, v in known["asked"].items() if k != "checkpoints"}, "step": 3, "robust": 0.5}
-    path.write_text(json.dumps(of_before))
-    with pytest.raises(AssertionError, match="done before"):
-        run(request, said.append)
+    monkeypatch.setattr(evaluate_model.trainer, "train", no_more)
+    monkeypatch.setattr(evaluate_model, "auto", no_more)
+    assert run(request, quiet)["rows"] == result["rows"]
     for other in ({"examples": 5}, {"judge": "held_out"}):
-        with jax.numpy_dtype_promotion("standard"), pytest.raises(AssertionError, match="done before"):
-            run(Request(**{**LITTLE, **other}, data="tiny.npz", workdir="~/runs"), said.append)
+        with pytest.raises(AssertionError, match="done before"):
+            run(Request(**{**LITTLE, **other}, data="tiny.npz", workdir="~/runs"), quiet)
 
 
-def test_what_is_not_asked_for_again_stays_in_the_table(tiny, tmp_path, monkeypatch, unoptimized, capsys):
-    monkeypatch.setattr(data, "load", lambda name, data_dir: tiny)
-    paths = {"workdir": str(tmp_path / "runs"), "results": str(tmp_path)}
-    request = Request(entry=("RS-FGSM",), data="tiny.npz", **paths, **LITTLE)
-    (rs_fgsm,) = run(request)["rows"]
-    result = run(dataclasses.replace(request, entry=("natural",)))
-    assert [row["name"] for row in result["rows"]] == ["natural", "RS-FGSM"]
-    kept = result["rows"][1]
-    assert {**kept, "origin": 0} == {**rs_fgsm, "origin": 0}
-    assert kept["origin"]["command"] == result["command"]
-    assert f": natural\n\n`{result['command']}`" in show.markdown(
-        {
-            **result,
-            "rows": [
-                result["rows"][0],
-                {**kept, "origin": {**kept["origin"], "environment": {**result["environment"], "date": "then"}}},
-            ],
-        }
-    )
-    written = json.loads((tmp_path / "compare.json").read_text())
-    assert written["rows"] == result["rows"]
-
-    again = run(dataclasses.replace(request, entry=("RS-FGSM",)))
-    assert [row["name"] for row in again["rows"]] == ["natural", "RS-FGSM"]
-    assert "origin" not in again["rows"][1], "asked for, so its own"
-    monkeypatch.chdir(tmp_path)
-    moved = dataclasses.replace(request, entry=("natural",), workdir="runs", results=".", data_dir="elsewhere")
-    assert [row["name"] for row in run(moved)["rows"]] == ["natural", "RS-FGSM"], "wherever it lies"
-    said: list[str] = []
-    with monkeypatch.context() as changed:
-        changed.setattr(data, "load", lambda name, data_dir: dataclasses.replace(tiny, x_test=255 - tiny.x_test))
-        there = dataclasses.replace(moved, workdir="there")
-        assert [row["name"] for row in run(there, said.append)["rows"]] == ["natural"], "other test images"
-    assert said[0].startswith("RS-FGSM: an earlier row, of other images")
-    run(request)
-    with monkeypatch.context() as changed:
-        changed.setattr(
-            "e2sad_jax.comparison.request.ENTRIES", {**ENTRIES, "RS-FGSM": {"defense": "rs_fgsm", "alpha": 0.5}}
-        )
-        assert [row["name"] for row in run(moved)["rows"]] == ["natural"], "of another recipe by now"
-    other = run(dataclasses.replace(request, entry=("natural",), queries=6))
-    assert [row["name"] for row in other["rows"]] == ["natural"], "other attacks, another table"
-    (tmp_path / "compare.json").write_text("{}")
-    capsys.readouterr()
-    assert [row["name"] for row in run(request)["rows"]] == ["RS-FGSM"]
-    assert "compare.json is of no use" in capsys.readouterr().err
+def test_an_outcome_counts_for_its_own_question_alone(tiny, tmp_path, capsys):
+    request = Request(entry=("natural",), data="a.npz", workdir=str(tmp_path), **LITTLE)
+    path, asked = tmp_path / "auto.json", evaluate_model.question(request, tiny)
+    last, best = ({"step": step, "clean": 1.0, "robust": 0.5} for step in (3, 2))
+    done = {"asked": asked, "last": last, "best": best, "seed": 0, "eps": 0.3, "images": 10, "chosen_on": "10 images"}
+    done["train_seconds"] = 1.0
+    assert evaluate_model.known_outcome(path, asked, 3) == {}, "no such file"
+    path.write_text(json.dumps(sealed(done)))
+    assert evaluate_model.known_outcome(path, asked, 3) == done
+    assert evaluate_model.known_outcome(path, asked, 4) == {}, "of another length"
+    other_images = dataclasses.replace(tiny, x_test=tiny.x_test[::-1].copy())
+    for question in (
+        evaluate_model.question(request, other_images),
+        evaluate_model.question(dataclasses.replace(request, judge="held_out"), tiny),
+        evaluate_model.question(dataclasses.replace(request, queries=6), tiny),
+    ):
+        assert evaluate_model.known_outcome(path, question, 3) == {}
+    path.write_text(json.dumps(sealed({"asked": asked, "last": last})))
+    assert evaluate_model.known_outcome(path, asked, 3) == {"asked": asked, "last": last}, "the first of two attacks"
+    assert capsys.readouterr().err == ""
+    path.write_text(json.dumps({**sealed(done), "seed": 1}))
+    assert evaluate_model.known_outcome(path, asked, 3) == {}
+    assert "auto.json is unusable" in capsys.readouterr().err
 
 
-def test_other_data_makes_other_runs(tiny, tmp_path, monkeypatch):
+def test_other_data_makes_other_runs(tmp_path):
     request = Request(entry=("natural",), data="a.npz", workdir=str(tmp_path), **LITTLE)
     (a,), (b,) = (dataclasses.replace(request, data=name).configs("natural") for name in ("a.npz", "b.npz"))
     assert a.workdir != b.workdir
-    asked = []
-    monkeypatch.setattr(judge, "open_run", lambda config, dataset: asked.append(dataset) or 1 / 0)
-    attacks = [dataclasses.asdict(stage) for stage in request.stages(tiny.num_classes)]
-    known = {"data": tiny.sha256, "judge": "test", "checkpoints": ["last", "best"], "examples": 10, "stages": attacks}
-    pathlib.Path(a.workdir).mkdir()
-    last, best = ({"step": step, "clean": 1.0, "robust": 0.5} for step in (3, 2))
-    done = {"asked": known, "last": last, "best": best, "seed": 0, "eps": 0.3, "images": 10, "chosen_on": "10 images"}
-    done |= {"flops": 1.0, "train_seconds": 1.0}
-    (pathlib.Path(a.workdir) / "auto.json").write_text(json.dumps(done))
-    assert judge.judge(request, a, tiny) == done
-    other = dataclasses.replace(tiny, x_test=tiny.x_test[::-1].copy())
-    with pytest.raises(ZeroDivisionError):  # a file of the same name with other images
-        judge.judge(request, a, other)
-    assert asked == [other]
 
 
-def test_held_out_images_are_attacked_where_settings_are_chosen(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "load", lambda name, data_dir: tiny)
+def test_held_out_images_are_attacked_to_choose_settings(tiny_data, tmp_path, prices, monkeypatch, little, standard):
     seen = []
 
     def attacked(config, which, images, labels, stages):
@@ -186,80 +168,183 @@ def test_held_out_images_are_attacked_where_settings_are_chosen(tiny, tmp_path, 
             raise KeyboardInterrupt
         return {"step": {"last": 3, "best": 2}[which], "clean": 1.0, "after": {}, "robust": 0.5}
 
-    monkeypatch.setattr(judge, "_attacked", attacked)
+    monkeypatch.setattr(evaluate_model, "_attacked", attacked)
     monkeypatch.setattr(trainer, "validate", lambda run, state, stop: {"score": float(int(state.step) == 2)})
-    monkeypatch.setattr(judge, "step_flops", lambda config, dataset: 1.0)
     request = Request(entry=("natural",), data="tiny.npz", judge="held_out", workdir=str(tmp_path / "runs"), **LITTLE)
     with pytest.raises(KeyboardInterrupt):  # while the best is attacked
-        run(request, lambda line: None)
-    result = run(request, lambda line: None)
+        run(request, quiet)
+    result = run(request, quiet)
     assert [result["rows"][0][which]["steps"] for which in ("last", "best")] == [[3], [2]]
     assert len(seen) == 3, "the last is not attacked again"
-    (config,) = request.configs("natural")
-    train_set, watched = trainer.hold_out(tiny, config.validation_examples)
-    np.testing.assert_array_equal(seen[0], watched.x_test)
+    train_set, validation_set = data.hold_out(tiny_data, 10)
+    np.testing.assert_array_equal(seen[0], validation_set.x_test)
     assert not any((image == train_set.x_train).all((1, 2, 3)).any() for image in seen[0])
     assert "10 images held out of the training set" in (tmp_path / "runs" / "compare.md").read_text()
 
 
-def row(name, flops, last, best):
-    """A row of one seed whose checkpoints have these robust accuracies."""
-    return {
-        "name": name,
-        "flops": flops,
-        "train_seconds": 1.0,
-        "last": {"clean": 0.9, "robust": last, "lowest": last, "highest": last, "steps": [9]},
-        "best": {"clean": 0.8, "robust": best, "lowest": best, "highest": best, "steps": [9 if last == best else 4]},
-        "runs": [{}],
-    }
+def test_rows_not_asked_for_again_stay_with_their_origin(tiny_data, tmp_path, made_up, monkeypatch):
+    paths = {"workdir": str(tmp_path / "runs"), "results": str(tmp_path)}
+    request = Request(entry=("RS-FGSM",), data="tiny.npz", **paths, **LITTLE)
+    natural = dataclasses.replace(request, entry=("natural",))
+    (rs_fgsm,) = run(request, quiet)["rows"]
+    result = run(natural, quiet)
+    assert [row["name"] for row in result["rows"]] == ["natural", "RS-FGSM"]
+    kept = result["rows"][1]
+    assert {**kept, "origin": 0} == {**rs_fgsm, "origin": 0}
+    assert kept["origin"]["command"] == result["command"]
+    assert json.loads((tmp_path / "compare.json").read_text())["rows"] == result["rows"]
+    then = {**kept["origin"], "environment": {**result["environment"], "date": "then"}}
+    page = show.markdown({**result, "rows": [result["rows"][0], {**kept, "origin": then}]})
+    assert page.count("- Trained and attacked: `") == 2
+    assert ", then, commit " in page
+    assert ": RS-FGSM.\n" in page
+
+    again = run(request, quiet)
+    assert [row["name"] for row in again["rows"]] == ["natural", "RS-FGSM"]
+    assert "origin" not in again["rows"][1], "asked for, so its own"
+    monkeypatch.chdir(tmp_path)
+    moved = dataclasses.replace(natural, workdir="runs", results=".", data_dir="elsewhere")
+    assert len(run(moved, quiet)["rows"]) == 2, "wherever it lies"
 
 
-def drawn(rows, monkeypatch, **request):
-    """The axes of the picture of such rows."""
+def test_rows_of_another_question_are_left_out(tiny_data, tmp_path, made_up, monkeypatch, capsys):
+    request = Request(entry=("RS-FGSM",), data="tiny.npz", workdir=str(tmp_path), **LITTLE)
+    natural = dataclasses.replace(request, entry=("natural",))
+
+    def names(asked, say=quiet):
+        run(request, quiet)
+        return [row["name"] for row in run(asked, say)["rows"]]
+
+    assert names(natural) == ["natural", "RS-FGSM"]
+    said = []
+    with monkeypatch.context() as changed:
+        run(request, quiet)
+        changed.setattr(data, "load", lambda *args: dataclasses.replace(tiny_data, x_test=255 - tiny_data.x_test))
+        assert [row["name"] for row in run(natural, said.append)["rows"]] == ["natural"], "other test images"
+    assert said[0].startswith("RS-FGSM: an earlier row, of other images")
+    with monkeypatch.context() as changed:
+        run(request, quiet)
+        recipe = {**ENTRIES, "RS-FGSM": {"defense": "rs_fgsm", "attack_step_size": 0.5}}
+        changed.setattr("e2sad_jax.comparison.request.ENTRIES", recipe)
+        assert [row["name"] for row in run(natural, quiet)["rows"]] == ["natural"], "another recipe by now"
+    assert names(dataclasses.replace(natural, queries=6)) == ["natural"], "other attacks, another table"
+    (tmp_path / "compare.json").write_text("{}")
+    capsys.readouterr()
+    assert [row["name"] for row in run(natural, quiet)["rows"]] == ["natural"]
+    assert "compare.json is unusable" in capsys.readouterr().err
+
+
+def test_show_counts_prices_again_and_keeps_the_rows(tiny_data, tmp_path, made_up, monkeypatch):
+    request = Request(entry=("RS-FGSM", "PGD-3"), data="tiny.npz", workdir=str(tmp_path), **LITTLE)
+    before = run(request, quiet)
+    assert [row["flops"] for row in before["rows"]] == [3 * 1.7, 3 * 3.0]
+    monkeypatch.setitem(PRICES, "pgd", 1.2)
+    monkeypatch.setattr(comparison, "evaluate_model", no_more)
+    monkeypatch.setattr(data, "load", no_more)
+    after = run(Request(show=True, results=str(tmp_path)), quiet)
+    assert [(row["name"], row["flops"]) for row in after["rows"]] == [("PGD-3", 3 * 1.2), ("RS-FGSM", 3 * 1.7)]
+    assert after["natural_step_flops"] == 1.0, "though natural training is no row"
+    for key in ("request", "environment", "command", "attacks"):
+        assert after[key] == json.loads(json.dumps(before))[key]
+    trained = {row["name"]: row["runs"] for row in before["rows"]}
+    assert {row["name"]: row["runs"] for row in after["rows"]} == trained
+    assert json.loads((tmp_path / "compare.json").read_text()) == json.loads(json.dumps(after))
+    assert "| PGD-3 | 0.900 | 0.075 | 3 | 0.900 | 0.125 | 2 | 3.6 | 1.20 |" in (tmp_path / "compare.md").read_text()
+    with pytest.raises(ConfigError, match=r"has no compare\.json; leave out --show"):
+        run(Request(show=True, results=str(tmp_path / "none")), quiet)
+    (tmp_path / "compare.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"compare\.json is unusable"):
+        run(Request(show=True, results=str(tmp_path)), quiet)
+
+
+def test_the_table_and_card_of_one_seed_and_of_several(tiny_data, tmp_path, made_up):
+    names = ("natural", "PGD-3", "IFGSM-30 (Eq. 3)")
+    one = run(Request(entry=names, data="tiny.npz", workdir=str(tmp_path / "1"), **LITTLE), quiet)
+    page = show.markdown(one)
+    assert page.startswith("# Robust accuracy against the price of training\n\n| defense | clean | robust | steps |")
+    assert ".." not in page.split("\n- ")[0], "no range of one seed"
+    assert "| PGD-3 | 0.900 | 0.075 | 3 | 0.900 | 0.125 | 2 | 9 | 3.00 |" in page
+    assert "network `digits_cnn`, 3 steps of 16, 1 seed, hard labels, learning rate 0.005 (cyclic)" in page
+    assert "APGD-CE (2 steps), Square (5 queries); one restart each, eps 0.3" in page, "three classes: no DLR"
+    assert "under PGD-10 on 10 held-out images" in page
+    assert "- FLOPs: XLA's count for the CPU, JAX " in page
+    card = show.card(one)
+    assert "`digits_cnn`, 3 of them: natural; PGD-3; IFGSM-30 (Eq. 3)." in card
+    assert f"SHA-256 of the content `{tiny_data.sha256[:16]}...`" in card
+    assert f"Command:** `{one['command']}`" in card
+    assert "One seed. The standard error of an accuracy on 10 images is up to 0.158." in card
+    assert "from 0.025 to 0.500 (IFGSM-30 (Eq. 3))." in card
+
+    said = []
+    two = run(Request(entry=names, data="tiny.npz", seeds=2, workdir=str(tmp_path / "2"), **LITTLE), said.append)
+    page = show.markdown(two)
+    assert "| robust (lowest .. highest) |" in page
+    assert "| PGD-3 | 0.900 | 0.125 (0.075 .. 0.175) | 3 | 0.900 | 0.175 (0.125 .. 0.225) | 2 |" in page
+    assert "| IFGSM-30 (Eq. 3) (1 of the seeds diverged) | 0.900 | 0.500 (0.500 .. 0.500) |" in page
+    assert "IFGSM-30 (Eq. 3), seed 1: step 7: loss=nan" in said
+    assert "At most 2 seeds." in show.card(two)
+
+
+def test_every_run_diverged(tiny_data, tmp_path, made_up, monkeypatch):
+    def diverged(*args):
+        raise NonFiniteError("step 1: loss=nan")
+
+    monkeypatch.setattr(comparison, "evaluate_model", diverged)
+    with pytest.raises(NonFiniteError, match="every run diverged"):
+        run(Request(entry=("natural",), data="tiny.npz", workdir=str(tmp_path), **LITTLE), quiet)
+
+
+@pytest.mark.parametrize("how", ["by price", "equal_flops", "parts"])
+def test_the_picture(how, tiny_data, tmp_path, made_up, monkeypatch):
     figures = []
     monkeypatch.setattr(show.plots, "save", lambda path, figure, dpi: figures.append(figure))
-    about = {"attacks": [], "eps": 0.3, "images": 500, "chosen_on": "1,000 held-out images"}
-    request = dataclasses.asdict(Request(**request))
-    show.plot(pathlib.Path("compare.png"), {"request": request, "rows": rows, **about})
-    figures[0].draw_without_rendering()
-    title, whole = figures[0]._suptitle.get_window_extent(), figures[0].bbox
-    assert whole.x0 <= title.x0 < title.x1 <= whole.x1, "the title is there as a whole"
-    (axes,) = figures[0].axes
-    return axes, [line for line in axes.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
+    request = Request(
+        **({"entry": ("natural", "PGD-3", "e2SAD, robust")} if how != "parts" else {"parts": True}),
+        **{"data": "tiny.npz", "workdir": str(tmp_path), "equal_flops": how == "equal_flops", **LITTLE},
+    )
+    result = run(request, quiet)
+    show.plot(tmp_path / "compare.png", result)
+    (axes,) = figures[-1].axes
+    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines]
+    robust = [row["last"]["robust"] for row in result["rows"]]
+    if how == "by price":
+        assert points == [(1.0, robust[0]), (3.0, robust[1]), (3.0, robust[2])]
+        assert {text.get_text() for text in axes.texts} == {"natural", "PGD-3", "e2SAD, robust"}
+        assert axes.get_xscale() == "log"
+        return
+    assert [x for x, _ in points] == robust
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    if how == "parts":
+        assert names[:3] == ["natural (1.00)", "e2SAD, robust (3.00)", "no second point (3.00)"]
+    else:
+        steps = {row["name"]: row["last"]["steps"][0] for row in result["rows"]}
+        assert steps == {"natural": 9, "PGD-3": 3, "e2SAD, robust": 3}, "what the same FLOPs buy"
+        assert sorted(names) == sorted(f"{name} ({count} steps)" for name, count in steps.items())
 
 
-def test_the_picture_has_a_hollow_marker_only_where_the_best_is_another(monkeypatch):
-    rows = [row("natural", 1.0, 0.0, 0.0), row("e2SAD, paper's points", 3.0, 0.2, 0.4)]
-    _, markers = drawn(rows, monkeypatch)
-    points = {(float(m.get_xdata()[0]), float(m.get_ydata()[0])): m.get_markerfacecolor() == "none" for m in markers}
-    assert points == {(1.0, 0.0): False, (3.0, 0.2): False, (3.0, 0.4): True}
+def test_with_equal_flops_all_spend_what_e2sad_does(prices):
+    request = Request(steps=1000, batch_size=8, equal_flops=True)
+    for name, steps in {"natural": 3000, "RS-FGSM": 1765, "e2SAD, robust": 1000, "IFGSM-30 (Eq. 3)": 150}.items():
+        (config,) = request.configs(name)
+        own = flops.match_flops(request, config, (28, 28, 1), 3)
+        assert own.steps == steps, name
+        assert own.workdir == (config.workdir if steps == 1000 else f"{config.workdir}-{steps}")
+        assert own.checkpoint_every == min(500, steps // 4)
+        assert flops.match_flops(dataclasses.replace(request, equal_flops=False), config, (28, 28, 1), 3) == config
 
 
-def test_names_in_the_picture_do_not_cover_each_other(monkeypatch):
-    robust = [0.0, 0.0, 0.01, 0.8, 0.81, 0.81, 0.815, 0.95]
-    rows = [row("natural" if i == 0 else f"d{i}", 1.0 + i, r, r) for i, r in enumerate(robust)]
-    axes, _ = drawn(rows, monkeypatch)
-    names = {text.get_text(): text for text in axes.texts}
-    assert len(names) == len(rows)
-    heights = sorted(text.xyann[1] for text in names.values())
-    assert min(np.diff(heights)) > 0.046
-    assert heights[0] >= 0
-    assert heights[-1] == 0.95
-    for r in rows:  # the line leads to the point
-        assert names[r["name"]].xy == (r["flops"], r["last"]["robust"])
+def test_a_step_is_counted_once_for_all_seeds_and_lengths(monkeypatch):
+    counted = []
+    monkeypatch.setattr(flops, "_step_flops", lambda config, shape, classes: counted.append((config, shape)) or 1.0)
+    for seed, steps in [(0, 5), (1, 7)]:
+        config = training.configure(defense="pgd", seed=seed, steps=steps, workdir=f"w{seed}", attack_steps=3)
+        assert flops.step_flops(config, [28, 28, 1], 10) == 1.0
+    assert counted[0] == counted[1]
+    assert hash(counted[0]) == hash(counted[1])
+    assert counted[0][0].settings["attack_steps"] == 3
 
 
-@pytest.mark.parametrize("how", ["equal_flops", "parts"])
-def test_where_all_cost_the_same_the_picture_goes_by_name(how, monkeypatch):
-    rows = [row("PGD-2", 3.0, 0.1, 0.1), row("e2SAD, robust", 3.0, 0.2, 0.4)]
-    axes, markers = drawn(rows, monkeypatch, **{how: True})
-    steps = " (9)" if how == "equal_flops" else ""  # of the last checkpoint: what the same FLOPs buy
-    assert [label.get_text() for label in axes.get_yticklabels()] == [f"PGD-2{steps}", f"e2SAD, robust{steps}"]
-    assert [marker.get_xdata()[0] for marker in markers] == [0.1, 0.4, 0.2]
-
-
-def test_what_the_data_is_too_small_for_is_refused_before_training(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "load", lambda name, data_dir: tiny)
+def test_what_the_data_is_too_small_for_is_refused_before_training(tiny_data, tmp_path, prices):
     for changes, words in [
         ({"validation_examples": 50}, r"--validation_examples=50: must be below the 50 training images of tiny"),
         ({"validation_examples": 40}, r"--batch_size=16: must be at most the 10 training images"),
@@ -277,51 +362,48 @@ def test_the_best_is_chosen_among_several_of_a_short_run():
 
 def test_all_share_the_schedule_and_a_preset_brings_its_points():
     request = Request(eps=0.2, learning_rate=0.002, schedule="cosine", eps_warmup=0.25)
-    configs = {name: request.configs(name)[0] for name in ENTRIES}
+    configs = {name: request.configs(name)[0] for name in entries()}
     assert {(c.learning_rate, c.schedule, c.eps_warmup, c.eps1, c.soft_label) for c in configs.values()} == {
         (0.002, "cosine", 0.25, 0.2, False)
     }
-    assert {c.defense for c in configs.values()} == set(DEFENSES), "every defense here"
-    robust, letter = configs["e2SAD, robust"], configs["e2SAD, paper's points"]
-    assert (robust.eps2, robust.alpha, robust.random_start, robust.ball_second) == (0.2 * 2 / 3, 0.0, True, True)
-    assert configs["PGD-2, shorter steps"].attack_step_size == pytest.approx(0.16)
+    assert {c.defense for c in configs.values()} == set(defenses.DEFENSES), "every defense here"
+    robust, letter = configs["e2SAD, robust"].settings, configs["e2SAD, paper's points"].settings
+    assert [robust[k] for k in ("eps2", "alpha", "random_start", "ball_second")] == [0.2 * 2 / 3, 0.0, True, True]
+    assert [letter[k] for k in ("eps2", "alpha", "random_start", "ball_second")] == [0.2 / 3, 0.6, False, False]
+    assert configs["PGD-2, shorter steps"].settings["attack_step_size"] == pytest.approx(0.16)
     parts = {name: request.configs(name)[0] for name in PARTS}
-    assert parts["e2SAD, robust, second step of eps"].eps2 == 0.2
+    assert parts["e2SAD, robust, second step of eps"].settings["eps2"] == 0.2
     assert parts["e2SAD, robust, full eps from the start"].eps_warmup == 0
     assert parts["e2SAD, robust, no second point"].eps_warmup == 0.25
     constant = parts["e2SAD, robust, constant learning rate"]
     assert (constant.schedule, constant.learning_rate, constant.eps_warmup) == ("constant", 0.001, 0.25)
-    assert len({c.workdir for c in [*parts.values(), robust]}) == len(parts) + 1
-    assert (letter.eps2, letter.alpha, letter.random_start, letter.ball_second) == (0.2 / 3, 0.6, False, False)
+    assert len({c.workdir for c in [*parts.values(), configs["e2SAD, robust"]]}) == len(parts) + 1
     assert len({c.workdir for c in configs.values()}) == len(configs)
 
 
-def test_with_equal_flops_all_spend_what_e2sad_does(tiny):
-    request = Request(steps=1000, batch_size=8, equal_flops=True)
-    spent = {}
-    for name in ("natural", "PGD-3", "e2SAD, robust"):
-        (config,) = request.configs(name)
-        # Networks need larger images than the tiny ones; the number of classes is what is left.
-        images = dataclasses.replace(tiny, x_train=np.zeros((9, 28, 28, 1), np.uint8))
-        own = price.affordable(request, config, images)
-        spent[name] = own.steps * training.step_flops(config, (28, 28, 1), tiny.num_classes)
-        assert (own.steps == 1000) == (name == "e2SAD, robust")
-        assert own.workdir == (config.workdir if own.steps == 1000 else f"{config.workdir}-{own.steps}")
-    assert max(spent.values()) < 1.01 * min(spent.values())
+def test_a_registered_defense_is_an_entry_by_its_name(monkeypatch):
+    mine = dataclasses.replace(defenses.DEFENSES["natural"], label="Mine")
+    monkeypatch.setitem(defenses.DEFENSES, "mine", mine)
+    assert "mine" in entries()
+    assert Request(entry=("mine",)).configs("mine")[0].defense == "mine"
+    assert len(entries()) <= position("mine") + 1 + len(PARTS)
+    assert Request(entry=("pgd",)).configs("pgd")[0].settings["attack_steps"] == 30, "its defaults"
 
 
-def test_requests_that_cannot_be_right_are_refused():
-    with pytest.raises(ConfigError, match=r'--entry=pgd: must be of "natural", '):
-        Request(entry=("pgd",))
-    with pytest.raises(ConfigError, match=r"--eps=0.0: must be above 0"):
-        Request(eps=0.0)
-    with pytest.raises(ConfigError, match=r"--seeds=0: must be at least 1"):
-        Request(seeds=0)
-    with pytest.raises(ConfigError, match=r"--validation_examples=-1: must be at least 0"):
-        Request(validation_examples=-1)
-    with pytest.raises(ConfigError, match=r"--parts: .* leave out --entry=natural"):
-        Request(parts=True, entry=("natural",))
-    with pytest.raises(
-        ConfigError, match=r"--examples=500: must be at most --validation_examples=400 for --judge=held"
-    ):
-        Request(judge="held_out", validation_examples=400)
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"entry": ("mart",)}, r'--entry=mart: must be of "natural", '),
+        ({"eps": 0.0}, r"--eps=0.0: must be above 0"),
+        ({"seeds": 0}, r"--seeds=0: must be at least 1"),
+        ({"validation_examples": -1}, r"--validation_examples=-1: must be at least 0"),
+        ({"parts": True, "entry": ("natural",)}, r"--parts: .* leave out --entry=natural"),
+        (
+            {"judge": "held_out", "validation_examples": 400},
+            r"--examples=500: must be at most --validation_examples=400 for --judge=held",
+        ),
+    ],
+)
+def test_requests_that_cannot_be_right_are_refused(values, words):
+    with pytest.raises(ConfigError, match=words):
+        Request(**values)

@@ -6,6 +6,7 @@ import types
 import jax
 import pytest
 
+from e2sad_jax import training
 from experiments.step_cost import counts, measure
 
 # PyTorch and ART are in no extra that continuous integration installs, and a skipped test would fail it.
@@ -59,6 +60,10 @@ def made_up(monkeypatch):
             return timed
 
     monkeypatch.setattr(measure, "_ours", Step)
-    monkeypatch.setattr(counts, "counts", lambda config, *_: {"flops": 1e9 * (1 + config.attack_steps), "bytes": 1e9})
+    monkeypatch.setattr(
+        training,
+        "step_counts",
+        lambda config, *_: {"flops": 1e9 * (1 + config.settings.get("attack_steps", 1)), "bytes": 1e9},
+    )
     monkeypatch.setattr(counts, "product", lambda precision: (lambda: 0.5, 4e9))
     return asked, raised

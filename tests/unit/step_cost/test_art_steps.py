@@ -1,6 +1,5 @@
 """ART's trainers take batches of the size that was asked for, on the defenses that ART has."""
 
-import dataclasses
 import io
 import sys
 
@@ -8,11 +7,11 @@ import art.estimators.classification  # noqa: F401  # here: its log handlers kee
 import pytest
 
 from e2sad_jax import networks, training
-from e2sad_jax.training.config import Config
+from e2sad_jax.training import configure
 from experiments.step_cost import peers
 
 SHAPE = (8, 8, 1)
-CONFIG = Config(defense="natural", model="digits_cnn", batch_size=16, attack_steps=2)
+CONFIG = configure(defense="ifgsm", model="digits_cnn", batch_size=16, attack_steps=2)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -21,7 +20,7 @@ def test_batches_are_trained_on_and_what_differs_is_said(monkeypatch):
     monkeypatch.setattr(sys, "stderr", told)
     state = training.init_state(CONFIG, networks.create("digits_cnn", 10, SHAPE), SHAPE)
     for defense in ("natural", "fgsm", "ifgsm", "pgd"):
-        step = peers.build("art", dataclasses.replace(CONFIG, defense=defense), SHAPE, 10, state.params)
+        step = peers.build("art", CONFIG.replace(defense=defense), SHAPE, 10, state.params)
         sizes = []
         trainer = step._fit.__self__
         first, *_ = getattr(trainer, "classifier", trainer).model.children()
@@ -32,4 +31,4 @@ def test_batches_are_trained_on_and_what_differs_is_said(monkeypatch):
     assert told.getvalue() == "", "no progress bars among ours"
     for defense in ("hamm", "e2sad"):
         with pytest.raises(peers.NotOfferedError, match=f"ART has no {defense}"):
-            peers.build("art", dataclasses.replace(CONFIG, defense=defense), SHAPE, 10, state.params)
+            peers.build("art", CONFIG.replace(defense=defense), SHAPE, 10, state.params)

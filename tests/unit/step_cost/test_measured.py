@@ -15,8 +15,9 @@ import jax
 import numpy as np
 import pytest
 
+from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.errors import ConfigError, Stopped
-from e2sad_jax.training.config import DEFENSES, Config
+from e2sad_jax.training import Config, configure
 from experiments.step_cost import counts, measure, peers, run, show
 from experiments.step_cost.request import OURS, Kind, Request
 from experiments.step_cost.step import Step, in_turn, no_compilation_cache, timer
@@ -82,7 +83,7 @@ def test_work_grows_by_the_same_for_each_step_of_the_attack(measured):
 def test_forty_steps_of_attack_need_no_more_memory_than_one():
     shape, size = (8, 8, 1), {"model": "digits_cnn", "batch_size": 64}
     fgsm = counts.peak_bytes(Step(Config(defense="fgsm", **size), shape, 10).compiled)
-    ifgsm = counts.peak_bytes(Step(Config(defense="ifgsm", attack_steps=40, **size), shape, 10).compiled)
+    ifgsm = counts.peak_bytes(Step(configure(defense="ifgsm", attack_steps=40, **size), shape, 10).compiled)
     assert ifgsm <= 1.10 * fgsm
 
 
@@ -467,7 +468,9 @@ def test_the_widest_table_fits_a_terminal(made_up):
 
 
 def test_the_step_by_xla_is_ours_without_loops_and_computes_the_same():
-    config = Config(defense="ifgsm", attack_steps=3, model="digits_cnn", batch_size=4)  # the first step is in no loop
+    config = configure(
+        defense="ifgsm", attack_steps=3, model="digits_cnn", batch_size=4
+    )  # the first step is in no loop
     with jax.numpy_dtype_promotion("standard"):
         ours = Step(config, (8, 8, 1), 10)
         theirs = peers.build("xla", config, (8, 8, 1), 10, ours.parameters())

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from e2sad_jax import networks, training
-from e2sad_jax.training.config import Config
+from e2sad_jax.training import Config, configure
 from experiments.step_cost import measure
 from experiments.step_cost.peers import pytorch
 from experiments.step_cost.request import Kind
 from experiments.step_cost.step import Step
 
 SHAPE = (8, 8, 1)
-CONFIG = Config(defense="e2sad", model="digits_cnn", batch_size=16, attack_steps=3)
+CONFIG = configure(defense="ifgsm", model="digits_cnn", batch_size=16, attack_steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def ours():
 
     def of(defense):
         if defense not in found:
-            step = Step(dataclasses.replace(CONFIG, defense=defense), SHAPE, 10)
+            step = Step(CONFIG.replace(defense=defense), SHAPE, 10)
             found[defense] = (step.parameters(), step.losses(3))
         return found[defense]
 
@@ -43,7 +43,7 @@ def check(config, ours, change=lambda step: None):
 @pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("defense", ["natural", "fgsm", "ifgsm", "hamm", "e2sad"])
 def test_losses_are_ours(defense, ours):
-    check(dataclasses.replace(CONFIG, defense=defense), ours(defense))
+    check(CONFIG.replace(defense=defense), ours(defense))
 
 
 @pytest.mark.usefixtures("unoptimized")
@@ -74,7 +74,7 @@ def test_a_peer_with_other_batches_or_another_optimiser_is_caught(change, ours):
 
 def test_pgd_has_its_own_random_start(ours):
     state = training.init_state(CONFIG, networks.create("digits_cnn", 10, SHAPE), SHAPE)
-    step = pytorch.TorchStep(dataclasses.replace(CONFIG, defense="pgd"), SHAPE, 10, state.params)
+    step = pytorch.TorchStep(CONFIG.replace(defense="pgd"), SHAPE, 10, state.params)
     before = [p.detach().clone() for p in step._net.parameters()]
     assert step.losses(2) is None
     after, twin = list(step._net.parameters()), list(step._twin.parameters())

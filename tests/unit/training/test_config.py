@@ -1,45 +1,59 @@
-"""Settings: the paper's values as defaults, and a clear refusal of each that cannot be right."""
+"""Settings: the paper's values as defaults, a clear refusal of each that cannot be right, one identity for equal runs."""
 
 import dataclasses
+import json
 import math
+import pickle
 
 import pytest
 
+from e2sad_jax.defenses import DEFENSES, Setting
 from e2sad_jax.errors import ConfigError, Error
-from e2sad_jax.reporting import paper_numbers
-from e2sad_jax.training.config import Config, check, range_of
+from e2sad_jax.training import Config, configure, preset
+from e2sad_jax.training.config import COMMON, check, range_of
+from tests.helpers import register_loss
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("defense", "name", "value", "words"),
     [
-        ("alpha", 1.5, "--alpha=1.5: must be in [0, 1]"),
-        ("alpha", math.nan, "--alpha=nan: must be in [0, 1]"),
-        ("lam", -0.1, "--lam=-0.1: must be at least 0"),
-        ("lam", math.inf, "--lam=inf: must be at least 0"),
-        ("steps", 0, "--steps=0: must be at least 1"),
-        ("batch_size", 0, "--batch_size=0: must be at least 1"),
-        ("batch_size", 2.5, "--batch_size=2.5: must be of type int"),
-        ("learning_rate", 0.0, "--learning_rate=0.0: must be above 0"),
-        ("eps1", -0.3, "--eps1=-0.3: must be at least 0"),
-        ("eps1", 24.0, "--eps1=24.0: must be in [0, 1.0]"),
-        ("eps2", 1.5, "--eps2=1.5: must be in [0, 1.0]"),
-        ("delta", 1.0, "--delta=1.0: must be above 0, at most 0.999"),
-        ("defense", "mart", "--defense=mart: must be one of natural, fgsm, ifgsm, pgd, hamm, e2sad, rs_fgsm, n_fgsm,"),
-        ("schedule", "linear", "--schedule=linear: must be one of constant, cyclic, piecewise, cosine"),
-        ("eps_warmup", -1.0, "--eps_warmup=-1.0: must be at least 0"),
-        ("beta", -1.0, "--beta=-1.0: must be at least 0"),
-        ("replays", 0, "--replays=0: must be at least 1"),
-        ("second_step", "entropy", "--second_step=entropy: must be one of total, noise, loss, literal, random"),
-        ("seed", -1, "--seed=-1: must be in [0, 4294967295]"),
-        ("soft_label", 1, "--soft_label=1: must be of type bool"),
-        ("transform", "zca", "--transform=zca: must be one of unit, standardize"),
-        ("attack_steps", 0, "--attack_steps=0: must be at least 1"),
+        ("e2sad", "alpha", 1.5, "--alpha=1.5: must be in [0, 1]"),
+        ("e2sad", "alpha", math.nan, "--alpha=nan: must be in [0, 1]"),
+        ("e2sad", "lam", -0.1, "--lam=-0.1: must be at least 0"),
+        ("e2sad", "lam", math.inf, "--lam=inf: must be at least 0"),
+        ("e2sad", "steps", 0, "--steps=0: must be at least 1"),
+        ("e2sad", "batch_size", 0, "--batch_size=0: must be at least 1"),
+        ("e2sad", "batch_size", 2.5, "--batch_size=2.5: must be of type int"),
+        ("e2sad", "learning_rate", 0.0, "--learning_rate=0.0: must be above 0"),
+        ("e2sad", "eps1", -0.3, "--eps1=-0.3: must be at least 0"),
+        ("e2sad", "eps1", 24.0, "--eps1=24.0: must be in [0, 1.0]"),
+        ("e2sad", "eps2", 1.5, "--eps2=1.5: must be in [0, 1.0]"),
+        ("e2sad", "delta", 1.0, "--delta=1.0: must be above 0, at most 0.999"),
+        (
+            "e2sad",
+            "defense",
+            "mart",
+            "--defense=mart: must be one of natural, fgsm, ifgsm, pgd, hamm, e2sad, rs_fgsm, n_fgsm,",
+        ),
+        ("e2sad", "schedule", "linear", "--schedule=linear: must be one of constant, cyclic, piecewise, cosine"),
+        ("e2sad", "eps_warmup", -1.0, "--eps_warmup=-1.0: must be at least 0"),
+        ("trades", "beta", -1.0, "--beta=-1.0: must be at least 0"),
+        ("free", "replays", 0, "--replays=0: must be at least 1"),
+        (
+            "e2sad",
+            "second_step",
+            "entropy",
+            "--second_step=entropy: must be one of total, noise, loss, literal, random",
+        ),
+        ("e2sad", "seed", -1, "--seed=-1: must be in [0, 4294967295]"),
+        ("e2sad", "soft_label", 1, "--soft_label=1: must be of type bool"),
+        ("e2sad", "transform", "zca", "--transform=zca: must be one of unit, standardize"),
+        ("pgd", "attack_steps", 0, "--attack_steps=0: must be at least 1"),
     ],
 )
-def test_a_bad_value_is_one_line_with_flag_value_and_range(name, value, words):
+def test_a_bad_value_is_one_line_with_flag_value_and_range(defense, name, value, words):
     with pytest.raises(ConfigError) as caught:
-        Config(**{name: value})
+        configure(**{"defense": defense, name: value})
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
@@ -47,7 +61,7 @@ def test_a_bad_value_is_one_line_with_flag_value_and_range(name, value, words):
 
 
 def test_every_number_has_a_range_and_every_setting_a_help():
-    for field in dataclasses.fields(Config):
+    for field in COMMON:
         assert field.metadata["help"]
         if type(field.default) in (int, float):
             assert range_of(field), field.name
@@ -55,7 +69,12 @@ def test_every_number_has_a_range_and_every_setting_a_help():
 
 
 def test_budgets_may_span_the_range_of_the_transform():
-    assert Config(transform="standardize", eps1=2.0).eps1 == 2.0
+    config = configure(transform="standardize", eps1=2.0, eps2=2.0)
+    assert (config.eps1, config.settings["eps2"]) == (2.0, 2.0)
+    with pytest.raises(
+        ConfigError, match=r"--attack_step_size=1.5: must be in \[0, 1.0\], the width of --transform=unit"
+    ):
+        configure(defense="pgd", attack_step_size=1.5)
 
 
 def test_epochs_count_every_image():
@@ -64,81 +83,120 @@ def test_epochs_count_every_image():
     assert Config(steps=7).total_steps(73_257) == 7
 
 
+# --- a defense's own settings
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_a_run_has_its_defenses_settings_and_no_others(defense):
+    config = Config(defense=defense)
+    assert config.settings == DEFENSES[defense].defaults()
+    for name, value in config.settings.items():
+        assert configure(defense=defense, **{name: value}) == config
+    for other in DEFENSES:
+        for name, value in DEFENSES[other].defaults().items():
+            if name not in config.settings:
+                with pytest.raises(ConfigError, match=f"--{name}=.*: --defense={defense} does not read it; .*{other}"):
+                    configure(defense=defense, **{name: value})
+
+
+def test_a_setting_that_nobody_reads_is_unknown():
+    with pytest.raises(
+        ConfigError, match=r"unknown setting 'lambda'; --defense=trades has defense, .*, attack_step_size$"
+    ):
+        configure(defense="trades", **{"lambda": 1.0})
+
+
+def test_a_defense_may_not_name_its_setting_as_every_run_does(monkeypatch):
+    def loss(logits_fn, x, y, *, steps):
+        return logits_fn(x).mean(), {}
+
+    register_loss(monkeypatch, "mine", loss, settings=(Setting("steps", 1, "twice", lower=1),))
+    with pytest.raises(ConfigError, match="--defense=mine: has a setting 'steps', as every run has; rename it"):
+        Config(defense="mine")
+
+
+def test_another_defense_keeps_what_both_read():
+    config = configure(defense="ifgsm", alpha=0.2, attack_steps=7, attack_step_size=0.1, seed=3)
+    assert config.replace(defense="pgd") == configure(defense="pgd", attack_steps=7, attack_step_size=0.1, seed=3)
+    assert config.replace(defense="natural", steps=5) == configure(defense="natural", seed=3, steps=5)
+    assert config.replace(alpha=0.3).settings == {**config.settings, "alpha": 0.3}
+    assert dataclasses.replace(config, steps=5) == config.replace(steps=5)
+    with pytest.raises(ConfigError, match=r"--beta=1\.0: --defense=ifgsm does not read it"):
+        config.replace(beta=1.0)
+    with pytest.raises(ConfigError, match="--defense=mart: must be one of natural, "):
+        config.replace(defense="mart")
+
+
+def test_a_configuration_cannot_change_and_equal_ones_are_one_key():
+    config = configure(lam=1)
+    with pytest.raises((TypeError, ValueError)):
+        config.settings["lam"] = 2.0
+    assert {config: 1}[configure(lam=1.0)] == 1
+    assert hash(config) != hash(configure(lam=2.0))
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_json_round_trip(defense):
+    config = configure(defense=defense, seed=3, **preset("robust", 0.2) if defense == "e2sad" else {})
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lambda": 1.0}, "unknown setting 'lambda'"),
+        ({"steps": "5"}, "--steps='5': must be of type int"),
+        ({"defense": "natural", "lam": 0.1}, "--lam=0.1: --defense=natural does not read it"),
+        ({"defense": None}, "--defense=None: must be of type str"),
+        ({"settings": 1}, "unknown setting 'settings'"),
+        ({3: 1}, "unknown setting '3'"),
+        ([], "the settings are .*; they must be given by name"),
+    ],
+)
+def test_json_that_is_no_configuration_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        Config.from_json(values)
+
+
+# --- identity
+
+
 def test_identity_is_what_changes_the_trained_network():
     one = Config()
-    for changes in ({"lam": 0.3}, {"seed": 1}, {"precision": "bf16"}, {"validation_examples": 5}):
-        assert dataclasses.replace(one, **changes).digest() != one.digest()
+    for changes in ({"lam": 0.3}, {"seed": 1}, {"precision": "bf16"}, {"validation_examples": 5}, {"defense": "fgsm"}):
+        assert one.replace(**changes).digest() != one.digest()
     for changes in ({"steps": 5}, {"workdir": "x"}, {"eval_examples": 5}, {"data_dir": "d"}, {"resume": False}):
-        assert dataclasses.replace(one, **changes).digest() == one.digest()
+        assert one.replace(**changes).digest() == one.digest()
+    assert one.default_workdir() == f"runs/mnist-e2sad-{one.digest()}"
 
 
-def test_json_round_trip_and_refusals():
-    config = Config(lam=0.25, defense="hamm")
-    assert Config.from_json(dataclasses.asdict(config)) == config
-    with pytest.raises(ConfigError, match="unknown setting 'lambda'"):
-        Config.from_json({"lambda": 1.0})
-    with pytest.raises(ConfigError, match="--steps='5': must be of type int"):
-        Config.from_json({"steps": "5"})
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"lam": 1}, {"lam": 1.0}),
+        ({"eps1": 0, "eps2": 0.0}, {"eps1": -0.0, "eps2": 0}),
+        ({"soft_label": False}, {"soft_label": False, "delta": 0.1}),
+        ({"defense": "natural"}, {"defense": "natural", "eps_warmup": 0.5}),
+        ({"defense": "input_gradient"}, {"defense": "input_gradient", "eps_warmup": 9}),
+        ({"attack_steps": 30, "defense": "pgd"}, {"defense": "pgd"}),
+    ],
+)
+def test_equal_runs_have_one_name(one, other):
+    assert configure(**one).digest() == configure(**other).digest()
 
 
-def csv(path):
-    lines = [line.split(",") for line in path.read_text().splitlines()]
-    return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
+def test_the_length_of_a_run_is_part_of_what_stretches_over_it():
+    usual = Config().identity()
+    assert "steps" not in usual
+    for changes in ({"eps_warmup": 0.25}, {"schedule": "cosine"}):
+        assert Config(**changes, steps=7).identity() == {**usual, **changes, "steps": 7}
+    assert Config(schedule="cosine", epochs=2.0).identity() == {**usual, "schedule": "cosine", "epochs": 2.0}
+    assert Config(eps_warmup=3).identity() == {**usual, "eps_warmup": 3.0}
 
 
-def ours(data, defense, **setting):
-    (column,) = [
-        c
-        for c in paper_numbers.COLUMNS
-        if c.data == data and {"defense": defense, **setting}.items() <= dict(c.setting).items()
-    ]
-    return column.accuracy
-
-
-TABLE_1 = {"fgsm_at_0.3": ("fgsm", 0.3), "fgsm_at_0.4": ("fgsm", 0.4), "ifgsm_at_0.3_k30": ("ifgsm", 0.3)}
-
-
-def test_table_1_is_the_papers(shared):
-    rows = {("clean", "", ""): "clean", ("fgsm", "0.3", "1"): "FGSM 0.3", ("fgsm", "0.4", "1"): "FGSM 0.4"}
-    rows |= {("ifgsm", "0.3", "10"): "IFGSM-10", ("ifgsm", "0.3", "30"): "IFGSM-30"}
-    checked = 0
-    for line in csv(shared("paper/table1_mnist_whitebox.csv")):
-        name, soft = rows[line["attack"], line["eps"], line["steps"]], line["train_label"] == "soft"
-        for column, (defense, eps) in {"natural": ("natural", None), **TABLE_1}.items():
-            setting = {"soft_label": soft} | ({} if eps is None else {"eps1": eps})
-            assert ours("mnist", defense, **setting)[name] == float(line[column])
-            checked += 1
-        if soft:
-            assert ours("mnist", "e2sad")[name] == float(line["e2sad"])
-            checked += 1
-    assert checked == 45
-
-
-def test_table_3_is_the_papers(shared):
-    lines = csv(shared("paper/table3_svhn_whitebox.csv"))
-    names = ["clean", "FGSM 24/255", "IFGSM-10", "IFGSM-20", "IFGSM-30"]
-    columns = {"natural": "natural", "fgsm": "fgsm_at", "ifgsm": "ifgsm_at_k10", "e2sad": "e2sad"}
-    for name, line in zip(names, lines, strict=True):
-        for defense, column in columns.items():
-            assert ours("svhn", defense)[name] == float(line[column])
-
-
-def test_the_papers_numbers_stand_only_beside_the_papers_setting():
-    config = Config()
-    column, why = paper_numbers.beside(config, "mnist", 30_000, True)
-    assert column is not None
-    assert column.accuracy["IFGSM-30"] == 0.8633
-    assert why == ""
-    for changes, data, steps, full, words in [
-        ({}, "mnist", 2_000, True, "steps 2000 (paper: 30000)"),
-        ({"lam": 1.0}, "mnist", 30_000, True, "lam 1.0 (paper: 0.1)"),
-        ({"soft_label": False}, "mnist", 30_000, True, "soft_label False (paper: True)"),
-        ({"second_step": "noise"}, "mnist", 30_000, True, "second_step noise"),
-        ({"validation_examples": 100}, "mnist", 30_000, True, "100 training images held out"),
-        ({}, "mnist", 30_000, False, "part of the test set"),
-        ({}, "digits", 30_000, True, "no e2sad model on digits"),
-        ({"defense": "hamm"}, "mnist", 30_000, True, "no hamm model on mnist"),
-    ]:
-        column, why = paper_numbers.beside(dataclasses.replace(config, **changes), data, steps, full)
-        assert column is None
-        assert words in why
+def test_a_preset_is_refused_by_name():
+    assert preset("paper", 0.3) == {}
+    assert configure(**preset("robust", 0.3)).settings["eps2"] == pytest.approx(0.2)
+    with pytest.raises(ConfigError, match="--preset=best: must be one of paper, robust"):
+        preset("best", 0.3)

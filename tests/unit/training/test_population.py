@@ -13,7 +13,8 @@ from e2sad_jax import networks, training
 from e2sad_jax.errors import NonFiniteError
 from e2sad_jax.runs import trainer
 from e2sad_jax.runs.folder import read_training, write_config
-from e2sad_jax.training.config import Config
+from e2sad_jax.training import Config
+from tests.helpers import change_loss, count_compilations, tiny_config
 
 N = 50
 
@@ -27,8 +28,7 @@ def standard_promotion(monkeypatch, little):
 
 
 def config_of(**changes) -> Config:
-    settings = dict(data="tiny.npz", model="digits_cnn", steps=8, batch_size=16, checkpoint_every=4, log_every=1)
-    return Config(**{**settings, "eps1": 0.1, "eps2": 0.05, **changes})
+    return tiny_config(**{"steps": 8, "checkpoint_every": 4, "log_every": 1, "eps1": 0.1, "eps2": 0.05, **changes})
 
 
 MEMBERS = [
@@ -66,8 +66,7 @@ def close(a, b):
 
 def test_several_steps_in_one_dispatch_are_those_steps_compiled_once(tiny, singles, monkeypatch):
     """Five at most at once: the checkpoint of step 4 and the end of the epoch, inside step 4, cut them."""
-    made, make = [], training.make_train_step
-    monkeypatch.setattr(training, "make_train_step", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
+    made = count_compilations(monkeypatch)
     saved = []
     counts = []
     model = networks.create("digits_cnn", 3, tiny.image_shape)
@@ -95,32 +94,46 @@ def test_several_steps_in_one_dispatch_are_those_steps_compiled_once(tiny, singl
     assert [float(r["loss"]) for r in rows] == pytest.approx([float(r["loss"]) for r in singles[0][1]], abs=1e-5)
 
 
-@pytest.mark.parametrize("steps_per_dispatch", [1, 3])
-def test_a_population_equals_separate_runs(steps_per_dispatch, tiny, singles):
-    """Other seeds, weights and budgets."""
-    model = networks.create("digits_cnn", 3, tiny.image_shape)
-    state = training.stack([training.init_state(c, model, tiny.image_shape) for c in MEMBERS])
+def together(members, dataset, **kwargs):
+    """The states and the losses `[steps, P]` of runs that train as one population."""
+    model = networks.create("digits_cnn", 3, dataset.image_shape)
+    state = training.stack([training.init_state(c, model, dataset.image_shape) for c in members])
     rows = []
 
     def record(step, metrics, count):
-        loss = np.asarray(metrics["loss"]).reshape(-1, len(MEMBERS))
-        rows.extend(loss[:count])
+        rows.extend(np.asarray(metrics["loss"]).reshape(-1, len(members))[:count])
 
     state = training.fit(
-        MEMBERS,
-        model,
-        tiny,
-        state,
-        steps=8,
-        record=record,
-        checkpoint=lambda *a: None,
-        steps_per_dispatch=steps_per_dispatch,
+        members, model, dataset, state, steps=members[0].steps, record=record, checkpoint=lambda *a: None, **kwargs
     )
-    for i, (member, (single, metrics)) in enumerate(zip(training.unstack(state), singles, strict=True)):
+    return training.unstack(state), np.stack(rows)
+
+
+def test_a_population_equals_separate_runs(tiny, singles):
+    """Other seeds, weights and budgets; several steps a dispatch."""
+    members, losses = together(MEMBERS, tiny, steps_per_dispatch=3)
+    for i, (member, (single, metrics)) in enumerate(zip(members, singles, strict=True)):
         close(member, single)
-        assert [r[i] for r in rows] == pytest.approx([float(m["loss"]) for m in metrics], abs=1e-5)
-    kernels = [jax.tree.leaves(m.params)[-1] for m in training.unstack(state)]
+        assert losses[:, i].tolist() == pytest.approx([float(m["loss"]) for m in metrics], abs=1e-5)
+    kernels = [jax.tree.leaves(m.params)[-1] for m in members]
     assert float(abs(kernels[0] - kernels[1]).max()) > 1e-4, "they are different runs"
+
+
+@pytest.mark.parametrize(
+    ("defense", "own"),
+    [("pgd", {}), ("e2sad", {"second_step": "noise"}), ("trades", {}), ("free", {"replays": 2})],
+    ids=["keys-of-images", "key-of-batch", "normal", "perturbation"],
+)
+def test_every_kind_of_random_number_is_that_of_a_run_alone(defense, own, tiny):
+    """Two seeds and two budgets; and the perturbation that free training keeps."""
+    common = dict(defense=defense, steps=3, **own)
+    members = [config_of(seed=1, **common), config_of(seed=2, eps1=0.05, **common)]
+    _, losses = together(members, tiny)
+    for i, config in enumerate(members):
+        _, metrics = alone(config, tiny)
+        # TRADES' first gradients are small, so more of their signs are of rounding.
+        rel = 1e-3 if defense == "trades" else 1e-4
+        assert losses[:, i].tolist() == pytest.approx([float(m["loss"]) for m in metrics], rel=rel)
 
 
 def test_what_may_train_together():
@@ -134,6 +147,8 @@ def test_what_may_train_together():
         {"defense": "fgsm"},
     ):
         assert training.population_key(config_of(**changes)) != keys[0]
+    assert training.varied_settings(MEMBERS) == ["eps1", "lam"]
+    assert training.varied_settings([config_of(seed=1, eps2=0.02), config_of(seed=2)]) == ["eps2"]
 
 
 def train_all(configs, dataset, tmp_path, stop_at=None, **changes):
@@ -164,14 +179,11 @@ def test_one_of_a_population_that_was_left_behind_catches_up(tiny, singles, tmp_
 
 
 def test_one_that_diverges_is_named(tiny, tmp_path, monkeypatch):
-    real = training.training_loss
 
-    def breaking(config, bounds):
-        return lambda f, x, y, key: (lambda loss, parts: (loss / jax.numpy.where(config.lam > 5, 0, 1), parts))(
-            *real(config, bounds)(f, x, y, key)
-        )
+    def breaking(loss, parts, arguments):
+        return loss / jax.numpy.where(arguments["lam"] > 5, 0, 1), parts
 
-    monkeypatch.setattr(training, "training_loss", breaking)
+    change_loss(monkeypatch, "e2sad", breaking)
     members = [config_of(), config_of(lam=9.0)]
     with pytest.raises(NonFiniteError, match=r"step 1 of run1: .*loss=inf") as caught:
         train_all(members, tiny, tmp_path)
@@ -181,48 +193,14 @@ def test_one_that_diverges_is_named(tiny, tmp_path, monkeypatch):
 def test_one_that_diverges_while_it_catches_up_is_named_by_its_place_among_all(tiny, tmp_path, monkeypatch):
     members = [config_of(seed=seed) for seed in (1, 2, 3)]
     train_all(members[:2], tiny, tmp_path, steps=4)  # the third is left behind
-    real, key = (
-        training.training_loss,
-        training.init_state(members[2], networks.create("digits_cnn", 3, tiny.image_shape), tiny.image_shape).key,
-    )
+    key = training.init_state(members[2], networks.create("digits_cnn", 3, tiny.image_shape), tiny.image_shape).key
 
-    def breaking(config, bounds):
-        def loss_fn(f, x, y, k):
-            loss, parts = real(config, bounds)(f, x, y, k)
-            third = (jax.random.key_data(k) == jax.random.key_data(jax.random.fold_in(key, 1))).all()
-            return jax.numpy.where(third, jax.numpy.nan, loss), parts
+    def breaking(loss, parts, arguments):
+        its_second = jax.random.key_data(jax.random.fold_in(key, 1))
+        third = (jax.random.key_data(arguments["key"]) == its_second).all()
+        return jax.numpy.where(third, jax.numpy.nan, loss), parts
 
-        return loss_fn
-
-    monkeypatch.setattr(training, "training_loss", breaking)
+    change_loss(monkeypatch, "e2sad", breaking)
     with pytest.raises(NonFiniteError, match=r"step 2: .*loss=nan") as caught:
         train_all(members, tiny, tmp_path)
     assert caught.value.member == 2
-
-
-@pytest.mark.parametrize(
-    ("defense", "second_step"),
-    [("natural", "total"), ("fgsm", "total"), ("ifgsm", "total"), ("pgd", "total"), ("hamm", "total"),
-     ("e2sad", "noise"), ("e2sad", "random"), ("e2sad", "loss"),
-     ("rs_fgsm", "total"), ("n_fgsm", "total"), ("free", "total"), ("trades", "total"), ("grad_align", "total")],
-)  # fmt: skip
-def test_every_defense_trains_in_a_population(defense, second_step, tiny):
-    """Two seeds and two budgets: losses of every step as alone, random numbers of the attacks included."""
-    common = dict(defense=defense, second_step=second_step, steps=3, attack_steps=2)
-    members = [config_of(seed=1, **common), config_of(seed=2, eps1=0.05, **common)]
-    model = networks.create("digits_cnn", 3, tiny.image_shape)
-    state, rows = training.stack([training.init_state(c, model, tiny.image_shape) for c in members]), []
-    training.fit(
-        members,
-        model,
-        tiny,
-        state,
-        steps=3,
-        record=lambda step, metrics, count: rows.append(np.asarray(metrics["loss"])),
-        checkpoint=lambda *a: None,
-    )
-    for i, config in enumerate(members):
-        _, metrics = alone(config, tiny)
-        # TRADES' first gradients are small, so more of their signs are of rounding.
-        rel = 1e-3 if defense == "trades" else 1e-4
-        assert [r[i] for r in rows] == pytest.approx([float(m["loss"]) for m in metrics], rel=rel)

@@ -1,8 +1,7 @@
-"""What changes in the course of training: learning rate, budgets, free training's perturbation; and resuming them."""
+"""What changes in the course of training: learning rate and budgets; and resuming a run in the middle of both."""
 
 import contextlib
 import dataclasses
-import json
 
 import chex
 import flax.linen as nn
@@ -11,29 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from e2sad_jax import networks, training
+from e2sad_jax import training
+from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.errors import WorkdirError
-from e2sad_jax.reporting import paper_numbers
-from e2sad_jax.runs import run, trainer
-from e2sad_jax.runs.checkpoint import Checkpoints
-from e2sad_jax.training.config import Config
-from tests.unit.training.test_train import N, fit, load_state, no_evaluation, no_last_evaluation, tiny_config  # noqa: F401
+from e2sad_jax.runs import run
+from e2sad_jax.training import configure
+from tests.helpers import register_loss, tiny_config
+from tests.unit.training.test_train import load_state, no_evaluation, no_last_evaluation  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("little")
-
-SETTINGS = (  # the later ones
-    *("schedule", "eps_warmup", "noise", "replays", "beta", "align_weight", "gradient_weight"),
-    *("random_start", "ball_second"),
-)
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion(monkeypatch):
-    monkeypatch.setattr(
-        trainer, "validate", lambda run, state, stop: {"score": 0.0}
-    )  # checkpoints are not attacked here
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("little", "standard_promotion")
 
 
 @pytest.mark.parametrize("steps", [10, 11, 1])
@@ -45,20 +30,20 @@ def test_learning_rate_is_the_closed_form(schedule, steps):
         "piecewise": np.where(t < half, 0.4, np.where(t < three_quarters, 0.04, 0.004)),
         "cosine": 0.2 * (1 + np.cos(np.pi * t / steps)),
     }[schedule]
-    rate = training.learning_rate(Config(schedule=schedule, learning_rate=0.4), steps)
+    rate = training.learning_rate(configure(schedule=schedule, learning_rate=0.4), steps)
     if steps > 1:
         np.testing.assert_allclose([rate(i) for i in t], want, atol=1e-6)
     assert np.isfinite([float(rate(i)) for i in t]).all()
 
 
 def test_a_constant_rate_is_a_number():
-    assert training.learning_rate(Config(learning_rate=0.4), 10) == 0.4
+    assert training.learning_rate(configure(learning_rate=0.4), 10) == 0.4
 
 
 def test_updates_follow_the_schedule_over_all_steps_of_the_run(tiny, monkeypatch):
     """With constant gradients Adam moves every parameter by the learning rate: 4 epochs are 13 steps of 16."""
 
-    def plane(logits_fn, x, y, key):
+    def plane(logits_fn, x, y):
         return logits_fn(jnp.ones_like(x[:1])).sum(), {}
 
     class Sum(nn.Module):
@@ -66,8 +51,8 @@ def test_updates_follow_the_schedule_over_all_steps_of_the_run(tiny, monkeypatch
         def __call__(self, x):
             return self.param("w", lambda key: jnp.zeros((1, 3))) + 0 * x.sum()
 
-    monkeypatch.setattr(training, "training_loss", lambda config, bounds: plane)
-    config = tiny_config(epochs=4.0, schedule="cyclic", learning_rate=0.1)
+    register_loss(monkeypatch, "plane", plane)
+    config = tiny_config(defense="plane", epochs=4.0, schedule="cyclic", learning_rate=0.1)
     state, seen = training.init_state(config, Sum(), tiny.image_shape), []
     training.fit(
         dataclasses.replace(config, checkpoint_every=1),
@@ -92,94 +77,39 @@ def counts(state: training.TrainState) -> list[int]:
     return [int(leaf) for path, leaf in leaves if "count" in jax.tree_util.keystr(path)]
 
 
-@pytest.mark.parametrize(("attack_step_size", "warmup"), [(0.0, 4), (0.2, 4), (0.0, 0.5)])
-def test_budgets_rise_linearly_in_one_compilation(attack_step_size, warmup, tiny, monkeypatch):
-    steps, make, real = [], training.make_train_step, training.training_loss
-    monkeypatch.setattr(training, "make_train_step", lambda *a, **k: steps.append(make(*a, **k)) or steps[-1])
-
-    def watched(config, bounds):
-        def loss_fn(*arguments):
-            loss, parts = real(config, bounds)(*arguments)
-            budgets = [config.eps1, config.eps2, config.attack_step_size]
-            return loss, {**parts, "budgets": jnp.stack([jnp.asarray(b, jnp.float32) for b in budgets])}
-
-        return loss_fn
-
-    monkeypatch.setattr(training, "training_loss", watched)
-    config = tiny_config(
-        defense="pgd", eps_warmup=warmup, eps1=0.4, eps2=0.1, steps=8, attack_step_size=attack_step_size
-    )
-    seen = []
-    fit(config, tiny, record=lambda step, metrics, count: seen.append(np.asarray(metrics["budgets"])))
-    grown = np.minimum(np.arange(8) / 4, 1)[:, None]
-    np.testing.assert_allclose(seen, grown * [0.4, 0.1, attack_step_size], rtol=1e-6)
-    assert steps[0]._cache_size() == 1
+@pytest.mark.parametrize("defense", DEFENSES)
+@pytest.mark.parametrize("warmup", [4, 0.5])
+def test_budgets_rise_linearly_and_nothing_else_does(defense, warmup):
+    given = {s.name: 0.2 for s in DEFENSES[defense].settings if s.budget}
+    config = configure(defense=defense, eps1=0.4, eps_warmup=warmup, steps=8, **given)
+    for step in (0, 1, 3, 4, 7):
+        eps, settings = training.settings_at(config, jnp.int32(step), 8)
+        grown = min(step / 4, 1)
+        np.testing.assert_allclose(eps, grown * 0.4, rtol=1e-6)
+        for name in given:
+            np.testing.assert_allclose(settings.pop(name), grown * 0.2, rtol=1e-6)
+        assert settings == {name: value for name, value in config.settings.items() if name not in given}
 
 
-def test_the_first_step_of_a_warm_up_is_natural_training(tiny):
-    def first_loss(**changes):
-        losses = []
-        config = tiny_config(steps=1, eps1=0.3, **changes)
-        fit(config, tiny, record=lambda step, metrics, count: losses.append(float(metrics["loss"])))
-        return losses[0]
-
-    natural, warm = first_loss(defense="natural"), first_loss(defense="n_fgsm", eps_warmup=5)
-    assert warm == pytest.approx(natural, abs=1e-5)
-    assert abs(first_loss(defense="n_fgsm") - natural) > 1e-3
+def test_a_step_size_that_the_loss_chooses_stays_unset():
+    """0 times anything would be a traced number, which no loss can tell from a step of that size."""
+    config = configure(defense="pgd", eps_warmup=4)
+    _, settings = training.settings_at(config, jnp.int32(2), 8)
+    assert settings["attack_step_size"] == 0.0
+    assert type(settings["attack_step_size"]) is float
 
 
-@pytest.mark.parametrize("replays", [1, 3])
-@pytest.mark.parametrize("steps_per_dispatch", [1, 4])
-def test_free_training_replays_each_batch(replays, steps_per_dispatch, tiny, monkeypatch):
-    """Over the end of an epoch: batches are those of training without replays, each so many times."""
-    marked = dataclasses.replace(
-        tiny, x_train=np.arange(N, dtype=np.uint8)[:, None, None, None] * np.ones((8, 8, 1), np.uint8)
-    )
-
-    def name_images(logits_fn, x, y, key, *delta):
-        kept = sum(d.sum() * 0 for d in delta)
-        return logits_fn(x).sum() * 0 + kept, {"images": jnp.sort(x[:, 0, 0, 0] * 255)}
-
-    monkeypatch.setattr(training, "training_loss", lambda config, bounds: name_images)
-    seen = {}
-    for defense, steps in (("free", 7 * replays), ("natural", 7)):
-        seen[defense] = []
-
-        def record(step, metrics, count, rows=seen[defense]):
-            rows.extend(np.rint(np.asarray(metrics["images"]).reshape(-1, 16)[:count]).astype(int).tolist())
-
-        config = tiny_config(defense=defense, replays=replays, steps=steps, checkpoint_every=100)
-        fit(config, marked, record=record, steps_per_dispatch=steps_per_dispatch)
-    assert seen["free"] == [batch for batch in seen["natural"] for _ in range(replays)]
+def test_without_warm_up_the_settings_are_numbers_and_varied_ones_replace_them():
+    config = configure(lam=2.0)
+    assert training.settings_at(config, jnp.int32(2), 8) == (0.3, dict(config.settings))
+    eps, settings = training.settings_at(config, jnp.int32(2), 8, {"eps1": jnp.float32(0.1), "lam": jnp.float32(3.0)})
+    assert (float(eps), float(settings["lam"]), settings["eps2"]) == (pytest.approx(0.1), 3.0, 0.1)
+    assert set(settings) == set(config.settings)
 
 
-def test_free_perturbation_is_carried_and_stays_in_the_ball(tiny):
-    """One ascent of eps a step from zeros: at first 0 or the edge; the next batch begins with the last one's."""
-    deltas = []
-    config = tiny_config(defense="free", eps1=0.1, replays=2, steps=4, checkpoint_every=1)
-    fit(config, tiny, checkpoint=lambda step, state: deltas.append(np.asarray(state.delta)))
-    assert deltas[0].shape == (16, 8, 8, 1)
-    assert (np.isclose(deltas[0], 0) | np.isclose(np.abs(deltas[0]), 0.1)).all()
-    assert np.isclose(np.abs(deltas[0]), 0.1).mean() > 0.5
-    assert all(np.abs(delta).max() <= 0.1 + 1e-7 for delta in deltas)
-    assert np.isclose(deltas[1], deltas[2]).mean() > 0.2, "kept over to the next batch, where its ascent goes outwards"
-    assert not np.array_equal(deltas[1], deltas[2])
-    state = training.init_state(
-        dataclasses.replace(config, defense="natural"), networks.create(config.model, 3, (8, 8, 1)), (8, 8, 1)
-    )
-    assert state.delta is None
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"defense": "free", "replays": 3, "eps_warmup": 7, "schedule": "cyclic"},
-        {"defense": "n_fgsm", "schedule": "cosine"},
-    ],
-    ids=lambda changes: changes["defense"],
-)
-def test_an_interrupted_run_goes_on_bit_for_bit(changes, no_evaluation, tmp_path, monkeypatch):  # noqa: F811
+def test_an_interrupted_run_goes_on_bit_for_bit(no_evaluation, tmp_path, monkeypatch):  # noqa: F811
     """Stopped by a signal within a replay, within the warm-up and within the schedule; and its length is its own."""
+    changes = {"defense": "free", "replays": 3, "eps_warmup": 7, "schedule": "cyclic"}
     config = tiny_config(**changes, workdir=str(tmp_path / "whole"))
     run.train_and_report(config, "mnist")
     parts = dataclasses.replace(config, workdir=str(tmp_path / "parts"))
@@ -203,49 +133,4 @@ def test_an_interrupted_run_goes_on_bit_for_bit(changes, no_evaluation, tmp_path
     whole, resumed = (load_state(config, tmp_path / name) for name in ("whole", "parts"))
     chex.assert_trees_all_equal(whole.replace(key=None), resumed.replace(key=None))
     assert counts(resumed) == [12, 12]
-    assert (resumed.delta is None) == (changes["defense"] != "free")
-
-
-# --- runs from before these settings
-
-
-def test_runs_from_before_keep_their_names_and_go_on(no_evaluation, tmp_path):  # noqa: F811
-    """The digest of a configuration, the settings in config.json and what a checkpoint holds."""
-    assert Config().digest() == "0b5d1cd7"
-    assert Config(defense="pgd", lam=0.3).digest() == "71ca2922"
-    config = tiny_config(workdir=str(tmp_path / "w"), defense="natural", steps=2)
-    run.train_and_report(config, "mnist")
-    path = tmp_path / "w" / "config.json"
-    values = json.loads(path.read_text())
-    for name in SETTINGS:
-        del values["config"][name]
-    del values["sha256"]  # nor was there a digest
-    path.write_text(json.dumps(values))
-    assert run.train_and_report(dataclasses.replace(config, steps=3), "mnist")["steps"] == 3
-    state = training.init_state(config, networks.create(config.model, 3, (8, 8, 1)), (8, 8, 1))
-    with Checkpoints(tmp_path / "w") as checkpoints:
-        assert int(checkpoints.restore(state).step) == 3
-
-
-def test_the_identity_has_what_differs_from_before():
-    before = Config().identity()
-    assert not set(SETTINGS) & set(before)
-    assert Config(eps_warmup=3).identity() == {**before, "eps_warmup": 3}
-    assert json.dumps(Config(eps_warmup=3.0).identity()) == json.dumps(Config(eps_warmup=3).identity())
-    assert Config(eps_warmup=0.25, steps=7).identity() == {**before, "eps_warmup": 0.25, "steps": 7}
-    assert Config(schedule="cosine", steps=7).identity() == {**before, "schedule": "cosine", "steps": 7}
-    assert Config(schedule="cosine", epochs=2.0).identity() == {**before, "schedule": "cosine", "epochs": 2.0}
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"schedule": "cyclic"}, "schedule cyclic"),
-        ({"eps_warmup": 9}, "eps_warmup 9"),
-        ({"random_start": True}, "random_start True"),
-    ],
-)
-def test_the_papers_numbers_do_not_stand_beside_a_schedule(changes, words):
-    column, why = paper_numbers.beside(Config(**changes), "mnist", 30_000, True)
-    assert column is None
-    assert words in why
+    assert np.abs(resumed.delta).max() > 0

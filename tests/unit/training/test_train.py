@@ -15,15 +15,15 @@ import orbax.checkpoint as ocp
 import pytest
 
 import e2sad_jax
-from e2sad_jax import attacks, data, networks, training
+from e2sad_jax import data, networks, training
 from e2sad_jax._io import read_sealed, sealed, write_json
-from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.errors import CheckpointError, ConfigError, LostProcessError, NonFiniteError, WorkdirError
 from e2sad_jax.evaluation import Outcome
 from e2sad_jax.runs import run, trainer
 from e2sad_jax.runs.checkpoint import Checkpoints
 from e2sad_jax.runs.folder import open_workdir
-from e2sad_jax.training.config import DEFENSES, Config
+from e2sad_jax.training import Config
+from tests.helpers import change_loss, count_compilations, tiny_config
 
 N = 50
 
@@ -35,11 +35,6 @@ def standard_promotion():
     """Optax's Adam mixes float and int32; everything of ours in the step is held to strict promotion elsewhere."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-def tiny_config(**changes) -> Config:
-    settings = dict(data="tiny.npz", model="digits_cnn", steps=12, batch_size=16, attack_steps=2, checkpoint_every=5)
-    return Config(**{**settings, "log_every": 2, **changes})
 
 
 @pytest.fixture
@@ -58,70 +53,11 @@ def no_evaluation(no_last_evaluation, monkeypatch):
     monkeypatch.setattr(trainer, "validate", lambda run, state, stop: {"score": 0.0})
 
 
-def fit(config, dataset, state=None, **kwargs):
-    model = networks.create(config.model, dataset.num_classes, dataset.image_shape)
-    state = training.init_state(config, model, dataset.image_shape) if state is None else state
-    kwargs = {"steps": config.steps, "record": lambda *a: None, "checkpoint": lambda *a: None, **kwargs}
-    return training.fit(config, model, dataset, state, **kwargs)
-
-
-@pytest.mark.parametrize(("n", "batch_size"), [(50, 16), (48, 16), (7, 7), (10, 3), (5, 1)])
-def test_every_epoch_is_a_permutation_and_no_image_is_dropped(n, batch_size):
-    key, stream, steps = jax.random.key(3), [], -(-3 * n // batch_size)
-    for step in range(steps):
-        order = np.asarray(training.epoch_order(key, jnp.uint32(step * batch_size // n), n))
-        offset = step * batch_size % n
-        stream.extend(order[offset : offset + batch_size])
-    epochs = [stream[i * n : (i + 1) * n] for i in range(3)]
-    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
-    if n > 5:
-        assert epochs[0] != epochs[1] != epochs[2], "each epoch has an order of its own"
-        assert epochs[0] != list(range(n))
-
-
-def test_the_step_takes_the_batch_that_the_order_says(tiny, monkeypatch):
-    """Seen from outside: a loss that only names its images, over two epochs, at a batch that does not divide them."""
-    marked = dataclasses.replace(
-        tiny, x_train=np.arange(N, dtype=np.uint8)[:, None, None, None] * np.ones((8, 8, 1), np.uint8)
-    )
-
-    def name_images(logits_fn, x, y, key):
-        return logits_fn(x).sum() * 0, {"images": jnp.sort(x[:, 0, 0, 0] * 255)}
-
-    monkeypatch.setattr(training, "training_loss", lambda config, bounds: name_images)
-    seen = []
-    fit(tiny_config(steps=7), marked, record=lambda step, m, count: seen.extend(np.rint(m["images"]).astype(int)))
-    assert len(set(seen[:48])) == 48, "no image twice within an epoch"
-    assert sorted(np.bincount(seen, minlength=N)) == sorted([2] * 38 + [3] * 12), "7 * 16 = 2 * 50 + 12"
-
-
-@pytest.mark.parametrize("defense", DEFENSES)
-def test_every_defense_learns_in_one_compilation_and_donates_its_state(defense, tiny, monkeypatch):
-    steps, make = [], training.make_train_step
-    monkeypatch.setattr(
-        training, "make_train_step", lambda *args, **kwargs: steps.append(make(*args, **kwargs)) or steps[0]
-    )
-    config = tiny_config(defense=defense, steps=25, eps1=0.1, eps2=0.05, soft_label=False, learning_rate=1e-2)
-    model = networks.create(config.model, tiny.num_classes, tiny.image_shape)
-    first, losses = training.init_state(config, model, tiny.image_shape), []
-    last = fit(config, tiny, first, record=lambda step, metrics, count: losses.append(metrics))
-    losses = [float(m["loss"]) for m in losses]
-    assert steps[0]._cache_size() == 1
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))
-    assert int(last.step) == 25
-    assert np.mean(losses[-3:]) < 0.75 * losses[0]
-
-
-@pytest.mark.parametrize(
-    ("defense", "second_step"), [("natural", "total"), ("pgd", "total"), ("e2sad", "noise"), ("free", "total")]
-)
+@pytest.mark.parametrize(("defense", "second_step"), [("natural", "total"), ("e2sad", "noise"), ("free", "total")])
 def test_resumed_run_equals_uninterrupted_one_bit_for_bit(defense, second_step, no_evaluation, tmp_path, monkeypatch):
     """Through the checkpoints on disk, stopped at and between them, with random numbers in the defense."""
     config = tiny_config(defense=defense, second_step=second_step, workdir=str(tmp_path / "whole"))
-    steps, make = [], training.make_train_step
-    monkeypatch.setattr(
-        training, "make_train_step", lambda *args, **kwargs: steps.append(make(*args, **kwargs)) or steps[-1]
-    )
+    steps = count_compilations(monkeypatch)
     run.train_and_report(config, "mnist")
     parts = dataclasses.replace(config, workdir=str(tmp_path / "parts"))
     for stop in (5, 8, config.steps):
@@ -144,49 +80,17 @@ def losses(workdir: pathlib.Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
-def test_stop_ends_after_the_step_with_a_checkpoint(tiny):
-    saved, seen = [], []
-    state = fit(
-        tiny_config(),
-        tiny,
-        record=lambda step, metrics, count: seen.append(step),
-        checkpoint=lambda step, state: saved.append((step, int(state.step))),
-        stop=lambda: len(seen) == 7,
-    )
-    assert int(state.step) == 7
-    assert saved == [(5, 5), (7, 7)]
-
-
-def test_the_loop_sends_nothing_to_the_device_unasked(tiny):
-    """What would be sent with every step is an error while training goes on, and none afterwards."""
-    double, sent = jax.jit(lambda x: 2 * x), []
-
-    def record(step, metrics, count):
-        sent.append(step)
-        double(np.ones(3, np.float32))
-
-    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
-        fit(tiny_config(defense="natural", steps=2), tiny, record=record)
-    assert sent == [1]
-    record(0, {}, 1)
-
-
 def test_non_finite_loss_stops_and_names_step_and_last_good_checkpoint(no_evaluation, tmp_path, monkeypatch):
     """The loss breaks in step 8; the checkpoint of step 5 stays and is the one to go on from."""
-    real = training.training_loss
 
-    def breaking(config, bounds):
-        def loss_fn(logits_fn, x, y, key):
-            loss, parts = real(config, bounds)(logits_fn, x, y, key)
-            at_step_8 = (jax.random.key_data(key) == jax.random.key_data(key_8)).all()
-            return jnp.where(at_step_8, jnp.nan, loss), parts
-
-        return loss_fn
+    def breaking(loss, parts, arguments):
+        at_step_8 = (jax.random.key_data(arguments["key"]) == jax.random.key_data(key_8)).all()
+        return jnp.where(at_step_8, jnp.nan, loss), parts
 
     config = tiny_config(workdir=str(tmp_path / "w"))
     model = networks.create(config.model, 3, (8, 8, 1))
     key_8 = jax.random.fold_in(training.init_state(config, model, (8, 8, 1)).key, 7)
-    monkeypatch.setattr(training, "training_loss", breaking)
+    change_loss(monkeypatch, "e2sad", breaking)
     with pytest.raises(NonFiniteError, match=r"step 8: .*loss=nan.*checkpoint of step 5 stays"):
         run.train_and_report(config, "mnist")
     assert int(load_state(config, tmp_path / "w").step) == 5
@@ -288,7 +192,7 @@ def test_a_refused_start_changes_nothing(no_evaluation, tmp_path, monkeypatch):
     before = (tmp_path / "w" / "config.json").read_text()
     for changes in ({"steps": 1}, {"resume": False}, {"lam": 0.7}):
         with pytest.raises((ConfigError, WorkdirError)):
-            run.train_and_report(dataclasses.replace(config, **changes), "mnist")
+            run.train_and_report(config.replace(**changes), "mnist")
         assert (tmp_path / "w" / "config.json").read_text() == before
     with pytest.raises(ConfigError, match=r"suite='minst': must be one of mnist, digits, svhn"):
         run.train_and_report(dataclasses.replace(config, workdir=str(tmp_path / "new")), "minst")
@@ -312,10 +216,10 @@ def test_all_runs_are_found_possible_before_the_first_is_trained(no_evaluation, 
     (tmp_path / "second").mkdir()
     (tmp_path / "second" / "thesis.txt").write_text("precious")
     with pytest.raises(WorkdirError, match="is not empty"):
-        run.train_with_baseline([dataclasses.replace(first, defense="natural"), second], "mnist")
+        run.train_with_baseline([first.replace(defense="natural"), second], "mnist")
     assert not list((tmp_path / "first" / "checkpoints").iterdir())
     (tmp_path / "second" / "thesis.txt").unlink()
-    natural = dataclasses.replace(first, defense="natural", delta=0.2)  # the first one's workdir was not taken
+    natural = first.replace(defense="natural", delta=0.2)  # the first one's workdir was not taken
     run.train_with_baseline([natural, second], "mnist")
     assert "| natural | e2sad |" in (tmp_path / "second" / "results.md").read_text()
     with pytest.raises(ConfigError, match="--defense=e2sad: runs beside each other must each have another one"):
@@ -338,7 +242,7 @@ def test_a_workdir_of_other_settings_or_data_is_refused_naming_what_differs(no_e
     config = tiny_config(workdir=str(tmp_path / "w"), steps=2)
     run.train_and_report(config, "mnist")
     with pytest.raises(WorkdirError, match=r"--alpha: 0.6 there, 0.5 here; --lam: 0.1 there, 0.3 here"):
-        run.train_and_report(dataclasses.replace(config, lam=0.3, alpha=0.5), "mnist")
+        run.train_and_report(config.replace(lam=0.3, alpha=0.5), "mnist")
     with pytest.raises(WorkdirError, match=r"--resume is off"):
         run.train_and_report(dataclasses.replace(config, resume=False), "mnist")
     with pytest.raises(ConfigError, match=r"--steps=1: .* is at step 2 already"):
@@ -355,24 +259,12 @@ def test_a_workdir_of_other_settings_or_data_is_refused_naming_what_differs(no_e
 
 def test_held_out_images_are_not_trained_on(tiny):
     for count, watched_size in ((10, 10), (0, N)):
-        train_set, watched = trainer.hold_out(tiny, tiny_config(validation_examples=count).validation_examples)
+        train_set, watched = data.hold_out(tiny, tiny_config(validation_examples=count).validation_examples)
         assert len(train_set.x_train) == N - count
         assert len(watched.x_test) == watched_size
         trained_on = {image.tobytes() for image in train_set.x_train}
         assert sum(image.tobytes() in trained_on for image in watched.x_test) == (0 if count else N)
         assert np.array_equal(train_set.x_test, tiny.x_test)
-
-
-def test_bfloat16_trains_with_float32_parameters(tiny):
-    config = tiny_config(precision="bf16", steps=3)
-    model = networks.create(config.model, tiny.num_classes, tiny.image_shape, config.precision)
-    state = training.init_state(config, model, tiny.image_shape)
-    step = training.make_train_step(config, model, tiny.num_classes, TRANSFORMS["unit"])
-    order = training.epoch_order(jax.random.key(0), jnp.uint32(0), N)
-    state, metrics = step(state, jnp.asarray(tiny.x_train), jnp.asarray(tiny.y_train), order)
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
-    assert metrics["loss"].dtype == jnp.float32
-    assert "bf16" in step.lower(state, tiny.x_train, tiny.y_train, order).as_text()
 
 
 @pytest.mark.parametrize(
@@ -394,20 +286,3 @@ def test_a_process_lost_while_a_checkpoint_is_written_is_a_lost_process(
     monkeypatch.setattr(trainer, "fit", fit)
     with trainer.open_run(tiny_config(workdir=str(tmp_path / "w")), tiny) as job, pytest.raises(kind):
         trainer.train(job, lambda: 0)
-
-
-def test_counts_of_a_function_are_those_of_its_products_and_of_every_turn_of_its_loops():
-    """A product of an [n, n] matrix with itself is 2 n^3; an attack's steps would be counted once if they were a loop."""
-    n = 32
-    w = jnp.full((n, n), 0.1)
-    products = training.function_counts(lambda a: a @ a @ a, jax.ShapeDtypeStruct((n, n), jnp.float32))
-    assert products["flops"] == pytest.approx(2 * 2 * n**3, rel=0.01)
-
-    def attacked(steps: int) -> float:
-        def attack(x: jax.Array) -> jax.Array:
-            return attacks.ifgsm(lambda z: jnp.tanh(z @ w).sum(-1), x, eps=0.1, steps=steps)
-
-        jax.jit(attack)(w)  # compiled for running, with its loop
-        return training.function_counts(attack, w)["flops"]
-
-    assert attacked(6) - attacked(3) == pytest.approx(3 * 4 * n**3, rel=0.2), "a pass there and back is two products"

@@ -1,0 +1,263 @@
+"""Writes results/README.md: one table of what the committed results answer, taken from their own files.
+
+python -m benchmarks.results
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from e2sad_jax._io import write_text
+from e2sad_jax.reporting.table import Table
+
+ROOT = pathlib.Path(__file__).parents[1] / "results"
+Content = Any  # of a JSON file, or the text of a Markdown file
+INTRODUCTION = """\
+# Results
+
+Each folder answers one question. The command of its row made it, at the commit of its row. The numbers of this page are read
+from the JSON files in the folders (`python -m benchmarks.results`); prices in FLOPs are counted by the present code.
+"""
+LIMITS = """\
+Robust accuracy: images classified correctly under all attacks of the table behind the link. Most results are of one seed and
+a reduced scale; each table says which. `svhn_10k` is the first 10,000 images of SVHN's test set, split 8,000 to 2,000: no
+number of it compares with one on SVHN. No accelerator has been measured.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One row of the table.
+
+    Attributes:
+      text: the question.
+      page: what the row links to, below results/.
+      source: file that holds the answer and its provenance.
+      answer: from the content of `source` to a short text with a number.
+      command: what makes the folder, where it is not there yet; else the source has it.
+    """
+
+    text: str
+    page: str
+    source: str
+    answer: Callable[[Content], str]
+    command: str = ""
+
+
+def _robust(*names: str) -> Callable[[Content], str]:
+    """Robust accuracies of entries of a comparison, the price of a step beside the first."""
+
+    def answer(result: Content) -> str:
+        rows = {row["name"]: row for row in result["rows"]}
+        shown = []
+        for name in names:
+            price = rows[name]["step_flops"] / result["natural_step_flops"]
+            beside = f"{rows[name]['last']['steps'][0]:,} steps" if result["request"]["equal_flops"] else f"{price:.2f}"
+            shown.append(f"{name} {rows[name]['last']['robust']:.3f} ({beside})")
+        return "; ".join(shown)
+
+    return answer
+
+
+def _seeds(result: Content) -> str:
+    own = result["rows"][0]["last"]
+    spread = f" ({own['lowest']:.3f} to {own['highest']:.3f})" if own["lowest"] < own["highest"] else ""
+    return f"{own['robust']:.3f}{spread}, clean {own['clean']:.3f}"
+
+
+def _parts(result: Content) -> str:
+    rows = {row["name"]: row["last"]["robust"] for row in result["rows"]}
+    return f"{rows['e2SAD, robust']:.3f} with it, {rows['e2SAD, robust, no second point']:.3f} without"
+
+
+def _worst(result: Content) -> str:
+    return f"{result['config']['defense']} {result['worst_case_accuracy']:.3f} on {result['examples']:,} images"
+
+
+def _table_1(result: Content) -> str:
+    found = {
+        (r["model"], r["name"]): r
+        for r in result["records"]
+        if r["label"] == "soft" and r["name"].startswith("IFGSM-30")
+    }
+    ours, paper = (found["e2SAD", "IFGSM-30"][key] for key in ("ours", "paper"))
+    return f"e2SAD under IFGSM-30: {ours:.3f} (paper {paper:.3f})"
+
+
+def _step(result: Content) -> str:
+    rows = {(row["name"], row["by"]): row for row in result["rows"]}
+    eager = rows["e2sad", "torch"]["ours_over_peer"]
+    return f"e2SAD {rows['e2sad', 'e2sad_jax']['time_natural']:.2f} natural steps, {eager:.2f} of eager PyTorch's time"
+
+
+def _flops(text: Content) -> str:
+    """By `benchmarks.flops`: name, GFLOP, natural steps."""
+    rows = dict(re.findall(r"^\| ([^|]+) \| [\d.]+ \| ([\d.]+) \|$", text, re.M))
+    return f"e2SAD {float(rows['e2sad']):.2f}, IFGSM-30 {float(rows['ifgsm, attack_steps 30']):.2f} natural steps"
+
+
+def _peers(text: Content) -> str:
+    """By `benchmarks.attack_peers`: an attack's accuracy by us and by ART, lower being stronger."""
+    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| [\d.]", text, re.M)
+    weaker = [float(ours) - float(theirs) for _, ours, theirs in rows if float(ours) > float(theirs)]
+    return f"{len(rows) - len(weaker)} of {len(rows)} at least as strong; the others by {max(weaker, default=0):.3f}"
+
+
+def _faults(result: Content) -> str:
+    kinds = result.values()
+    count = sum(row["times"] for kind in kinds for row in kind["rows"])
+    return f"{sum(kind['wrong'] for kind in kinds)} of {count:,} outcomes wrong"
+
+
+MNIST = "python -m experiments.compare --data=mnist"
+SMALL = f"{MNIST} --steps=2000 --batch_size=64 --examples=500 --queries=300 --apgd_steps=30 --targets=3"
+ROBUST = f'{MNIST} --entry="e2SAD, robust"'
+QUESTIONS = (
+    Question(
+        "How robust is each defense on MNIST, and at what price? (FLOPs of a step, natural = 1)",
+        *("defenses_mnist/compare.md", "defenses_mnist/compare.json"),
+        _robust("e2SAD, robust", "PGD-3", "PGD-10", "IFGSM-30 (Eq. 3)"),
+    ),
+    Question(
+        "And for the same training FLOPs?",
+        *("defenses_mnist_flops/compare.md", "defenses_mnist_flops/compare.json"),
+        _robust("e2SAD, robust", "PGD-3", "PGD-10", "IFGSM-30 (Eq. 3)"),
+    ),
+    Question(
+        "What does the second point of e2SAD add? (held-out images)",
+        *("e2sad_ablation/compare.md", "e2sad_ablation/compare.json"),
+        _parts,
+    ),
+    Question(
+        "How robust is e2SAD's robust preset on all test images of MNIST?",
+        *("e2sad_full_test/compare.md", "e2sad_full_test/compare.json"),
+        _seeds,
+        f"{ROBUST} --seeds=3 --steps=2500 --batch_size=128 --examples=10000 --queries=200 --apgd_steps=30 --targets=3 "
+        "--results=results/e2sad_full_test",
+    ),
+    Question(
+        "And under the effort of AutoAttack, on 500 images?",
+        *("e2sad_full_test/standard/compare.md", "e2sad_full_test/standard/compare.json"),
+        _seeds,
+        f"{ROBUST} --steps=2500 --batch_size=128 --examples=500 --queries=5000 --apgd_steps=100 --targets=9 "
+        "--results=results/e2sad_full_test/standard",
+    ),
+    Question(
+        "Do the paper's tables hold at small scale?", "paper_small/table1.md", "paper_small/table1.json", _table_1
+    ),
+    Question("What does `make train` give?", "digits/results.md", "digits/e2sad.json", _worst),
+    Question("The paper's setting on MNIST, a short run?", "mnist/results.md", "mnist/e2sad.json", _worst),
+    Question("And on a part of SVHN?", "svhn_10k/results.md", "svhn_10k/e2sad.json", _worst),
+    Question("What does a step cost in FLOPs?", "flops/flops.md", "flops/flops.md", _flops),
+    Question(
+        "What does a step cost in time? (all defenses, beside PyTorch)",
+        *("step_cost/step_cost.md", "step_cost/step_cost.json"),
+        _step,
+        "python -m experiments.step_cost --peer=torch --rounds=3 --seconds=0.3 --results=results/step_cost",
+    ),
+    Question(
+        "And on a processor with AVX-512? (an older commit)",
+        *("step_cost/avx512/step_cost.md", "step_cost/avx512/step_cost.json"),
+        _step,
+    ),
+    Question(
+        "Are our attacks as strong as ART's, on MNIST?", "attacks_vs_art/mnist.md", "attacks_vs_art/mnist.md", _peers
+    ),
+    Question("And on the digits?", "attacks_vs_art/digits.md", "attacks_vs_art/digits.md", _peers),
+    Question(
+        "Do runs survive kills, full disks and damaged files?",
+        *("reliability/torture.md", "reliability/torture.json"),
+        _faults,
+    ),
+    Question(
+        "Are damaged inputs refused in one line?",
+        *("reliability/fuzz.md", "reliability/fuzz.json"),
+        lambda result: f"{sum(t['found'] for t in result['totals'].values())} findings in {result['inputs']:,} inputs",
+    ),
+    Question(
+        "Does memory grow over a long run?",
+        *("reliability/soak.md", "reliability/soak.json"),
+        lambda result: f"{result['grown']['memory_mb']['by']:.1f} MB over {result['steps']:,} steps",
+    ),
+)
+# Programs that have moved since they printed a result.
+_MOVED = {
+    "tests.torture.__main__": "benchmarks.faults",
+    "tests.torture": "benchmarks.faults",
+    "benchmarks.soak": "benchmarks.faults.soak",
+    "benchmarks.fuzz": "benchmarks.faults.fuzz",
+}
+
+
+def read(path: pathlib.Path) -> Content:
+    """The content of a result: of a JSON file the values, else the text."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text) if path.suffix == ".json" else text
+
+
+def provenance_of(content: Content) -> list[dict[str, str]]:
+    """Command, hardware, date and commit of all that a result holds, the newest part first."""
+    if isinstance(content, str):
+        line = re.findall(r"^`(.*)`, .*$", content, re.M)[-1]
+        about = content[content.rindex(line) :]
+        patterns = {
+            "hardware": r"(CPU, \d+ cores, [^,;]+)",
+            "date": r"(\d{4}-\d\d-\d\d)",
+            "commit": r"commit ([0-9a-f]+)",
+        }
+        return [{"command": line, **{k: re.findall(p, about)[0] for k, p in patterns.items()}}]
+    if "provenance" in content:
+        parts = [content["provenance"]]
+    elif "environment" in content:
+        rows = content.get("rows", [])
+        parts = [content, *(row["origin"] for row in rows if "origin" in row)]
+    else:
+        parts = list(content.values())
+    flat = [{**part, **part.get("environment", {})} for part in parts]
+    unique = {(p["command"], p["commit"]): p for p in flat}
+    return sorted(unique.values(), key=lambda p: str(p["date"]), reverse=True)
+
+
+def command_now(command: str, page: str) -> str:
+    """A command that printed a result, with today's names of the program and of the folder."""
+    for old, new in _MOVED.items():
+        command = command.replace(f"-m {old} ", f"-m {new} ")
+    return re.sub(r"--results=\S+", f"--results=results/{pathlib.PurePosixPath(page).parent}", command)
+
+
+def _each(parts: list[dict[str, str]], name: str, length: int | None = None) -> str:
+    return ", ".join(dict.fromkeys(str(part[name])[:length] for part in parts))
+
+
+def table(root: pathlib.Path = ROOT) -> Table:
+    """The table of README.md, of all questions whose folders are there."""
+    rows = []
+    for question in QUESTIONS:
+        if (root / question.source).exists():
+            content = read(root / question.source)
+            parts = provenance_of(content)
+            command = command_now(parts[0]["command"], question.page)
+            about = [_each(parts, "hardware"), _each(parts, "date", 10), _each(parts, "commit", 7)]
+            rows.append([f"[{question.text}]({question.page})", question.answer(content), f"`{command}`", *about])
+    return Table(columns=["question", "answer", "command", "hardware", "date", "commit"], rows=rows, labels=6)
+
+
+def missing(root: pathlib.Path = ROOT) -> Mapping[str, str]:
+    """Questions whose folders are not there, each with the command that makes it."""
+    return {q.text: q.command for q in QUESTIONS if not (root / q.source).exists()}
+
+
+def readme(root: pathlib.Path = ROOT) -> str:
+    """The whole page."""
+    parts = [INTRODUCTION, table(root).markdown()]
+    if left := missing(root):
+        commands = "\n".join(f"# {text}\n{command}" for text, command in left.items())
+        parts.append(f"Not measured at this version yet:\n\n```sh\n{commands}\n```\n")
+    return "\n".join([*parts, LIMITS])
+
+
+if __name__ == "__main__":
+    write_text(ROOT / "README.md", readme())

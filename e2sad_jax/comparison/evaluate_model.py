@@ -1,0 +1,120 @@
+"""Trains and attacks one model of a comparison, and notes the outcome in its workdir."""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from e2sad_jax._io import read_sealed, sealed, write_json
+from e2sad_jax.comparison.request import CHECKPOINTS, Request
+from e2sad_jax.data import Dataset
+from e2sad_jax.errors import Stopped, first_line
+from e2sad_jax.evaluation import Attack, auto
+from e2sad_jax.runs import signals, trainer
+from e2sad_jax.runs.classifier import load
+from e2sad_jax.training import Config
+
+
+def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[str, Any]:
+    """Trains one model and attacks its last and its best checkpoint; what was done before is not done again.
+
+    Args:
+      request: the comparison.
+      config: settings of the run, its workdir among them.
+      dataset: the data.
+
+    Returns:
+      What auto.json in its workdir holds: accuracies in [0, 1] of both checkpoints.
+
+    Raises:
+      ConfigError, WorkdirError, NonFiniteError: as training does.
+      Stopped: after Ctrl-C; the same call resumes.
+    """
+    stages, asked = request.stages(dataset.num_classes), question(request, dataset)
+    path = pathlib.Path(config.workdir) / ("auto.json" if request.judge == "test" else f"auto_{request.judge}.json")
+    known = known_outcome(path, asked, config.steps)
+    if "best" in known:
+        return known
+    with trainer.open_run(config, dataset) as run, signals.stopping() as stop:
+        _, seconds = trainer.train(run, stop)
+        if number := stop():
+            raise Stopped(f"stopped in {run.workdir}; the same command resumes", number)
+        best = run.best()
+        images_of = dataset if request.judge == "test" else run.validation_set
+    images, labels = images_of.x_test[: request.examples], images_of.y_test[: request.examples]
+    last = known.get("last") or _attacked(config, "last", images, labels, stages)
+    write_json(path, sealed({"asked": asked, "last": last}))  # attacks take long
+    outcome = {
+        "asked": asked,
+        "seed": config.seed,
+        "eps": config.eps1,
+        "images": len(images),
+        "last": last,
+        "best": _attacked(config, "best", images, labels, stages) if best and best[0] != last["step"] else last,
+        "chosen_on": best[1] if best else "no images, for training was stopped before any validation",
+        "train_seconds": round(seconds, 1),
+        "workdir": config.workdir,
+    }
+    write_json(path, sealed(outcome))
+    return outcome
+
+
+def question(request: Request, dataset: Dataset) -> dict[str, Any]:
+    """What a model is asked: data, images, checkpoints and attacks; outcomes of other questions do not compare."""
+    return {
+        "data": dataset.sha256,
+        "judge": request.judge,
+        "checkpoints": list(CHECKPOINTS),
+        "examples": request.examples,
+        "stages": [dataclasses.asdict(stage) for stage in request.stages(dataset.num_classes)],
+    }
+
+
+def known_outcome(path: pathlib.Path, asked: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """What `evaluate_model` wrote of a run for the same question; empty where there is nothing readable.
+
+    Args:
+      path: auto.json of the run.
+      asked: data, images and attacks.
+      steps: training steps of the run.
+    """
+
+    def number(value: Any) -> bool:
+        return type(value) in (int, float)
+
+    try:
+        known = read_sealed(path)
+        right = known["asked"] == asked and known["last"]["step"] == steps
+        for which in CHECKPOINTS if "best" in known else ("last",):
+            right &= type(known[which]["step"]) is int and all(number(known[which][k]) for k in ("clean", "robust"))
+        if "best" in known:
+            right &= all(number(known[key]) for key in ("train_seconds", "eps", "images", "seed"))
+            right &= isinstance(known["chosen_on"], str)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"warning: {path} is unusable ({first_line(error)}); its attacks run again", file=sys.stderr, flush=True)
+        return {}
+    return known if right else {}
+
+
+def _attacked(
+    config: Config, which: str, images: np.ndarray, labels: np.ndarray, stages: Sequence[Attack]
+) -> dict[str, Any]:
+    """Clean and robust accuracy of one checkpoint of a run."""
+    classifier = load(config.workdir, which)
+    outcome = auto(
+        classifier.apply,
+        classifier.params,
+        images,
+        labels,
+        eps=config.eps1,
+        transform=classifier.transform.apply,
+        bounds=classifier.transform.bounds,
+        stages=stages,
+    )
+    robust = float(outcome.robust.mean())
+    return {"step": classifier.step, "clean": outcome.accuracy["clean"], "after": outcome.accuracy, "robust": robust}

@@ -1,0 +1,33 @@
+"""What a training step of every defense costs, by XLA's own count, beside tests/unit/defenses/test_cost.py."""
+
+import pytest
+
+from e2sad_jax import training
+from tests.unit.defenses.test_cost import natural, step_flops  # noqa: F401
+
+ROBUST = training.preset("robust", 0.3)
+
+
+@pytest.mark.parametrize(
+    ("defense", "settings", "low", "high"),
+    [
+        ("fgsm", {"alpha": 0.0}, 1.6, 1.75),
+        ("e2sad", {"lam": 0.0}, 1.9, 2.05),
+        ("e2sad", ROBUST | {"lam": 0.0}, 1.6, 1.75),
+        ("e2sad", ROBUST | {"random_start": False}, 2.9, 3.1),
+        ("hamm", {}, 2.5, 3.1),
+        ("ifgsm", {"attack_steps": 1}, 1.9, 2.05),
+        ("ifgsm", {"attack_steps": 2}, 2.6, 2.75),  # the first step's gradient is shared, too
+        ("ifgsm", {"attack_steps": 5}, 4.5, 4.8),
+        # A gradient of the images alone is two thirds of a natural step; GradAlign's is FGSM's too, and taken once.
+        ("rs_fgsm", {}, 1.6, 1.75),
+        ("n_fgsm", {}, 1.6, 1.75),
+        ("pgd", {"attack_steps": 2}, 2.2, 2.4),
+        ("free", {}, 1.0, 1.05),
+        ("trades", {"attack_steps": 2}, 3.2, 3.45),
+        ("grad_align", {}, 4.5, 5.5),
+        ("input_gradient", {}, 2.0, 2.75),
+    ],
+)
+def test_cost_in_natural_steps(defense, settings, low, high, natural):  # noqa: F811
+    assert low <= step_flops(defense, **settings) / natural <= high

@@ -1,0 +1,111 @@
+"""What every registered defense has to be: differentiable, finite, a pure function, strict about its arguments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from e2sad_jax.defenses import DEFENSES
+from tests.unit.defenses.toy import VARIANTS, K, N, batch, close, defended, draw, net
+
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
+NAN = float("nan")
+BUDGETS = ("eps", "eps1", "eps2")
+TAKING = {
+    argument: [name for name, defense in DEFENSES.items() if defense.takes(argument)]
+    for argument in (*BUDGETS, "alpha", "lam", "beta", "weight", "noise", "steps", "step_size", "bounds")
+}
+
+
+@every_variant
+def test_gradient_against_finite_differences(name):
+    """In float64; penalties are second derivatives. No sign turns within so small a step."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        (x, y), weights = batch(dtype=jnp.float64), draw(dtype=jnp.float64)
+        both = jax.jit(jax.value_and_grad(lambda w: VARIANTS[name](net(w), x, y)[0]))
+        _, gradient = both(weights)
+        rs, step = np.random.RandomState(0), 1e-5
+        for _ in range(3):
+            way = {key: rs.randn(*leaf.shape) for key, leaf in weights.items()}
+            up, down = (both({key: leaf + s * step * way[key] for key, leaf in weights.items()})[0] for s in (1, -1))
+            slope = sum((gradient[key] * way[key]).sum() for key in weights)
+            np.testing.assert_allclose((up - down) / (2 * step), slope, rtol=1e-6, atol=1e-8)
+            assert abs(slope) > 1e-4
+
+
+@every_variant
+def test_finite_where_gradients_vanish_and_where_logits_saturate(name):
+    """The norm's own derivative at zero is 0 / 0; with nothing to climb the attack stays at the image."""
+    for change in (("w1",), ("w2",), ("w1", "b1", "w2"), "saturated"):
+        (x, y), weights = batch(0), draw()
+        if change == "saturated":
+            weights |= {"w2": 1e4 * weights["w2"]}
+        else:
+            weights |= {key: jnp.zeros_like(weights[key]) for key in change}
+        (loss, parts), gradient = defended(name)(weights, x, y)
+        for leaf in jax.tree.leaves((loss, parts, gradient)):
+            assert np.isfinite(leaf).all()
+        if name == "hamm" and change != "saturated":
+            assert parts["penalty"] == 0
+
+
+@every_variant
+def test_vmap_over_models_and_a_traced_setting(name):
+    """One program for several models, each with another budget or weight; a loss of its own for each."""
+    (x, y), models = batch(), [draw(seed) for seed in range(3)]
+    defense = DEFENSES[name.split()[0]]
+    argument = next((a for a in (*BUDGETS, "weight") if defense.takes(a)), "")
+    values = jnp.asarray([0.1, 0.15, 0.2])
+
+    def run(weights, value):
+        return VARIANTS[name](net(weights), x, y, **({argument: value} if argument else {}))
+
+    one = jax.jit(run)
+    want = [one(weights, value) for weights, value in zip(models, values, strict=True)]
+    stacked = jax.jit(jax.vmap(run))(jax.tree.map(lambda *w: jnp.stack(w), *models), values)
+    close(stacked, jax.tree.map(lambda *v: jnp.stack(v), *want))
+    given = {argument: float(values[1])} if argument else {}
+    close(VARIANTS[name](net(models[1]), x, y, **given), want[1])  # neither traced nor compiled
+    assert len({float(loss) for loss, _ in want}) == 3
+
+
+@pytest.mark.parametrize("name", [name for name, defense in DEFENSES.items() if defense.takes("key")])
+def test_random_numbers_repeat_by_key(name):
+    (x, y), f = batch(), net(draw())
+    variant = VARIANTS["e2sad ball" if name == "e2sad" else name]
+    loss = float(variant(f, x, y)[0])
+    assert loss == float(variant(f, x, y)[0])
+    assert loss != float(variant(f, x, y, key=jax.random.key(8))[0])
+
+
+# --- what is refused
+
+REFUSED = [
+    *[(name, {"alpha": a}, rf"alpha={a}; .*\[0, 1\]") for name in TAKING["alpha"] for a in (-0.1, 1.1, NAN)],
+    *[(name, {argument: -0.1}, "eps=-0.1; .*at least 0") for argument in BUDGETS for name in TAKING[argument]],
+    *[(name, {"steps": 0}, "steps=0; .*at least 1") for name in TAKING["steps"]],
+    *[(name, {"step_size": -1.0}, "step_size=-1.0; .*above 0") for name in TAKING["step_size"]],
+    *[(name, {"bounds": (1, 0)}, r"bounds=\(1, 0\); ") for name in TAKING["bounds"]],
+    *[(n, {a: v}, rf"{a}={v}; .*\[0, inf") for a in ("lam", "beta", "weight") for n in TAKING[a] for v in (-0.1, NAN)],
+    *[("fgsm", {"alpha": kind(2)}, "alpha=2.0; ") for kind in (np.float32, np.float64, jnp.float32)],
+    ("fgsm", {"eps": np.float32(-0.5)}, "eps=-0.5; "),
+    ("n_fgsm", {"noise": -1.0}, "noise=-1.0; .*at least 0"),
+    ("e2sad", {"second_step": "nonsense"}, "objective='nonsense'; .*total"),
+    ("e2sad", {"second_step": "noise", "key": None}, "objective='noise' .*needs key"),
+    ("e2sad", {"random_start": True, "key": None}, "e2sad: random_start draws random numbers and needs key"),
+    ("free", {"delta": jnp.zeros((N, 2))}, r"delta has shape \(8, 2\); it must be .*\(8, 3, 4, 1\)"),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs", "message"), REFUSED)
+def test_refuses(name, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        VARIANTS[name](net(draw()), *batch(), **kwargs)
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_refuses_integer_labels(name):
+    with pytest.raises(TypeError, match="soft_labels"):
+        VARIANTS[name](net(draw()), batch()[0], jnp.arange(N) % K)

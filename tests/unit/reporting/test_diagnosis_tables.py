@@ -1,0 +1,58 @@
+"""A diagnosis in tables and a picture, on a made-up result."""
+
+from e2sad_jax.reporting import diagnosis, provenance
+
+RESULT = {
+    "name": "mine",
+    "images": 1_500,
+    "eps": 0.2,
+    "clean": 0.98,
+    "over_eps": {"eps": [0.1, 0.2], "accuracy": {"FGSM": [0.9, 0.8], "PGD-40": [0.7, 0.41]}},
+    "over_steps": {"attack": "PGD", "steps": [1, 10], "accuracy": [0.8, 0.5]},
+    "over_restarts": {"attack": "PGD-40", "accuracy": [0.41, 0.4]},
+    "worst_case": {
+        "accuracy": {"clean": 0.98, "APGD-CE": 0.4, "APGD-T": 0.35, "Square": 0.35},
+        "fooled": {"APGD-CE": 870, "APGD-T": 75, "Square": 0},
+        "stages": [
+            {"name": "APGD-CE", "kind": "apgd", "steps": 100, "loss": "ce", "restarts": 1, "targets": 9},
+            {"name": "APGD-T", "kind": "apgd", "steps": 100, "loss": "targeted_dlr", "restarts": 1, "targets": 9},
+            {"name": "Square", "kind": "square", "steps": 5_000, "loss": "ce", "restarts": 2, "targets": 9},
+        ],
+        "robust": 0.34,
+    },
+    "transfer": {"attack": "PGD-40", "from": "natural", "accuracy": 0.9, "accuracy_of_substitute": 0.0},
+    "checks": [
+        {"name": "PGD beats FGSM", "value": 0.01, "below": True, "bound": 0.02, "suspicious": False},
+        {"name": "zero gradients", "value": 0.5, "below": True, "bound": 0.01, "suspicious": True},
+    ],
+    "verdict": "mine: SUSPICIOUS",
+    "command": "python -m experiments.evaluate",
+    "environment": {"date": "today", "hardware": "CPU", "python": "3", "jax": "0", "flax": "0", "commit": "c"},
+}
+
+
+def test_markdown_has_every_number_and_its_effort():
+    text = diagnosis.markdown(RESULT)
+    assert text.startswith("# Robustness of mine\n\nmine: SUSPICIOUS\n\n## Accuracy on 1,500 images against the budget")
+    assert "| PGD-40 | 0.700 | 0.410 |" in text
+    assert "| attack | accuracy | images it fooled |" in text
+    assert "| APGD-CE | 0.400 | 870 |" in text
+    assert "| all attacks combined, those above included | 0.340 |  |" in text
+    assert "- APGD-T: 100 steps towards each of 9 classes, 1 restart." in text
+    assert "- Square: 5,000 queries, 2 restarts." in text
+    assert "| natural | 0.000 |" in text
+    assert "| zero gradients | 0.500 | at most 0.01 | SUSPICIOUS |" in text
+    assert f"Command: `{RESULT['command']}`. {provenance.sentence(RESULT['environment'])}\n" in text
+
+
+def test_text_has_the_verdict_last_and_leaves_out_what_was_not_measured():
+    text = diagnosis.text({**RESULT, "worst_case": None, "transfer": None})
+    assert text.endswith("\n\nmine: SUSPICIOUS")
+    assert "Worst case" not in text
+    assert "Transfer" not in text
+    assert "Checks for gradient masking" in text
+
+
+def test_the_picture_is_written(tmp_path):
+    diagnosis.plot(tmp_path / "evaluation.png", [RESULT, {**RESULT, "name": "other", "worst_case": None}])
+    assert (tmp_path / "evaluation.png").stat().st_size > 5_000

@@ -1,0 +1,66 @@
+"""Progress with a fake clock: the compiler is no step."""
+
+import pytest
+
+from e2sad_jax.reporting import progress
+from e2sad_jax.reporting.progress import Bar, duration
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds, set by the test."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_the_time_left_does_not_count_the_compiler(clock, capsys):
+    """54 s of compiler, then steps of 0.25 s: at step 121, 20 s are left, not two hours."""
+    with Bar("train", 200, "steps", interval=30) as bar:
+        clock[0] += 54
+        bar.update(1, "loss 2.3")
+        for _ in range(199):
+            clock[0] += 0.25
+            bar.update(1, "loss 1.0")
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 1/200 steps, loss 2.3",
+        "train: 121/200 steps, loss 1.0, 20s left",
+        "train: 200/200 steps, loss 1.0, took 1m44s",
+    ]
+
+
+def test_a_resumed_run_counts_its_own_steps(clock, capsys):
+    with Bar("train", 200, "steps", initial=100, interval=0) as bar:
+        clock[0] += 10
+        for _ in range(2):
+            clock[0] += 1
+            bar.update(10)
+    assert capsys.readouterr().err.splitlines() == ["train: 110/200 steps", "train: 120/200 steps, 8s left"]
+
+
+def test_a_silent_bar_says_nothing(clock, capsys):
+    with Bar("train", 2, "steps", silent=True) as bar:
+        clock[0] += 100
+        bar.update(2)
+    assert bar.done == 2
+    assert capsys.readouterr() == ("", "")
+
+
+def test_at_a_terminal_there_is_a_bar_with_the_time_left(clock, capsys, monkeypatch):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress.os, "get_terminal_size", lambda fd: progress.os.terminal_size((0, 0)))
+    monkeypatch.setattr(progress.sys.stderr, "fileno", lambda: 2, raising=False)
+    with Bar("train", 10, "steps") as bar:
+        clock[0] += 60
+        bar.update(1, "loss 2.3")
+        clock[0] += 1
+        bar.update(1, "loss 2.2")
+    shown = capsys.readouterr().err
+    assert "2/10 [" in shown
+    assert ", 8s left, loss 2.2]" in shown
+    assert shown.count("\n") == 1, "one line, drawn again"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(41.6, "42s"), (185, "3m05s"), (7620, "2h07m")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
