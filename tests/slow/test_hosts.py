@@ -48,21 +48,26 @@ def free_port(ports: range) -> int:
 
 
 def finish(processes: list[subprocess.Popen], timeout: float = 240) -> list[str]:
-    """Returns what the processes printed; kills those that do not end."""
+    """Returns what the processes printed; kills them, and fails, if they do not end by themselves."""
+    late = False
     try:
-        return [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
         for process in processes:
-            process.kill()
-            process.wait()
-            process.stdout.close()
+            process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        late = True
+    for process in processes:
+        process.kill()
+    printed = [process.communicate()[0] for process in processes]
+    assert not late, printed
+    return printed
 
 
 def wait_until(reached, processes: list[subprocess.Popen]) -> None:
     deadline = time.monotonic() + 200
     while not reached():
         assert all(process.poll() is None for process in processes), finish(processes)
-        assert time.monotonic() < deadline, finish(processes, 0)
+        if time.monotonic() > deadline:
+            finish(processes, 0)
         time.sleep(0.2)
 
 
