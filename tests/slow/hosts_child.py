@@ -38,7 +38,7 @@ def train(data: pathlib.Path, workdir: pathlib.Path, **settings: Any) -> dict[st
 
 
 def main(folder: pathlib.Path, data: pathlib.Path) -> None:
-    distributed.HEARTBEAT = 5
+    distributed.HEARTBEAT = 10
     distributed.connect("auto")  # Slurm's variables say who is there and where
     number = jax.process_index()
 

@@ -22,7 +22,7 @@ import e2sad_jax
 from tests.slow import hosts_child
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-LOSE = "import runpy; from e2sad_jax import distributed; distributed.HEARTBEAT = 5"
+LOSE = "import runpy; from e2sad_jax import distributed; distributed.HEARTBEAT = 10"
 LOSE += "; runpy.run_module('experiments.mnist', run_name='__main__')"
 
 
@@ -167,7 +167,10 @@ def test_a_lost_process_ends_the_other_with_a_message_and_a_checkpoint(npz, tmp_
     processes[1].kill()
     (printed,) = finish(processes[:1], 60)
     finish(processes[1:])
-    assert processes[0].returncode == 5, printed
-    last = printed.splitlines()[-1]
-    assert re.search(r"another .* lost .*the checkpoint of step [\d,]+ is whole in", last), printed
+    if processes[0].returncode == 5:  # the next sum over the processes failed
+        last = printed.splitlines()[-1]
+        assert re.search(r"another .* lost .*the checkpoint of step [\d,]+ is whole in", last), printed
+    else:  # JAX missed the signs of life first, and aborts
+        assert processes[0].returncode == -signal.SIGABRT, printed
+        assert "another task died" in printed
     assert e2sad_jax.load(workdir).step >= 20
