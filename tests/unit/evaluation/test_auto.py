@@ -6,10 +6,10 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from e2sad_jax.evaluation.auto import auto
 
 from e2sad_jax.evaluation import Attack
 from e2sad_jax.evaluation import auto as auto_lib
-from e2sad_jax.evaluation.auto import auto
 
 pytestmark = pytest.mark.usefixtures("all_unoptimized")
 
