@@ -1,22 +1,15 @@
 """Diagnosis of models whose weakness is known, the command and its files."""
 
 import dataclasses
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from e2sad_jax.errors import ConfigError, DataError
+from e2sad_jax.errors import DataError
 from e2sad_jax.evaluation import Effort, diagnose, masking, of_function
 from e2sad_jax.runs import evaluate as diagnosis
-from e2sad_jax.runs import run as training
-from tests.helpers import tiny_config
-from tests.unit.training.test_train import no_evaluation, no_last_evaluation, standard_promotion  # noqa: F401
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 N, K, EPS = 40, 4, 0.1
@@ -173,78 +166,6 @@ def test_each_check_finds_its_weakness_and_no_other(changes, name):
     )
     assert [check.name for check in found if check.suspicious] == [name]
     assert name in masking.verdict("model", found, 100)
-
-
-def test_a_run_is_judged_from_its_workdir(no_evaluation, tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr("e2sad_jax.runs.evaluate.Effort", lambda **given: LITTLE)
-    workdir = tmp_path / "run"
-    training.run(tiny_config(defense="natural", workdir=str(workdir), eps1=0.2), "mnist")
-    result = diagnosis.run(diagnosis.Request(workdir=str(workdir), examples=20, transfer_from=str(workdir)))
-    assert (result["eps"], result["images"]) == (0.2, 20)
-    out = capsys.readouterr().out
-    assert "Checks for gradient masking" in out
-    assert result["verdict"] in out
-    assert max(map(len, out.split("Checks")[0].splitlines())) <= 120
-    saved = json.loads((workdir / "evaluation" / "evaluation.json").read_text())
-    assert saved["clean"] == result["clean"] > 0.4
-    assert saved["transfer"]["accuracy"] == saved["transfer"]["accuracy_of_substitute"], "from itself"
-    assert "worst case" in (workdir / "evaluation" / "evaluation.md").read_text().lower()
-    assert (workdir / "evaluation" / "evaluation.png").stat().st_size > 5000
-
-
-def test_anyones_function_is_judged_by_the_command(problem, tmp_path):
-    w, images, labels = problem
-    np.savez(
-        tmp_path / "test.npz",
-        x_train=np.zeros((K, 4, 4, 1), np.uint8),
-        y_train=np.arange(K),
-        x_test=np.uint8(images * 255),
-        y_test=labels,
-    )
-    np.save(tmp_path / "w.npy", np.asarray(w))
-    (tmp_path / "mine.py").write_text(
-        "import numpy as np\nw = np.load('w.npy')\ndef predict(x):\n    return x.reshape(len(x), -1) @ w\n"
-    )
-    flags = ["--predict=mine:predict", f"--data={tmp_path / 'test.npz'}", "--eps=0.1", "--queries=30", "--restarts=1"]
-    flags += ["--targets=1", "--fab=1", "--results=here", "--examples=10"]
-
-    def call(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "experiments.evaluate", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-
-    done = call(*flags)
-    assert done.returncode == 0, done.stderr
-    assert "predict: none of 7 checks on 10 images" in done.stdout
-    assert done.stderr.count("took") == 1, done.stderr
-    assert (tmp_path / "here" / "evaluation.png").exists()
-    done = call("--predict=mine:nothing", *flags[1:])
-    assert done.returncode == 2
-    assert "--predict=mine:nothing: module 'mine' has no attribute 'nothing'" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({}, "--workdir or --predict: one of them must be given"),
-        ({"workdir": "a", "predict": "b:c"}, "--workdir or --predict"),
-        ({"predict": "b:c"}, r"--predict=b:c: must be MODULE:FUNCTION, beside --data=PATH.npz"),
-        ({"workdir": "a", "examples": -1}, r"--examples=-1: must be at least 0"),
-        ({"workdir": "a", "fab": -1}, r"--fab=-1: must be at least 0"),
-        ({"workdir": "a", "eps": float("nan")}, r"--eps=nan: must be at least 0"),
-        ({"workdir": "a", "which": "first"}, r"--which=first: must be one of last, best"),
-        ({"workdir": "a", "fab": 3, "auto": False}, r"--fab=3: is a part of the worst case; leave it out, or --noauto"),
-    ],
-)
-def test_requests_that_cannot_be_right_are_refused(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        diagnosis.Request(**changes)
 
 
 @pytest.mark.parametrize(
