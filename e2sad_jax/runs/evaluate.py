@@ -1,4 +1,4 @@
-"""From a request to the table and the files: what `experiments.evaluate` calls."""
+"""The evaluation of one trained model, from a request to tables and files: what `experiments.evaluate` calls."""
 
 import dataclasses
 import importlib
@@ -19,13 +19,13 @@ from e2sad_jax.training.config import check, setting
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to judge; each field is the flag of that name.
+    """What to evaluate; each field is the flag of that name.
 
     Raises:
       ConfigError: if a value is out of range, or the flags do not fit together.
     """
 
-    workdir: str = setting("", "folder of the run to judge")
+    workdir: str = setting("", "folder of the run to evaluate")
     which: str = setting("last", "its checkpoint", choices=("last", "best"))
     predict: str = setting(
         "", "instead of a run: MODULE:FUNCTION, from images in [0, 1] to logits, in JAX; needs --data and --eps"
@@ -38,12 +38,15 @@ class Request:
     devices: int = setting(1, "devices to split each batch over, 0: all", lower=0)
     seed: int = setting(0, "seed of the attacks", lower=0, upper=2**32 - 1)
     transfer_from: str = setting(
-        "", "folder of a run, naturally trained say, whose adversarial images are tried on the judged; empty: none"
+        "",
+        "folder of a run, naturally trained say, whose adversarial images are shown to the evaluated model; empty: none",
     )
     auto: bool = setting(True, "the worst case over APGD-CE, targeted APGD-DLR and Square")
     queries: int = setting(5000, "queries of Square, 0: leave it out", lower=0)
     targets: int = setting(9, "wrong classes that the targeted APGD tries", lower=1)
-    fab: int = setting(0, "wrong classes that FAB tries on what stands before Square, 0: leave it out", lower=0)
+    fab: int = setting(
+        0, "wrong classes that FAB tries on images that are still right before Square, 0: leave it out", lower=0
+    )
     restarts: int = setting(5, "random starts of PGD", lower=1)
     results: str = setting("", "folder for evaluation.md, .json and .png; empty: WORKDIR/evaluation")
 
@@ -61,7 +64,7 @@ class Request:
 
 
 def run(request: Request) -> dict[str, Any]:
-    """Judges, prints the tables, and writes evaluation.json, .md and .png.
+    """Evaluates, prints the tables, and writes evaluation.json, .md and .png.
 
     Raises:
       ConfigError, DataError, WorkdirError: before anything is measured.
@@ -72,7 +75,7 @@ def run(request: Request) -> dict[str, Any]:
         classifier = load(request.transfer_from)
         if (bounds := classifier.transform.bounds) != model.bounds:
             raise ConfigError(
-                f"--transfer_from={request.transfer_from}: its images lie in {bounds}, those of the judged in {model.bounds}"
+                f"--transfer_from={request.transfer_from}: its images lie in {bounds}, those of the evaluated model in {model.bounds}"
             )
         if (shape := tuple(classifier.dataset["image_shape"])) != model.images.shape[1:]:
             raise ConfigError(

@@ -25,7 +25,7 @@ from e2sad_jax.errors import ConfigError, Error
 from e2sad_jax.runs import folder, metrics
 from e2sad_jax.runs.checkpoint import Checkpoints
 from e2sad_jax.training import Config, configure
-from experiments.paper import cost, cache
+from experiments.paper import cache, cost
 
 SHAPE = (8, 8, 1)
 

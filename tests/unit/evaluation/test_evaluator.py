@@ -198,8 +198,10 @@ def test_a_function_is_compiled_once_a_call_and_judged_anew_in_the_next(problem)
         traces.append(x.shape)
         return linear(held["w"], x)
 
+    functions = [hidden]
+
     def call(*suite):
-        return evaluation.evaluate(hidden, None, problem.images, problem.labels, suite, batch_size=N)
+        return evaluation.evaluate(functions[0], None, problem.images, problem.labels, suite, batch_size=N)
 
     one = Attack("a", "fgsm", 0.001)
     assert call(one)["a"].accuracy < 0.5, "all images are of one class"
@@ -209,8 +211,8 @@ def test_a_function_is_compiled_once_a_call_and_judged_anew_in_the_next(problem)
     assert outcomes["a"].accuracy > 0.8
     assert len(traces) == 2 * first, "three budgets are one program"
     gone = weakref.ref(hidden)
+    functions.clear()
     del hidden
-    call = None
     gc.collect()
     assert gone() is None
 

@@ -203,6 +203,44 @@ def test_a_state_is_restored_on_the_devices_of_the_run(devices, workdir, tiny):
     assert {s.get("devices") for s in read_training(workdir)} == {None}
 
 
+def test_a_run_may_be_resumed_on_another_number_of_devices(scores, tiny, tmp_path):
+    one = train(config_of(tmp_path / "one"), tiny)
+    for devices in ((8, 1), (1, 8), (2, 4)):
+        name = "to".join(map(str, devices))
+        train(config_of(tmp_path / name, steps=5, devices=devices[0]), tiny)
+        state = train(config_of(tmp_path / name, devices=devices[1]), tiny)
+        assert [s.get("devices", 1) for s in read_training(tmp_path / name)] == list(devices)
+        np.testing.assert_allclose(
+            [loss for _, loss in losses(tmp_path / name)], [loss for _, loss in losses(tmp_path / "one")], atol=1e-4
+        )
+        chex.assert_trees_all_close(jax.device_get(state.params), jax.device_get(one.params), atol=1e-3)
+        assert load(tmp_path / name).step == 12
+
+
+def test_an_evaluation_on_eight_devices_is_that_on_one(workdir, tiny):
+    suite, outcomes = [Attack("clean", "clean"), Attack("pgd", "pgd", 0.05, 3)], []
+    for devices in (1, 8):
+        with trainer.open_run(config_of(workdir, devices=devices, eval_batch_size=24), tiny) as run:
+            outcomes.append(run.attack(run.restore().params, tiny, suite))
+    np.testing.assert_array_equal(outcomes[0].prediction, outcomes[1].prediction)
+
+
+@pytest.mark.parametrize(
+    ("devices", "batch_size", "message"),
+    [
+        (8, 12, r"--batch_size=12: must be a multiple of the 8 devices; the next are 8 or 16"),
+        (8, 3, r"--batch_size=3: must be a multiple of the 8 devices; the next are 8$"),
+        (0, 12, r"multiple of the 8 devices"),
+        (9, 18, r"--devices=9: must be at most 8, .* that JAX sees; on the CPU, XLA_FLAGS=.*count=N makes N"),
+    ],
+)
+def test_what_does_not_fit_the_devices_is_refused(devices, batch_size, message, tiny, tmp_path):
+    config = config_of(tmp_path / "w", devices=devices, batch_size=batch_size)
+    with pytest.raises(ConfigError, match=message), trainer.open_run(config, tiny):
+        pass
+    assert not (tmp_path / "w").exists()
+
+
 # The best checkpoint.
 
 
