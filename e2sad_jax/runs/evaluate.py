@@ -75,7 +75,8 @@ def run(request: Request) -> dict[str, Any]:
         classifier = load(request.transfer_from)
         if (bounds := classifier.transform.bounds) != model.bounds:
             raise ConfigError(
-                f"--transfer_from={request.transfer_from}: its images lie in {bounds}, those of the evaluated model in {model.bounds}"
+                f"--transfer_from={request.transfer_from}: its images lie in {bounds}, those of the evaluated model "
+                f"in {model.bounds}"
             )
         if (shape := tuple(classifier.dataset["image_shape"])) != model.images.shape[1:]:
             raise ConfigError(
