@@ -147,10 +147,15 @@ def test_a_preset_gives_way_to_flags_and_its_schedule_is_the_baselines_too():
 import dataclasses, json, sys
 from absl import flags
 from e2sad_jax import cli
-recipe = {"lam": 0.3, "eps1": 0.2}, {"fgsm": {"soft_label": True}}
-cli.define_flags(*recipe, "fgsm")
+recipe = cli.Recipe(
+    about="",
+    settings={"lam": 0.3, "eps1": 0.2},
+    by_defense={"fgsm": {"soft_label": True}},
+    baseline="fgsm",
+)
+cli.define_flags(recipe)
 flags.FLAGS(sys.argv)
-print(json.dumps([c.to_json() for c in cli.read_configs(*recipe)]))
+print(json.dumps([c.to_json() for c in cli.read_configs(recipe)]))
 """
     done = subprocess.run(
         [sys.executable, "-c", program, "--preset=robust", "--lam=3"],
