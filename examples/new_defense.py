@@ -16,8 +16,7 @@ import optax
 
 from e2sad_jax import attacks, data, defenses, losses, networks, training
 from e2sad_jax.data import transforms
-from e2sad_jax.evaluation import Attack
-from e2sad_jax.evaluation.auto import auto
+from e2sad_jax.evaluation import Attack, auto
 
 EPS = 0.2
 Loss = tuple[jax.Array, dict[str, jax.Array]]
@@ -65,8 +64,7 @@ def main(steps: int, images: int, only: Sequence[str]) -> None:
     variables = model.init(jax.random.key(0), x[:1])
     first = (variables, tx.init(variables), jnp.int32(0))
 
-    def apply(variables: Any, images: jax.Array) -> jax.Array:
-        return networks.logits_fn(model, variables)(images)
+    apply = networks.apply_fn(model)
 
     def step(defense: Callable[..., Loss], variables: Any, opt_state: Any, i: jax.Array) -> tuple[Any, Any, jax.Array]:
         batch_key, key = jax.random.split(jax.random.fold_in(jax.random.key(1), i))

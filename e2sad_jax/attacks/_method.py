@@ -169,4 +169,5 @@ class Method:
         found = self.function(**arguments)
         if self.family != "minimum-norm":
             return found
-        return select(ball(norm, x, eps, bounds).contains(as_float32(found)), found, x)
+        inside = ball(norm, x, eps, bounds).contains(as_float32(found))
+        return jax.lax.stop_gradient(select(inside, found, x))

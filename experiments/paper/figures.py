@@ -15,18 +15,19 @@ import numpy as np
 
 from e2sad_jax import attacks, losses, networks
 from e2sad_jax._compile import jit, platform
-from e2sad_jax._io import read_json, write_bytes, write_json
+from e2sad_jax._io import read_json, write_bytes, write_json, write_text
 from e2sad_jax.data.transforms import TRANSFORMS, Transform
-from e2sad_jax.evaluation import surfaces
-from e2sad_jax.evaluation.evaluator import Attack, batches, perturb
+from e2sad_jax.evaluation import Attack, in_batches, surfaces
 from e2sad_jax.reporting.progress import Bar
+from e2sad_jax.reporting.table import Table
 from e2sad_jax.training.config import Config
-from experiments.paper import illustration, plan, tables
+from experiments.paper import figure2_problem, origin, plan
 from experiments.paper.plan import Item
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from e2sad_jax.data import Dataset
     from experiments.paper.runner import Reproduction
 
 Drawn = tuple[Any, dict[str, Any], list[dict[str, Any]]]  # a figure, its text for the report, its numbers for the CSV
@@ -59,11 +60,11 @@ def write(r: Reproduction, item: Item) -> list[pathlib.Path]:
     draw = {plan.FIGURE_2: _figure_2, plan.FIGURE_3: _figure_3, plan.FIGURE_4: _figure_4}[item]
     figure, text, records = draw(r)
     if configs:
-        records = [{**tables.scale_and_data(r, configs[0]), **record} for record in records]
+        records = [{**r.columns(configs[0]), **record} for record in records]
         figure.suptitle(_wrapped(text["setting"], figure), fontsize=8)
     save_picture(paths[0], figure)
-    tables.write_csv(paths[1], records)
-    about = tables.about(configs, seeds=[0] if configs else [])
+    write_text(paths[1], Table.of_records(records).csv())
+    about = origin.about(configs, seeds=[0] if configs else [])
     write_json(paths[2], {**text, "picture": paths[0].name, "drawn_of": drawn_of, "provenance": about})
     return paths
 
@@ -107,7 +108,7 @@ def _new(width: float, height: float) -> Figure:
 
 
 def _figure_2(r: Reproduction) -> Drawn:
-    curves, points = illustration.compute()
+    curves, points = figure2_problem.compute()
     figure = _new(10, 4.6)
     left, right = figure.subplots(1, 2, sharex=True)
     for k, (color, p) in enumerate(zip(("tab:green", "tab:red", "tab:purple"), curves.probabilities.T, strict=True)):
@@ -145,7 +146,7 @@ def _figure_2(r: Reproduction) -> Drawn:
         "title": "Figure 2: the loss step and the dissimilarity step part ways",
         "setting": "a made-up classifier of one input and three classes; the same at every scale",
         "caption": (
-            f"A step of {illustration.EPS2:g} from the first adversarial point (green, x = {adv.x:g}, class "
+            f"A step of {figure2_problem.EPS2:g} from the first adversarial point (green, x = {adv.x:g}, class "
             f"{adv.predicted}) along the loss leads to x = {red.x:g} (red): the highest loss of the three, "
             f"{red.loss:.2f}, and yet class {red.predicted}, the true one. Along CE(f(x), f(x)), both arguments "
             f"differentiated, it leads to x = {yellow.x:g} (yellow): class {yellow.predicted}, wrong, at a loss of "
@@ -182,10 +183,10 @@ def _figure_2(r: Reproduction) -> Drawn:
 
 def _loss(
     logits_fn: Callable[[jax.Array], jax.Array], labels: jax.Array, classes: int
-) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """The true classes as one-hot targets, and the loss that the surfaces show."""
+) -> Callable[[jax.Array], jax.Array]:
+    """The loss that the surfaces show: the cross-entropy with the true classes."""
     y = losses.soft_labels(labels, classes, 0.0)
-    return y, lambda z: losses.cross_entropy(logits_fn(z), y)
+    return lambda z: losses.cross_entropy(logits_fn(z), y)
 
 
 @functools.lru_cache(maxsize=8)
@@ -197,15 +198,19 @@ def _surface_of_batch(
     @jit
     def batch(params: Any, images: jax.Array, labels: jax.Array, index: jax.Array) -> jax.Array:
         logits_fn = networks.logits_fn(model, params)
-        y, loss_fn = _loss(logits_fn, labels, classes)
+        loss_fn = _loss(logits_fn, labels, classes)
         x = transform.apply(images)
-        x_adv = perturb(attack, logits_fn, x, y, bounds=transform.bounds, index=index)
+        x_adv = attack.perturb(logits_fn, x, labels, bounds=transform.bounds, index=index)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), index)
         g1, g2 = surfaces.directions(x, x_adv, keys)  # keys of the images' own: no matter what is computed at once
         t = jnp.linspace(0, plan.SURFACE_SPAN, grid)
         return surfaces.loss_surface(loss_fn, x, g1, g2, t, t)
 
     return batch
+
+
+def _on_batch(compute: Callable[..., Any], params: Any, dataset: Dataset, places: np.ndarray) -> Any:
+    return compute(params, dataset.x_test[places], dataset.y_test[places], places)
 
 
 def _figure_4(r: Reproduction) -> Drawn:
@@ -222,11 +227,11 @@ def _figure_4(r: Reproduction) -> Drawn:
             for attack in SEEN_BY:
                 compute = _surface_of_batch(classifier.model, classifier.transform, attack, grid, dataset.num_classes)
                 total = np.zeros((grid, grid))
-                for index, rows in batches(n, batch_size):
-                    values = compute(classifier.params, dataset.x_test[rows], dataset.y_test[rows], index)
-                    total += np.asarray(values, np.float64)[:, :, index < n].sum(-1)
+                on_batch = functools.partial(_on_batch, compute, classifier.params, dataset)
+                for places, values in in_batches(on_batch, np.arange(n), batch_size):
+                    total += np.asarray(values, np.float64)[:, :, : len(places)].sum(-1)
                     r.check()
-                    bar.update(int((index < n).sum()))
+                    bar.update(len(places))
                 means[attack.name, entry.name] = total / n
     figure = _new(3.2 * len(entries), 6.6)
     for row, attack in enumerate(SEEN_BY):
@@ -305,23 +310,22 @@ def _figure_3(r: Reproduction) -> Drawn:
     @jit
     def compute(params: Any, images: jax.Array, labels: jax.Array, index: jax.Array) -> Any:
         logits_fn = networks.logits_fn(classifier.model, params)
-        y, loss_fn = _loss(logits_fn, labels, dataset.num_classes)
+        loss_fn = _loss(logits_fn, labels, dataset.num_classes)
         x = transform.apply(images)
         first, second = _two_steps(config, logits_fn, x, losses.soft_labels(labels, dataset.num_classes, config.delta))
-        iterated = perturb(plan.TRANSFER, logits_fn, x, y, bounds=transform.bounds, index=index)
+        iterated = plan.TRANSFER.perturb(logits_fn, x, labels, bounds=transform.bounds, index=index)
         g1, g2 = surfaces.directions(x, iterated, towards=second - first)
         surface = surfaces.loss_surface(loss_fn, x, g1, g2, jnp.asarray(t, jnp.float32), jnp.asarray(t, jnp.float32))
-        places = [(*surfaces.coordinates(z - x, g1, g2), loss_fn(z)) for z in (x, first, second)]
-        return surface, jnp.array([[a.mean(), b.mean(), loss.mean()] for a, b, loss in places])
+        points = [(*surfaces.coordinates(z - x, g1, g2), loss_fn(z)) for z in (x, first, second)]
+        return surface, jnp.array([[a, b, loss] for a, b, loss in points])
 
     batch_size = min(n, BATCH.get(platform(), BATCH_ELSEWHERE))
-    parts = []
-    for first in range(0, n, batch_size):
-        index = np.arange(first, min(first + batch_size, n))
+    total, points = np.zeros((len(t), len(t))), np.zeros((3, 3))
+    on_batch = functools.partial(_on_batch, compute, classifier.params, dataset)
+    for places, (surface, found) in in_batches(on_batch, np.arange(n), batch_size):
+        total += np.asarray(surface, np.float64)[..., : len(places)].sum(-1)
+        points += np.asarray(found, np.float64)[..., : len(places)].sum(-1) / n
         r.check()
-        parts.append((len(index), *compute(classifier.params, dataset.x_test[index], dataset.y_test[index], index)))
-    total = sum(np.asarray(surface, np.float64).sum(-1) for _, surface, _ in parts)
-    points = sum(count * np.asarray(places, np.float64) for count, _, places in parts) / n
     names = ("clean images", "first points (FGSM)", "second points")
     figure = _new(7.5, 6)
     axes: Any = figure.add_subplot(projection="3d")

@@ -23,10 +23,10 @@ from e2sad_jax.runs.signals import Interrupted, stopping
 from e2sad_jax.runs.trainer import Run, open_runs, train_together
 from e2sad_jax.training import population_key
 from e2sad_jax.training.config import Config
-from experiments.paper import cost, figures, outcomes, page, plan, tables
-from experiments.paper.clock import Clock
-from experiments.paper.outcomes import Known, Tested
+from experiments.paper import cache, cost, figures, page, plan, tables
+from experiments.paper.cache import Known, Tested
 from experiments.paper.plan import Entry, Item, Scale
+from experiments.paper.time_budget import Clock
 
 TOGETHER = 8  # runs of one population on an accelerator, if it is faster so; the CPU never is
 POLL = 2.0  # seconds between looks at what another process is at work on
@@ -109,6 +109,20 @@ class Reproduction:
         dataset = self.dataset_of(config)
         return self.scale.describe(config, dataset.name, len(dataset.x_test))
 
+    def columns(self, config: Config) -> dict[str, Any]:
+        """Scale and data of a run, for every line of a CSV file."""
+        dataset, trained = (
+            self.dataset_of(config),
+            f"{config.epochs:g} epochs" if config.epochs else f"{config.steps} steps",
+        )
+        return {
+            "scale": self.scale.name,
+            "data": dataset.name,
+            "network": config.model,
+            "training": f"{trained} of {config.batch_size}",
+            "test_images": self.examples(config),
+        }
+
     def is_paper_data(self, config: Config) -> bool:
         """Whether it is the paper's data set, not a part of it nor another one."""
         dataset = self.dataset_of(config)
@@ -185,8 +199,8 @@ class Reproduction:
         tested = self.tested(config, targets)
         if tested is None:
             return None
-        path = outcomes.path_of(pathlib.Path(config.workdir), attack, tested)
-        if path not in self._known and (found := outcomes.read(path, self.test_set(config)[1])):
+        path = cache.path_of(pathlib.Path(config.workdir), attack, tested)
+        if path not in self._known and (found := cache.read(path, self.test_set(config)[1])):
             if len(found.outcomes) != (len(targets) or 1):
                 return None
             self._known[path] = found
@@ -326,11 +340,13 @@ class Reproduction:
                     self._attack(run, params, attack)
 
     def _attack(self, run: Run, params: Any, attack: Attack) -> None:
-        with self._clock.bar(attack.name, self.examples(run.config) * attack.gradients()) as progress:
+        with self._clock.bar(
+            attack.name, self.examples(run.config) * attack.gradients(run.dataset.num_classes)
+        ) as progress:
             outcome = run.attack(params, run.test_set(), [attack], progress=progress)[attack.name]
         tested = self.tested(run.config)
         assert tested is not None
-        outcomes.write(outcomes.path_of(run.workdir, attack, tested), attack, tested, [outcome])
+        cache.write(cache.path_of(run.workdir, attack, tested), attack, tested, [outcome])
 
     def _transfer(self, substitute: Config, targets: Sequence[Config]) -> None:
         self.check()
@@ -340,21 +356,21 @@ class Reproduction:
         own = classifiers[targets.index(substitute)]
         with self._clock.bar(plan.TRANSFER.name, len(images) * plan.TRANSFER.gradients()) as progress:
             results = transfer(
-                (own.model, own.params),
-                [(c.model, c.params) for c in classifiers],
+                (own.apply, own.params),
+                [(c.apply, c.params) for c in classifiers],
                 images,
                 labels,
                 plan.TRANSFER,
-                transform=own.transform,
-                num_classes=self.dataset_of(substitute).num_classes,
+                transform=own.transform.apply,
+                bounds=own.transform.bounds,
                 batch_size=substitute.eval_batch_size,
                 seed=substitute.seed,
                 progress=progress,
             )
         tested = self.tested(substitute, targets)
         assert tested is not None
-        path = outcomes.path_of(pathlib.Path(substitute.workdir), plan.TRANSFER, tested)
-        outcomes.write(path, plan.TRANSFER, tested, results)
+        path = cache.path_of(pathlib.Path(substitute.workdir), plan.TRANSFER, tested)
+        cache.write(path, plan.TRANSFER, tested, results)
 
     def costs(self, config: Config) -> Mapping[str, Any]:
         """Cost of the steps of every kind of run that this scale has on this run's data, measured now or found again."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import math
 import pathlib
 import statistics
@@ -13,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from e2sad_jax._io import write_json, write_text
 from e2sad_jax.errors import WorkdirError
-from e2sad_jax.reporting import paper_numbers, provenance
+from e2sad_jax.reporting import paper_numbers
 from e2sad_jax.reporting.card import PURPOSE, limits
+from e2sad_jax.reporting.table import Table
 from e2sad_jax.runs.checkpoint import state_digest
 from e2sad_jax.runs.folder import read_config, read_training
 from e2sad_jax.training.config import Config
-from experiments.paper import cost, figures, plan
-from experiments.paper.outcomes import Known
+from experiments.paper import cost, figures, origin, plan
+from experiments.paper.cache import Known
 from experiments.paper.plan import Entry, Item
 
 if TYPE_CHECKING:
@@ -101,9 +100,7 @@ def text(cell: Mapping[str, Any] | str, digits: int) -> tuple[str, str]:
 
 def markdown(table: Mapping[str, Any]) -> str:
     """The table as a page of its own."""
-    lines = [f"# {table['title']}", "", f"{table['setting']}.", ""]
-    lines += [" | ".join(["", *table["header"], ""]).strip(), "|" + " --- |" * table["names"]]
-    lines[-1] += " ---: |" * (len(table["header"]) - table["names"])
+    rows = []
     for row in table["rows"]:
         cells = []
         for cell in row:
@@ -111,51 +108,10 @@ def markdown(table: Mapping[str, Any]) -> str:
             if not isinstance(cell, str) and cell["white_box"]:
                 ours = f"**{ours}**"
             cells.append(f"{ours} ({beside})" if beside else ours)
-        lines.append(" | ".join(["", *cells, ""]).strip())
-    p = table["provenance"]
-    lines += ["", *(f"- {note}" for note in table["notes"]), f"- {origin(p)}"]
-    return "\n".join(lines) + "\n"
-
-
-def origin(p: Mapping[str, Any]) -> str:
-    """Where the numbers come from, in a few sentences: training, attacks, and the command that wrote them down."""
-    parts = [f"{what} on {p[what.lower()]}." for what in ("Trained", "Attacked") if p.get(what.lower())]
-    seeds = f" Seeds: {p['seeds']}." if p.get("seeds") else ""
-    return (
-        " ".join([*parts, ""])
-        + f"Written {p['date']} by `{p['command']}` on {p['hardware']}; Python {p['python']}, JAX {p['jax']}, Flax "
-        + f"{p['flax']}, optax {p['optax']}; commit {p['commit']}.{seeds}"
-    )
-
-
-def where(environments: Sequence[Mapping[str, Any]]) -> str:
-    """Hardware, versions, commits and days of several processes, each said once."""
-
-    def each(name: str, length: int | None = None) -> str:
-        values = dict.fromkeys(str(e.get(name, "unknown"))[:length] for e in environments)
-        return " and ".join(values)
-
-    return f"{each('hardware')}, JAX {each('jax')}, commit {each('commit', 7)}, {each('date', 10)}"
-
-
-def about(
-    configs: Sequence[Config] = (), attacked: Sequence[Mapping[str, Any]] = (), seeds: Sequence[int] = ()
-) -> dict[str, Any]:
-    """Provenance of what is written now.
-
-    Args:
-      configs: the runs that it shows.
-      attacked: provenance of the outcomes that it shows.
-      seeds: of the runs.
-    """
-    segments = [segment for config in configs for segment in read_training(pathlib.Path(config.workdir))]
-    return {
-        "command": provenance.command(),
-        **provenance.environment(),
-        "trained": where(segments) if segments else "",
-        "attacked": where(attacked) if attacked else "",
-        "seeds": ", ".join(map(str, seeds)),
-    }
+        rows.append(cells)
+    notes = [*table["notes"], origin.sentence(table["provenance"])]
+    body = Table(columns=table["header"], rows=rows, notes=notes, labels=table["names"])
+    return f"# {table['title']}\n\n{table['setting']}.\n\n{body.markdown()}"
 
 
 def write(r: Reproduction, item: Item) -> list[pathlib.Path]:
@@ -178,22 +134,13 @@ def write(r: Reproduction, item: Item) -> list[pathlib.Path]:
     return written
 
 
-def write_csv(path: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Writes records, all with the same names, whole or not at all."""
-    lines = io.StringIO()
-    writer = csv.DictWriter(lines, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    write_text(path, lines.getvalue())
-
-
 def save(
     folder: pathlib.Path, name: str, table: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> list[pathlib.Path]:
     """Writes a table as NAME.json, NAME.csv (one line for each number of the table) and NAME.md."""
     paths = [folder / f"{name}.{ending}" for ending in ("json", "csv", "md")]
     write_json(paths[0], {**table, "records": list(records)})
-    write_csv(paths[1], records)
+    write_text(paths[1], Table.of_records(records).csv())
     write_text(paths[2], markdown(table))
     return paths
 
@@ -217,7 +164,7 @@ def _white_box(r: Reproduction, item: Item) -> tuple[dict[str, Any], list[dict[s
             row.append(cell)
             records.append(
                 {
-                    **scale_and_data(r, config),
+                    **r.columns(config),
                     "model": entry.name,
                     "label": entry.label,
                     **dataclasses.asdict(attack),
@@ -272,7 +219,7 @@ def _black_box(r: Reproduction, item: Item) -> tuple[dict[str, Any], list[dict[s
             row.append(cell)
             records.append(
                 {
-                    **scale_and_data(r, config),
+                    **r.columns(config),
                     "substitute": substitute.name,
                     "substitute_label": substitute.label,
                     "target": target.name,
@@ -324,18 +271,6 @@ def _times(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.2f}"
 
 
-def scale_and_data(r: Reproduction, config: Config) -> dict[str, Any]:
-    """Scale and data, for every line of a CSV."""
-    dataset, trained = r.dataset_of(config), f"{config.epochs:g} epochs" if config.epochs else f"{config.steps} steps"
-    return {
-        "scale": r.scale.name,
-        "data": dataset.name,
-        "network": config.model,
-        "training": f"{trained} of {config.batch_size}",
-        "test_images": r.examples(config),
-    }
-
-
 def provenance_of_cost(costs: Mapping[str, Any]) -> str:
     """On what, when and by which command the cost was measured, and how far the rounds were apart."""
     e = costs["environment"]
@@ -369,7 +304,7 @@ def _table(
         "digits": 3 if r.examples(config) < 10_000 else 4,
         "rows": rows,
         "notes": notes,
-        "provenance": about(runs, attacked, range(r.seeds(item))),
+        "provenance": origin.about(runs, attacked, range(r.seeds(item))),
     }
 
 
@@ -427,7 +362,7 @@ def write_models(r: Reproduction) -> list[pathlib.Path]:
             "minutes: training time with checkpoints and their validation, shared equally by runs that trained together. "
             "It depends on what else the machine did; compare the cost columns of the tables instead.",
         ],
-        "provenance": about(),
+        "provenance": origin.about(),
     }
     write_text(r.results / "models_card.md", card(r.scale.name, records, sorted(images)))
     return [*save(r.results, "models", table, records), r.results / "models_card.md"]

@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ def train(data: pathlib.Path, workdir: pathlib.Path, **settings: Any) -> dict[st
 
 
 def main(folder: pathlib.Path, data: pathlib.Path) -> None:
-    distributed.HEARTBEAT = 5
+    distributed.HEARTBEAT = 10
     distributed.connect("auto")  # Slurm's variables say who is there and where
     number = jax.process_index()
 
@@ -57,4 +58,9 @@ def main(folder: pathlib.Path, data: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(pathlib.Path, sys.argv[1:]))
+    try:
+        main(*map(pathlib.Path, sys.argv[1:]))
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # an orderly end would wait for the other process, which waits for this one

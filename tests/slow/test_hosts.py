@@ -22,7 +22,7 @@ import e2sad_jax
 from tests.slow import hosts_child
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-LOSE = "import runpy; from e2sad_jax import distributed; distributed.HEARTBEAT = 5"
+LOSE = "import runpy; from e2sad_jax import distributed; distributed.HEARTBEAT = 10"
 LOSE += "; runpy.run_module('experiments.mnist', run_name='__main__')"
 
 
@@ -48,21 +48,26 @@ def free_port(ports: range) -> int:
 
 
 def finish(processes: list[subprocess.Popen], timeout: float = 240) -> list[str]:
-    """Returns what the processes printed; kills those that do not end."""
+    """Returns what the processes printed; kills them, and fails, if they do not end by themselves."""
+    late = False
     try:
-        return [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
         for process in processes:
-            process.kill()
-            process.wait()
-            process.stdout.close()
+            process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        late = True
+    for process in processes:
+        process.kill()
+    printed = [process.communicate()[0] for process in processes]
+    assert not late, printed
+    return printed
 
 
 def wait_until(reached, processes: list[subprocess.Popen]) -> None:
     deadline = time.monotonic() + 200
     while not reached():
         assert all(process.poll() is None for process in processes), finish(processes)
-        assert time.monotonic() < deadline, finish(processes, 0)
+        if time.monotonic() > deadline:
+            finish(processes, 0)
         time.sleep(0.2)
 
 
@@ -162,7 +167,10 @@ def test_a_lost_process_ends_the_other_with_a_message_and_a_checkpoint(npz, tmp_
     processes[1].kill()
     (printed,) = finish(processes[:1], 60)
     finish(processes[1:])
-    assert processes[0].returncode == 5, printed
-    last = printed.splitlines()[-1]
-    assert re.search(r"another .* lost .*the checkpoint of step [\d,]+ is whole in", last), printed
+    if processes[0].returncode == 5:  # the next sum over the processes failed
+        last = printed.splitlines()[-1]
+        assert re.search(r"another .* lost .*the checkpoint of step [\d,]+ is whole in", last), printed
+    else:  # JAX missed the signs of life first, and aborts
+        assert processes[0].returncode == -signal.SIGABRT, printed
+        assert "another task died" in printed
     assert e2sad_jax.load(workdir).step >= 20

@@ -25,7 +25,7 @@ from e2sad_jax.errors import ConfigError, Error
 from e2sad_jax.runs import folder, metrics
 from e2sad_jax.runs.checkpoint import Checkpoints
 from e2sad_jax.training import Config, configure
-from experiments.paper import cost, outcomes
+from experiments.paper import cache, cost
 
 SHAPE = (8, 8, 1)
 
@@ -144,7 +144,7 @@ class Notes(Target):
             case "cost.json":
                 return cost._known(path, ["natural"]) or Refused(Error("none"))
             case "outcome.json":
-                found = outcomes.read(path, self.labels)
+                found = cache.read(path, self.labels)
                 if found and any(o.prediction.shape != (5,) or o.correct.dtype != bool for o in found.outcomes):
                     raise Wrong("predictions of another shape")
                 return found or Refused(Error("none"))

@@ -1,6 +1,5 @@
 """The residual network, batch normalisation beside Flax's, and what running averages learn from under attack."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -15,9 +14,8 @@ from e2sad_jax import attacks, distributed, losses, networks, training
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.networks import batch_stats, preact_resnet
-from e2sad_jax.runs import run, trainer
+from e2sad_jax.runs import trainer
 from tests.helpers import fit, tiny_config
-from tests.unit.training.test_train import load_state, no_evaluation, no_last_evaluation  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -224,13 +222,15 @@ def test_a_step_updates_parameters_by_adam_and_averages_by_the_batch(small, tiny
 
 
 @pytest.mark.parametrize("defense", ["e2sad", "free"])
-def test_resumed_run_equals_uninterrupted_one_bit_for_bit(defense, small, no_evaluation, tmp_path):  # noqa: F811
-    config = tiny_config(model="preact_resnet18", defense=defense, workdir=str(tmp_path / "whole"))
-    run.train_and_report(config, "mnist")
-    parts = dataclasses.replace(config, workdir=str(tmp_path / "parts"))
-    for stop in (5, config.steps):
-        run.train_and_report(dataclasses.replace(parts, steps=stop), "mnist")
-    whole, resumed = (load_state(config, tmp_path / name) for name in ("whole", "parts"))
+def test_resumed_run_equals_uninterrupted_one_bit_for_bit(defense, small, tiny, tmp_path):
+    def train(name, steps):
+        config = tiny_config(model="preact_resnet18", defense=defense, workdir=str(tmp_path / name), steps=steps)
+        with trainer.open_run(config, tiny) as run:
+            return trainer.train(run, lambda: 0)[0]
+
+    whole = train("whole", 12)
+    train("parts", 5)
+    resumed = train("parts", 12)
     chex.assert_trees_all_equal(whole.replace(key=None), resumed.replace(key=None))
     assert float(whole.params["batch_stats"]["BatchNorm_0"]["mean"][0]) > 0.1
 

@@ -13,8 +13,8 @@ from e2sad_jax.errors import BusyError, ConfigError, DataError, NonFiniteError, 
 from e2sad_jax.runs import trainer
 from e2sad_jax.runs.checkpoint import state_digest
 from e2sad_jax.runs.folder import open_workdir, read_training, write_config
-from experiments.paper import outcomes, page, plan, runner
-from experiments.paper.clock import Clock
+from experiments.paper import cache, page, plan, runner
+from experiments.paper.time_budget import Clock
 from tests.helpers import change_loss
 
 
@@ -73,7 +73,7 @@ def test_ctrl_c_is_its_own_exit_code(ask, monkeypatch, labels):
 def test_the_budget_ends_before_its_time(monkeypatch):
     """A tenth of a short budget is kept in reserve, more if there was a longer time between two looks at the clock."""
     now = [100.0]
-    monkeypatch.setattr("experiments.paper.clock.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("experiments.paper.time_budget.time.monotonic", lambda: now[0])
 
     def stops(*times):
         now[0] = 100.0
@@ -162,7 +162,7 @@ def test_busy_runs_are_waited_for_also_when_another_one_diverges(ask, monkeypatc
 
 def test_a_full_disk_leaves_what_is_finished(ask, trained, monkeypatch, labels):
     reproduction = ask(labels, seeds=1)
-    write, written = outcomes.write_json, []
+    write, written = cache.write_json, []
 
     def full(path, value):
         if len(written) == 8:
@@ -171,7 +171,7 @@ def test_a_full_disk_leaves_what_is_finished(ask, trained, monkeypatch, labels):
         write(path, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(outcomes, "write_json", full)
+        patch.setattr(cache, "write_json", full)
         with pytest.raises(OSError, match="No space left"):
             reproduction.run()
     assert len(trained) == 2
@@ -211,7 +211,7 @@ def test_a_damaged_outcome_is_made_anew_and_a_damaged_table_named(ask, tmp_path,
     reproduction.run()
     config = reproduction.runs[0]
     attack = reproduction.attacks[config][1]
-    path = outcomes.path_of(pathlib.Path(config.workdir), attack, reproduction.tested(config))
+    path = cache.path_of(pathlib.Path(config.workdir), attack, reproduction.tested(config))
     good = path.read_text()
     for bad in ("", good[:100], good.replace("predictions", "prediction"), '{"predictions": [[1, 2]]}', "[1]", "null"):
         path.write_text(bad)

@@ -11,7 +11,7 @@ import pytest
 from e2sad_jax.data.transforms import Transform
 from e2sad_jax.evaluation import Attack, transfer
 from e2sad_jax.runs import trainer
-from experiments.paper import cost, illustration, plan, runner, tables
+from experiments.paper import cost, figure2_problem, plan, runner, tables
 
 
 def test_tables_and_figures_from_start_to_report(ask, trained, tmp_path, labels, lines_of):
@@ -133,7 +133,7 @@ def test_a_cell():
 
 def test_the_two_steps_of_figure_2_part_ways():
     """The caption's claims, from the attacks themselves; the slope of Eq. 7 also by finite differences."""
-    curves, points = illustration.compute()
+    curves, points = figure2_problem.compute()
     clean, first, red, yellow = points.values()
     assert [p.predicted for p in (clean, first, red, yellow)] == [1, 1, 1, 2]
     assert red.loss > yellow.loss > first.loss > clean.loss

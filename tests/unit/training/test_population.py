@@ -1,20 +1,14 @@
 """Several steps in one dispatch and several runs in one step: equal to single runs, and resumable each by itself."""
 
-import contextlib
-import dataclasses
-import json
-
 import chex
 import jax
 import numpy as np
 import pytest
 
 from e2sad_jax import networks, training
-from e2sad_jax.errors import NonFiniteError
 from e2sad_jax.runs import trainer
-from e2sad_jax.runs.folder import read_training, write_config
 from e2sad_jax.training import Config
-from tests.helpers import change_loss, count_compilations, tiny_config
+from tests.helpers import count_compilations, tiny_config
 
 N = 50
 
@@ -149,58 +143,3 @@ def test_what_may_train_together():
         assert training.population_key(config_of(**changes)) != keys[0]
     assert training.varied_settings(MEMBERS) == ["eps1", "lam"]
     assert training.varied_settings([config_of(seed=1, eps2=0.02), config_of(seed=2)]) == ["eps2"]
-
-
-def train_all(configs, dataset, tmp_path, stop_at=None, **changes):
-    """Trains them together in workdirs of their own, up to the point where `stop_at` steps are seen."""
-    with contextlib.ExitStack() as stack:
-        opened = []
-        for i, config in enumerate(configs):
-            config = dataclasses.replace(config, workdir=str(tmp_path / f"run{i}"), **changes)
-            job = stack.enter_context(trainer.open_run(config, dataset))
-            write_config(job.workdir, config, dataset)
-            opened.append(job)
-        trainer.train_together(opened, lambda: 0)
-        return [(job.step, job.restore()) for job in opened]
-
-
-def test_one_of_a_population_that_was_left_behind_catches_up(tiny, singles, tmp_path):
-    """As after a kill between two members' checkpoints: they end where separate runs end, with curves without gaps."""
-    train_all(MEMBERS[:1], tiny, tmp_path, steps=4)
-    results = train_all(MEMBERS, tiny, tmp_path)
-    for i, ((step, state), (single, metrics)) in enumerate(zip(results, singles, strict=True)):
-        assert step == 8
-        close(state, single)
-        lines = [json.loads(line) for line in (tmp_path / f"run{i}" / "metrics.jsonl").read_text().splitlines()]
-        losses = [line["loss"] for line in lines if "loss" in line]
-        assert losses == pytest.approx([float(m["loss"]) for m in metrics], abs=1e-5)
-    segments = read_training(tmp_path / "run0")
-    assert [(s["from_step"], s["to_step"], s["runs_together"]) for s in segments] == [(0, 4, 1), (4, 8, 3)]
-
-
-def test_one_that_diverges_is_named(tiny, tmp_path, monkeypatch):
-
-    def breaking(loss, parts, arguments):
-        return loss / jax.numpy.where(arguments["lam"] > 5, 0, 1), parts
-
-    change_loss(monkeypatch, "e2sad", breaking)
-    members = [config_of(), config_of(lam=9.0)]
-    with pytest.raises(NonFiniteError, match=r"step 1 of run1: .*loss=inf") as caught:
-        train_all(members, tiny, tmp_path)
-    assert caught.value.member == 1
-
-
-def test_one_that_diverges_while_it_catches_up_is_named_by_its_place_among_all(tiny, tmp_path, monkeypatch):
-    members = [config_of(seed=seed) for seed in (1, 2, 3)]
-    train_all(members[:2], tiny, tmp_path, steps=4)  # the third is left behind
-    key = training.init_state(members[2], networks.create("digits_cnn", 3, tiny.image_shape), tiny.image_shape).key
-
-    def breaking(loss, parts, arguments):
-        its_second = jax.random.key_data(jax.random.fold_in(key, 1))
-        third = (jax.random.key_data(arguments["key"]) == its_second).all()
-        return jax.numpy.where(third, jax.numpy.nan, loss), parts
-
-    change_loss(monkeypatch, "e2sad", breaking)
-    with pytest.raises(NonFiniteError, match=r"step 2: .*loss=nan") as caught:
-        train_all(members, tiny, tmp_path)
-    assert caught.value.member == 2

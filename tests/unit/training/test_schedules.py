@@ -1,9 +1,7 @@
 """What changes in the course of training: learning rate and budgets; and resuming a run in the middle of both."""
 
-import contextlib
 import dataclasses
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,11 +10,8 @@ import pytest
 
 from e2sad_jax import training
 from e2sad_jax.defenses import DEFENSES
-from e2sad_jax.errors import WorkdirError
-from e2sad_jax.runs import run
 from e2sad_jax.training import configure
 from tests.helpers import register_loss, tiny_config
-from tests.unit.training.test_train import load_state, no_evaluation, no_last_evaluation  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("little", "standard_promotion")
 
@@ -105,32 +100,3 @@ def test_without_warm_up_the_settings_are_numbers_and_varied_ones_replace_them()
     eps, settings = training.settings_at(config, jnp.int32(2), 8, {"eps1": jnp.float32(0.1), "lam": jnp.float32(3.0)})
     assert (float(eps), float(settings["lam"]), settings["eps2"]) == (pytest.approx(0.1), 3.0, 0.1)
     assert set(settings) == set(config.settings)
-
-
-def test_an_interrupted_run_goes_on_bit_for_bit(no_evaluation, tmp_path, monkeypatch):  # noqa: F811
-    """Stopped by a signal within a replay, within the warm-up and within the schedule; and its length is its own."""
-    changes = {"defense": "free", "replays": 3, "eps_warmup": 7, "schedule": "cyclic"}
-    config = tiny_config(**changes, workdir=str(tmp_path / "whole"))
-    run.train_and_report(config, "mnist")
-    parts = dataclasses.replace(config, workdir=str(tmp_path / "parts"))
-    take, flag = training.fit, []
-
-    def stopping(*arguments, record, **kwargs):
-        def recording(step, metrics, count):
-            record(step, metrics, count)
-            flag[:] = [step] if step == 4 else []
-
-        return take(*arguments, record=recording, **{**kwargs, "stop": lambda: bool(flag)})
-
-    with monkeypatch.context() as patch:
-        patch.setattr("e2sad_jax.runs.trainer.fit", stopping)
-        with contextlib.suppress(Exception):
-            run.train_and_report(parts, "mnist")
-    assert int(load_state(parts, tmp_path / "parts").step) == 4
-    with pytest.raises(WorkdirError, match="--steps: 12 there, 20 here"):
-        run.train_and_report(dataclasses.replace(parts, steps=20), "mnist")
-    run.train_and_report(parts, "mnist")
-    whole, resumed = (load_state(config, tmp_path / name) for name in ("whole", "parts"))
-    chex.assert_trees_all_equal(whole.replace(key=None), resumed.replace(key=None))
-    assert counts(resumed) == [12, 12]
-    assert np.abs(resumed.delta).max() > 0

@@ -1,0 +1,140 @@
+"""A row of a suite: what it runs, what it costs, and what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from e2sad_jax import attacks, evaluation
+from e2sad_jax.evaluation import SUITES, Attack
+from tests.unit.evaluation.conftest import K, N, linear
+
+EVERY_ROW = {
+    "fgsm": Attack("a", "fgsm", 0.1),
+    "ifgsm": Attack("a", "ifgsm", 0.1, 2),
+    "mi_fgsm": Attack("a", "mi_fgsm", 0.1, 2, 0.06),
+    "pgd": Attack("a", "pgd", 0.1, 2, 0.06, restarts=2),
+    "apgd": Attack("a", "apgd", 0.1, 2, loss="margin"),
+    "square": Attack("a", "square", 0.1, 10),
+    "fab": Attack("a", "fab", 0.1, 3, loss="targeted_dlr"),
+    "deepfool": Attack("a", "deepfool", 0.1, norm="l2"),
+    "carlini_wagner": Attack("a", "carlini_wagner", 0.3, 5, norm="l2"),
+}
+
+
+def test_every_registered_attack_is_tried_here():
+    assert set(EVERY_ROW) == set(attacks.ATTACKS)
+
+
+@pytest.mark.parametrize("kind", EVERY_ROW)
+def test_a_row_stays_in_its_ball_and_in_the_bounds(kind, problem):
+    attack, bounds, x = EVERY_ROW[kind], (0.15, 1.0), jnp.asarray(problem.images[:8])
+    attack.check(K, x.ndim)
+
+    @jax.jit
+    def made(seed):
+        return attack.perturb(
+            lambda z: linear(problem.w, z), x, problem.labels[:8], bounds=bounds, index=jnp.arange(8), seed=seed
+        )
+
+    z = made(0)
+    assert z.shape == x.shape
+    assert z.dtype == x.dtype
+    change = np.asarray(z - x).reshape(8, -1)
+    size = np.abs(change).max(1) if attack.norm == "linf" else np.linalg.norm(change, axis=1)
+    assert 0 < size.max() <= attack.eps + 1e-6
+    assert 0.15 - 1e-6 <= float(z.min()) <= float(z.max()) <= 1
+    if kind in ("pgd", "square"):
+        assert float(jnp.abs(z - made(1)).max()) > 0.01, "the seed counts"
+
+
+def test_a_targeted_row_walks_to_the_class_of_its_rank(problem):
+    attack = Attack("a", "pgd", 0.05, 5, loss="targeted_dlr")
+    x, labels = jnp.asarray(problem.images), jnp.asarray(problem.labels)
+    logits = np.array(linear(problem.w, problem.images))
+    logits[np.arange(N), problem.labels] = -np.inf
+    order = np.argsort(-logits, axis=1)
+
+    @jax.jit
+    def made(rank):
+        return attack.perturb(
+            lambda z: linear(problem.w, z), x, labels, bounds=(0.0, 1.0), index=jnp.arange(N), rank=rank
+        )
+
+    for rank in (1, 3):
+        target = order[:, rank - 1]
+        before, after = (np.asarray(linear(problem.w, z)) for z in (x, made(rank)))
+        gap = [(f[np.arange(N), target] - f[np.arange(N), problem.labels]) for f in (before, after)]
+        assert (gap[1] > gap[0]).mean() > 0.9
+
+
+def test_an_attack_of_the_users_own_is_a_row(problem, monkeypatch):
+    monkeypatch.setattr(attacks, "ATTACKS", dict(attacks.ATTACKS))
+
+    def darken(x, *, eps, bounds):
+        return jnp.clip(x - eps, *bounds)
+
+    with pytest.raises(ValueError, match="kind='darken'; it must be one of clean, fgsm"):
+        Attack("mine", "darken", 0.1).check(K, 4)
+    attacks.register("darken", attacks.Method(darken, "score-based"))
+    row = Attack("mine", "darken", 0.1)
+    outcome = evaluation.evaluate(linear, problem.w, problem.images, problem.labels, [row])["mine"]
+    np.testing.assert_array_equal(outcome.prediction, linear(problem.w, problem.images - np.float32(0.1)).argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        (Attack("a", "nothing"), "attack 'a': kind='nothing'; it must be one of clean, fgsm, "),
+        (Attack("a", "pgd", 0.1, 2, loss="mse"), "loss='mse'; it must be one of ce, margin, dlr, targeted_dlr"),
+        (Attack("a", "pgd", -0.1, 2), r"eps=-0.1; it must be finite and at least 0"),
+        (Attack("a", "pgd", float("nan"), 2), r"eps=nan; it must be finite"),
+        (Attack("a", "pgd", 0.1), r"steps=0; it must be at least 1"),
+        (Attack("a", "fab", 0.1, -1), r"steps=-1; it must be at least 1"),
+        (Attack("a", "mi_fgsm", 0.1, 2, norm="l2"), r"norm='l2'; it must be linf"),
+        (Attack("a", "fgsm", 0.1, restarts=2), r"restarts=2; it has no random restarts"),
+        (Attack("a", "apgd", 0.1, 2, loss="targeted_dlr", targets=0), r"targets=0; it must be at least 1"),
+        (Attack("a", "deepfool", 0.1, loss="targeted_dlr"), r"deepfool has no targets to walk to"),
+        (Attack("a", "square", 0.1, 2), r"images have 2 axes; it needs 4"),
+        (
+            Attack("a", "apgd", 0.1, 2, loss="targeted_dlr"),
+            r"targeted_dlr needs at least 4 classes; the model has 2: l",
+        ),
+        (Attack("a", "apgd", 0.1, 2, loss="dlr"), r"dlr needs at least 3 classes; the model has 2: leave it out"),
+    ],
+)
+def test_what_is_not_possible_is_refused(attack, message):
+    with pytest.raises(ValueError, match=message):
+        attack.check(2, 2)
+
+
+def test_gradients_of_a_row():
+    assert Attack("a", "clean").gradients() == 1
+    assert Attack("a", "pgd", 0.1, 4, restarts=3).gradients(K) == 12
+    assert Attack("a", "square", 0.1, 30).gradients(K) == 10, "three queries count as one"
+    targeted = Attack("a", "apgd", 0.1, 7, loss="targeted_dlr")
+    assert (targeted.gradients(), targeted.gradients(K), targeted.gradients(100)) == (63, 28, 63)
+    assert dataclasses.replace(targeted, targets=2).gradients(K) == 14
+
+
+def test_suites_are_the_documented_ones():
+    rows = {name: [(a.kind, a.eps, a.steps, a.step_size) for a in suite] for name, suite in SUITES.items()}
+    assert rows["mnist"] == [
+        ("clean", 0.0, 0, None),
+        ("fgsm", 0.3, 1, None),
+        ("fgsm", 0.4, 1, None),
+        ("ifgsm", 0.3, 10, None),
+        ("ifgsm", 0.3, 30, None),
+        ("pgd", 0.3, 40, 0.02),
+    ]
+    eps = 24 / 255
+    assert rows["svhn"][:5] == [("clean", 0.0, 0, None), ("fgsm", eps, 1, None)] + [
+        ("ifgsm", eps, k, None) for k in (10, 20, 30)
+    ]
+    assert {eps for _, eps, _, _ in rows["digits"]} == {0.0, 0.2, 0.3}
+    assert rows["svhn"][5][:3] == ("pgd", eps, 40)
+    for suite in SUITES.values():
+        for attack in suite:
+            attack.check(10, 4)

@@ -1,0 +1,120 @@
+"""The worst case over several attacks, on models whose worst case is known."""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from e2sad_jax import evaluation
+from e2sad_jax._compile import pure
+from e2sad_jax.evaluation import Attack, auto
+from tests.unit.evaluation.conftest import N, linear
+
+EPS = 0.02
+STAGES = (
+    Attack("APGD-CE", "apgd", steps=10),
+    Attack("APGD-T", "apgd", steps=10, loss="targeted_dlr", targets=4),
+    Attack("Square", "square", steps=60),
+)
+kept = pure(lambda params, x: linear(params, x))
+
+
+@pytest.fixture(scope="module")
+def result(problem):
+    return auto(kept, problem.w, problem.images, problem.labels, eps=EPS, stages=STAGES, batch_size=16, keep=True)
+
+
+def test_on_a_linear_model_it_finds_the_exact_worst_case(problem, result):
+    distance = problem.distance(1)
+    assert np.abs(distance - EPS).min() > 1e-5, "no image is decided by rounding"
+    assert 5 < (distance > EPS).sum() < N - 10
+    np.testing.assert_array_equal(result.robust, distance > EPS)
+    assert list(result.standing) == ["clean", "APGD-CE", "APGD-T", "Square"]
+    assert result.accuracy["clean"] == (N - 5) / N
+    counts = [int(correct.sum()) for correct in result.standing.values()]
+    assert counts == sorted(counts, reverse=True)
+    assert list(result.alone.items()) == [
+        (stage.name, a - b) for stage, (a, b) in zip(STAGES, itertools.pairwise(counts), strict=True)
+    ]
+
+
+def test_the_images_it_keeps_fool_the_model_inside_the_ball(problem, result):
+    x, fooled = problem.images, result.standing["clean"] & ~result.robust
+    assert (linear(problem.w, result.adversarial).argmax(1) != problem.labels)[fooled].all()
+    assert np.abs(result.adversarial - x).max() <= EPS + 1e-6
+    np.testing.assert_array_equal(result.adversarial[~fooled], x[~fooled])
+    assert result.adversarial.min() >= 0
+    assert result.adversarial.max() <= 1
+
+
+def test_it_does_not_depend_on_the_batch_size(problem, result):
+    other = auto(kept, problem.w, problem.images, problem.labels, eps=EPS, stages=STAGES, batch_size=50, keep=True)
+    np.testing.assert_allclose(result.adversarial, other.adversarial, atol=1e-6)  # random starts and all
+    for name in result.standing:
+        np.testing.assert_array_equal(result.standing[name], other.standing[name])
+
+
+def test_square_finds_what_gradients_do_not_show(problem):
+    def rounded(params, z):  # no gradient anywhere
+        return linear(params, jnp.round(z * 40) / 40)
+
+    stages = (dataclasses.replace(STAGES[0], steps=2), dataclasses.replace(STAGES[2], steps=200))
+    result = auto(rounded, problem.w, problem.images, problem.labels, eps=0.05, stages=stages)
+    assert result.alone["Square"] > 5
+    assert result.alone["Square"] > result.alone["APGD-CE"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"labels": np.zeros(N - 1, int)}, r"labels \(39,\) int64 must be one integer for each of 40 images"),
+        ({"images": np.zeros((N, 16), np.float32)}, r"'Square': images have 2 axes"),
+        ({"norm": "l2", "stages": [Attack("MI", "mi_fgsm", steps=2)]}, r"'MI': norm='l2'; it must be linf"),
+        ({"stages": STAGES[:1] * 2}, "each needs a name of its own"),
+        ({"stages": [Attack("clean", "pgd", steps=1)]}, "each needs a name of its own"),
+        ({"eps": float("nan")}, "'APGD-CE': eps=nan; it must be finite and at least 0"),
+        ({"eps": -0.1}, "'APGD-CE': eps=-0.1"),
+        ({"params": np.zeros((16, 3), np.float32), "labels": np.zeros(N, int)}, r"at least 4 classes; .* has 3: leave"),
+    ],
+)
+def test_what_is_not_possible_is_refused_before_anything_is_attacked(problem, settings, message):
+    shown = []
+    given = {"params": problem.w, "images": problem.images, "labels": problem.labels, "eps": EPS, "stages": STAGES}
+    with pytest.raises(ValueError, match=message):
+        auto(linear, progress=lambda *what: shown.append(what), **{**given, **settings})
+    assert shown == []
+
+
+@pytest.mark.parametrize("kind", ["fgsm", "pgd", "apgd", "mi_fgsm"])
+def test_a_nan_gradient_does_not_make_a_nan_image(kind, problem):
+    """As that of a square root at a black pixel: it fools nobody."""
+    x = problem.images.copy()
+    x[:, 0, 0] = 0
+
+    def model(params, z):
+        return linear(params, z) + 0 * jnp.where(z > 0, jnp.sqrt(z), 0.0).sum()
+
+    labels = linear(problem.w, x).argmax(1)
+    result = auto(model, problem.w, x, labels, eps=1e-6, stages=[Attack("a", kind, steps=2)], keep=True)
+    assert result.robust.mean() > 0.95
+    assert np.isfinite(result.adversarial).all()
+
+
+def test_the_standard_stages_are_autoattacks():
+    assert [(s.name, s.steps, s.restarts, s.targets) for s in (*evaluation.STAGES[:2], evaluation.FAB)] == [
+        ("APGD-CE", 100, 1, 9),
+        ("APGD-T", 100, 1, 9),
+        ("FAB-T", 100, 1, 9),
+    ]
+    assert evaluation.STAGES[2] == Attack("Square", "square", steps=5000)
+
+
+def test_the_l2_worst_case_of_a_linear_model(problem):
+    distance, eps = problem.distance(2), 0.05
+    stages = tuple(dataclasses.replace(stage, steps=30) for stage in STAGES)
+    result = auto(linear, problem.w, problem.images, problem.labels, eps=eps, norm="l2", stages=stages, batch_size=N)
+    near = np.abs(distance - eps) < 2e-3
+    assert near.sum() < 5
+    np.testing.assert_array_equal(result.robust[~near], (distance > eps)[~near])

@@ -1,0 +1,94 @@
+"""What `experiments.evaluate` does with a run's folder, and with anyone's function."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from e2sad_jax.errors import ConfigError, WorkdirError
+from e2sad_jax.evaluation import Effort
+from e2sad_jax.runs import evaluate
+from e2sad_jax.runs.evaluate import Request
+
+LITTLE = Effort(budgets=(0.5, 1.0), steps=(1, 5), restarts=2, pgd_steps=5, apgd_steps=5, queries=50, targets=1)
+
+
+@pytest.fixture(autouse=True)
+def little_effort(monkeypatch):
+    monkeypatch.setattr(evaluate, "Effort", lambda **given: LITTLE)
+
+
+def test_a_run_is_evaluated_from_its_workdir(trained, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("e2sad_jax.data.load", lambda name, data_dir: tiny)
+    shutil.copytree(trained, workdir := tmp_path / "w")
+    result = evaluate.run(Request(workdir=str(workdir), eps=0.2, examples=20, transfer_from=str(workdir)))
+    assert (result["eps"], result["images"]) == (0.2, 20)
+    out = capsys.readouterr().out
+    assert "Checks for gradient masking" in out
+    assert result["verdict"] in out
+    assert max(map(len, out.split("Checks")[0].splitlines())) <= 120
+    saved = json.loads((workdir / "evaluation" / "evaluation.json").read_text())
+    assert saved["clean"] == result["clean"] > 0.4
+    assert saved["transfer"]["accuracy"] == saved["transfer"]["accuracy_of_substitute"], "from itself"
+    assert "worst case" in (workdir / "evaluation" / "evaluation.md").read_text().lower()
+    assert (workdir / "evaluation" / "evaluation.png").stat().st_size > 5000
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of the user's own in the current folder, and a file of images."""
+    w = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)
+    images = np.random.default_rng(1).integers(0, 256, (10, 4, 4, 1)).astype(np.uint8)
+    labels = np.asarray(jnp.asarray(images.reshape(10, 16) / np.float32(255)) @ w).argmax(1)
+    train = {"x_train": np.zeros((4, 4, 4, 1), np.uint8), "y_train": np.arange(4)}
+    np.savez(tmp_path / "test.npz", **train, x_test=images, y_test=labels)
+    np.save(tmp_path / "w.npy", w)
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\nw = np.load('w.npy')\ndef predict(x):\n    return x.reshape(len(x), -1) @ w\nnumber = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    return str(tmp_path / "test.npz")
+
+
+def test_anyones_function_is_evaluated_by_its_name(mine, tmp_path, capsys):
+    result = evaluate.run(Request(predict="mine:predict", data=mine, eps=0.1, results="here"))
+    assert (result["name"], result["clean"], result["images"]) == ("predict", 1.0, 10)
+    assert (tmp_path / "here" / "evaluation.png").exists()
+    assert capsys.readouterr().err.count("took") == 1
+    for name, words in {
+        "mine:nothing": "module 'mine' has no attribute 'nothing'",
+        "mine:number": "is a int; it must be a function of images",
+        "yours:predict": "No module named 'yours'",
+    }.items():
+        with pytest.raises(ConfigError, match=f"--predict={name}: {words}"):
+            evaluate.run(Request(predict=name, data=mine, eps=0.1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "--workdir or --predict: one of them must be given"),
+        ({"workdir": "a", "predict": "b:c"}, "--workdir or --predict"),
+        ({"predict": "b:c"}, r"--predict=b:c: must be MODULE:FUNCTION, beside --data=PATH.npz"),
+        ({"workdir": "a", "examples": -1}, r"--examples=-1: must be at least 0"),
+        ({"workdir": "a", "fab": -1}, r"--fab=-1: must be at least 0"),
+        ({"workdir": "a", "eps": float("nan")}, r"--eps=nan: must be at least 0"),
+        ({"workdir": "a", "which": "first"}, r"--which=first: must be one of last, best"),
+        ({"workdir": "a", "fab": 3, "auto": False}, r"--fab=3: is a part of the worst case; leave it out, or --noauto"),
+    ],
+)
+def test_requests_that_cannot_be_right_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Request(**changes)
+
+
+def test_what_cannot_be_written_or_is_no_run_is_refused(trained, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("e2sad_jax.data.load", lambda name, data_dir: tiny)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--results=.*file: cannot be written"):
+        evaluate.run(Request(workdir=str(trained), results=str(tmp_path / "file")))
+    with pytest.raises(WorkdirError, match="is not the workdir of a run"):
+        evaluate.run(Request(workdir=str(tmp_path)))
