@@ -1,7 +1,9 @@
 # The two commands of the README, and what they need. Each makes .venv where there is none.
 PYTHON ?= python3
 BIN = .venv/bin
-DEFINITION = pyproject.toml constraints.txt
+DEFINITION = pyproject.toml constraints/py311.txt constraints/py312.txt
+# The constraints for an interpreter: JAX 0.10 on Python 3.11, the current JAX on later ones.
+pins = constraints/$(shell $(1) -c 'import sys; print("py312" if sys.version_info >= (3, 12) else "py311")').txt
 TOOLS = build cyclonedx-bom hatchling pip-audit uv # of releases, in an environment of their own
 
 .PHONY: train test test-slow torture check docs dist smoke sbom audit lowest clean
@@ -36,12 +38,12 @@ docs: .venv/.installed-dev  ## The documentation's site, into site/; a broken li
 
 .venv/.installed: $(DEFINITION) | .venv/bin/python
 	@echo "Installing into .venv (once) ..."
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[data,tensorboard]'
+	$(BIN)/pip install --quiet --constraint $(call pins,$(BIN)/python) --editable '.[data,tensorboard]'
 	@touch $@
 
 .venv/.installed-dev: $(DEFINITION) | .venv/bin/python
 	@echo "Installing with the tools of development into .venv (once) ..."
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[data,dev,export,tensorboard]'
+	$(BIN)/pip install --quiet --constraint $(call pins,$(BIN)/python) --editable '.[data,dev,export,tensorboard]'
 	@touch $@ .venv/.installed
 
 dist: build/tools/.installed  ## Wheel and source distribution of the last commit, built twice and equal byte for byte, into dist/.
@@ -50,11 +52,11 @@ dist: build/tools/.installed  ## Wheel and source distribution of the last commi
 smoke: dist  ## Install the wheel into empty environments, for each Python and JAX, and use it there. SMOKE: which Pythons.
 	@benchmarks/smoke.sh dist/*.whl $(SMOKE)
 
-sbom: build/user/.installed  ## What an installation with constraints.txt consists of, as CycloneDX, into dist/.
+sbom: build/user/.installed  ## What an installation with the pinned versions consists of, as CycloneDX, into dist/.
 	@mkdir -p dist
 	build/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file dist/e2sad_jax.cdx.json build/user/bin/python
 
-audit: build/tools/.installed  ## Known vulnerabilities of all that constraints.txt pins; fails if the service cannot be asked.
+audit: build/tools/.installed  ## Known vulnerabilities of all that constraints/ pins; fails if the service cannot be asked.
 	@benchmarks/audit.sh build/tools/bin/pip-audit
 
 lowest: build/tools/.installed  ## Some tests with the lowest versions that pyproject.toml allows.
@@ -63,13 +65,13 @@ lowest: build/tools/.installed  ## Some tests with the lowest versions that pypr
 build/tools/.installed: $(DEFINITION)
 	@echo "Installing the tools of releases into build/tools (once) ..."
 	$(PYTHON) -m venv --clear build/tools
-	build/tools/bin/pip install --quiet --constraint constraints.txt $(TOOLS)
+	build/tools/bin/pip install --quiet --constraint $(call pins,$(PYTHON)) $(TOOLS)
 	@touch $@
 
 build/user/.installed: $(DEFINITION) build/tools/.installed
 	@echo "Installing as a user does into build/user (once) ..."
 	$(PYTHON) -m venv --clear build/user
-	build/user/bin/pip install --quiet --constraint constraints.txt .
+	build/user/bin/pip install --quiet --constraint $(call pins,$(PYTHON)) .
 	build/user/bin/pip uninstall --quiet --yes pip setuptools
 	@touch $@
 

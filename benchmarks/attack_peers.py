@@ -18,8 +18,7 @@ from absl import app, flags
 
 from e2sad_jax import attacks, data
 from e2sad_jax._compile import jit
-from e2sad_jax.evaluation import Attack
-from e2sad_jax.evaluation.model import Subject, of_classifier
+from e2sad_jax.evaluation import Attack, Model, of_classifier
 from e2sad_jax.reporting import provenance
 from e2sad_jax.runs.classifier import Classifier, load
 from experiments.step_cost.peers import pytorch
@@ -86,13 +85,13 @@ def art_classifier(trained: Classifier) -> Any:
     )
 
 
-def compare(subject: Subject, eps: float, classifier: Any) -> list[tuple[str, float, float, float, float]]:
+def compare(model: Model, eps: float, classifier: Any) -> list[tuple[str, float, float, float, float]]:
     """(attack, our accuracy, the peer's, our largest change of a pixel, the peer's)."""
-    x = np.ascontiguousarray(subject.x.transpose(0, 3, 1, 2))
-    onehot = np.eye(classifier.nb_classes, dtype=np.float32)[subject.labels]
+    x = np.ascontiguousarray(model.images.transpose(0, 3, 1, 2))
+    onehot = np.eye(classifier.nb_classes, dtype=np.float32)[model.labels]
     rows = []
     for attack, build in zip(ours(eps), theirs(eps, classifier), strict=True):
-        right, made = subject.under(attack)
+        right, made = model.under(attack)
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
             other = build().generate(x, onehot).transpose(0, 2, 3, 1)
         # Each side's images are judged by the one network.
@@ -100,24 +99,22 @@ def compare(subject: Subject, eps: float, classifier: Any) -> list[tuple[str, fl
             (
                 attack.name,
                 float(right.mean()),
-                float(subject.right_on(np.asarray(other, np.float32)).mean()),
-                float(np.abs(made - subject.x).max()),
-                float(np.abs(other - subject.x).max()),
+                float(model.right_on(np.asarray(other, np.float32)).mean()),
+                float(np.abs(made - model.images).max()),
+                float(np.abs(other - model.images).max()),
             )
         )
     return rows
 
 
-def deepfool(subject: Subject, classifier: Any) -> tuple[float, float]:
+def deepfool(model: Model, classifier: Any) -> tuple[float, float]:
     """Median l2 length of the change that fools the model, ours and the peer's, over the images that are right."""
     from art.attacks.evasion import DeepFool
 
-    right = np.flatnonzero(subject.clean())
-    x = subject.x[right]
-    run = jit(
-        lambda params, z: attacks.deepfool(lambda w: subject.apply(params, w), z, steps=50, bounds=subject.bounds)
-    )
-    mine = np.concatenate([np.asarray(run(subject.params, x[i : i + 100])) for i in range(0, len(x), 100)])
+    right = np.flatnonzero(model.clean())
+    x = model.images[right]
+    run = jit(lambda params, z: attacks.deepfool(lambda w: model.apply(params, w), z, steps=50, bounds=model.bounds))
+    mine = np.concatenate([np.asarray(run(model.params, x[i : i + 100])) for i in range(0, len(x), 100)])
     with contextlib.redirect_stderr(io.StringIO()):
         images = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
         other = DeepFool(classifier, max_iter=50, epsilon=0.02, nb_grads=10, batch_size=100, verbose=False).generate(
@@ -126,8 +123,8 @@ def deepfool(subject: Subject, classifier: Any) -> tuple[float, float]:
     lengths = []
     for made in (mine, other.transpose(0, 2, 3, 1)):
         length = np.linalg.norm((made - x).reshape(len(x), -1), axis=1)
-        predicted = np.asarray(jit(subject.apply)(subject.params, np.asarray(made, np.float32))).argmax(1)
-        lengths.append(float(np.median(np.where(predicted != subject.labels[right], length, np.inf))))
+        predicted = np.asarray(jit(model.apply)(model.params, np.asarray(made, np.float32))).argmax(1)
+        lengths.append(float(np.median(np.where(predicted != model.labels[right], length, np.inf))))
     return lengths[0], lengths[1]
 
 
@@ -143,20 +140,20 @@ def main(argv: Sequence[str]) -> None:
     for workdir in FLAGS.workdir:
         trained = load(workdir)
         dataset = data.load(trained.config.data, FLAGS.data_dir or trained.config.data_dir or None)
-        subject = of_classifier(trained, dataset.x_test[: FLAGS.examples], dataset.y_test[: FLAGS.examples])
+        model = of_classifier(trained, dataset.x_test[: FLAGS.examples], dataset.y_test[: FLAGS.examples])
         eps, classifier = trained.config.eps1, art_classifier(trained)
         print(
-            f"## {trained.config.defense}, {trained.step:,} steps; {len(subject.x)} test images of {dataset.name}, "
-            f"eps {eps:.4g}, clean {subject.clean().mean():.3f}\n"
+            f"## {trained.config.defense}, {trained.step:,} steps; {len(model.images)} test images of {dataset.name}, "
+            f"eps {eps:.4g}, clean {model.clean().mean():.3f}\n"
         )
         print("| attack | ours | ART | our largest change | ART's |\n| --- | ---: | ---: | ---: | ---: |")
-        for name, mine, other, change, their_change in compare(subject, eps, classifier):
+        for name, mine, other, change, their_change in compare(model, eps, classifier):
             print(f"| {name} | {mine:.3f} | {other:.3f} | {change:.6f} | {their_change:.6f} |", flush=True)
             if mine > other + TOLERANCE:
                 failed.append(f"{trained.config.defense}, {name}: {mine:.3f} above {other:.3f}")
             if change > eps + SLACK:
                 failed.append(f"{trained.config.defense}, {name}: {change} above eps {eps}")
-        mine, other = deepfool(subject, classifier)
+        mine, other = deepfool(model, classifier)
         print(f"| DeepFool, median l2 length | {mine:.3f} | {other:.3f} | | |\n", flush=True)
         if mine > 1.05 * other:
             failed.append(f"{trained.config.defense}, DeepFool: {mine:.3f} longer than {other:.3f}")

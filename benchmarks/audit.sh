@@ -1,27 +1,30 @@
 #!/usr/bin/env bash
-# Known vulnerabilities of all that constraints.txt pins, by pip-audit.
+# Known vulnerabilities of all that the files of constraints/ pin, by pip-audit.
 #
 #   benchmarks/audit.sh PIP_AUDIT
 #
 # Exits with 0 if there are none, 1 if there are (a line for each), 2 if some or all packages could not be checked.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-report=$(mktemp) log=$(mktemp)
-trap 'rm -f "$report" "$log"' EXIT
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
 # Its own last line says that nothing is known of packages that it could not ask about; so it is shown only where it failed.
-"$1" --requirement constraints.txt --no-deps --disable-pip --progress-spinner off --timeout 15 \
-    --format json --output "$report" >"$log" 2>&1 || true
-if [ ! -s "$report" ]; then
-    cat "$log" >&2
-    echo "audit: the service of known vulnerabilities could not be asked (above is why): nothing was checked" >&2
-    exit 2
-fi
-python3 - "$report" <<'PY'
+for pins in constraints/*.txt; do
+    report=$folder/$(basename "$pins").json
+    "$1" --requirement "$pins" --no-deps --disable-pip --progress-spinner off --timeout 15 \
+        --format json --output "$report" >"$folder/log" 2>&1 || true
+    if [ ! -s "$report" ]; then
+        cat "$folder/log" >&2
+        echo "audit: the service of known vulnerabilities could not be asked (above is why): $pins was not checked" >&2
+        exit 2
+    fi
+done
+python3 - "$folder"/*.json <<'PY'
 import json
 import sys
 
-with open(sys.argv[1], encoding="utf-8") as file:
-    packages = json.load(file)["dependencies"]
+reports = [json.load(open(path, encoding="utf-8"))["dependencies"] for path in sys.argv[1:]]
+packages = list({json.dumps(package, sort_keys=True): package for report in reports for package in report}.values())
 skipped = [package for package in packages if "skip_reason" in package]
 found = [(package, vulnerability) for package in packages for vulnerability in package.get("vulns", [])]
 for package, vulnerability in found:

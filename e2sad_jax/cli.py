@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import logging as standard_logging
 import os
 import pathlib
 import sys
@@ -289,6 +290,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
 def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
     """Calls `run` and ends the process on an error, with one line and the error's exit code."""
     _malloc.keep_freed()
+    for logger in (logging.get_absl_logger(), standard_logging.getLogger("asyncio")):
+        logger.addFilter(_is_told_here_alone)
     try:
         run()
         sys.stdout.flush()
@@ -314,6 +317,12 @@ def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
         if named := as_device_error(error, "while computing", failed, "batch size"):
             _fail(str(named), named.exit_code)
         raise
+
+
+def _is_told_here_alone(record: standard_logging.LogRecord) -> bool:
+    """Leaves out the tracebacks that Orbax and its tasks log of a full disk, say: what they log is raised in `run`, too."""
+    of_orbax = record.name == "asyncio" or "orbax" in pathlib.PurePath(record.pathname).parts
+    return not (record.exc_info and of_orbax)
 
 
 def _joined() -> bool:

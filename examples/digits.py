@@ -39,21 +39,22 @@ def main(steps: int, images: int) -> None:
         record=tell,
         checkpoint=lambda step, state: None,  # `python -m experiments.digits` keeps them on disk
     )
+    transform = TRANSFORMS[config.transform]
     outcomes = evaluation.evaluate(
-        model,
+        networks.apply_fn(model),
         state.params,
         digits.x_test[:images],
         digits.y_test[:images],
         SUITE,
-        transform=TRANSFORMS[config.transform],
-        num_classes=digits.num_classes,
+        transform=transform.apply,
+        bounds=transform.bounds,
     )
     print(
         f"\ndigits, the first {len(digits.x_test[:images])} test images, {steps} steps of {config.batch_size}; attacks at 0.2"
     )
     for name, outcome in outcomes.items():
         print(f"{name:10} {outcome.accuracy:.3f}")
-    print(f"{'all':10} {evaluation.worst_case(outcomes).mean():.3f}")
+    print(f"{'all':10} {outcomes.worst_case().mean():.3f}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ from e2sad_jax._io import read_sealed, sealed, write_json
 from e2sad_jax.comparison.request import CHECKPOINTS, Request
 from e2sad_jax.data import Dataset
 from e2sad_jax.errors import Stopped, first_line
-from e2sad_jax.evaluation import Attack, of_classifier
-from e2sad_jax.evaluation.auto import auto
+from e2sad_jax.evaluation import Attack, auto
 from e2sad_jax.runs import signals, trainer
 from e2sad_jax.runs.classifier import load
 from e2sad_jax.training import Config
@@ -107,14 +106,15 @@ def _attacked(
 ) -> dict[str, Any]:
     """Clean and robust accuracy of one checkpoint of a run."""
     classifier = load(config.workdir, which)
-    model = of_classifier(classifier, images, labels)
+    transform = classifier.transform
     outcome = auto(
-        model.apply,
-        model.params,
-        model.x,
-        model.labels,
+        classifier.apply,
+        classifier.params,
+        images,
+        labels,
         eps=config.eps1,
-        bounds=model.bounds,
+        transform=transform.apply,
+        bounds=transform.bounds,
         stages=stages,
     )
     robust = float(outcome.robust.mean())

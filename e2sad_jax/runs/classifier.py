@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -45,6 +45,11 @@ class Classifier:
         probabilities = jax.jit(lambda p, x: jax.nn.softmax(networks.logits_fn(self.model, p)(self.transform.apply(x))))
         object.__setattr__(self, "_within_a_program", probabilities)
         object.__setattr__(self, "_as_a_program", jit(probabilities))
+
+    @property
+    def apply(self) -> Callable[[Any, jax.Array], jax.Array]:
+        """The function `(params, inputs [N, H, W, C]) -> logits [N, K]` behind the transform, as `evaluation` takes it."""
+        return networks.apply_fn(self.model)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Logits `[N, K]` of network inputs `[N, H, W, C]`, behind the transform: what an attack differentiates."""

@@ -7,11 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from e2sad_jax import data
+from e2sad_jax import data, distributed
 from e2sad_jax._io import write_json, write_text
 from e2sad_jax.errors import ConfigError
-from e2sad_jax.evaluation.diagnose import Effort, diagnose, work
-from e2sad_jax.evaluation.model import Subject, apply_of, of_classifier, of_function
+from e2sad_jax.evaluation import Effort, Model, diagnose, of_classifier, of_function
 from e2sad_jax.reporting import diagnosis, provenance
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs.classifier import load
@@ -36,6 +35,7 @@ class Request:
     eps: float = setting(0.0, "l-infinity budget in the network's units, 0: the run's own eps1", lower=0)
     examples: int = setting(500, "test images, the first ones, or all if there are fewer; 0: all", lower=0)
     batch_size: int = setting(250, "images at once", lower=1)
+    devices: int = setting(1, "devices to split each batch over, 0: all", lower=0)
     seed: int = setting(0, "seed of the attacks", lower=0, upper=2**32 - 1)
     transfer_from: str = setting(
         "", "folder of a run, naturally trained say, whose adversarial images are tried on the judged; empty: none"
@@ -66,22 +66,24 @@ def run(request: Request) -> dict[str, Any]:
     Raises:
       ConfigError, DataError, WorkdirError: before anything is measured.
     """
-    subject, eps, folder = _subject(request)
+    model, eps, folder = _model(request)
     substitute = None
     if request.transfer_from:
         classifier = load(request.transfer_from)
-        if (bounds := classifier.transform.bounds) != subject.bounds:
+        if (bounds := classifier.transform.bounds) != model.bounds:
             raise ConfigError(
-                f"--transfer_from={request.transfer_from}: its images lie in {bounds}, those of the judged in {subject.bounds}"
+                f"--transfer_from={request.transfer_from}: its images lie in {bounds}, those of the judged in {model.bounds}"
             )
-        if (shape := tuple(classifier.dataset["image_shape"])) != subject.x.shape[1:]:
+        if (shape := tuple(classifier.dataset["image_shape"])) != model.images.shape[1:]:
             raise ConfigError(
-                f"--transfer_from={request.transfer_from}: its images are {shape}, not {subject.x.shape[1:]}"
+                f"--transfer_from={request.transfer_from}: its images are {shape}, not {model.images.shape[1:]}"
             )
-        if (classes := classifier.dataset["num_classes"]) != subject.classes:
-            raise ConfigError(f"--transfer_from={request.transfer_from}: has {classes} classes, not {subject.classes}")
+        if (classes := classifier.dataset["num_classes"]) != model.num_classes:
+            raise ConfigError(
+                f"--transfer_from={request.transfer_from}: has {classes} classes, not {model.num_classes}"
+            )
         substitute = dataclasses.replace(
-            subject, name=classifier.config.defense, apply=apply_of(classifier.model), params=classifier.params
+            model, name=classifier.config.defense, apply=classifier.apply, params=classifier.params
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,17 +96,15 @@ def run(request: Request) -> dict[str, Any]:
         restarts=request.restarts,
         worst_case=request.auto,
     )
-    total = work(effort, len(subject.x), subject.classes, substitute is not None)
-    with Bar(f"evaluate {subject.name}", total, "gradients") as bar:
+    total = effort.work(len(model.images), model.num_classes, substitute is not None)
+    with Bar(f"evaluate {model.name}", total, "gradients") as bar:
         result = diagnose(
-            subject,
+            model,
             eps=eps,
             effort=effort,
             substitute=substitute,
             progress=lambda what, gradients: bar.update(gradients, what),
         )
-        if bar.done < total:  # where images fell, less was to do
-            bar.update(total - bar.done, "done")
     result |= {"command": provenance.command(), "environment": provenance.environment()}
     write_json(folder / "evaluation.json", result)
     write_text(folder / "evaluation.md", diagnosis.markdown(result))
@@ -115,20 +115,21 @@ def run(request: Request) -> dict[str, Any]:
     return result
 
 
-def _subject(request: Request) -> tuple[Subject, float, pathlib.Path]:
-    """Who is judged, with which budget, and where the files go."""
-    n = request.examples or None
+def _model(request: Request) -> tuple[Model, float, pathlib.Path]:
+    """The model to be evaluated, the budget, and where the files go."""
+    n, mesh = request.examples or None, distributed.mesh(request.devices, request.batch_size)
     if request.predict:
         dataset = data.load(request.data, None)
-        subject = of_function(
+        model = of_function(
             _function(request.predict),
             dataset.x_test[:n],
             dataset.y_test[:n],
             name=request.predict.split(":")[1],
             batch_size=request.batch_size,
             seed=request.seed,
+            mesh=mesh,
         )
-        return subject, request.eps, pathlib.Path(request.results or "runs/evaluation").expanduser()
+        return model, request.eps, pathlib.Path(request.results or "runs/evaluation").expanduser()
     classifier = load(request.workdir, request.which)
     dataset = data.load(request.data or classifier.config.data, request.data_dir or classifier.config.data_dir or None)
     if dataset.image_shape != tuple(classifier.dataset["image_shape"]):
@@ -141,18 +142,19 @@ def _subject(request: Request) -> tuple[Subject, float, pathlib.Path]:
             f"--data={request.data}: has {dataset.num_classes} classes, {request.workdir} {classifier.dataset['num_classes']}"
         )
     folder = pathlib.Path(request.workdir).expanduser()
-    subject = of_classifier(
+    model = of_classifier(
         classifier,
         dataset.x_test[:n],
         dataset.y_test[:n],
         name=f"{classifier.config.defense} ({folder.name})",
         batch_size=request.batch_size,
         seed=request.seed,
+        mesh=mesh,
     )
     eps = request.eps or classifier.config.eps1
     if not eps:
         raise ConfigError("--eps=0: must be above 0, for the run itself has --eps1=0")
-    return subject, eps, pathlib.Path(request.results).expanduser() if request.results else folder / "evaluation"
+    return model, eps, pathlib.Path(request.results).expanduser() if request.results else folder / "evaluation"
 
 
 def _function(name: str) -> Callable[..., Any]:

@@ -47,7 +47,7 @@ class Recorder:
         self._workdirs = workdirs
         self._files: list[TextIO] = []
         self._boards: list[_Board] = []
-        boards = not silent and _tensorboard()
+        boards = not silent and has_tensorboard()
         for workdir in () if silent else workdirs:
             _drop_lines_after(workdir / METRICS, start)
             self._files.append((workdir / METRICS).open("a", encoding="utf-8"))
@@ -159,9 +159,9 @@ class _Board:
         self._writer.close()
 
 
-@functools.cache  # says once what is missing
-def _tensorboard() -> bool:
-    """Whether there can be files for TensorBoard: whether its package is there."""
+@functools.cache
+def has_tensorboard() -> bool:
+    """Whether files for TensorBoard can be written: whether its package is there; else a warning says so once."""
     try:
         import tensorboardX.event_file_writer  # noqa: F401
     except ImportError as error:

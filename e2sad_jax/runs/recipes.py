@@ -11,7 +11,7 @@ class Recipe:
 
     Attributes:
       about: what the command does, in a line.
-      settings: those that differ from the defaults of `training.config`.
+      settings: those that differ from the defaults of `training.Config` and of the defenses.
       by_defense: those that one defense takes instead, by its name.
       baseline: defense to train beside the chosen one, empty for none.
     """
@@ -43,7 +43,7 @@ RECIPES: Mapping[str, Recipe] = {
             "attack_steps": 10,
             "soft_label": False,
         },
-        by_defense={"e2sad": {"soft_label": True}},
+        by_defense={"e2sad": {"soft_label": True}},  # e2SAD alone is trained on soft labels there
     ),
     # Not the paper's: a narrow network, and budgets that 8x8 digits enlarged to 28x28 can be defended against in minutes.
     "digits": Recipe(

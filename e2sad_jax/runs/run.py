@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax import data, distributed, networks
 from e2sad_jax.errors import ConfigError, Stopped, as_device_error
-from e2sad_jax.evaluation import SUITES, Attack, Outcome
+from e2sad_jax.evaluation import SUITES, Attack, Outcomes
 from e2sad_jax.reporting import plots, provenance
 from e2sad_jax.reporting import results as reported
 from e2sad_jax.reporting.progress import Bar
@@ -108,7 +109,7 @@ def _draw(run: Run, state: TrainState) -> None:
         run.workdir / "examples.png",
         networks.apply_fn(run.model),
         distributed.local(state.params),
-        np.asarray(run.transform.apply(test.x_test[rows])),
+        np.asarray(run.transform.apply(jnp.asarray(test.x_test[rows]))),
         test.y_test[rows],
         num_classes=test.num_classes,
         title=f"{test.name}, {config.defense}, {run.steps:,} steps: predicted class (probability)",
@@ -121,9 +122,9 @@ def _draw(run: Run, state: TrainState) -> None:
     )
 
 
-def _evaluate(run: Run, state: TrainState, suite: Sequence[Attack]) -> dict[str, Outcome]:
+def _evaluate(run: Run, state: TrainState, suite: Sequence[Attack]) -> Outcomes:
     test_set = run.test_set()
-    total = len(test_set.x_test) * sum(attack.gradients() for attack in suite)
+    total = len(test_set.x_test) * sum(attack.gradients(test_set.num_classes) for attack in suite)
     which = "" if (step := int(state.step)) == run.steps else f", best checkpoint, step {step:,}"
     with Bar(f"attack {run.config.defense} on {test_set.name}{which}", total, "gradients") as bar:
         try:

@@ -27,7 +27,7 @@ from e2sad_jax.errors import (
     as_device_error,
     first_line,
 )
-from e2sad_jax.evaluation import Attack, Outcome, evaluate
+from e2sad_jax.evaluation import Attack, Outcomes, evaluate
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs.checkpoint import Checkpoints, quarantine_damaged
@@ -91,7 +91,7 @@ class Run:
         count = self.config.eval_examples or len(self.dataset.x_test)
         return dataclasses.replace(self.dataset, x_test=self.dataset.x_test[:count], y_test=self.dataset.y_test[:count])
 
-    def attack(self, params: Any, dataset: Dataset, suite: Sequence[Attack], **kwargs: Any) -> dict[str, Outcome]:
+    def attack(self, params: Any, dataset: Dataset, suite: Sequence[Attack], **kwargs: Any) -> Outcomes:
         """`evaluation.evaluate` on the test images of `dataset`, by the run's settings, on all of this process's devices.
 
         Args:
@@ -103,16 +103,14 @@ class Run:
         mesh = self.mesh
         if distributed.is_multiprocess():  # the other processes wait
             mesh, params = None, distributed.local(params)
-        # Bound to their devices, as restored ones are: else the same program is compiled for either.
-        params = jax.tree.map(lambda a: jax.device_put(a, a.sharding), params)
         return evaluate(
-            self.model,
+            networks.apply_fn(self.model),
             params,
             dataset.x_test,
             dataset.y_test,
             suite,
-            transform=self.transform,
-            num_classes=dataset.num_classes,
+            transform=self.transform.apply,
+            bounds=self.transform.bounds,
             batch_size=self.config.eval_batch_size,
             seed=self.config.seed,
             mesh=mesh,

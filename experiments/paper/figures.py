@@ -17,8 +17,7 @@ from e2sad_jax import attacks, losses, networks
 from e2sad_jax._compile import jit, platform
 from e2sad_jax._io import read_json, write_bytes, write_json
 from e2sad_jax.data.transforms import TRANSFORMS, Transform
-from e2sad_jax.evaluation import surfaces
-from e2sad_jax.evaluation.evaluator import Attack, batches, perturb
+from e2sad_jax.evaluation import Attack, in_batches, surfaces
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.training.config import Config
 from experiments.paper import illustration, plan, tables
@@ -27,6 +26,7 @@ from experiments.paper.plan import Item
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from e2sad_jax.data import Dataset
     from experiments.paper.runner import Reproduction
 
 Drawn = tuple[Any, dict[str, Any], list[dict[str, Any]]]  # a figure, its text for the report, its numbers for the CSV
@@ -182,10 +182,10 @@ def _figure_2(r: Reproduction) -> Drawn:
 
 def _loss(
     logits_fn: Callable[[jax.Array], jax.Array], labels: jax.Array, classes: int
-) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """The true classes as one-hot targets, and the loss that the surfaces show."""
+) -> Callable[[jax.Array], jax.Array]:
+    """The loss that the surfaces show: the cross-entropy with the true classes."""
     y = losses.soft_labels(labels, classes, 0.0)
-    return y, lambda z: losses.cross_entropy(logits_fn(z), y)
+    return lambda z: losses.cross_entropy(logits_fn(z), y)
 
 
 @functools.lru_cache(maxsize=8)
@@ -197,15 +197,19 @@ def _surface_of_batch(
     @jit
     def batch(params: Any, images: jax.Array, labels: jax.Array, index: jax.Array) -> jax.Array:
         logits_fn = networks.logits_fn(model, params)
-        y, loss_fn = _loss(logits_fn, labels, classes)
+        loss_fn = _loss(logits_fn, labels, classes)
         x = transform.apply(images)
-        x_adv = perturb(attack, logits_fn, x, y, bounds=transform.bounds, index=index)
+        x_adv = attack.perturb(logits_fn, x, labels, bounds=transform.bounds, index=index)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), index)
         g1, g2 = surfaces.directions(x, x_adv, keys)  # keys of the images' own: no matter what is computed at once
         t = jnp.linspace(0, plan.SURFACE_SPAN, grid)
         return surfaces.loss_surface(loss_fn, x, g1, g2, t, t)
 
     return batch
+
+
+def _on_batch(compute: Callable[..., Any], params: Any, dataset: Dataset, places: np.ndarray) -> Any:
+    return compute(params, dataset.x_test[places], dataset.y_test[places], places)
 
 
 def _figure_4(r: Reproduction) -> Drawn:
@@ -222,11 +226,11 @@ def _figure_4(r: Reproduction) -> Drawn:
             for attack in SEEN_BY:
                 compute = _surface_of_batch(classifier.model, classifier.transform, attack, grid, dataset.num_classes)
                 total = np.zeros((grid, grid))
-                for index, rows in batches(n, batch_size):
-                    values = compute(classifier.params, dataset.x_test[rows], dataset.y_test[rows], index)
-                    total += np.asarray(values, np.float64)[:, :, index < n].sum(-1)
+                on_batch = functools.partial(_on_batch, compute, classifier.params, dataset)
+                for places, values in in_batches(on_batch, np.arange(n), batch_size):
+                    total += np.asarray(values, np.float64)[:, :, : len(places)].sum(-1)
                     r.check()
-                    bar.update(int((index < n).sum()))
+                    bar.update(len(places))
                 means[attack.name, entry.name] = total / n
     figure = _new(3.2 * len(entries), 6.6)
     for row, attack in enumerate(SEEN_BY):
@@ -305,23 +309,22 @@ def _figure_3(r: Reproduction) -> Drawn:
     @jit
     def compute(params: Any, images: jax.Array, labels: jax.Array, index: jax.Array) -> Any:
         logits_fn = networks.logits_fn(classifier.model, params)
-        y, loss_fn = _loss(logits_fn, labels, dataset.num_classes)
+        loss_fn = _loss(logits_fn, labels, dataset.num_classes)
         x = transform.apply(images)
         first, second = _two_steps(config, logits_fn, x, losses.soft_labels(labels, dataset.num_classes, config.delta))
-        iterated = perturb(plan.TRANSFER, logits_fn, x, y, bounds=transform.bounds, index=index)
+        iterated = plan.TRANSFER.perturb(logits_fn, x, labels, bounds=transform.bounds, index=index)
         g1, g2 = surfaces.directions(x, iterated, towards=second - first)
         surface = surfaces.loss_surface(loss_fn, x, g1, g2, jnp.asarray(t, jnp.float32), jnp.asarray(t, jnp.float32))
-        places = [(*surfaces.coordinates(z - x, g1, g2), loss_fn(z)) for z in (x, first, second)]
-        return surface, jnp.array([[a.mean(), b.mean(), loss.mean()] for a, b, loss in places])
+        points = [(*surfaces.coordinates(z - x, g1, g2), loss_fn(z)) for z in (x, first, second)]
+        return surface, jnp.array([[a, b, loss] for a, b, loss in points])
 
     batch_size = min(n, BATCH.get(platform(), BATCH_ELSEWHERE))
-    parts = []
-    for first in range(0, n, batch_size):
-        index = np.arange(first, min(first + batch_size, n))
+    total, points = np.zeros((len(t), len(t))), np.zeros((3, 3))
+    on_batch = functools.partial(_on_batch, compute, classifier.params, dataset)
+    for places, (surface, found) in in_batches(on_batch, np.arange(n), batch_size):
+        total += np.asarray(surface, np.float64)[..., : len(places)].sum(-1)
+        points += np.asarray(found, np.float64)[..., : len(places)].sum(-1) / n
         r.check()
-        parts.append((len(index), *compute(classifier.params, dataset.x_test[index], dataset.y_test[index], index)))
-    total = sum(np.asarray(surface, np.float64).sum(-1) for _, surface, _ in parts)
-    points = sum(count * np.asarray(places, np.float64) for count, _, places in parts) / n
     names = ("clean images", "first points (FGSM)", "second points")
     figure = _new(7.5, 6)
     axes: Any = figure.add_subplot(projection="3d")

@@ -16,7 +16,7 @@ from e2sad_jax.reporting import provenance
 
 FOLDER = "evaluations"
 BYTES = 256 * 2**20  # a row of predictions for every model that was asked
-VERSION = 1  # of the attacks: to be raised when a change of the code changes what they do
+VERSION = 2  # of the attacks: to be raised when a change of the code changes what they do
 
 
 @dataclasses.dataclass(frozen=True)

@@ -326,7 +326,9 @@ class Reproduction:
                     self._attack(run, params, attack)
 
     def _attack(self, run: Run, params: Any, attack: Attack) -> None:
-        with self._clock.bar(attack.name, self.examples(run.config) * attack.gradients()) as progress:
+        with self._clock.bar(
+            attack.name, self.examples(run.config) * attack.gradients(run.dataset.num_classes)
+        ) as progress:
             outcome = run.attack(params, run.test_set(), [attack], progress=progress)[attack.name]
         tested = self.tested(run.config)
         assert tested is not None
@@ -340,13 +342,13 @@ class Reproduction:
         own = classifiers[targets.index(substitute)]
         with self._clock.bar(plan.TRANSFER.name, len(images) * plan.TRANSFER.gradients()) as progress:
             results = transfer(
-                (own.model, own.params),
-                [(c.model, c.params) for c in classifiers],
+                (own.apply, own.params),
+                [(c.apply, c.params) for c in classifiers],
                 images,
                 labels,
                 plan.TRANSFER,
-                transform=own.transform,
-                num_classes=self.dataset_of(substitute).num_classes,
+                transform=own.transform.apply,
+                bounds=own.transform.bounds,
                 batch_size=substitute.eval_batch_size,
                 seed=substitute.seed,
                 progress=progress,

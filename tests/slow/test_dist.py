@@ -102,7 +102,8 @@ def test_the_source_distribution_holds_what_tests_need(built):
     held = files_in(the(built[0], "*.tar.gz"))
     assert {
         "Makefile",
-        "constraints.txt",
+        "constraints/py311.txt",
+        "constraints/py312.txt",
         "setup.cfg",
         "tests/conftest.py",
         "docs/running.md",

@@ -14,7 +14,7 @@ from tests.unit.runs.helpers import Linear, config_of
 def linear():
     """For all tests of a module: `digits_cnn` is linear, and JAX promotes as Optax's Adam needs it."""
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-        patch.setitem(networks.MODELS, "digits_cnn", Linear)
+        patch.setitem(networks.NETWORKS, "digits_cnn", Linear)
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from e2sad_jax import networks, training
-from e2sad_jax.training.config import Config
+from e2sad_jax.training import Config, configure
 
 SHAPE = (8, 8, 1)
 
@@ -30,7 +30,7 @@ class Linear(nn.Module):
 def config_of(workdir: pathlib.Path, **changes) -> Config:
     """Twelve steps, with checkpoints at 5, 10 and 12."""
     settings = dict(data="tiny.npz", model="digits_cnn", steps=12, batch_size=16, checkpoint_every=5, log_every=2)
-    return Config(**{**settings, "defense": "natural", "learning_rate": 1e-2, "workdir": str(workdir), **changes})
+    return configure(**{**settings, "defense": "natural", "learning_rate": 1e-2, "workdir": str(workdir), **changes})
 
 
 def state_of(config: Config, step: int = 0) -> training.TrainState:
@@ -39,13 +39,13 @@ def state_of(config: Config, step: int = 0) -> training.TrainState:
     return state.replace(step=jnp.int32(step), params=jax.tree.map(lambda a: a + step, state.params))
 
 
-def stop_after(steps: int, number: int = 15) -> Callable[[], int]:
-    """A stop that comes after so many steps of a process."""
+def stop_after(times: int, number: int = 15) -> Callable[[], int]:
+    """A stop that comes when it has been asked about so many times: after each step, and in each validation."""
     asked = 0
 
     def stop() -> int:
         nonlocal asked
         asked += 1
-        return number if asked >= steps else 0
+        return number if asked >= times else 0
 
     return stop

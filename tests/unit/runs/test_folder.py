@@ -41,15 +41,15 @@ def test_config_and_data_set_are_read_as_written(workdir, tiny):
 
 def test_every_flipped_bit_and_every_cut_of_config_json_is_seen(workdir):
     content, right = (workdir / "config.json").read_bytes(), read_config(workdir)
-    seen = 0
+    seen = []
     for damaged in damages(random.Random(0), content, 500):
         (workdir / "config.json").write_bytes(damaged)
         try:
             assert read_config(workdir) == right, damaged
         except WorkdirError as error:
-            assert str(error).isprintable()
-            seen += 1
-    assert seen > 300, "the others are spaces, and letters of what nobody reads"
+            seen.append(str(error))
+    assert all(map(str.isprintable, seen))
+    assert len(seen) > 300, "the others are spaces, and letters of what nobody reads"
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
-"""The bar at a real terminal, the speed that is shown, and metrics that are not finite."""
+"""Metrics of a run: the speed that is shown, the files, damaged lines, a full disk, and values that are not finite."""
 
+import errno
 import json
 import os
-import pty
-import re
 import sys
 import threading
 
@@ -57,7 +56,7 @@ def test_images_per_second_is_a_mean_without_compilation_and_checkpoints(clock, 
     assert bar.notes[-1] == "loss 1.0000, 200 images/s"
 
 
-def test_a_resumed_run_drops_the_lines_beyond_its_checkpoint(tmp_path):
+def test_a_resumed_run_drops_the_lines_beyond_its_checkpoint_and_torn_ones(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "loss": 2.0}\n{"step": 3')
     record = metrics.Recorder([tmp_path], Silent(), start=15, log_every=1, batch_size=1)
@@ -65,11 +64,74 @@ def test_a_resumed_run_drops_the_lines_beyond_its_checkpoint(tmp_path):
     record.flush()
     record.close()
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(10, 1.0), (16, 3.0)]
+    assert capsys.readouterr().err == "", "a kill tears the last line"
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"{}", b"\xff", b"[" * 100_000, b'{"step": "1"}'])
+def test_damaged_lines_between_whole_ones_are_dropped_with_a_warning(content, tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + content + b'\n{"step": 2}\n{"step": 9}\n{"step": 1')
+    metrics.Recorder([tmp_path], Silent(), start=5, log_every=1, batch_size=1).close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert f"warning: {path}: damaged lines are dropped (2" in capsys.readouterr().err
+
+
+def test_tensorboard_events_hold_the_curves(tmp_path):
+    from tensorboardX.proto import event_pb2
+
+    record = metrics.Recorder([tmp_path], Silent(), start=0, log_every=1, batch_size=1)
+    record(1, {"loss": jnp.float32(3.0)})
+    record.flush()
+    record.write(1, {"validation_robust": 0.5})
+    record.close()
+    values = {}
+    for path in tmp_path.glob("events.out.tfevents*"):
+        content, at = path.read_bytes(), 0
+        while at < len(content):  # TFRecord framing: length, crc, payload, crc
+            length = int.from_bytes(content[at : at + 8], "little")
+            event = event_pb2.Event.FromString(content[at + 12 : at + 12 + length])
+            at += 16 + length
+            values.update({(event.step, v.tag): v.simple_value for v in event.summary.value})
+    assert values == {(1, "train/loss"): 3.0, (1, "validation/robust"): 0.5}
+
+
+class Full:
+    """A file on a disk that is full after a while."""
+
+    left = 50
+
+    def write(self, data):
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def flush(self):
+        pass
+
+    close = flush
+
+
+def test_a_full_disk_ends_the_files_for_tensorboard_with_an_error_and_no_hang(tmp_path, monkeypatch):
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: Full())
+    record, ended = metrics.Recorder([tmp_path], Silent(), start=0, log_every=1, batch_size=1), []
+
+    def write():
+        try:
+            for step in range(200):
+                record.write(step, {"loss": 1.0})
+        except OSError as error:
+            ended.append(error.errno)
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert ended == [errno.ENOSPC]
+    record.close()
 
 
 def test_without_tensorboardx_metrics_are_lines_and_one_warning_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    metrics._tensorboard.cache_clear()
+    metrics.has_tensorboard.cache_clear()
     for name in "ab":
         (tmp_path / name).mkdir()
         record = metrics.Recorder([tmp_path / name], Silent(), start=0, log_every=1, batch_size=1)
@@ -82,54 +144,25 @@ def test_without_tensorboardx_metrics_are_lines_and_one_warning_says_so(monkeypa
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
     assert "pip install tensorboardX" in said
-    metrics._tensorboard.cache_clear()
+    metrics.has_tensorboard.cache_clear()
     monkeypatch.undo()
     metrics.Recorder([tmp_path / "a"], Silent(), start=1, log_every=1, batch_size=1).close()
     assert [path for path in (tmp_path / "a").iterdir() if path.name.startswith("events.out.tfevents")]
 
 
+class Waiting(float):
+    """A metric that the device has not computed yet."""
+
+    def is_ready(self):
+        return False
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_metric_that_is_not_finite_names_itself_and_its_step(value, tmp_path):
     record = metrics.Recorder([tmp_path], Silent(), start=0, log_every=1, batch_size=1)
-    record._pending.append((1, {"loss": jnp.float32(0), "grad_norm": jnp.float32(value)}, 1))
+    waiting = {"loss": Waiting(0.0), "grad_norm": jnp.float32(value)}
+    record(1, waiting)
     with pytest.raises(NonFiniteError, match=rf"step 1: grad_norm={value}"):
         record.flush()
     record.close()
     assert lines(tmp_path) == []
-
-
-@pytest.mark.parametrize("columns", [100, 80, 0])
-def test_at_a_terminal_there_is_a_bar_with_step_loss_speed_and_time_left(columns, monkeypatch):
-    """A terminal of 100 columns, the usual one of 80, and one that does not tell its width."""
-    controller, terminal = pty.openpty()
-    if columns:
-        import fcntl
-        import struct
-        import termios
-
-        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
-    shown = []
-
-    def read():
-        try:
-            while chunk := os.read(controller, 4096):
-                shown.append(chunk)
-        except OSError:  # closed at the other end
-            pass
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    with os.fdopen(terminal, "w") as stream:
-        monkeypatch.setattr(sys, "stderr", stream)
-        with metrics.Bar("train e2sad on digits", 40, "steps", initial=10) as bar:
-            for _ in range(30):
-                bar.update(1, "loss 1.2345, 678 images/s")
-    reader.join(10)
-    os.close(controller)
-    text = b"".join(shown).decode()
-    last = text.replace("\n", "\r").strip().split("\r")[-1]
-    assert "train e2sad on digits: 100%" in last
-    assert "40/40" in last
-    assert "loss 1.2345, 678 images/s" in last
-    assert re.search(r"\d\d:\d\d<\d\d:\d\d", last), "time spent and left"
-    assert text.count("\n") <= 2, "one line, redrawn"

@@ -259,7 +259,7 @@ def test_a_workdir_of_other_settings_or_data_is_refused_naming_what_differs(no_e
 
 def test_held_out_images_are_not_trained_on(tiny):
     for count, watched_size in ((10, 10), (0, N)):
-        train_set, watched = trainer.hold_out(tiny, tiny_config(validation_examples=count).validation_examples)
+        train_set, watched = data.hold_out(tiny, tiny_config(validation_examples=count).validation_examples)
         assert len(train_set.x_train) == N - count
         assert len(watched.x_test) == watched_size
         trained_on = {image.tobytes() for image in train_set.x_train}

@@ -1,13 +1,11 @@
-"""Exported models: another process without this library gets logits and gradients; files are whole or not there."""
+"""Exported models: their logits and gradients are the network's; files are whole or not there."""
 
 import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import re
-import subprocess
 import sys
 
 import flax.linen as nn
@@ -24,7 +22,8 @@ from e2sad_jax import export, losses, networks, training
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.errors import ConfigError, Error, WorkdirError
 from e2sad_jax.networks import cpu_conv, preact_resnet
-from e2sad_jax.runs.checkpoint import Checkpoints, Classifier
+from e2sad_jax.runs.checkpoint import Checkpoints
+from e2sad_jax.runs.classifier import Classifier
 from e2sad_jax.runs.folder import describe_dataset, write_config
 from e2sad_jax.training.config import Config
 
@@ -41,30 +40,6 @@ NARROW = {
     "digits_cnn": functools.partial(networks.MnistCNN, features=(4, 8), hidden=16),
     "preact_resnet18": functools.partial(preact_resnet.PreActResNet18, width=4),
 }
-
-# All that another process knows: the file, and JAX.
-ELSEWHERE = """
-import sys
-import numpy as np
-import jax, jax.export, jax.numpy as jnp
-
-folder, names = sys.argv[1], sys.argv[2:]
-results = {}
-for name in names:
-    with open(f"{folder}/{name}.stablehlo", "rb") as file:
-        model = jax.export.deserialize(bytearray(file.read()))
-    given = np.load(f"{folder}/{name}.npz")
-
-    def loss(x):
-        logits = model.call(x)
-        return -jax.nn.log_softmax(logits)[jnp.arange(len(x)), given["labels"]].sum(), logits
-
-    gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(given["images"])
-    results |= {f"{name}.logits": logits, f"{name}.gradient": gradient}
-results["one"] = model.call(given["images"][:1])
-assert not {"e2sad_jax", "flax", "experiments"} & set(sys.modules)
-np.savez(f"{folder}/results.npz", **results)
-"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -103,35 +78,27 @@ def close(got, want, tolerance):
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
 
 
-@pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory):
-    """What a process without this library makes of each of `CASES`."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    for case in CASES:
-        (folder / f"{case}.stablehlo").write_bytes(export.to_stablehlo(classifier(case)))
-        np.savez(folder / f"{case}.npz", images=images(case), labels=LABELS)
-    command = [sys.executable, "-c", ELSEWHERE, str(folder), *CASES, "cnn"]
-    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return np.load(folder / "results.npz")
+def test_stablehlo_is_the_network_and_its_gradient(monkeypatch):
+    """The gradient is JAX's own, of the network made of JAX's own operations; tests/slow asks another process."""
+    written = jax.export.deserialize(bytearray(export.to_stablehlo(classifier("cnn"))))
+    check_gradient("cnn", lambda x: written.call(x), monkeypatch)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_stablehlo_is_the_network_and_its_gradient_in_a_process_without_this_library(case, elsewhere, monkeypatch):
-    """For any number of images. The gradient is JAX's own, of the network made of JAX's own operations."""
-    want, x = logits(classifier(case), images(case)), jnp.asarray(images(case))
+def loss_of(logits_fn):
+    return lambda x: losses.cross_entropy(logits_fn(x), jax.nn.one_hot(LABELS, 3)).sum()
+
+
+def check_gradient(case, written, monkeypatch):
+    """Holds logits and gradient of what was written against the network made of JAX's own operations."""
+    x, of = jnp.asarray(images(case)), classifier(case)
+    want = logits(of, images(case))
     assert np.ptp(want, axis=0).min() > 0, "images must matter"
-    close(elsewhere[f"{case}.logits"], want, CLOSE[case])
-
-    def loss(x):
-        of = classifier(case)
-        return losses.cross_entropy(of.logits(of.transform.apply(x)), jax.nn.one_hot(LABELS, 3)).sum()
-
-    close(elsewhere["one"], logits(classifier("cnn"), images("cnn")[:1]), CLOSE["cnn"])
+    close(jax.jit(written)(x), want, CLOSE[case])
+    got = jax.jit(jax.grad(loss_of(written)))(x)
     monkeypatch.setattr(cpu_conv, "conv", cpu_conv._conv)
     monkeypatch.setattr(cpu_conv, "max_pool", lambda x: nn.max_pool(x, (2, 2), strides=(2, 2)))
-    close(elsewhere[f"{case}.gradient"], np.asarray(jax.jit(jax.grad(loss))(x)), 3 * CLOSE[case])
+    own = jax.jit(jax.grad(loss_of(lambda x: of.logits(of.transform.apply(x)))))(x)
+    close(got, np.asarray(own), 3 * CLOSE[case])
 
 
 def test_stablehlo_is_for_all_platforms_and_calls_nothing_outside_of_it():
@@ -159,8 +126,12 @@ def test_what_is_lowered_for_an_accelerator_computes_the_same(platform):
         close(got, want, 1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_safetensors_hold_the_parameters_and_give_the_classifier_back(case, tmp_path):
+def test_safetensors_hold_the_parameters_and_give_the_classifier_back(tmp_path):
+    check_safetensors("cnn", tmp_path)
+
+
+def check_safetensors(case, tmp_path):
+    """Holds parameters, in the file and read back, against the classifier; tests/slow asks of the other networks."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(export.to_safetensors(classifier(case)))
     held = safetensors_numpy.load_file(path)
@@ -226,7 +197,7 @@ def workdir(tmp_path_factory, tiny) -> pathlib.Path:
     with Checkpoints(folder) as checkpoints:
         for step, score in [(1, 0.9), (2, 0.5)]:
             params = jax.tree.map(lambda a, step=step: a + 0.1 * step, state.params)
-            checkpoints.save(step, state.replace(step=jnp.int32(step), params=params), {"score": score})
+            checkpoints.save(step, state.replace(step=jnp.int32(step), params=params), {"score": score, "seconds": 1.0})
             checkpoints.wait()
     return folder
 

@@ -1,0 +1,429 @@
+"""Training of runs: resumed bit for bit, validated, together, and what ends it names the checkpoint and the remedy."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from e2sad_jax import errors, training
+from e2sad_jax._io import LOCK, read_sealed, sealed, write_json
+from e2sad_jax.errors import (
+    BusyError,
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    Error,
+    GoneError,
+    LostProcessError,
+    NonFiniteError,
+    OutOfMemoryError,
+    WorkdirError,
+)
+from e2sad_jax.evaluation import Attack
+from e2sad_jax.runs import signals, trainer
+from e2sad_jax.runs.classifier import load
+from e2sad_jax.runs.folder import read_training, steps_in
+from tests.unit.runs.helpers import config_of, stop_after
+from tests.unit.runs.test_checkpoint import full
+
+
+def never() -> int:
+    return 0
+
+
+def train(config, dataset, stop=never) -> training.TrainState:
+    with trainer.open_run(config, dataset) as run:
+        return trainer.train(run, stop)[0]
+
+
+def losses(workdir) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def same(a: training.TrainState, b: training.TrainState) -> None:
+    chex.assert_trees_all_equal(jax.random.key_data(a.key), jax.random.key_data(b.key))
+    chex.assert_trees_all_equal(a.replace(key=None), b.replace(key=None))
+
+
+# Opening.
+
+
+def test_a_run_is_opened_with_everything_that_fits_together(tiny, tmp_path):
+    config = config_of(tmp_path / "w", validation_examples=10, eval_examples=7)
+    with trainer.open_run(config, tiny) as run:
+        assert (run.step, run.steps, run.mesh) == (0, 12, None)
+        assert (len(run.train_set.x_train), len(run.validation_set.x_test)) == (40, 10)
+        assert run.chosen_on == "10 held-out images"
+        assert len(run.test_set().x_test) == 7
+        assert (run.workdir / "config.json").exists()
+        with pytest.raises(BusyError, match="another process is at work in"), trainer.open_run(config, tiny):
+            pass
+    with trainer.open_run(dataclasses.replace(config, workdir=str(tmp_path / "v"), validation_examples=0), tiny) as run:
+        assert run.chosen_on == "50 training images"
+
+
+def test_of_several_runs_all_are_found_possible_before_any_folder_is_taken(tiny, tmp_path):
+    first, second = (config_of(tmp_path / name) for name in ("first", "second"))
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "thesis.txt").write_text("precious")
+    with pytest.raises(WorkdirError, match="is not empty"), trainer.open_runs([first, second], tiny):
+        pass
+    (tmp_path / "second" / "thesis.txt").unlink()
+    other = dataclasses.replace(first, delta=0.2)  # the first one's workdir was not taken
+    with trainer.open_runs([other, second], tiny) as runs:
+        assert [run.config for run in runs] == [other, second]
+
+
+def test_settings_that_the_data_makes_wrong_are_refused_and_nothing_is_made(tiny, tmp_path):
+    for changes, words in [
+        ({"batch_size": 51}, r"--batch_size=51: must be at most the 50 training images"),
+        ({"eval_examples": 51}, r"--eval_examples=51: must be at most the 50 test images"),
+        ({"validation_examples": 50}, r"--validation_examples=50: must be below the 50"),
+        ({"steps": 2**28}, r"--steps=268435456: steps \* batch_size must be below"),
+    ]:
+        with pytest.raises(ConfigError, match=words), trainer.open_run(config_of(tmp_path / "w", **changes), tiny):
+            pass
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.fixture
+def workdir(trained, tmp_path) -> pathlib.Path:
+    """A copy of a finished run."""
+    shutil.copytree(trained, tmp_path / "w")
+    return tmp_path / "w"
+
+
+def test_a_refused_start_changes_nothing(workdir, tiny):
+    before = (workdir / "config.json").read_text()
+    for changes, words in [
+        ({"steps": 11}, r"--steps=11: .* is at step 12 already"),
+        ({"resume": False}, r"holds a run at step 12 and --resume is off"),
+        ({"seed": 7}, r"holds another run \(--seed: 0 there, 7 here\)"),
+    ]:
+        with (
+            pytest.raises((ConfigError, WorkdirError), match=words),
+            trainer.open_run(config_of(workdir, **changes), tiny),
+        ):
+            pass
+        assert (workdir / "config.json").read_text() == before
+
+
+def test_a_disk_that_takes_no_config_json_is_named_and_what_was_left_is_no_obstacle(tiny, tmp_path, monkeypatch):
+    def read_only(source, target):
+        raise PermissionError(13, os.strerror(13), str(target))
+
+    config = config_of(tmp_path / "w")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", read_only)
+        with (
+            pytest.raises(WorkdirError, match=r"cannot use .*w as workdir: Permission denied"),
+            trainer.open_run(config, tiny),
+        ):
+            pass
+    with trainer.open_run(config, tiny) as run:
+        assert run.step == 0
+
+
+def test_a_damaged_last_checkpoint_is_trained_again_to_the_same_numbers(workdir, trained, tiny, scores, capsys):
+    path = workdir / "checkpoints/12/default/manifest.ocdbt"
+    path.write_bytes(path.read_bytes()[:20])
+    train(config_of(workdir), tiny)
+    said = capsys.readouterr().err
+    assert "the checkpoint of step 12 is damaged" in said
+    assert f"Resuming from step 10 in {workdir}\n" in said
+    chex.assert_trees_all_equal(load(workdir).params, load(trained).params)
+    assert losses(workdir) == losses(trained)
+
+
+# Training.
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"defense": "natural"},
+        {"defense": "e2sad", "second_step": "noise"},
+        {"defense": "free", "replays": 3, "eps_warmup": 7, "schedule": "cyclic"},
+    ],
+    ids=lambda changes: changes["defense"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(changes, scores, tiny, tmp_path):
+    """Stopped before the first checkpoint, within a replay and a warm-up, and between checkpoints."""
+    config = config_of(tmp_path / "whole", eps1=0.1, **changes)
+    whole = train(config, tiny)
+    parts = dataclasses.replace(config, workdir=str(tmp_path / "parts"))
+    for stop, step in ((stop_after(4), 4), (stop_after(4), 7), (never, 12)):
+        resumed = train(parts, tiny, stop)
+        assert int(resumed.step) == step
+        assert steps_in(parts.workdir)[-1] == step
+    same(whole, resumed)
+    assert losses(config.workdir) == losses(parts.workdir), "the curves are those of one run"
+    segments = read_training(tmp_path / "parts")
+    assert [(s["from_step"], s["to_step"], s["runs_together"]) for s in segments] == [(0, 4, 1), (4, 7, 1), (7, 12, 1)]
+    same(train(config, tiny), whole)  # finished: only read
+
+
+def test_a_stretching_run_may_not_change_its_length(scores, tiny, tmp_path):
+    config = config_of(tmp_path, schedule="cosine")
+    train(config, tiny, stop_after(2))
+    with (
+        pytest.raises(WorkdirError, match="--steps: 12 there, 20 here"),
+        trainer.open_run(dataclasses.replace(config, steps=20), tiny),
+    ):
+        pass
+
+
+def test_every_whole_checkpoint_is_noted_and_timed(trained, tiny, tmp_path):
+    (segment,) = read_training(trained)
+    assert (segment["from_step"], segment["to_step"]) == (0, 12)
+    assert {"command", "commit", "date", "hardware", "jax"} <= set(segment)
+    shutil.copytree(trained, tmp_path / "w")
+    with trainer.open_run(config_of(tmp_path / "w"), tiny) as run:
+        assert run.checkpoints.seconds(12) > run.checkpoints.seconds(10) > 0
+        assert trainer.train(run, never)[1] == run.checkpoints.seconds(12)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_state_is_restored_on_the_devices_of_the_run(devices, workdir, tiny):
+    with trainer.open_run(config_of(workdir, devices=devices), tiny) as run:
+        for state in (run.restore(), run.restore(10), run.init_state()):
+            assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {devices}
+        assert (int(run.restore().step), int(run.restore(10).step)) == (12, 10)
+    assert {s.get("devices") for s in read_training(workdir)} == {None}
+
+
+# The best checkpoint.
+
+
+def test_validation_is_pgd_on_the_validation_set_and_robust_comes_before_clean(workdir, tiny):
+    with trainer.open_run(config_of(workdir), tiny) as run:
+        state = run.restore()
+        values = trainer.validate(run, state, never)
+        suite = [Attack("clean", "clean"), Attack("robust", "pgd", 0.3, 10, 0.075)]
+        want = run.attack(state.params, run.validation_set, suite)
+    assert values["clean"] == pytest.approx(want["clean"].correct.mean())
+    assert values["robust"] == pytest.approx(want["robust"].correct.mean())
+    assert values["score"] == want["robust"].correct.sum() + want["clean"].correct.sum() / 51
+    assert values["clean"] > 0.5
+
+
+def test_the_test_set_has_no_say_in_which_is_best(workdir, tiny, tmp_path):
+    """Test labels that are all wrong: judged on them, who has learnt most would be the worst."""
+    wrong = dataclasses.replace(tiny, y_test=(tiny.y_test + 1) % 3)
+    with (
+        trainer.open_run(config_of(tmp_path / "new"), wrong) as other,
+        trainer.open_run(config_of(workdir), tiny) as run,
+    ):
+        state = run.restore()
+        assert trainer.validate(other, state, never) == trainer.validate(run, state, never)
+
+
+def test_who_stops_a_run_does_not_wait_for_the_attack_on_a_checkpoint(tiny, tmp_path, monkeypatch):
+    made, real = [], trainer.evaluate
+
+    def telling(*args, progress, **kwargs):
+        def signalled(name, gradients):
+            made.append(name)
+            signal.raise_signal(signal.SIGTERM)
+            progress(name, gradients)
+
+        return real(*args, progress=signalled, **kwargs)
+
+    monkeypatch.setattr(trainer, "evaluate", telling)
+    config = config_of(tmp_path, eval_batch_size=10)
+    with trainer.open_run(config, tiny) as run, signals.stopping() as stop:
+        state, _ = trainer.train(run, stop)
+        assert (int(state.step), stop()) == (6, signal.SIGTERM)
+        assert made == ["clean"], "one batch of one attack"
+        assert {run.checkpoints.score(step) for step in steps_in(tmp_path)} == {trainer.UNJUDGED}
+        assert run.best() is None
+    assert "score" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_the_best_is_named_with_what_chose_it(scores, tiny, tmp_path):
+    scores.update({5: 1.0, 10: 1.0, 12: 0.5})
+    config = config_of(tmp_path / "w", validation_examples=10)
+    with trainer.open_run(config, tiny) as run:
+        trainer.train(run, stop_after(13))
+        assert run.best() == (10, "10 held-out images (the last, saved when the run was stopped, did not compete)")
+        trainer.train(run, never)
+        assert run.best() == (10, "10 held-out images"), "of equals the later"
+
+
+# What ends a run.
+
+
+def fit_with(monkeypatch, at: int, do) -> None:
+    """Training that does something before the metrics of a step are recorded; `do` may return other metrics."""
+    real = training.fit
+
+    def fit(*args, record, **kwargs):
+        def recording(step, metrics, count):
+            if step == at:
+                with jax.transfer_guard("allow"):
+                    metrics = do(metrics) or metrics
+            record(step, metrics, count)
+
+        return real(*args, record=recording, **kwargs)
+
+    monkeypatch.setattr(trainer, "fit", fit)
+
+
+def test_a_loss_that_is_not_finite_names_step_checkpoint_and_remedy(scores, tiny, tmp_path, monkeypatch):
+    fit_with(monkeypatch, 8, lambda metrics: {**metrics, "loss": jnp.float32(jnp.nan)})
+    words = r"step 8: loss=nan; training stopped, the checkpoint of step 5 stays in .* Try a lower --learning_rate"
+    with pytest.raises(NonFiniteError, match=words) as caught:
+        train(config_of(tmp_path), tiny)
+    assert caught.value.exit_code == 3
+    assert load(tmp_path).step == 5
+
+
+def test_no_checkpoint_of_a_broken_update_replaces_a_good_one(scores, tiny, tmp_path):
+    """The first update already ruins the network, and its loss, taken before, is finite."""
+    config = config_of(tmp_path, steps=1)
+    train(config, tiny)
+    broken = dataclasses.replace(config, steps=4, checkpoint_every=1, learning_rate=1e38)
+    values = read_sealed(tmp_path / "config.json")
+    values["config"]["learning_rate"] = 1e38  # as if it had got there by itself
+    write_json(tmp_path / "config.json", sealed(values))
+    with pytest.raises(NonFiniteError, match=r"step 2.*not finite.*checkpoint of step 1 stays"):
+        train(broken, tiny)
+    assert np.isfinite(load(tmp_path)(np.zeros((2, 8, 8, 1), np.uint8))).all()
+
+
+def test_a_full_disk_keeps_what_was_saved_and_with_room_again_the_run_resumes(scores, tiny, tmp_path, monkeypatch):
+    config, save = config_of(tmp_path), ocp.CheckpointManager.save
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            ocp.CheckpointManager, "save", lambda self, step, **k: full() if step > 5 else save(self, step, **k)
+        )
+        with pytest.raises(CheckpointError, match=errors.FULL) as caught:
+            train(config, tiny)
+    assert caught.value.exit_code == 1
+    assert load(tmp_path).step == 5
+    assert int(train(config, tiny).step) == 12
+
+
+def between_checkpoints(workdir, do):
+    """Does something when the checkpoint of step 5 is whole."""
+
+    def doing(metrics):
+        while not steps_in(workdir):
+            time.sleep(0.01)
+        do()
+
+    return doing
+
+
+def test_a_workdir_that_is_deleted_is_named_and_not_made_anew(scores, tiny, tmp_path, monkeypatch):
+    workdir = tmp_path / "w"
+    fit_with(monkeypatch, 8, between_checkpoints(workdir, lambda: shutil.rmtree(workdir)))
+    with pytest.raises(GoneError, match="was deleted or moved while the run was at work in it"):
+        train(config_of(workdir), tiny)
+    assert not workdir.exists()
+
+
+def test_a_lock_file_deleted_under_a_run_does_not_end_it(scores, tiny, tmp_path, monkeypatch):
+    fit_with(monkeypatch, 8, between_checkpoints(tmp_path, (tmp_path / LOCK).unlink))
+    assert int(train(config_of(tmp_path), tiny).step) == 12
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "words"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), OutOfMemoryError, r"--batch_size \(now 16\)"),
+        (MemoryError(), OutOfMemoryError, r"--eval_batch_size \(now 250\)"),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: lost"), DeviceError, "look at the device .* JAX_PLATFORMS=cpu"),
+        (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: a bug"), jax.errors.JaxRuntimeError, "INVALID_ARGUMENT: a bug"),
+    ],
+)
+def test_memory_and_devices_are_named_with_step_checkpoint_and_remedy(
+    raised, kind, words, scores, tiny, tmp_path, monkeypatch
+):
+    def fail(metrics):
+        raise raised
+
+    with monkeypatch.context() as patch:
+        fit_with(patch, 8, fail)
+        with pytest.raises(kind, match=words) as caught:
+            train(config_of(tmp_path), tiny)
+    if isinstance(caught.value, Error):
+        assert caught.value.exit_code == {OutOfMemoryError: 6, DeviceError: 7}[kind]
+        assert caught.match(r"in training, after step [567] \(.*\); the checkpoint of step 5 is whole in")
+    assert load(tmp_path).step == 5
+
+
+@pytest.mark.parametrize(
+    ("several", "cause", "kind"),
+    [
+        (True, jax.errors.JaxRuntimeError("AllGather failed"), LostProcessError),
+        (False, jax.errors.JaxRuntimeError("AllGather failed"), CheckpointError),
+        (True, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), CheckpointError),
+        (True, OSError("no space left on device"), CheckpointError),
+    ],
+)
+def test_a_process_lost_while_a_checkpoint_is_written_is_a_lost_process(
+    several, cause, kind, tiny, tmp_path, monkeypatch
+):
+    def fit(*args, **kwargs):
+        monkeypatch.setattr("e2sad_jax.distributed.is_multiprocess", lambda: several)
+        raise CheckpointError("cannot write a checkpoint") from cause
+
+    monkeypatch.setattr(trainer, "fit", fit)
+    with trainer.open_run(config_of(tmp_path), tiny) as run, pytest.raises(kind):
+        trainer.train(run, never)
+
+
+# Several runs in one step.
+
+
+def members(tmp_path, **changes):
+    own = [{"seed": 3}, {"seed": 3, "lam": 1.0}, {"seed": 4, "eps1": 0.2}]
+    common = {"defense": "e2sad", "eps1": 0.1, "eps2": 0.05, **changes}
+    return [config_of(tmp_path / f"run{i}", **{**common, **values}) for i, values in enumerate(own)]
+
+
+def train_together(configs, dataset, stop=never):
+    with trainer.open_runs(configs, dataset) as runs:
+        trainer.train_together(runs, stop)
+        return [run.restore() for run in runs]
+
+
+def test_runs_train_together_and_one_left_behind_catches_up(scores, tiny, tmp_path):
+    """As after a kill between two members' checkpoints: they end where separate runs end, with curves without gaps."""
+    train(dataclasses.replace(members(tmp_path)[0], steps=5), tiny)
+    states = train_together(members(tmp_path), tiny)
+    for i, (state, config) in enumerate(zip(states, members(tmp_path / "alone"), strict=True)):
+        single = train(config, tiny)
+        assert int(state.step) == 12
+        chex.assert_trees_all_close(state.params, single.params, atol=2e-5)
+        together, alone = (losses(tmp_path / f"{folder}run{i}") for folder in ("", "alone/"))
+        assert [step for step, _ in together] == [step for step, _ in alone]
+        np.testing.assert_allclose([loss for _, loss in together], [loss for _, loss in alone], atol=1e-5)
+    segments = read_training(tmp_path / "run0")
+    assert [(s["from_step"], s["to_step"], s["runs_together"]) for s in segments] == [(0, 5, 1), (5, 12, 3)]
+
+
+def test_one_of_several_that_diverges_is_named_by_its_place_among_all(scores, tiny, tmp_path, monkeypatch):
+    train_together(members(tmp_path, steps=5)[:2], tiny)  # the third is left behind
+    with monkeypatch.context() as patch:
+        fit_with(patch, 2, lambda metrics: {**metrics, "loss": jnp.full_like(metrics["loss"], jnp.nan)})
+        with pytest.raises(NonFiniteError, match=r"step 2: loss=nan") as caught:
+            train_together(members(tmp_path), tiny)
+        assert caught.value.member == 2
+    train_together(members(tmp_path, steps=5), tiny)
+    fit_with(monkeypatch, 7, lambda metrics: {**metrics, "loss": metrics["loss"].at[1].set(jnp.inf)})
+    with pytest.raises(NonFiniteError, match=r"step 7 of run1: loss=inf") as caught:
+        train_together(members(tmp_path), tiny)
+    assert caught.value.member == 1

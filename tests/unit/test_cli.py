@@ -1,0 +1,220 @@
+"""Commands in this process: the console script's words, the recipes' settings, and errors as one line with an exit code."""
+
+import dataclasses
+import logging
+import subprocess
+import sys
+
+import jax
+import pytest
+from absl import flags
+
+from e2sad_jax import cli, errors
+from e2sad_jax.errors import LostProcessError, OutOfMemoryError, OutOfTimeError, Stopped, WorkdirError
+from e2sad_jax.runs import run
+from e2sad_jax.runs.recipes import RECIPES
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """What the console script calls, with `sys.argv` as the command sees it."""
+    calls = []
+    monkeypatch.setattr(cli, "train", lambda name: calls.append(("train", name, sys.argv)))
+    monkeypatch.setattr(cli, "request", lambda name: calls.append(("request", name, sys.argv)))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("words", "call"),
+    [
+        ("train mnist --defense=trades", ("train", "mnist", ["e2sad train mnist", "--defense=trades"])),
+        ("train digits", ("train", "digits", ["e2sad train digits"])),
+        ("evaluate runs/w --eps=0.1", ("request", "evaluate", ["e2sad evaluate", "--workdir=runs/w", "--eps=0.1"])),
+        ("evaluate --predict=a:b", ("request", "evaluate", ["e2sad evaluate", "--predict=a:b"])),
+        ("export runs/w", ("request", "export", ["e2sad export", "--workdir=runs/w"])),
+        ("compare --data=mnist", ("request", "compare", ["e2sad compare", "--data=mnist"])),
+    ],
+)
+def test_the_console_script_is_the_same_commands(words, call, called, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/e2sad", *words.split()])
+    cli.console()
+    assert called == [call]
+
+
+@pytest.mark.parametrize("words", ["", "--help"])
+def test_without_words_the_console_script_lists_its_commands(words, called, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["e2sad", *words.split()])
+    cli.console()
+    out = capsys.readouterr().out
+    for command in ("train mnist", "train svhn", "train digits", "evaluate RUN", "compare", "export RUN", "data "):
+        assert f"\ne2sad {command}" in out
+    assert called == []
+
+
+@pytest.mark.parametrize("words", ["train", "train cifar", "attack", "--defense=e2sad", "train --defense=e2sad"])
+def test_wrong_words_end_with_2_and_the_list(words, called, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["e2sad", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        cli.console()
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"e2sad: there is no command '{' '.join(words.split()[:2])}'\n\nCommands")
+    assert (said.out, called) == ("", [])
+
+
+def test_data_takes_what_its_module_takes(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["e2sad", "data", "digits", f"--to={tmp_path / 'd.npz'}"])
+    with pytest.raises(SystemExit) as ended:
+        cli.console()
+    assert ended.value.code == 0
+    assert (tmp_path / "d.npz").exists()
+    monkeypatch.setattr(sys, "argv", ["e2sad", "data", "digits"])
+    with pytest.raises(SystemExit) as ended:
+        cli.console()
+    assert ended.value.code == 2
+    assert "e2sad data --help" in capsys.readouterr().err
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """Defines the flags of a recipe anew, and reads the configurations that a command line means."""
+    kinds = dict(cli.DEFINE)
+    plain = {name: getattr(flags, name) for name in ("DEFINE_string", "DEFINE_integer", "DEFINE_bool")}
+
+    def read(name, *arguments):
+        monkeypatch.setattr(cli, "FLAGS", own := flags.FlagValues())
+        monkeypatch.setattr(cli, "DEFINE", {kind: _into(define, own) for kind, define in kinds.items()})
+        for attribute, define in plain.items():
+            monkeypatch.setattr(flags, attribute, _into(define, own))
+        cli.define_flags(RECIPES[name])
+        own([name, *arguments])
+        return cli.read_configs(RECIPES[name])
+
+    return read
+
+
+def _into(define, own):
+    return lambda *args, **kwargs: define(*args, flag_values=own, **kwargs)
+
+
+def test_a_recipe_gives_way_to_flags_and_its_baseline_reads_what_it_can(parsed):
+    baseline, chosen = parsed("digits", "--lam=0.7", "--steps=5")
+    assert (baseline.defense, chosen.defense) == ("natural", "e2sad")
+    assert (chosen.settings["lam"], chosen.settings["eps2"], chosen.steps) == (0.7, 0.07, 5)
+    assert (baseline.steps, baseline.batch_size, baseline.workdir) == (5, 128, f"{chosen.workdir}-natural")
+    assert "lam" not in baseline.settings
+
+
+def test_a_preset_gives_way_to_flags_and_its_schedule_is_the_baselines_too(parsed):
+    beside, chosen = parsed("mnist", "--preset=robust", "--lam=3", "--eps1=0.2", "--baseline=fgsm")
+    settings = ("lam", "eps2", "alpha", "random_start", "ball_second")
+    assert [chosen.settings[name] for name in settings] == [3.0, 0.2 * 2 / 3, 0.0, True, True]
+    assert (chosen.soft_label, chosen.schedule, chosen.eps_warmup) == (False, "cyclic", 0.5)
+    assert beside.settings["alpha"] == 0.6
+    assert (beside.soft_label, beside.schedule, beside.eps_warmup) == (False, "cyclic", 0.5)
+
+
+@pytest.mark.parametrize(("defense", "soft"), [("e2sad", True), ("natural", False), ("trades", False)])
+def test_on_svhn_e2sad_alone_has_soft_labels(defense, soft, parsed):
+    (config,) = parsed("svhn", f"--defense={defense}")
+    assert (config.soft_label, config.epochs, config.eps1) == (soft, 20.0, 24 / 255)
+    assert parsed("svhn", f"--defense={defense}", f"--soft_label={not soft}")[0].soft_label is not soft
+
+
+def test_trades_has_its_papers_steps_on_mnist(parsed):
+    assert parsed("mnist", "--defense=trades")[0].settings["attack_steps"] == 40
+    assert parsed("mnist", "--defense=trades", "--attack_steps=7")[0].settings["attack_steps"] == 7
+    assert parsed("mnist", "--defense=pgd")[0].settings["attack_steps"] == 30
+
+
+# How a command ends.
+
+
+@pytest.fixture
+def end(monkeypatch, capsys):
+    """Calls a command that raises; returns its exit code and what it said."""
+
+    class Exited(BaseException):
+        pass
+
+    def exit_at_once(code):
+        raise Exited(code)
+
+    def ended(error, failed="all is kept", interrupted="it resumes"):
+        def fail():
+            raise error
+
+        monkeypatch.setattr(sys, "argv", ["/x/step_cost/__main__.py"])
+        monkeypatch.setattr(cli.os, "_exit", exit_at_once)
+        with pytest.raises((SystemExit, Exited)) as caught:
+            cli._guarded(fail, failed, interrupted)
+        return caught.value.args[0], capsys.readouterr().err
+
+    return ended
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (WorkdirError("it is\n\x1b[2Jbusy"), 2, "it is\\n\\x1b[2Jbusy"),
+        (Stopped("Stopped. Again:\n  python -m x", 15), 143, "Stopped. Again:\n  python -m x"),
+        (OutOfTimeError("used up:\n  python"), 4, "used up:\n  python"),
+        (OutOfMemoryError("too large"), 6, "too large"),
+        (LostProcessError("one is gone"), 5, "one is gone"),
+        (OSError(28, errors.FULL), 1, f"[Errno 28] {errors.FULL}; all is kept"),
+        (ValueError(f"RESOURCE_EXHAUSTED: file x: {errors.FULL}"), 1, f"{errors.FULL}; all is kept"),
+        (MemoryError(), 6, "out of memory while computing (MemoryError); all is kept. Try a lower batch size"),
+        (KeyboardInterrupt(), 130, "interrupted; it resumes"),
+    ],
+)
+def test_what_goes_wrong_is_a_message_and_an_exit_code(error, code, said, end, monkeypatch):
+    monkeypatch.setattr(cli.os, "dup2", lambda *args: None)
+    assert end(error) == (code, f"step_cost: {said}\n")
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID"):
+        cli._guarded(lambda: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INVALID_ARGUMENT")), "", "")
+
+
+def test_one_of_several_processes_ends_at_once_for_what_happened_to_it_alone(end, monkeypatch):
+    """An orderly end would wait for the others."""
+    exited = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(sys, "exit", lambda code: exited.append(code) or (_ for _ in ()).throw(SystemExit(code)))
+    assert end(WorkdirError("of another run"))[0] == 2
+    assert end(ValueError("a bug"))[0] == 1
+    assert exited == []
+    assert end(Stopped("all stop", 15))[0] == 143
+    assert exited == [143]
+
+
+def test_a_full_disk_is_not_taken_for_memory_and_no_thread_tells_it_twice():
+    """TensorStore counts a disk among the resources that are exhausted, and tells which after long names."""
+    error = ValueError(f'RESOURCE_EXHAUSTED: Error writing "{"x" * 400}": [OS error 28: ENOSPC {errors.FULL}]')
+    assert errors.as_device_error(error, "in training", "all is kept", "--batch_size") is None
+    assert errors.reason(error) == errors.FULL
+
+    def shown(name: str, package: str, raised: bool) -> bool:
+        exc_info = (ValueError, error, None) if raised else None
+        record = logging.LogRecord(name, logging.ERROR, f"/lib/{package}/future.py", 1, "failed", (), exc_info)
+        return cli._is_told_here_alone(record)
+
+    assert not shown("absl", "orbax", True)
+    assert not shown("asyncio", "asyncio", True)
+    assert shown("absl", "orbax", False)
+    assert shown("absl", "orbaxes", True)
+
+
+def test_a_command_that_is_only_asked_about_imports_no_orbax():
+    code = "import sys, e2sad_jax.cli; assert not {'orbax', 'matplotlib'} & set(sys.modules), 'slow'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_recipes_are_settings_that_there_are():
+    for name, recipe in RECIPES.items():
+        assert name in run.SUITES
+        assert recipe.about
+        known = {field.name for field in cli.COMMON} | {s.name for d in cli.DEFENSES.values() for s in d.settings}
+        assert {*recipe.settings, *(s for own in recipe.by_defense.values() for s in own)} <= known
+    assert dataclasses.replace(RECIPES["mnist"], baseline="natural") != RECIPES["mnist"]
