@@ -168,17 +168,23 @@ def launch(run: Callable[[], None], saved: str, *, resumes: bool = True) -> None
 def define_flags(recipe: Recipe) -> None:
     """Defines a flag for each setting, with its range in the help text, as the main module's own: `--help` lists those."""
     import_defenses()
+    robust = preset("robust", recipe.settings.get("eps1", Config.eps1))
     for field in COMMON:
         special = [f"{s[field.name]} for {d}" for d, s in recipe.by_defense.items() if field.name in s]
+        special += [f"{robust[field.name]} by --preset=robust"] if field.name in robust else []
         more = f" (unless given: {', '.join(special)})" if special else ""
         _define(setting_of(field), recipe.settings.get(field.name, field.default), more)
     for setting in _own_settings():
         its_defaults = {d: _own_defaults(d, recipe)[setting.name] for d in readers(setting.name)}
         value = next(iter(its_defaults.values()))
         special = [f"{other} for {d}" for d, other in its_defaults.items() if other != value]
+        special += [f"{robust[setting.name]:.4g} for e2sad by --preset=robust"] if setting.name in robust else []
         more = f"; read by {', '.join(its_defaults)}" + (f" (unless given: {', '.join(special)})" if special else "")
         _define(setting, value, more)
-    text = f"settings of e2SAD by name; flags given have precedence; one of {', '.join(PRESETS)}"
+    text = (
+        f"robust: the settings that hold under strong attacks; paper: the paper's; flags given have precedence; one of "
+        f"{', '.join(PRESETS)}"
+    )
     flags.DEFINE_string("preset", PRESETS[0], text, module_name=sys.argv[0])
     text = f"defense to train and show beside it; one of {', '.join(DEFENSES)}; empty: none"
     flags.DEFINE_string("baseline", recipe.baseline, text, module_name=sys.argv[0])
@@ -254,11 +260,7 @@ def _read_config(recipe: Recipe, defense: str) -> Config:
     if defense != FLAGS.defense:  # a baseline takes what it reads
         given = {name: value for name, value in given.items() if name in own}
     named = preset(FLAGS.preset, values["eps1"])
-    if named and FLAGS.defense != "e2sad":
-        raise ConfigError(
-            f"--preset={FLAGS.preset}: is one of --defense=e2sad, not of {FLAGS.defense}; leave it out, or train e2sad"
-        )
-    if defense != "e2sad":  # a baseline has the same schedule and labels
+    if defense != "e2sad":  # the points are e2SAD's, schedule and labels everybody's
         named = {name: value for name, value in named.items() if name in (*SCHEDULE, "soft_label")}
     for name, value in {**recipe.by_defense.get(defense, {}), **named}.items():
         if name in values and not FLAGS[name].present:

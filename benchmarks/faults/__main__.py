@@ -27,7 +27,7 @@ FLAGS = flags.FLAGS
 ALL = {  # how often, where that may be chosen
     **{"kill_training": 3, "kill_comparison": 5, "kill_evaluation": 3, "kill_preparation": 4, "full_disk": 8},
     **{"read_only": 0, "deleted": 0, "damaged": 300, "damaged_commands": 0, "two_runs": 0, "told_to_stop": 0},
-    **{"told_in_compiler": 0, "broken": 0},
+    "broken": 0,
 }
 PROMISED = 30  # kills -9 of living processes, where none of the kinds is left out or done less often
 LANDED = 0.75  # of all kills, at least

@@ -351,23 +351,6 @@ class Torture:
                 self.again(f"{number.name}, then the same command", workdir, judged=False)
         self.note("SIGTERM and SIGINT, all of these", f"at most {longest:.1f} s from the signal to the end", True)
 
-    def told_in_compiler(self) -> None:
-        """Of a step for which XLA takes long, with nothing compiled before."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            workdir = self.new()
-            anew = "import jax; jax.config.update('jax_enable_compilation_cache', False)"
-            command = (*TRAIN, f"--workdir={workdir}", "--defense=pgd", "--attack_steps=40", "--steps=1")
-            process = self.runs.start(*command, patch=anew)
-            process.reach(phases.FIRST, 1, 3.0)
-            process.send_signal(number)
-            ended = process.end()
-            right = ended.code == 128 + number and ended.seconds < GRACE and "Traceback" not in ended.err
-            early = ", before the compiler was done" * ("while it compiled" in ended.err)
-            told = f"exit code {ended.code}{early}"
-            self.note(f"{number.name} in a long compilation", told, right, f"{ended.seconds:.1f} s {ended.err}")
-            done = self.runs.call(*command)
-            self.note(f"{number.name} in a long compilation", "the same command ends", done.code == 0, done.err)
-
     def broken(self) -> None:
         """A loss that is not finite, memory that does not suffice, a device that fails."""
         for what, (code, error, words) in ERRORS.items():

@@ -16,17 +16,22 @@ from e2sad_jax.errors import ConfigError, quoted
 from e2sad_jax.networks import NETWORKS
 
 SCHEDULES = ("constant", "cyclic", "piecewise", "cosine")
-PRESETS = ("paper", "robust")
+PRESETS = ("robust", "paper")
 # Under which cheap defenses hold MNIST's budget of 0.3 (docs/e2sad.md).
 SCHEDULE: Mapping[str, Any] = {"eps_warmup": 0.5, "schedule": "cyclic", "learning_rate": 5e-3}
 
 
 def preset(name: str, eps1: float) -> dict[str, Any]:
-    """e2SAD's settings by name: "paper", the defaults, or "robust", found by search (docs/e2sad.md).
+    """Settings by name: "paper", the defaults of `Config`, or "robust" (docs/e2sad.md).
+
+    "robust" has e2SAD's points and weights, and for every defense hard labels and the schedules of budget and learning rate.
 
     Args:
       name: one of `PRESETS`.
       eps1: the budget to defend against; the second step of "robust" is two thirds of it.
+
+    Returns:
+      Those that differ from the defaults, by name; none for "paper".
 
     Raises:
       ConfigError: if the name is unknown.

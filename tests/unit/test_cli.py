@@ -13,6 +13,7 @@ from e2sad_jax import cli, errors
 from e2sad_jax.errors import LostProcessError, OutOfMemoryError, OutOfTimeError, Stopped, WorkdirError
 from e2sad_jax.runs import run
 from e2sad_jax.runs.recipes import RECIPES
+from e2sad_jax.training import configure
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def _into(define, own):
 
 
 def test_a_recipe_gives_way_to_flags_and_its_baseline_reads_what_it_can(parsed):
-    baseline, chosen = parsed("digits", "--lam=0.7", "--steps=5")
+    baseline, chosen = parsed("digits", "--preset=paper", "--lam=0.7", "--steps=5")
     assert (baseline.defense, chosen.defense) == ("natural", "e2sad")
     assert (chosen.settings["lam"], chosen.settings["eps2"], chosen.steps) == (0.7, 0.07, 5)
     assert (baseline.steps, baseline.batch_size, baseline.workdir) == (5, 128, f"{chosen.workdir}-natural")
@@ -106,7 +107,7 @@ def test_a_recipe_gives_way_to_flags_and_its_baseline_reads_what_it_can(parsed):
 
 
 def test_a_preset_gives_way_to_flags_and_its_schedule_is_the_baselines_too(parsed):
-    beside, chosen = parsed("mnist", "--preset=robust", "--lam=3", "--eps1=0.2", "--baseline=fgsm")
+    beside, chosen = parsed("mnist", "--lam=3", "--eps1=0.2", "--baseline=fgsm")
     settings = ("lam", "eps2", "alpha", "random_start", "ball_second")
     assert [chosen.settings[name] for name in settings] == [3.0, 0.2 * 2 / 3, 0.0, True, True]
     assert (chosen.soft_label, chosen.schedule, chosen.eps_warmup) == (False, "cyclic", 0.5)
@@ -114,11 +115,21 @@ def test_a_preset_gives_way_to_flags_and_its_schedule_is_the_baselines_too(parse
     assert (beside.soft_label, beside.schedule, beside.eps_warmup) == (False, "cyclic", 0.5)
 
 
+def test_robust_is_the_preset_of_every_defense_and_paper_is_one_flag_away(parsed):
+    for defense in ("natural", "fgsm", "e2sad"):
+        (config,) = parsed("mnist", f"--defense={defense}")
+        assert (config.schedule, config.learning_rate, config.soft_label) == ("cyclic", 5e-3, False)
+        (paper,) = parsed("mnist", f"--defense={defense}", "--preset=paper")
+        assert paper.replace(workdir="") == configure(defense=defense), "the defaults are the paper's"
+
+
 @pytest.mark.parametrize(("defense", "soft"), [("e2sad", True), ("natural", False), ("trades", False)])
 def test_on_svhn_e2sad_alone_has_soft_labels(defense, soft, parsed):
-    (config,) = parsed("svhn", f"--defense={defense}")
+    (config,) = parsed("svhn", "--preset=paper", f"--defense={defense}")
     assert (config.soft_label, config.epochs, config.eps1) == (soft, 20.0, 24 / 255)
-    assert parsed("svhn", f"--defense={defense}", f"--soft_label={not soft}")[0].soft_label is not soft
+    assert (
+        parsed("svhn", "--preset=paper", f"--defense={defense}", f"--soft_label={not soft}")[0].soft_label is not soft
+    )
 
 
 def test_trades_has_its_papers_steps_on_mnist(parsed):
