@@ -19,7 +19,8 @@ INTRODUCTION = """\
 # Results
 
 Each folder answers one question. The command of its row made it, at the commit of its row. The numbers of this page are read
-from the JSON files in the folders (`python -m benchmarks.results`); prices in FLOPs are counted by the present code.
+from the files in the folders by `python -m benchmarks.results`. Prices in FLOPs are counted at the commit that their table
+names (`python -m experiments.compare --show --results=FOLDER` counts them again).
 """
 LIMITS = """\
 Robust accuracy: images classified correctly under all attacks of the table behind the link. Most results are of one seed and
@@ -103,7 +104,8 @@ def _peers(text: Content) -> str:
     """By `benchmarks.attack_peers`: an attack's accuracy by us and by ART, lower being stronger."""
     rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| [\d.]", text, re.M)
     weaker = [float(ours) - float(theirs) for _, ours, theirs in rows if float(ours) > float(theirs)]
-    return f"{len(rows) - len(weaker)} of {len(rows)} at least as strong; the others by {max(weaker, default=0):.3f}"
+    shown = f"at least as strong in {len(rows) - len(weaker)} of {len(rows)} attacks"
+    return f"{shown}, weaker by {max(weaker):.3f} in the other" if weaker else shown
 
 
 def _faults(result: Content) -> str:
@@ -139,7 +141,7 @@ QUESTIONS = (
         "--results=results/e2sad_full_test",
     ),
     Question(
-        "And under the effort of AutoAttack, on 500 images?",
+        "How robust is it under the effort of AutoAttack, on 500 images?",
         *("e2sad_full_test/standard/compare.md", "e2sad_full_test/standard/compare.json"),
         _seeds,
         f"{ROBUST} --steps=2500 --batch_size=128 --examples=500 --queries=5000 --apgd_steps=100 --targets=9 "
@@ -159,7 +161,7 @@ QUESTIONS = (
         "python -m experiments.step_cost --peer=torch --rounds=3 --seconds=0.3 --results=results/step_cost",
     ),
     Question(
-        "And on a processor with AVX-512? (an older commit)",
+        "What does a step cost in time with AVX-512? (an older commit)",
         *("step_cost/avx512/step_cost.md", "step_cost/avx512/step_cost.json"),
         _step,
     ),
@@ -239,7 +241,8 @@ def table(root: pathlib.Path = ROOT) -> Table:
         if (root / question.source).exists():
             content = read(root / question.source)
             parts = provenance_of(content)
-            command = command_now(parts[0]["command"], question.page)
+            whole = min((part["command"] for part in parts), key=len)  # longer ones made some of the rows again
+            command = command_now(whole, question.page)
             about = [_each(parts, "hardware"), _each(parts, "date", 10), _each(parts, "commit", 7)]
             rows.append([f"[{question.text}]({question.page})", question.answer(content), f"`{command}`", *about])
     return Table(columns=["question", "answer", "command", "hardware", "date", "commit"], rows=rows, labels=6)

@@ -369,7 +369,7 @@ def write_models(r: Reproduction) -> list[pathlib.Path]:
 
 
 def card(scale: str, records: Sequence[Mapping[str, Any]], images: Sequence[int]) -> str:
-    """models_card.md: of all runs of a scale, what `report.model_card` says of one.
+    """models_card.md: of all runs of a scale, what a model card says of one.
 
     Args:
       scale: its name.
@@ -388,14 +388,13 @@ def card(scale: str, records: Sequence[Mapping[str, Any]], images: Sequence[int]
         f"- **Models:** {len(records)}, each with its settings in [models.md](models.md); networks: {all_of('network')}, "
         f"layers in {all_of('precision')}.",
         PURPOSE,
-        f"- **Data:** {all_of('data')}. Whatever these images leave out or get wrong, the models do too.",
+        f"- **Data:** {all_of('data')}. The models inherit what these images leave out or get wrong.",
         f"- **Training:** {all_of('defense')}; batches of {all_of('batch')}, steps: {all_of('steps')}; {all_of('hardware')}; "
         f"commits {all_of('commit')}.",
         "",
         "## Evaluation",
         "",
-        "In the tables and figures beside this file ([all on one page](report.html)), each with its attacks, budgets, steps "
-        "and number of test images.",
+        "In the tables and figures beside this file, each with its attacks, budgets, steps and number of test images.",
         "",
         "## Limits",
         "",

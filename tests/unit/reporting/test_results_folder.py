@@ -9,6 +9,7 @@ import pytest
 from benchmarks import results as index
 from e2sad_jax.comparison import show
 from e2sad_jax.reporting import card, results
+from experiments.paper import tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "results"
@@ -77,6 +78,12 @@ def test_tables_and_cards_of_comparisons_are_those_of_their_json(folder):
             robust = [run[which]["robust"] for run in row["runs"]]
             assert row[which]["robust"] == pytest.approx(sum(robust) / len(robust))
         assert row["flops"] == row["step_flops"] * row["settings"]["steps"]
+
+
+def test_the_card_of_the_papers_models_is_that_of_their_json():
+    folder = RESULTS / "paper_small"
+    records = json.loads((folder / "models.json").read_text())["records"]
+    assert (folder / "models_card.md").read_text() == tables.card("small", records, [1_000])
 
 
 def test_the_readmes_table_is_that_of_the_comparison():
