@@ -22,7 +22,7 @@ TOLD = (
     *((trainer.Checkpoints, "save", CHECKPOINT), (run, "_evaluate", EVALUATION), (results, "write", RESULTS)),
     *((evaluate_model, "_attacked", EVALUATION), (comparison, "plot", RESULTS), (diagnosis, "diagnose", EVALUATION)),
     *((plots, "examples", RESULTS), (tfds, "_prepare", DOWNLOAD), (tfds, "_decode", DECODING)),
-    (tfds, "_keep_decoded", COPY),
+    (tfds, "write_npz", COPY),
 )
 
 

@@ -88,7 +88,7 @@ class Config:
     defense: str = setting("e2sad", "how to train", choices=DEFENSES)
     settings: Mapping[str, Any] = FrozenDict()
     data: str = setting("mnist", "mnist, svhn, digits, or a file PATH.npz", identity=False)
-    model: str = setting("mnist_cnn", "network", choices=tuple(NETWORKS))
+    model: str = setting("mnist_cnn", "network", choices=NETWORKS)
     transform: str = setting("unit", "input transform; every eps is in its units", choices=("unit", "standardize"))
     steps: int = setting(30_000, "training steps", lower=1, identity=False)
     epochs: float = setting(

@@ -35,7 +35,7 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch):
         for block in blocks:
             exec(compile(block, str(page), "exec"), names)
     if page == ROOT / "README.md":
-        assert len(blocks) >= 2
+        assert blocks
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: f"{path.parent.name}/{path.name}")
