@@ -79,13 +79,13 @@ def test_nothing_is_loaded_from_elsewhere(pages, site):
 
 
 def test_what_pages_link_to_outside_of_docs_is_there(site):
-    """A table of results as a page, its picture, a source file as a page, a folder, a report."""
+    """A table of results as a page, its picture, a source file as a page, a folder."""
     for name in (
-        *("results/compare/compare.html", "results/compare/compare.png", "e2sad_jax/layers.py.html"),
-        *("e2sad_jax/attacks/index.html", "results/small/report.html", "digits.png"),
+        *("results/defenses_mnist/compare.html", "results/defenses_mnist/compare.png", "e2sad_jax/layers.py.html"),
+        *("e2sad_jax/attacks/index.html", "results/paper_small/table1.html", "digits.png"),
     ):
         assert (site / name).is_file(), name
-    assert "0.862" in (site / "results" / "compare" / "compare.html").read_text()
+    assert "0.862" in (site / "results" / "defenses_mnist" / "compare.html").read_text()
     assert "conv_general_dilated" in (site / "e2sad_jax" / "layers.py.html").read_text()
 
 

@@ -139,7 +139,7 @@ def test_the_numbers_of_every_defense_are_those_of_the_comparison(page, number, 
     assert len(shown) == rows
     assert f"](../results/{folder}/compare.md)" in text
     for name, clean, robust, last in shown:
-        name = re.sub(r" \(.*\)$", "", name) if folder == "compare_parts" else name
+        name = re.sub(r" \(.*\)$", "", name) if folder == "e2sad_ablation" else name
         row = by.get(name) or by.get(NAMED.get(name)) or by[f"e2SAD, robust, {name}"]
         own = row.get("last", row)
         assert (clean, robust) == (f"{own['clean']:.3f}", f"{own['robust']:.3f}"), name
