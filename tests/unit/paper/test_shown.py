@@ -4,12 +4,9 @@ import html.parser
 import json
 import re
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from e2sad_jax.data.transforms import Transform
-from e2sad_jax.evaluation import Attack, transfer
 from e2sad_jax.runs import trainer
 from experiments.paper import cost, figure2_problem, plan, runner, tables
 
@@ -168,40 +165,6 @@ def test_surfaces_of_a_trained_model(ask, lines_of):
     assert origin[:2] == ["0.000", "0.000"]
     assert float(first[2]) > float(origin[2])
     assert float(second[1]) > float(first[1]) + 0.03, "the second step leaves g1, along g2"
-
-
-def test_black_box_by_hand():
-    """Three linear classifiers of one pixel: images made for one meet the others; rows and columns are not swapped."""
-
-    class Linear:
-        def apply(self, w, x):
-            return jnp.concatenate([x[:, 0, 0], -x[:, 0, 0]], -1) * w
-
-    model = Linear()
-    transform = Transform("as it is", lambda images: images, (-1.0, 1.0))
-    images = np.array([0.5, 0.2, -0.4, -0.1], np.float32).reshape(4, 1, 1, 1)
-    labels = np.array([0, 0, 1, 1])
-    one, backwards = jnp.float32(1), jnp.float32(-1)
-    attack = Attack("FGSM", "fgsm", 0.3, 1)
-
-    def ask(substitute, *targets, **kwargs):
-        results = transfer(
-            (model, substitute), [(model, t) for t in targets], images, labels, attack, transform=transform,
-            num_classes=2, **kwargs,
-        )  # fmt: skip
-        return [r.correct.tolist() for r in results]
-
-    # For `one` an image moves by 0.3 towards zero: those nearer than that cross it. `backwards` is wrong on all clean
-    # images, and right on those that crossed.
-    own, other = ask(one, one, backwards)
-    assert own == [True, False, True, False]
-    assert other == [False, True, False, True]
-    # Images made for `backwards` move away from zero.
-    assert ask(backwards, one, backwards) == [[True] * 4, [False] * 4]
-    assert ask(one, one, backwards, batch_size=3) == [own, other]
-    steps = []
-    ask(one, one, batch_size=3, progress=lambda name, gradients: steps.append(gradients))
-    assert steps == [3, 1]
 
 
 def test_cost_is_measured_beside_a_natural_step_and_found_again(tmp_path):
