@@ -23,8 +23,9 @@ WORKDIR = pathlib.Path("run")
 
 
 def command(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    """A command of the wheel, run as a user runs it."""
-    line = [sys.executable, "-m", f"e2sad_jax.experiments.{name}", f"--workdir={WORKDIR}", *flags]
+    """A command of the wheel's console script, run as a user runs it: "train digits"."""
+    script = pathlib.Path(sys.executable).with_name("e2sad")
+    line = [str(script), *name.split(), f"--workdir={WORKDIR}", *flags]
     return subprocess.run(line, capture_output=True, text=True, check=False)
 
 
@@ -80,13 +81,15 @@ def main() -> None:
     assert (gained > 0).any(), gained
     assert float(jnp.abs(asked - images).max()) <= 0.3 + 1e-6
 
-    succeed("digits", "--steps=30", "--eval_examples=20", "--baseline=")
+    succeed("train digits", "--steps=30", "--eval_examples=20", "--baseline=")
     classifier, digits = e2sad_jax.load(WORKDIR), data.load("digits")
     right = np.asarray(classifier(digits.x_test)).argmax(1) == digits.y_test
     assert right.mean() > 0.5, right.mean()
 
-    listed = subprocess.run([sys.executable, "-m", "e2sad_jax"], capture_output=True, text=True, check=True).stdout
-    assert "python -m e2sad_jax.experiments.mnist\n" in listed, listed
+    script = pathlib.Path(sys.executable).with_name("e2sad")
+    listed = subprocess.run([script], capture_output=True, text=True, check=True).stdout
+    for name in ("e2sad train mnist\n", "e2sad evaluate RUN\n", "e2sad compare\n", "e2sad export RUN\n", "e2sad data "):
+        assert name in listed, listed
 
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1"  # the rest is a compiler's work above all
     few = ("--examples=8", "--queries=20", "--targets=1")

@@ -157,5 +157,5 @@ def faster_together(
     ratio = statistics.median(ratios)
     cache.mkdir(parents=True, exist_ok=True)
     about = {"kind": key(config), "runs": runs, "time_of_one_step": ratio if math.isfinite(ratio) else None}
-    write_json(path, {**about, "faster": ratio < runs, **environment})
+    write_json(path, sealed({**about, "faster": ratio < runs, **environment}))
     return ratio < runs

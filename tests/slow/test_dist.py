@@ -1,8 +1,10 @@
 """What is shipped: only what belongs there, and the same byte for byte whenever and wherever it is built."""
 
+import configparser
 import email
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+DIST_INFO = "e2sad_jax-0.1.0.dist-info"
 LEFT_OUT = ("__pycache__", "build", "data", "dist", "runs")
 
 
@@ -57,26 +60,25 @@ def test_two_builds_are_equal_byte_for_byte(built, pattern):
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_the_wheel_holds_the_package_its_commands_and_licences_and_nothing_else(built):
+def test_the_wheel_holds_the_package_its_command_and_licences_and_nothing_else(built):
     sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "e2sad_jax").rglob("*.py")}
-    commands = {f"e2sad_jax/experiments/{path.name}" for path in (ROOT / "experiments").glob("*.py")}
     held = files_in(the(built[0], "*.whl"))
-    about = {name for name in held if name.startswith("e2sad_jax-0.1.0.dist-info/")}
-    assert held - about == sources | commands | {"e2sad_jax/py.typed", "e2sad_jax/digits.npz"}
-    assert {name.split("/", 1)[1] for name in about} == {
-        "METADATA",
-        "RECORD",
-        "WHEEL",
-        "licenses/LICENSE",
-        "licenses/NOTICE",
+    about = {name for name in held if name.startswith(DIST_INFO)}
+    assert held - about == sources | {"e2sad_jax/py.typed", "e2sad_jax/data/digits.npz"}
+    names = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "licenses/NOTICE")
+    assert {name.split("/", 1)[1] for name in about} == set(names)
+    scripts = configparser.ConfigParser()
+    scripts.read_string(zipfile.ZipFile(the(built[0], "*.whl")).read(f"{DIST_INFO}/entry_points.txt").decode())
+    assert {section: dict(scripts[section]) for section in scripts.sections()} == {
+        "console_scripts": {"e2sad": "e2sad_jax.cli:console"}
     }
 
 
 def test_the_wheel_says_whose_the_digits_are(built):
     wheel = zipfile.ZipFile(the(built[0], "*.whl"))
-    metadata = email.message_from_bytes(wheel.read("e2sad_jax-0.1.0.dist-info/METADATA"))
+    metadata = email.message_from_bytes(wheel.read(f"{DIST_INFO}/METADATA"))
     assert metadata["License-Expression"] == "Apache-2.0 AND CC-BY-4.0"
-    notice = " ".join(wheel.read("e2sad_jax-0.1.0.dist-info/licenses/NOTICE").decode().split())
+    notice = " ".join(wheel.read(f"{DIST_INFO}/licenses/NOTICE").decode().split())
     owed = (
         "digits.npz",
         "E. Alpaydin and C. Kaynak",
@@ -114,10 +116,7 @@ def test_the_source_distribution_holds_what_tests_need(built):
     assert not [name for name in held if name.startswith((".ci", "runs", "data/"))]
 
 
-def test_commands_find_each_other_under_any_name():
-    """In a checkout they are `experiments`, in a wheel `e2sad_jax.experiments`: none may name the package it is in."""
-    for path in (ROOT / "experiments").glob("*.py"):
-        lines = path.read_text().splitlines()
-        assert not [line for line in lines if line.lstrip().startswith(("from experiments", "import experiments"))], (
-            path
-        )
+def test_nothing_that_is_shipped_needs_what_is_not():
+    """The package is shipped alone: it must not import the programs beside it."""
+    beside = re.compile(r"^\s*(?:from|import) (?:experiments|benchmarks|tests|examples)\b", re.M)
+    assert not [path for path in (ROOT / "e2sad_jax").rglob("*.py") if beside.search(path.read_text())]

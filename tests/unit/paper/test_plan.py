@@ -6,6 +6,8 @@ import re
 from e2sad_jax.reporting import paper_numbers
 from experiments.paper import plan
 
+LAMBDAS = plan.LAMBDAS  # the fixtures have fewer
+
 
 def test_full_scale_is_the_papers_setting_to_the_letter():
     full = plan.SCALES["full"]
@@ -46,7 +48,8 @@ def test_small_scale_is_the_same_set_of_models_and_says_so():
     assert "layers in bf16" in full.describe(dataclasses.replace(full_config, precision="bf16"), "mnist", 10_000)
 
 
-def test_studies_change_one_setting_and_share_the_model_of_table_1():
+def test_studies_change_one_setting_and_share_the_model_of_table_1(monkeypatch):
+    monkeypatch.setattr(plan, "LAMBDAS", LAMBDAS)
     full = plan.SCALES["full"]
     base = next(e.config for e in plan.table_1(full, {}) if e.name == "e2SAD")
     for name, values, field in [

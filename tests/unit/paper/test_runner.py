@@ -5,28 +5,25 @@ import json
 import os
 import pathlib
 import re
+import shutil
 
 import jax
 import pytest
 
+from e2sad_jax._io import sealed, write_json
 from e2sad_jax.errors import BusyError, ConfigError, DataError, NonFiniteError, OutOfTimeError, Stopped, WorkdirError
 from e2sad_jax.runs import trainer
 from e2sad_jax.runs.checkpoint import state_digest
-from e2sad_jax.runs.folder import open_workdir, read_training, write_config
+from e2sad_jax.runs.folder import open_workdir, read_training
 from experiments.paper import cache, page, plan, runner
 from experiments.paper.time_budget import Clock
 from tests.helpers import change_loss
 
 
 def test_stopped_anywhere_it_goes_on_without_doing_anything_twice(
-    ask, trained, monkeypatch, tmp_path, labels, lines_of
+    whole, ask, trained, monkeypatch, lam, lines_of, tmp_path
 ):
     """Time runs out again and again, at each place where it may; in the end the tables are those of one go."""
-    whole = ask(labels, seeds=1, workdir=str(tmp_path / "whole"))
-    whole.run()
-    expected = lines_of(whole.results / "study_labels.csv")
-    trained.clear()
-
     attacked, evaluate = [], trainer.evaluate
 
     def counting(*args, **kwargs):
@@ -45,16 +42,17 @@ def test_stopped_anywhere_it_goes_on_without_doing_anything_twice(
 
         monkeypatch.setattr(runner.Clock, "stop", stop)
         try:
-            ask(labels, seeds=1).run()
+            ask(lam, seeds=1).run()
             break
         except OutOfTimeError as error:
             said, exit_code = str(error), error.exit_code
         patience = 5 if goes % 2 else 2
     assert 5 < goes < 60
     assert exit_code == 4
-    assert re.search(r"left: (e2sad (hard|soft) seed 0|tables and figures)", said)
+    assert re.search(r"left: (e2sad soft (lam 3.0 )?seed 0|tables and figures)", said)
     assert "The same command goes on from there" in said
-    assert lines_of(whole.results / "study_labels.csv") == expected
+    name = "results/tiny/study_lam.csv"
+    assert lines_of(tmp_path / name) == lines_of(whole[0] / name)
     steps = {}
     for config, start in trained:
         assert start >= steps.get(config.workdir, 0), "never from an earlier step than before"
@@ -63,10 +61,10 @@ def test_stopped_anywhere_it_goes_on_without_doing_anything_twice(
     assert len(attacked) <= 2 * 6 + goes, "an attack is begun again only if it was cut off"
 
 
-def test_ctrl_c_is_its_own_exit_code(ask, monkeypatch, labels):
+def test_ctrl_c_is_its_own_exit_code(ask, monkeypatch, lam):
     monkeypatch.setattr(runner.Clock, "stop", lambda clock: 2)
-    with pytest.raises(Stopped, match="0 of 2 models are trained and attacked; left: e2sad hard seed 0") as caught:
-        ask(labels, seeds=1).run()
+    with pytest.raises(Stopped, match="0 of 2 models are trained and attacked; left: e2sad soft seed 0") as caught:
+        ask(lam, seeds=1).run()
     assert caught.value.exit_code == 130
 
 
@@ -90,25 +88,29 @@ def test_the_budget_ends_before_its_time(monkeypatch):
     assert Clock(lambda: 15, 1.0, 100.0).stop() == 15
 
 
-def test_runs_of_a_kind_train_together(ask, trained, lam):
+def test_runs_of_a_kind_train_together(ask, trained, monkeypatch, lam):
     """That they end where single ones do is tested where populations are."""
-    reproduction = ask(lam, seeds=1, together=3)
+    monkeypatch.setattr(plan, "LAMBDAS", (0.1, 1.0, 3.0))
+    monkeypatch.setattr(runner.Reproduction, "missing", lambda self, config: [])  # attacks
+    monkeypatch.setattr(runner.Reproduction, "_write", lambda self: [])
+    reproduction = ask(lam, seeds=1, together=2)
     reproduction.run()
     segments = [read_training(pathlib.Path(c.workdir)) for c in reproduction.runs]
-    assert [[s["runs_together"] for s in run] for run in segments] == [[3]] * 3 + [[2]] * 2
-    assert len({state_digest(pathlib.Path(c.workdir), reproduction.steps(c)) for c in reproduction.runs}) == 5
-    (seeds,) = {c.seed for c, _ in trained}
-    assert seeds == 0
+    assert [[s["runs_together"] for s in run] for run in segments] == [[2], [2], [1]]
+    assert len({state_digest(pathlib.Path(c.workdir), reproduction.steps(c)) for c in reproduction.runs}) == 3
+    assert {c.seed for c, _ in trained} == {0}
 
 
-def test_a_run_that_another_process_has_is_waited_for(ask, monkeypatch, labels):
-    reproduction = ask(labels, seeds=1)
+@pytest.mark.usefixtures("finished")
+def test_a_run_that_another_process_has_is_waited_for(ask, monkeypatch, lam):
+    reproduction = ask(lam, seeds=1)
+    for config in reproduction.runs:
+        shutil.rmtree(pathlib.Path(config.workdir) / cache.FOLDER)
     config = reproduction.runs[0]
     dataset, workdir = reproduction.dataset_of(config), pathlib.Path(config.workdir)
     waited = []
     other = open_workdir(workdir, config, dataset)
     other.__enter__()
-    write_config(workdir, config, dataset)
     with pytest.raises(BusyError), trainer.open_run(config, dataset):
         pass
 
@@ -119,7 +121,7 @@ def test_a_run_that_another_process_has_is_waited_for(ask, monkeypatch, labels):
 
     monkeypatch.setattr(runner.Clock, "wait", wait)
     reproduction.run()
-    assert waited == [[False, True]] * 2, "meanwhile the other one was trained"
+    assert waited == [[False, True]] * 2, "meanwhile the other one was attacked"
     assert reproduction.finished(config)
 
 
@@ -130,15 +132,15 @@ def test_one_that_diverges_does_not_keep_the_others(ask, trained, monkeypatch, l
         return loss / jax.numpy.where(arguments["lam"] > 2, 0.0, 1.0), parts
 
     change_loss(monkeypatch, "e2sad", breaking)
-    for together in (5, 1):
+    for together in (2, 1):
         reproduction = ask(lam, plan.FIGURE_3, seeds=1, together=together)
         with pytest.raises(NonFiniteError, match=r"step 1: .*loss=inf.*not need them is done") as caught:
             reproduction.run()
         assert caught.value.exit_code == 3
-        assert [reproduction.finished(c) for c in reproduction.runs] == [True] * 4 + [False]
+        assert [reproduction.finished(c) for c in reproduction.runs] == [True, False]
         assert {p.name for p in reproduction.results.glob("*.png")} == {"figure3.png"}
-    tried = [(pathlib.Path(c.workdir).name, start) for c, start in trained]
-    assert len(tried) == 5 + 1 + 4 + 1, "together; the lost one, and the others together; in the second go the lost one"
+    tried = [(c.settings["lam"], start) for c, start in trained]
+    assert sorted(tried) == [(0.1, 0)] * 2 + [(3.0, 0)] * 3, "together; each alone; in the second go the lost one"
 
 
 def test_busy_runs_are_waited_for_also_when_another_one_diverges(ask, monkeypatch, lam):
@@ -160,8 +162,11 @@ def test_busy_runs_are_waited_for_also_when_another_one_diverges(ask, monkeypatc
     assert len(looks) <= 5 + 4 * 4
 
 
-def test_a_full_disk_leaves_what_is_finished(ask, trained, monkeypatch, labels):
-    reproduction = ask(labels, seeds=1)
+@pytest.mark.usefixtures("finished")
+def test_a_full_disk_leaves_what_is_finished(ask, trained, monkeypatch, lam):
+    reproduction = ask(lam, seeds=1)
+    for config in reproduction.runs:
+        shutil.rmtree(pathlib.Path(config.workdir) / cache.FOLDER)
     write, written = cache.write_json, []
 
     def full(path, value):
@@ -173,26 +178,26 @@ def test_a_full_disk_leaves_what_is_finished(ask, trained, monkeypatch, labels):
     with monkeypatch.context() as patch:
         patch.setattr(cache, "write_json", full)
         with pytest.raises(OSError, match="No space left"):
-            reproduction.run()
-    assert len(trained) == 2
-    again = ask(labels, seeds=1)
+            ask(lam, seeds=1).run()
+    again = ask(lam, seeds=1)
+    assert sum(len(again.missing(config)) for config in again.runs) == 2 * 6 - 8
     again.run()
-    assert len(trained) == 2, "no model was trained again"
+    assert trained == [], "no model was trained again"
 
 
 # What cannot be.
 
 
-def test_a_workdir_of_another_version_or_run_is_refused_before_anything_is_trained(ask, trained, labels):
-    reproduction = ask(labels, seeds=1)
+def test_a_workdir_of_another_version_or_run_is_refused_before_anything_is_trained(ask, trained, lam):
+    reproduction = ask(lam, seeds=1)
     workdir = pathlib.Path(reproduction.runs[1].workdir)
     workdir.mkdir(parents=True)
-    (workdir / "config.json").write_text('{"format": 99}')
+    write_json(workdir / "config.json", sealed({"format": 99}))
     with pytest.raises(WorkdirError, match="has format 99, this version reads 1; choose another --workdir"):
-        ask(labels, seeds=1)
+        ask(lam, seeds=1)
     assert trained == []
     (workdir / "config.json").unlink()
-    ask(labels, seeds=1)
+    ask(lam, seeds=1)
 
 
 def test_data_that_does_not_fit_is_refused(ask, files, tmp_path, image_file):
@@ -206,19 +211,20 @@ def test_data_that_does_not_fit_is_refused(ask, files, tmp_path, image_file):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_damaged_outcome_is_made_anew_and_a_damaged_table_named(ask, tmp_path, labels):
-    reproduction = ask(labels, seeds=1)
-    reproduction.run()
+@pytest.mark.usefixtures("finished")
+def test_a_damaged_outcome_is_made_anew_and_a_damaged_table_named(ask, trained, lam):
+    reproduction = ask(lam, seeds=1)
     config = reproduction.runs[0]
     attack = reproduction.attacks[config][1]
     path = cache.path_of(pathlib.Path(config.workdir), attack, reproduction.tested(config))
     good = path.read_text()
     for bad in ("", good[:100], good.replace("predictions", "prediction"), '{"predictions": [[1, 2]]}', "[1]", "null"):
         path.write_text(bad)
-        assert ask(labels, seeds=1).missing(config) == [attack]
-    ask(labels, seeds=1).run()
+        assert ask(lam, seeds=1).missing(config) == [attack]
+    ask(lam, seeds=1).run()
     assert json.loads(path.read_text())["predictions"] == json.loads(good)["predictions"]
-    (reproduction.results / "study_labels.json").write_text("{}")
+    assert trained == []
+    (reproduction.results / "study_lam.json").write_text("{}")
     text = page.write(reproduction.results).read_text()
-    assert "study_labels.json cannot be read (KeyError" in text
+    assert "study_lam.json cannot be read (KeyError" in text
     assert 'id="models"' in text, "the rest is there"

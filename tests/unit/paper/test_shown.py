@@ -4,19 +4,67 @@ import html.parser
 import json
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from e2sad_jax._io import read_sealed, sealed, write_json
+from e2sad_jax.evaluation import Attack, transfer
 from e2sad_jax.runs import trainer
-from experiments.paper import cost, figure2_problem, plan, runner, tables
+from experiments.paper import cost, figure2_problem, page, plan, runner, tables
 
 
-def test_tables_and_figures_from_start_to_report(ask, trained, tmp_path, labels, lines_of):
+def test_two_models_from_start_to_report(whole, ask, trained, lines_of):
+    """Each is trained once and shared by what needs it; the same command again trains and attacks nothing."""
+    root, written = whole
+    folder = root / "results" / "tiny"
+    assert {p.name for p in written} == {p.name for p in folder.iterdir()}
+    assert not [p for p in folder.iterdir() if p.stat().st_size == 0]
+    lines = lines_of(folder / "models.csv")
+    assert [(line["lambda"], line["steps"], line["goes"]) for line in lines] in (
+        [("0.1", "2", "1"), ("3.0", "2", "1")],
+        [("3.0", "2", "1"), ("0.1", "2", "1")],
+    )
+    card = (folder / "models_card.md").read_text()
+    assert "**Models:** 2, each with" in card
+    assert re.search(r"\*\*Training:\*\* e2sad; batches of 8, steps: 2; ", card)
+    assert re.search(r"standard error of an accuracy on \d+ images", card)
+    content = json.loads((folder / "figure3.json").read_text())
+    assert content["provenance"]["trained"]
+    content = json.loads((folder / "study_lam.json").read_text())
+    assert content["provenance"]["trained"] != ""
+    assert content["provenance"]["attacked"] != ""
+    is_whole(folder / "report.html", pictures=2, titles=("the weight lambda", "Figure 3", "Models"))
+
+    before = (folder / "study_lam.csv").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "evaluate", None)
+        patch.setattr(runner.figures, "_figure_3", None)
+        ask(plan.Item("study", "lam"), plan.FIGURE_3, folder=root, seeds=1).run()
+        ask(plan.FIGURE_3, folder=root, seeds=1).run()
+    assert trained == []
+    assert (folder / "study_lam.csv").read_text() == before
+    is_whole(folder / "report.html", pictures=2, titles=("the weight lambda",))  # what is left out later stays
+
+
+def is_whole(path, pictures, titles):
+    """One file, nothing fetched, every tag closed."""
+    text = path.read_text()
+    assert re.findall(r"""(?:src|href)=["'](?!data:|#)""", text) == []
+    assert text.count("data:image/png;base64,") == pictures
+    parser = Tags()
+    parser.feed(text)
+    assert parser.open == []
+    for title in titles:
+        assert title in text
+
+
+@pytest.mark.usefixtures("made_up")
+def test_every_table_and_figure_of_known_outcomes(ask, tmp_path, lines_of):
     everything = [plan.Item(kind, name) for kind in ("table", "figure") for name in plan.NAMES[kind]]
-    reproduction = ask(*everything, labels, seeds=1)
+    reproduction = ask(*everything, plan.Item("study", "labels"), seeds=1)
+    assert len(reproduction.runs) == 10 + 4 + 1, "each once, shared by all that need it"
     written = reproduction.run()
-    runs = [c.workdir for c, _ in trained]
-    assert len(runs) == len(set(runs)) == 10 + 4 + 1, "each once, shared by all that need it"
     folder = tmp_path / "results" / "tiny"
     assert {p.name for p in written} == {p.name for p in folder.iterdir()}
     assert not [p for p in folder.iterdir() if p.stat().st_size == 0]
@@ -42,13 +90,17 @@ def test_tables_and_figures_from_start_to_report(ask, trained, tmp_path, labels,
     lines = lines_of(folder / "table2.csv")
     assert len(lines) == 81
     white = {(t["model"], t["label"]): t["ours"] for t in lines_of(folder / "table1.csv") if t["name"] == "IFGSM-30"}
+    configs = {e.key: reproduction.configs(e, plan.TABLE_2)[0] for e in reproduction.entries(plan.TABLE_2)}
+    order = list(configs)
     for line in lines:
-        same = (line["substitute"], line["substitute_label"]) == (line["target"], line["target_label"])
-        assert line["white_box"] == str(same)
-        if same:
-            assert line["ours"] == white[line["target"], line["target_label"]]
+        substitute, target = (line["substitute"], line["substitute_label"]), (line["target"], line["target_label"])
+        assert line["white_box"] == str(substitute == target)
+        if substitute == target:
+            assert line["ours"] == white[target]
+        known = reproduction.known(configs[substitute], plan.TRANSFER, list(configs.values()))
+        assert float(line["ours"]) == pytest.approx(known.outcomes[order.index(target)].accuracy, abs=1e-6)
     assert any(line["substitute"] == "e2SAD" for line in lines)
-    assert "| **0." in (folder / "table2.md").read_text(), "white-box cells are marked"
+    assert "| **" in (folder / "table2.md").read_text(), "white-box cells are marked"
 
     # A subset says so everywhere.
     for name in ("table3.md", "table3.json"):
@@ -71,33 +123,23 @@ def test_tables_and_figures_from_start_to_report(ask, trained, tmp_path, labels,
     assert len(origins) == 4, "at the origin both attacks see the clean loss"
     for name in ("figure2", "figure3", "figure4", "study_labels"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert len(lines_of(folder / "models.csv")) == 15
-    card = (folder / "models_card.md").read_text()
-    assert "**Models:** 15, each with" in card
-    assert re.search(r"\*\*Training:\*\* (?=.*\bnatural\b)(?=.*\bfgsm\b)(?=.*\be2sad\b)", card)
-    assert re.search(r"standard error of an accuracy on \d+ images", card)
+    titles = ("Table 1", "Table 2", "Table 3", "Figure 2", "Figure 3", "Figure 4", "soft against hard")
+    is_whole(folder / "report.html", pictures=4, titles=titles)
 
-    # The report: one file, nothing fetched.
-    text = (folder / "report.html").read_text()
-    assert re.findall(r"""(?:src|href)=["'](?!data:|#)""", text) == []
-    assert text.count("data:image/png;base64,") == 4
-    parser = Tags()
-    parser.feed(text)
-    assert parser.open == []
-    for title in ("Table 1", "Table 2", "Table 3", "Figure 2", "Figure 3", "Figure 4", "soft against hard", "Models"):
-        assert title in text
-
-    # Again: nothing is trained, nothing attacked; and a part of it later leaves the rest in the report.
-    before = {p.name: p.read_text() for p in folder.glob("table*.csv")}
-    trained.clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "evaluate", None)
-        patch.setattr(runner, "transfer", None)
-        patch.setattr(runner.figures, "_figure_4", None)
-        ask(*everything[:2], *everything[3:], seeds=1).run()
-    assert trained == []
-    assert {p.name: p.read_text() for p in folder.glob("table*.csv")} == before
-    assert (folder / "report.html").read_text().count("data:image/png;base64,") == 4
+    # Figure 3 is a surface: not flat, the clean loss at the origin, attacked points above it.
+    config = reproduction.entries(plan.FIGURE_3)[0].config
+    images, labels = reproduction.datasets["mnist"].x_test, reproduction.datasets["mnist"].y_test
+    p = np.asarray(reproduction.classifier(config)(images), np.float64)
+    clean = -np.log(p[np.arange(len(labels)), labels])
+    surface = np.array([float(row["summed_loss"]) for row in lines_of(folder / "figure3.csv")]).reshape(3, 3)
+    assert surface[0, 0] == pytest.approx(clean.sum(), rel=1e-4)
+    assert surface[2, 0] > surface[1, 0] > surface[0, 0], "the loss rises along IFGSM's direction"
+    assert np.ptp(surface[1]) > 1e-3, "and changes across it"
+    points = json.loads((folder / "figure3.json").read_text())["table"]["rows"]
+    (_, *origin), (_, *first), (_, *second) = points
+    assert origin[:2] == ["0.000", "0.000"]
+    assert float(first[2]) > float(origin[2])
+    assert float(second[1]) > float(first[1]) + 0.03, "the second step leaves g1, along g2"
 
 
 class Tags(html.parser.HTMLParser):
@@ -113,6 +155,22 @@ class Tags(html.parser.HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+
+
+class Shown(html.parser.HTMLParser):
+    """The text of each paragraph, heading, cell and item, code in it included."""
+
+    def __init__(self):
+        super().__init__()
+        self.texts = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag in ("p", "h2", "th", "td", "li"):
+            self.texts.append("")
+
+    def handle_data(self, text):
+        if self.texts:
+            self.texts[-1] += text
 
 
 def test_a_cell():
@@ -147,53 +205,73 @@ def test_the_two_steps_of_figure_2_part_ways():
     assert at == pytest.approx([0.45, 0.52, 0.03], abs=0.005)
 
 
-def test_surfaces_of_a_trained_model(ask, lines_of):
-    """Figures 3 and 4 are surfaces: not flat, the clean loss at the origin, attacked points above it."""
-    reproduction = ask(plan.FIGURE_3)
-    reproduction.run()
-    config = reproduction.entries(plan.FIGURE_3)[0].config
-    images, labels = reproduction.datasets["mnist"].x_test, reproduction.datasets["mnist"].y_test
-    p = np.asarray(reproduction.classifier(config)(images), np.float64)
-    clean = -np.log(p[np.arange(len(labels)), labels])
-    rows = lines_of(reproduction.results / "figure3.csv")
-    surface = np.array([float(row["summed_loss"]) for row in rows]).reshape(3, 3)
-    assert surface[0, 0] == pytest.approx(clean.sum(), rel=1e-4)
-    assert surface[2, 0] > surface[1, 0] > surface[0, 0], "the loss rises along IFGSM's direction"
-    assert np.ptp(surface[1]) > 1e-3, "and changes across it"
-    points = json.loads((reproduction.results / "figure3.json").read_text())["table"]["rows"]
-    (_, *origin), (_, *first), (_, *second) = points
-    assert origin[:2] == ["0.000", "0.000"]
-    assert float(first[2]) > float(origin[2])
-    assert float(second[1]) > float(first[1]) + 0.03, "the second step leaves g1, along g2"
+def test_black_box_by_hand():
+    """Three linear classifiers of one pixel: images made for one meet the others; rows and columns are not swapped."""
+
+    def apply(w, x):
+        return jnp.concatenate([x[:, 0, 0], -x[:, 0, 0]], -1) * w
+
+    images = np.array([0.5, 0.2, -0.4, -0.1], np.float32).reshape(4, 1, 1, 1)
+    labels = np.array([0, 0, 1, 1])
+    one, backwards = jnp.float32(1), jnp.float32(-1)
+    attack = Attack("FGSM", "fgsm", 0.3, 1)
+
+    def ask(substitute, *targets, **kwargs):
+        own, others = (apply, substitute), [(apply, target) for target in targets]
+        results = transfer(own, others, images, labels, attack, bounds=(-1.0, 1.0), **kwargs)
+        return [r.correct.tolist() for r in results]
+
+    # For `one` an image moves by 0.3 towards zero: those nearer than that cross it. `backwards` is wrong on all clean
+    # images, and right on those that crossed.
+    own, other = ask(one, one, backwards)
+    assert own == [True, False, True, False]
+    assert other == [False, True, False, True]
+    # Images made for `backwards` move away from zero.
+    assert ask(backwards, one, backwards) == [[True] * 4, [False] * 4]
+    assert ask(one, one, backwards, batch_size=3) == [own, other]
+    steps = []
+    ask(one, one, batch_size=3, progress=lambda name, gradients: steps.append(gradients))
+    assert steps == [0, 3, 1]
 
 
-def test_cost_is_measured_beside_a_natural_step_and_found_again(tmp_path):
+def test_cost_is_measured_beside_a_natural_step_and_found_again(monkeypatch, tmp_path):
+    """Of made-up steps; that of real ones is asked in tests/slow/test_step_cost.py."""
+    seconds = {"natural": 1.0, "fgsm": 2.0, "e2sad": 4.0}
+    monkeypatch.setattr(cost.training, "step_counts", lambda config, *_: {"flops": 10 * seconds[config.defense]})
+
+    class Step:
+        def __init__(self, config, image_shape, num_classes, runs=None):
+            self.took = seconds[config.defense] * (1 if runs is None else runs - 0.5)
+
+        def timer(self, least):
+            return lambda: self.took
+
+    monkeypatch.setattr(cost, "Step", Step)
     quick = {"model": "digits_cnn", "batch_size": 8}
-    configs = [
-        e.config for e in plan.table_1(plan.Scale("t", quick, {}, 1, 3, 1), {}) if e.name in ("FGSM 0.3", "e2SAD")
-    ]
-    told = []
-    measured = cost.measure(configs, (8, 8, 1), 10, tmp_path, told.append)
-    steps = measured["steps"]
-    natural, fgsm, e2sad = (
-        steps[f"{name}, digits_cnn, batch 8, float32{rest}"]
+    entries = plan.table_1(plan.Scale("t", quick, {}, 1, 3, 1), {})
+    configs = [e.config for e in entries if e.name in ("FGSM 0.3", "e2SAD")]
+    progress = []
+    measured = cost.measure(configs, (8, 8, 1), 10, tmp_path, progress.append)
+    names = [
+        f"{name}, digits_cnn, batch 8, float32{rest}"
         for name, rest in (("natural", ""), ("fgsm", ""), ("e2sad", ", total"))
-    )
-    assert natural["flops_natural"] == natural["time_natural"] == 1.0
-    assert 1.5 < fgsm["flops_natural"] < e2sad["flops_natural"] < 5
-    for step in steps.values():
+    ]
+    steps = [measured["steps"][name] for name in names]
+    assert [step["flops_natural"] for step in steps] == [step["time_natural"] for step in steps] == [1.0, 2.0, 4.0]
+    for step in steps:
         assert 0 < step["fastest"] <= step["milliseconds"] <= step["slowest"]
-    assert len(told) >= 3
-    told.clear()
-    assert cost.measure(configs, (8, 8, 1), 10, tmp_path, told.append) == measured
-    assert told == [], "found again"
-    answer = cost.faster_together(configs[0], (8, 8, 1), 10, 3, tmp_path)
+    assert len(progress) >= 3
+    progress.clear()
+    assert cost.measure(configs, (8, 8, 1), 10, tmp_path, progress.append) == measured
+    assert progress == [], "found again"
+    assert cost.faster_together(configs[0], (8, 8, 1), 10, 3, tmp_path) is True
     (path,) = tmp_path.glob("together-*.json")
-    assert json.loads(path.read_text())["faster"] is answer
-    path.write_text(json.dumps({"faster": not answer}))
-    assert cost.faster_together(configs[0], (8, 8, 1), 10, 3, tmp_path) is not answer, "found again"
+    assert read_sealed(path)["faster"] is True
+    write_json(path, sealed({"faster": False}))
+    assert cost.faster_together(configs[0], (8, 8, 1), 10, 3, tmp_path) is False, "found again"
 
 
+@pytest.mark.usefixtures("made_up")
 def test_differences_are_shown_for_the_papers_data_alone(ask, monkeypatch, lines_of):
     monkeypatch.setattr(runner.Reproduction, "is_paper_data", lambda self, config: True)
     reproduction = ask(plan.TABLE_3)
@@ -207,3 +285,35 @@ def test_differences_are_shown_for_the_papers_data_alone(ask, monkeypatch, lines
     text = (reproduction.results / "table3.md").read_text()
     assert "ours minus the paper's. Ours had less training" in text
     assert "PGD-40, 2 restarts (not in the paper)" in text
+
+
+HOSTILE = "<script>alert(1)</script>\"'&`<b>`"
+
+
+def test_what_is_shown_is_escaped(tmp_path):
+    """Names of files, settings and commands may hold anything; the page shows it, and runs nothing."""
+    cell = tables.Cell([0.5], paper=0.25, white_box=True).values()
+    about = {name: HOSTILE for name in ("date", "command", "hardware", "python", "jax", "flax", "optax", "commit")}
+    table = {
+        **{"title": f"Table 1: {HOSTILE}", "setting": HOSTILE, "header": [HOSTILE, "FGSM"], "names": 1, "digits": 3},
+        **{"rows": [[HOSTILE, cell], ["`odd", cell]], "notes": [HOSTILE], "provenance": about},
+    }
+    numbers = {"header": [HOSTILE], "rows": [[HOSTILE]]}
+    figure = {**table, "caption": HOSTILE, "picture": "../figure2.png", "table": numbers}
+    folder = tmp_path / "a&b <i>"
+    folder.mkdir()
+    write_json(folder / "table1.json", table)
+    write_json(folder / "figure2.json", figure)
+    write_json(folder / "table2.json", {**table, "rows": [["too short"]]})
+    (folder / "figure2.png").write_bytes(b"a picture")
+    text = page.write(folder).read_text()
+    assert "<script" not in text
+    assert "<b>" not in text
+    assert "<i>" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;&#34;&#39;&amp;<code>&lt;b&gt;</code>" in text
+    assert "`odd" in text, "a lone quotation mark begins no code"
+    assert "table2.json cannot be read (ValueError" in text
+    is_whole(folder / "report.html", pictures=1, titles=("a&amp;b &lt;i&gt;",))
+    seen = Shown()
+    seen.feed(text)
+    assert [text.strip() for text in seen.texts].count(HOSTILE.replace("`", "")) == 8, "all of them in full"
