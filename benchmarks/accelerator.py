@@ -4,7 +4,7 @@ python -m benchmarks.accelerator --list
 python -m benchmarks.accelerator --mnist=mnist.npz --svhn=svhn.npz --minutes=9
 python -m benchmarks.accelerator --mnist=mnist.npz --minutes=9 --first=compare_defenses
 
-Each command resumes by itself or measures anew. What ends early is named, with the flag that goes on there.
+Each command resumes by itself or measures again. If one ends early, the message names it and the flag to resume with.
 """
 
 import dataclasses
@@ -182,7 +182,7 @@ def main(argv: list[str]) -> None:
     code, name = run(found, 60 * FLAGS.minutes, call)
     if name:
         why = "time is up" if code == OUT_OF_TIME else f"it ended with exit code {code}"
-        print(f"{name}: {why}; go on with --first={name}", file=sys.stderr)
+        print(f"{name}: {why}; resume with --first={name}", file=sys.stderr)
     elif code:
         print(f"all is done; some rows failed (exit code {code}), and their tables say why", file=sys.stderr)
     sys.exit(code)

@@ -31,7 +31,7 @@ flags.DEFINE_list("workdir", [], "folders of the runs, several with commas")
 flags.DEFINE_integer("examples", 500, "test images, the first ones; at least 1")
 flags.DEFINE_integer("queries", 1000, "queries of Square; at least 1")
 flags.DEFINE_integer("apgd_steps", 50, "steps of both APGD; at least 1")
-flags.DEFINE_string("data_dir", "", "where data sets lie; empty: as the runs had it")
+flags.DEFINE_string("data_dir", "", "folder of data sets; empty: as the runs had it")
 
 
 def ours(eps: float) -> list[Attack]:

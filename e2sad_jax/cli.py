@@ -41,7 +41,7 @@ DEFINE: Mapping[type, Callable[..., Any]] = {
 
 
 def train(name: str) -> None:
-    """The command that trains, evaluates and reports by one of `runs.recipes.RECIPES`."""
+    """Runs the training command of that name in `runs.recipes.RECIPES`: trains, evaluates and reports."""
     recipe = RECIPES[name]
     define_flags(recipe)
 
@@ -64,7 +64,7 @@ class Command(NamedTuple):
 
     Attributes:
       module: has the dataclass, `Request`, and the function to call with one, `run`.
-      saved: what a failure of the system leaves whole.
+      saved: what a failure of the system leaves intact.
       resumes: whether the same command resumes from there.
       about: what the command does, in a line.
     """
@@ -78,27 +78,27 @@ class Command(NamedTuple):
 REQUESTS: Mapping[str, Command] = {
     "evaluate": Command(
         "e2sad_jax.runs.evaluate",
-        "the same command measures anew",
+        "the same command measures again",
         False,
-        "how robust a trained model is: curves, the worst case over strong attacks, checks for gradient masking",
+        "measures the robust accuracy of a model: curves, the worst case over strong attacks, checks for gradient masking",
     ),
     "compare": Command(
         "e2sad_jax.comparison.run",
         "finished models and the others' last checkpoints are safe",
         True,
-        "every defense at the same number of updates: robust accuracy against what training cost",
+        "trains every defense for the same number of updates and compares robust accuracy with training cost",
     ),
     "export": Command(
         "e2sad_jax.export",
-        "the same command with --overwrite exports anew",
+        "the same command with --overwrite exports again",
         False,
-        "a trained model for programs without this library: StableHLO and safetensors",
+        "exports a trained model for programs without this library: StableHLO and safetensors",
     ),
 }
 
 
 def request(name: str) -> None:
-    """The command of that name in `REQUESTS`."""
+    """Runs the command of that name in `REQUESTS`."""
     command = REQUESTS[name]
     define_request(name)
     launch(lambda: run_request(name), command.saved, resumes=command.resumes)
@@ -112,7 +112,7 @@ def define_request(name: str) -> None:
 
 
 def run_request(name: str) -> None:
-    """Does what the flags of a command say."""
+    """Runs a command with the values of its flags."""
     module = importlib.import_module(REQUESTS[name].module)
     values = {field.name: FLAGS[field.name].value for field in dataclasses.fields(module.Request)}
     module.run(module.Request(**{k: tuple(v or ()) if isinstance(v, list) else v for k, v in values.items()}))
@@ -137,8 +137,8 @@ def console() -> None:
 
             sys.exit(main(rest, "e2sad data"))
         case _:
-            said = printable(" ".join(words[:2]))
-            print(f"e2sad: there is no command {said!r}\n\n{_commands()}", file=sys.stderr)
+            given = printable(" ".join(words[:2]))
+            print(f"e2sad: there is no command {given!r}\n\n{_commands()}", file=sys.stderr)
             sys.exit(2)
 
 
@@ -155,7 +155,7 @@ def launch(run: Callable[[], None], saved: str, *, resumes: bool = True) -> None
 
     Args:
       run: the command.
-      saved: what a failure of the system leaves whole.
+      saved: what a failure of the system leaves intact.
       resumes: whether the same command resumes from there.
     """
     failed, interrupted = saved, saved
@@ -182,11 +182,11 @@ def define_flags(recipe: Recipe) -> None:
         more = f"; read by {', '.join(its_defaults)}" + (f" (unless given: {', '.join(special)})" if special else "")
         _define(setting, value, more)
     text = (
-        f"robust: the settings that hold under strong attacks; paper: the paper's; flags given have precedence; one of "
+        f"robust: settings with robust accuracy under strong attacks; paper: the paper's; other flags have precedence; one of "
         f"{', '.join(PRESETS)}"
     )
     flags.DEFINE_string("preset", PRESETS[0], text, module_name=sys.argv[0])
-    text = f"defense to train and show beside it; one of {', '.join(DEFENSES)}; empty: none"
+    text = f"second defense to train, shown in the same table; one of {', '.join(DEFENSES)}; empty: none"
     flags.DEFINE_string("baseline", recipe.baseline, text, module_name=sys.argv[0])
     flags.DEFINE_string(
         "coordinator",
@@ -195,7 +195,7 @@ def define_flags(recipe: Recipe) -> None:
         module_name=sys.argv[0],
     )
     flags.DEFINE_integer("process_id", -1, "several processes: this one's number, from 0", module_name=sys.argv[0])
-    flags.DEFINE_integer("num_processes", 0, "several processes: how many", module_name=sys.argv[0])
+    flags.DEFINE_integer("num_processes", 0, "several processes: their number", module_name=sys.argv[0])
     flags.DEFINE_bool("describe", False, "print the network's layers and stop", module_name=sys.argv[0])
 
 
@@ -214,8 +214,8 @@ def read_configs(recipe: Recipe) -> list[Config]:
     workdir = pathlib.Path(config.workdir).expanduser()
     if workdir.name in ("", ".."):
         workdir = workdir.resolve()
-    beside = workdir.with_name(f"{workdir.name}-{FLAGS.baseline}")
-    return [dataclasses.replace(_read_config(recipe, FLAGS.baseline), workdir=str(beside)), config]
+    second = workdir.with_name(f"{workdir.name}-{FLAGS.baseline}")
+    return [dataclasses.replace(_read_config(recipe, FLAGS.baseline), workdir=str(second)), config]
 
 
 def define_flag(field: "dataclasses.Field[Any]") -> None:

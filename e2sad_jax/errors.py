@@ -82,7 +82,7 @@ class DamagedError(WorkdirError):
     def __init__(self, folder: pathlib.Path, why: str):
         super().__init__(
             f"cannot read the checkpoint {folder}: {why}; if no run is at work there, delete that folder to resume from an "
-            "earlier checkpoint, or to start anew"
+            "earlier checkpoint, or to start again"
         )
         self.folder, self.why = folder, why
 

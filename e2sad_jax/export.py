@@ -152,7 +152,7 @@ def load_safetensors(path: str | os.PathLike[str]) -> Classifier:
                 if found.get(name) != expected.get(name):
                     raise WorkdirError(
                         f"{path}: {name} is {_shown(found, name)}, where the {rest['config'].model} of its metadata has "
-                        f"{_shown(expected, name)}; export the run anew"
+                        f"{_shown(expected, name)}; export the run again"
                     )
             arrays = {name: jnp.asarray(file.get_tensor(name)) for name in names}
     except WorkdirError:

@@ -1,4 +1,4 @@
-"""Every defense at the same number of updates: robust accuracy in the worst case against what training cost.
+"""Trains every defense for the same number of updates and compares robust accuracy with training cost.
 
 python -m experiments.compare --data=mnist
 """

@@ -1,4 +1,4 @@
-"""How robust a trained model is: curves, the worst case over strong attacks, checks for gradient masking.
+"""Measures the robust accuracy of a model: curves, the worst case over strong attacks, checks for gradient masking.
 
 python -m experiments.evaluate --workdir=runs/mnist-e2sad-0123abcd
 """

@@ -1,4 +1,4 @@
-"""A trained model for programs without this library: StableHLO, and its parameters as safetensors.
+"""Exports a trained model for programs without this library: StableHLO, and its parameters as safetensors.
 
 python -m experiments.export --workdir=runs/mnist-e2sad-0123abcd
 """

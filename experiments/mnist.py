@@ -1,4 +1,4 @@
-"""Trains a classifier on MNIST, attacks it and reports: the paper's Section 4.1, with its settings as defaults.
+"""Trains a classifier on MNIST, attacks it and reports, as in the paper's Section 4.1; --preset=paper has its setting.
 
 python -m experiments.mnist --defense=e2sad
 """

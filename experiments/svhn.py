@@ -1,4 +1,4 @@
-"""Trains a classifier on SVHN, attacks it and reports: the paper's Section 4.2, with its settings as defaults.
+"""Trains a classifier on SVHN, attacks it and reports, as in the paper's Section 4.2; --preset=paper has its setting.
 
 python -m experiments.svhn --defense=e2sad
 """

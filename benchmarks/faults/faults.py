@@ -395,7 +395,7 @@ def call(self, step, *rest):
     return real(self, step, *rest)
 trainer.Recorder.__call__ = call
 """,
-        ("after step 2", "the checkpoint of step 20 is whole"),
+        ("after step 2", "the checkpoint of step 20 is intact"),
     ),
     "evaluation": (
         """
@@ -408,7 +408,7 @@ def attack(run, params, dataset, *rest, **more):
     return real(run, params, dataset, *rest, **more)
 Run.attack = attack
 """,
-        ("in the attacks on step 40", "the checkpoints are whole"),
+        ("in the attacks on step 40", "the checkpoints are intact"),
     ),
 }
 PREPARE = """

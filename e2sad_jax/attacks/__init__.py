@@ -5,13 +5,13 @@ An attack knows no model and no parameters. It takes `loss_fn`, a function from 
 
 * One gradient: `fgsm`, and `second_step` of e2SAD.
 * Several gradients: `ifgsm`, `mi_fgsm`, `pgd`, and `apgd`, which adapts its step size. `losses.margin`, `losses.dlr` and
-  `losses.targeted_dlr` are losses for them beside the cross-entropy.
+  `losses.targeted_dlr` are losses for them, as is the cross-entropy.
 * No gradient: `square`.
 * The smallest change instead of the highest loss within a budget, from logits and labels: `deepfool`, `carlini_wagner`,
   `fab`.
 
-`ATTACKS` has them by name, for suites (`evaluation.Attack`); `register` adds one of your own. `attacks.core` has what
-attacks are made of.
+`ATTACKS` has them by name, for suites (`evaluation.Attack`); `register` adds your own. `attacks.core` has the parts of
+attacks.
 """
 
 from e2sad_jax.attacks import core
@@ -41,7 +41,7 @@ ATTACKS: dict[str, Method] = {
 
 
 def register(name: str, method: Method) -> None:
-    """Adds an attack of your own to `ATTACKS`, so that suites run it by name.
+    """Adds your own attack to `ATTACKS`; suites then run it by name.
 
     Args:
       name: a name that no other attack has.

@@ -1,4 +1,4 @@
-"""An entry of `ATTACKS`: an attack with what a suite has to know to run it."""
+"""An entry of `ATTACKS`: an attack and what a suite needs to run it."""
 
 import dataclasses
 import inspect
@@ -114,7 +114,7 @@ class Method:
         norm: str = "linf",
         bounds: Bounds = (0.0, 1.0),
     ) -> jax.Array:
-        """Attacks `x` within `eps`, whatever the attack's own signature is.
+        """Attacks `x` within `eps`, with the arguments that the attack's signature names.
 
         Args:
           logits_fn: images `[N, ...]` to logits `[N, K]`.

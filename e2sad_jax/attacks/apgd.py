@@ -64,7 +64,7 @@ def apgd(
     norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
 ) -> jax.Array:
-    """Auto-PGD (Algorithm 1 of the paper): PGD with momentum, without a step size to choose.
+    """Auto-PGD (Algorithm 1 of the paper): PGD with momentum that adapts its own step size.
 
     z = P(x_k + eta s(grad));  x_{k+1} = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1}))
 

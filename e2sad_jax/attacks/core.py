@@ -1,4 +1,4 @@
-"""What attacks are made of, for attacks and defenses of one's own.
+"""Parts of attacks, for your own attacks and defenses: balls, checks, keys, gradients, loops.
 
 * the ball: `ball`, `linf_ball`, `LinfBall`, `L2Ball` (`project`, `steepest`, `sample`, `contains`), `project_and_cast`,
   `cast_inside`;

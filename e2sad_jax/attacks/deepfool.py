@@ -19,7 +19,7 @@ def deepfool(
     norm: str = "l2",
     bounds: Bounds = (0.0, 1.0),
 ) -> jax.Array:
-    """DeepFool: steps to the nearest boundary of the network as it is linear around the image.
+    """DeepFool: the nearest image of another class, by steps to the boundary of the linearised network.
 
     With y the class, w_k = grad z_k - grad z_y and f_k = z_k - z_y at the present point, the boundary nearest to it is
     that of l = argmin_k |f_k| / ||w_k||_q (q = 2, or 1 in the l-infinity norm), and the step to it

@@ -16,7 +16,7 @@ def fgsm(
     norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
 ) -> jax.Array:
-    """Fast gradient sign method (Eq. 1; the first step of e2SAD, Eq. 6).
+    """Fast gradient sign method: one step along the sign of the gradient (Eq. 1; e2SAD's first step, Eq. 6).
 
     x_adv = clip(x + eps sign(grad_x loss_fn(x)))
 

@@ -18,7 +18,7 @@ def ifgsm(
     step_size: jax.typing.ArrayLike | None = None,
     bounds: Bounds = (0.0, 1.0),
 ) -> jax.Array:
-    """Iterative fast gradient sign method (Eq. 2).
+    """Iterative fast gradient sign method: several steps along the sign of the gradient (Eq. 2).
 
     x_0 = x;  x_k = clamp_{x, eps}(x_{k-1} + a sign(grad loss_fn(x_{k-1}))),  k = 1 .. steps
 

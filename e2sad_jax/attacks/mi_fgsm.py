@@ -19,7 +19,7 @@ def mi_fgsm(
     decay: jax.typing.ArrayLike = 1.0,
     bounds: Bounds = (0.0, 1.0),
 ) -> jax.Array:
-    """Momentum iterative fast gradient sign method.
+    """Momentum iterative fast gradient sign method: IFGSM along a decaying sum of all gradients so far.
 
     g_k = decay g_{k-1} + grad / mean |grad|;  x_k = clamp_{x, eps}(x_{k-1} + a sign(g_k)),  g_0 = 0, x_0 = x
 

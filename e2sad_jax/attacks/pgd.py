@@ -24,7 +24,7 @@ def pgd(
     norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
 ) -> jax.Array:
-    """Projected gradient descent with random starts, the worst of several restarts per example.
+    """Projected gradient descent from random points of the ball; returns the worst of all restarts per image.
 
     Each restart begins at a uniform point of the ball (cut to `bounds`) and takes `steps` steps, along the gradient's
     signs or, in the l2 ball, along the gradient itself, projected onto the ball around the clean image. Per example the

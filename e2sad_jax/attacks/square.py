@@ -57,7 +57,7 @@ def square(
     norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
 ) -> jax.Array:
-    """Square Attack: what only looks at the network's outputs.
+    """Square Attack: a random search that uses the network's outputs and no gradients.
 
     In the l-infinity ball the first query adds vertical stripes of width 1, for each channel of random sign and height
     eps. Each further one adds a square at a random place, 2 eps or -2 eps in each channel, projected onto the ball.

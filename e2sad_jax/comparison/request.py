@@ -78,15 +78,15 @@ class Request:
       ConfigError: if a value is out of range, or the flags do not fit together.
     """
 
-    entry: tuple[str, ...] = setting((), f"one to compare, may be given several times; none: all; of {_quoted()}")
+    entry: tuple[str, ...] = setting((), f"what to compare, may be given several times; none: all; of {_quoted()}")
     data: str = setting("mnist", "mnist, digits, or a file PATH.npz of images in [0, 1]")
-    data_dir: str = setting("", "where data sets lie, empty: $E2SAD_DATA_DIR or ~/.cache/e2sad_jax")
+    data_dir: str = setting("", "folder of data sets, empty: $E2SAD_DATA_DIR or ~/.cache/e2sad_jax")
     model: str = setting("digits_cnn", "network; mnist_cnn is the paper's")
     steps: int = setting(2000, "training steps of each", lower=1)
     batch_size: int = setting(128, "images a step", lower=1)
     eps: float = setting(0.3, "l-infinity budget of training and attack", above=0, upper=1)
     eps_warmup: float = setting(
-        SCHEDULE["eps_warmup"], "steps over which eps rises, below 1: so much of all steps", lower=0
+        SCHEDULE["eps_warmup"], "steps over which eps rises, below 1: a fraction of all steps", lower=0
     )
     schedule: str = setting(SCHEDULE["schedule"], "learning rate over all steps", choices=SCHEDULES)
     learning_rate: float = setting(SCHEDULE["learning_rate"], "Adam's, at its highest", above=0)
@@ -100,17 +100,17 @@ class Request:
     )
     judge: str = setting(
         "test",
-        "images to attack: of the test set, or, to choose settings by, those held out of the training set",
+        "images to attack: the test set, or, to choose settings, those held out of the training set",
         choices=tuple(JUDGES),
     )
     examples: int = setting(500, "images to attack, the first ones, or all if there are fewer", lower=1)
     queries: int = setting(1000, "queries of Square, 0: leave it out", lower=0)
     apgd_steps: int = setting(50, "steps of both APGD", lower=1)
     targets: int = setting(9, "wrong classes that the targeted APGD tries", lower=1)
-    workdir: str = setting("runs/compare", "where the runs are kept")
+    workdir: str = setting("runs/compare", "folder of the runs")
     results: str = setting("", "folder for compare.md, .json and .png, empty: --workdir")
     show: bool = setting(
-        False, "train nothing: count the prices of the rows in --results again and write its files anew"
+        False, "train nothing: count the costs of the rows in --results again and write its files again"
     )
 
     def __post_init__(self) -> None:

@@ -88,7 +88,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
 
 
 def priced(result: Mapping[str, Any]) -> dict[str, Any]:
-    """A comparison with the prices of its rows counted by this code, its rows in the order of a step's price.
+    """Counts the cost of each row of a comparison with this code, and sorts the rows by the cost of a step.
 
     Args:
       result: what compare.json holds, with or without prices.
@@ -153,7 +153,7 @@ def _earlier(path: pathlib.Path, request: Request, shape: Sequence[int], num_cla
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        print(f"warning: {path} is unusable ({first_line(error)}); it is written anew", file=sys.stderr, flush=True)
+        print(f"warning: {path} is unusable ({first_line(error)}); it is written again", file=sys.stderr, flush=True)
         return []
 
 

@@ -1,4 +1,4 @@
-"""What a defense is to the rest of the library: its loss, the settings it reads, its label. `DEFENSES` holds each once."""
+"""The registry `DEFENSES`: each defense's loss, own settings and label."""
 
 import dataclasses
 import inspect
@@ -84,7 +84,7 @@ class Setting:
         return value
 
     def means_as(self, other: "Setting") -> bool:
-        """Whether both have the same type and range, so that one flag can stand for both."""
+        """Whether both have the same type and range, so that one flag can set both."""
         ranges = ("lower", "upper", "above", "choices", "budget", "zero_is_none")
         return type(self.default) is type(other.default) and all(getattr(self, r) == getattr(other, r) for r in ranges)
 
@@ -101,7 +101,7 @@ class Defense:
     Attributes:
       loss: the function.
       label: its name in tables and pictures.
-      settings: those that it alone reads, beside what every run has.
+      settings: those that it alone reads, in addition to those of every run.
       ascent: `(delta, gradient, *, eps) -> delta`, the perturbation of the next step from that of this one and from the
         loss's gradient in it; of a loss that takes `delta`, else None.
       replays: name of the setting that says how many steps in a row train on the same batch; empty: one.
@@ -130,7 +130,7 @@ class Defense:
             raise ValueError(f"{self.label}: replays={self.replays!r} must name one of its settings")
 
     def takes(self, argument: str) -> bool:
-        """Whether the loss has such a keyword."""
+        """Whether the loss has a parameter of that name."""
         return argument in inspect.signature(self.loss).parameters
 
     @property
@@ -139,7 +139,7 @@ class Defense:
         return self.takes("delta")
 
     def defaults(self) -> dict[str, Any]:
-        """The values of its settings where none are given, by name."""
+        """The defaults of its settings, by name."""
         return {setting.name: setting.default for setting in self.settings}
 
     def __call__(
@@ -183,7 +183,7 @@ DEFENSES: dict[str, Defense] = {}
 
 
 def register(name: str, defense: Defense) -> None:
-    """Adds a defense to `DEFENSES`: from then on it is trained, compared and evaluated by name.
+    """Adds a defense to `DEFENSES`; commands then train, compare and evaluate it by name.
 
     Raises:
       ValueError: if the name is taken, or another defense has a setting of the same name and of another range.
@@ -200,7 +200,7 @@ def register(name: str, defense: Defense) -> None:
 
 
 def readers(setting: str) -> tuple[str, ...]:
-    """The defenses that read a setting, by name."""
+    """The names of the defenses that read a setting."""
     return tuple(name for name, defense in DEFENSES.items() if setting in defense.defaults())
 
 

@@ -32,7 +32,7 @@ def clean_term(alpha: jax.typing.ArrayLike, loss_fn: Callable[[jax.Array], jax.A
 def weighted(
     alpha: jax.typing.ArrayLike, loss_fn: Callable[[jax.Array], jax.Array]
 ) -> Callable[[jax.Array], jax.Array]:
-    """`alpha * loss_fn`, the term as it stands in the training loss, for an attack to differentiate.
+    """`alpha * loss_fn`, the term exactly as in the training loss, for an attack to differentiate.
 
     With the same scale in attack and training XLA finds one backward pass where two are written. A weight of exactly 0
     is left out: the attack would find no gradient at all.

@@ -25,7 +25,7 @@ def e2sad(
     bounds: Bounds = (0.0, 1.0),
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Parts]:
-    """Loss of Algorithm 1 (Eq. 8) on one minibatch.
+    """e2SAD: the training loss of Algorithm 1 on two adversarial points per image (Eq. 8).
 
     alpha J(theta, x, y) + (1 - alpha) J(theta, x_adv, y) + lambda / m sum_i D(f(x_adv_i), f(x_adv2_i))
 

@@ -18,7 +18,7 @@ def hamm(
     eps: float = 0.3,
     bounds: Bounds = (0.0, 1.0),
 ) -> tuple[jax.Array, Parts]:
-    """Loss alpha J(theta, x, y) + (1 - alpha) [J(theta, x_adv, y) + eps N / 2 ||dJ(theta, x_adv, y) / dx_adv||].
+    """Hamm's defense: alpha J(theta, x, y) + (1 - alpha) [J(theta, x_adv, y) + eps N / 2 ||dJ(theta, x_adv, y) / dx_adv||].
 
     The bracket is Eq. 5: J the batch mean, N the batch size, x_adv by FGSM and held constant, the norm the L2 norm of
     the whole batch's gradient. It is mixed with the clean term as the paper does; `alpha=0` gives Eq. 5 alone. The

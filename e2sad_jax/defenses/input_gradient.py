@@ -11,7 +11,7 @@ from e2sad_jax.losses import cross_entropy
 def input_gradient(
     logits_fn: LogitsFn, x: jax.Array, y: jax.Array, *, weight: jax.typing.ArrayLike = 1.0
 ) -> tuple[jax.Array, Parts]:
-    """Double backpropagation: J(theta, x, y) + lambda / m sum_i ||dJ_i / dx_i||_2^2.
+    """Input-gradient penalty: J(theta, x, y) + lambda / m sum_i ||dJ_i / dx_i||_2^2.
 
     J_i is the loss of image i alone, so the penalty does not depend on the size of the batch. It is differentiated
     through the gradient, a second derivative.

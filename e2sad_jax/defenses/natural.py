@@ -8,7 +8,7 @@ from e2sad_jax.losses import cross_entropy
 
 
 def natural(logits_fn: LogitsFn, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Parts]:
-    """J(theta, x, y), the batch mean of the cross-entropy on clean images.
+    """Natural training: J(theta, x, y), the mean cross-entropy on clean images.
 
     Args:
       logits_fn: images `[N, ...]` to logits `[N, K]`.

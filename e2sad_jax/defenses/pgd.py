@@ -19,7 +19,7 @@ def pgd(
     step_size: float | None = None,
     bounds: Bounds = (0.0, 1.0),
 ) -> tuple[jax.Array, Parts]:
-    """Madry's minmax: J(theta, x + delta, y) at its maximum over the ball, found by PGD from a random start (Eq. 4).
+    """PGD training (Madry's minmax): J(theta, x_adv, y) at images of PGD from a random start (Eq. 4).
 
     No clean term: the saddle point of Madry et al. is trained on adversarial images alone.
 

@@ -47,11 +47,11 @@ class Attack:
 
     @property
     def targeted(self) -> bool:
-        """Whether the attack walks to one wrong class after the other."""
+        """Whether the attack tries several wrong classes, one after the other."""
         return self.kind != CLEAN and self.loss == "targeted_dlr"
 
     def ranks(self, num_classes: int) -> range:
-        """The wrong classes that are tried in turn, by rank, 1 for the likeliest; of an untargeted loss rank 1 alone."""
+        """The ranks of the wrong classes to try, 1 for the likeliest; 1 alone for an untargeted loss."""
         return range(1, 1 + (min(self.targets, num_classes - 1) if self.targeted else 1))
 
     def gradients(self, num_classes: int | None = None) -> int:
@@ -68,7 +68,7 @@ class Attack:
         return max(1, self.steps // queries) * self.restarts * ranks
 
     def check(self, num_classes: int, ndim: int) -> None:
-        """Refuses an attack that is not possible.
+        """Raises an error if the attack cannot run on such images and classes.
 
         Args:
           num_classes: of the model.
@@ -111,7 +111,7 @@ class Attack:
         seed: jax.typing.ArrayLike = 0,
         rank: jax.typing.ArrayLike = 1,
     ) -> jax.Array:
-        """The adversarial images that the attack makes of `x`; for use inside `jit`.
+        """Attacks `x` and returns adversarial images; for use inside `jit`.
 
         Args:
           logits_fn: images `[N, ...]` to logits `[N, K]`.

@@ -1,4 +1,4 @@
-"""AutoAttack's protocol: the worst case over strong attacks, each run on the images that withstood those before."""
+"""AutoAttack's protocol: the worst case over strong attacks, each run on the images that are still correct."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ FAB = Attack("FAB-T", "fab", steps=100, loss="targeted_dlr", targets=9)  # to be
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AutoResult:
-    """What became of each image.
+    """The result of `auto` for each image.
 
     Attributes:
       standing: by stage, "clean" first: bool `[N]`, whether the prediction is right after it and all before it.
@@ -61,7 +61,7 @@ def auto(
     keep: bool = False,
     progress: Progress | None = None,
 ) -> AutoResult:
-    """Robust accuracy in the worst case over several strong attacks (AutoAttack).
+    """Measures robust accuracy in the worst case over several strong attacks (AutoAttack).
 
     APGD on the cross-entropy, APGD on the targeted DLR loss towards the nine likeliest wrong classes in turn, and Square,
     which sees no gradient. An image that has fallen is not attacked again: the others are gathered into full batches. So
@@ -101,7 +101,7 @@ def auto(
 def run_stages(
     evaluation: Evaluation, stages: Sequence[Attack], *, eps: float, norm: str = "linf", keep: bool = False
 ) -> AutoResult:
-    """`auto`, on an evaluation."""
+    """Runs the stages of `auto` on an `Evaluation`."""
     attacks = [Attack("clean", CLEAN), *(dataclasses.replace(stage, eps=float(eps), norm=norm) for stage in stages)]
     kept: list[np.ndarray] = []
 

@@ -1,4 +1,4 @@
-"""What a model's robustness is worth: accuracy against budget, steps and restarts, transfer, worst case, masking checks."""
+"""Diagnosis of a model's robustness: accuracy against budget, steps and restarts, transfer, worst case, masking checks."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _GRADIENTS = 2  # that the checks take per image: at it and at a point of its ba
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How much `diagnose` computes. The defaults take minutes for 500 images of MNIST on two cores.
+    """The effort of `diagnose`. The defaults take minutes for 500 images of MNIST on two cores.
 
     Attributes:
       budgets: fractions of eps in the curve over budgets.
@@ -58,7 +58,7 @@ class Effort:
         return stages
 
     def work(self, images: int, num_classes: int, transfer: bool) -> int:
-        """The number of gradients that `diagnose` tells its progress in all.
+        """The total number of gradients that `diagnose` reports as progress.
 
         Args:
           images: number of images.
@@ -81,7 +81,7 @@ def diagnose(
     substitute: Model | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measures a model's robustness in the l-infinity ball, and whether it rests on masked gradients.
+    """Measures a model's robust accuracy in the l-infinity ball and checks for gradient masking.
 
     Args:
       model: the model and its images.

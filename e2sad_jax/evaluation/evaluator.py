@@ -39,7 +39,7 @@ class Outcome:
 
     @property
     def accuracy(self) -> float:
-        """The share of images that are predicted right."""
+        """The fraction of images that are classified correctly."""
         return float(self.correct.mean())
 
 
@@ -70,7 +70,7 @@ class Outcomes(Mapping[str, Outcome]):
         return len(self.names)
 
     def worst_case(self) -> np.ndarray:
-        """Whether the prediction is right under every attack, bool `[N]`."""
+        """Whether each image is classified correctly under every attack, bool `[N]`."""
         return np.all(self.correct, axis=0)
 
 
@@ -89,7 +89,7 @@ def evaluate(
     progress: Progress | None = None,
     cascade: bool = False,
 ) -> Outcomes:
-    """Runs each attack on every image and keeps the predictions.
+    """Runs each attack on every image and returns the predictions.
 
     Random numbers belong to an image's place in `images`. So the outcome of an image depends neither on `batch_size`, nor
     on the number of devices, the other attacks, or their order.
@@ -137,7 +137,7 @@ def predict(
     batch_size: int = 250,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """The predicted classes, int32 `[N]`; -1 where a logit is NaN. Arguments as those of `evaluate`."""
+    """Predicts the class of each image, int32 `[N]`, -1 where a logit is NaN; arguments as of `evaluate`."""
     labels = np.zeros(len(images), np.int32)
     return evaluate(
         apply, params, images, labels, [_CLEAN], transform=transform, batch_size=batch_size, mesh=mesh
@@ -158,7 +158,7 @@ def transfer(
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> list[Outcome]:
-    """Black-box attack: images are made for a substitute and shown to the targets (Section 4.1.2, Table 2).
+    """Transfer attack: attacks a substitute and evaluates the targets on its images (Section 4.1.2, Table 2).
 
     Args:
       substitute: the function that the attack sees, `(apply, params)`.
@@ -288,7 +288,7 @@ _kept_programs = functools.lru_cache(maxsize=16)(Programs)
 
 
 class Batch(NamedTuple):
-    """A batch that has been attacked.
+    """An attacked batch.
 
     Attributes:
       places: of its images, `[B]`.
@@ -336,7 +336,7 @@ class Evaluation:
         self.progress: Progress = progress or (lambda name, gradients: None)
 
     def check(self, attacks: Sequence[Attack]) -> None:
-        """Refuses attacks that are not possible, or share a name.
+        """Raises an error if an attack cannot run, or two have the same name.
 
         Raises:
           ValueError: if there is one.
@@ -367,7 +367,7 @@ class Evaluation:
     def run(
         self, attack: Attack, places: np.ndarray, show: Callable[[jax.Array, Any], Any] | None = None
     ) -> Iterator[Batch]:
-        """Attacks the images at `places`, batch after batch.
+        """Attacks the images with the indices `places`, batch by batch.
 
         A targeted attack goes over them once for each wrong class. An image that fools the model is left out from then on,
         so of each image the last batch that has it counts.

@@ -1,4 +1,4 @@
-"""Checks for gradient masking: each a measured number and the bound that it is held to.
+"""Checks for gradient masking: each compares a measured number with a bound.
 
 From Athalye et al., 2018 (https://arxiv.org/abs/1802.00420), Carlini et al., 2019 (https://arxiv.org/abs/1902.06705), and,
 for catastrophic overfitting, Andriushchenko & Flammarion, 2020 (https://arxiv.org/abs/2007.02617).
@@ -71,7 +71,7 @@ def run_checks(
     gradients: Gradients,
     loss_decreased: float,
 ) -> list[Check]:
-    """The checks, from what was measured.
+    """Makes the checks from predictions under attacks and from gradients.
 
     Args:
       clean: whether each image is right without attack, bool `[N]`; the next five likewise, under attack.
@@ -128,11 +128,11 @@ def run_checks(
             "following the gradient does not raise the loss",
         ),
         Check(
-            "right in the whole range",
+            "correct in the whole range",
             float(whole_range.mean()),
             MAX_SHARE,
             True,
-            "images withstand an attack that may turn them into anything",
+            "images stay correct under an attack that may turn them into anything",
         ),
         Check(
             "gradient alignment",
@@ -145,7 +145,7 @@ def run_checks(
 
 
 def verdict(name: str, found: Sequence[Check], images: int) -> str:
-    """What the checks say about a model, in a sentence or two.
+    """The conclusion of the checks, in one or two sentences.
 
     Args:
       name: of the model.
@@ -155,18 +155,18 @@ def verdict(name: str, found: Sequence[Check], images: int) -> str:
     breaches = [check for check in found if check.suspicious]
     if not breaches:
         return (
-            f"{name}: none of {len(found)} checks on {images:,} images finds a sign of gradient masking; the strongest attack "
-            "above is an upper bound of the robust accuracy all the same."
+            f"{name}: none of {len(found)} checks on {images:,} images finds a sign of gradient masking. The accuracy "
+            "under the strongest attack is still only an upper bound of the robust accuracy."
         )
     why = "; ".join(f"{check.name} {check.value:.3f}, {check.means}" for check in breaches)
     return (
-        f"{name}: {len(breaches)} of {len(found)} checks on {images:,} images speak of gradient masking ({why}). Trust no "
-        "accuracy under attacks with gradients alone."
+        f"{name}: {len(breaches)} of {len(found)} checks on {images:,} images indicate gradient masking ({why}). Do not "
+        "trust accuracies under gradient attacks alone."
     )
 
 
 def gradients(model: Model, eps: float) -> Gradients:
-    """Gradients at the clean images and at uniform random points of their l-infinity balls."""
+    """Measures input gradients at the clean images and at uniform random points of their l-infinity balls."""
     zero, cosine = model.per_image(_gradients, np.uint32(model.seed), np.float32(eps))
     return Gradients(float(zero.mean()), float(cosine.mean()))
 

@@ -62,7 +62,7 @@ class Model:
         return self._evaluation(restart, progress).outcomes(attacks)
 
     def clean(self) -> np.ndarray:
-        """Whether each prediction is right, bool `[N]`."""
+        """Whether each image is classified correctly, bool `[N]`."""
         return self.right_on(self.images)
 
     def predict(self, images: np.ndarray) -> np.ndarray:
@@ -70,13 +70,13 @@ class Model:
         return self._evaluation(0, None, images).outcomes([Attack("clean", CLEAN)]).prediction[0]
 
     def right_on(self, images: np.ndarray) -> np.ndarray:
-        """Whether each prediction of other images `[N, ...]` of the same labels is right, bool `[N]`."""
+        """Whether other images `[N, ...]` with the same labels are classified correctly, bool `[N]`."""
         return self.predict(images) == self.labels
 
     def under(
         self, attack: Attack, restart: int = 0, progress: Progress | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each prediction is right under an attack, bool `[N]`, and the attacked images `[N, ...]`.
+        """Runs an attack; returns whether each image is still classified correctly, bool `[N]`, and the images.
 
         Args:
           attack: the attack.
@@ -100,7 +100,7 @@ class Model:
     def per_image(
         self, function: Callable[..., tuple[jax.Array, ...]], *arguments: Any, images: np.ndarray | None = None
     ) -> list[np.ndarray]:
-        """What a function computes for each image.
+        """Computes a function of each image, batch by batch.
 
         Args:
           function: a function of a module, `(programs, params, images, labels, places, *arguments) -> arrays [N]`;
@@ -126,7 +126,7 @@ class Model:
         return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
     def compiled(self) -> "Model":
-        """The same model, which compiles each program once, for several measurements while its function stays the same."""
+        """A copy that compiles each program once and keeps it for several measurements."""
         model = dataclasses.replace(self)
         object.__setattr__(model, "_programs", self._compiled())
         return model
@@ -165,7 +165,7 @@ def of_classifier(
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> Model:
-    """A trained classifier of this library, with images to evaluate it on.
+    """Makes a `Model` of a trained classifier of this library and the images to evaluate it on.
 
     Args:
       classifier: as `e2sad_jax.load` returns it.
@@ -201,7 +201,7 @@ def of_function(
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> Model:
-    """Anyone's model: a function that JAX can differentiate, with images to evaluate it on.
+    """Makes a `Model` of any function that JAX can differentiate and the images to evaluate it on.
 
     Args:
       logits_fn: images `[N, ...]`, float32 in [0, 1], to logits `[N, K]`; with `params`, of those and images.

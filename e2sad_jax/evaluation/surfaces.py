@@ -23,7 +23,7 @@ from e2sad_jax.attacks import core
 def directions(
     x: jax.Array, x_adv: jax.Array, key: jax.Array | None = None, *, towards: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The two search directions of Figures 3 and 4, for each image its own.
+    """Computes the two directions of the loss surfaces of Figures 3 and 4 for each image.
 
     g1 = sign(x_adv - x), and g2 orthogonal to it. The paper leaves g2 open. Here it is either drawn at random, g1 with
     the signs of half of its pixels flipped: then both are made of -1, 0 and 1, t is an l-infinity distance along either,
@@ -70,7 +70,7 @@ def directions(
 
 
 def coordinates(displacement: jax.Array, g1: jax.Array, g2: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Coordinates (t1, t2) of displacements in the plane of g1 and g2: where the paper draws its adversarial points.
+    """Computes the coordinates (t1, t2) of displacements in the plane of g1 and g2.
 
     Args:
       displacement: from the clean images, `[N, ...]`.
@@ -100,7 +100,7 @@ def loss_surface(
     *,
     bounds: tuple[float, float] | None = None,
 ) -> jax.Array:
-    """The loss at x + t1 g1 + t2 g2, for each image and each pair of t1 and t2.
+    """Computes the loss at x + t1 g1 + t2 g2, for each image and each pair of t1 and t2.
 
     Args:
       loss_fn: images `[N, ...]` to per-example losses `[N]`.

@@ -21,7 +21,7 @@ PURPOSE = (
 
 
 def limits(seeds: int, *images: int) -> list[str]:
-    """The section on limits of any model card.
+    """The lines of a model card's section on limits.
 
     Args:
       seeds: how many each model was trained with, at most.
@@ -51,7 +51,7 @@ def accuracies(measured: Mapping[str, Any]) -> list[str]:
 
 
 def apart(results: Mapping[str, Any]) -> bool:
-    """Whether there is a best checkpoint and it is not the last."""
+    """Whether the best checkpoint exists and differs from the last."""
     best = results.get("best")
     return best is not None and best["step"] != results["steps"]
 

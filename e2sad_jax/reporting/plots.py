@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Plots of a run and of points with names."""
 
 import io
 import itertools
@@ -116,7 +116,7 @@ def examples(
 
 
 def label_points(axes: Any, names: Sequence[tuple[str, float, float, Mapping[str, Any]]]) -> None:
-    """Writes the name of each point beside it, where it covers neither a point nor another name.
+    """Writes the name of each point next to it, where it overlaps neither a point nor another name.
 
     Each name takes the place near its point that is farthest from all others. Bold names choose first, then those of
     crowded points.
@@ -182,7 +182,7 @@ def _gap(a: Any, b: Any) -> float:
 
 
 def save(path: pathlib.Path, figure: Any, *, dpi: int) -> None:
-    """Writes a figure as PNG, whole or not at all."""
+    """Writes a figure as PNG, atomically."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=dpi)
     write_bytes(path, content.getvalue())

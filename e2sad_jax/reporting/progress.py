@@ -12,7 +12,7 @@ SHOWN = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 class Bar:
-    """Shows progress: a tqdm bar at a terminal, elsewhere a line now and then.
+    """Shows progress: a tqdm bar at a terminal, elsewhere a line at intervals.
 
     The first update starts the clock of the time left: what comes before it is mostly the compiler, which is no step.
     """
@@ -82,7 +82,7 @@ class Bar:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people write them: 42s, 3m05s, 2h07m."""
+    """Formats seconds as 42s, 3m05s or 2h07m."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds}s"

@@ -31,7 +31,7 @@ def environment() -> dict[str, Any]:
 
 
 def sentence(environment: Mapping[str, Any]) -> str:
-    """An environment in one sentence: when, on what, with which versions, at which commit."""
+    """One sentence on an environment: date, hardware, versions, commit."""
     e = environment
     return (
         f"Measured {e['date']} on {e['hardware']}; Python {e['python']}, JAX {e['jax']}, Flax {e['flax']}; "
@@ -80,7 +80,7 @@ def command() -> str:
 
 
 def again() -> str:
-    """`command`, with the interpreter's path where `python` is another one."""
+    """The command line to run again: `command`, with the interpreter's path if `python` is another one."""
     if not command().startswith("python "):
         return command()
     own, usual = pathlib.Path(sys.executable), shutil.which("python")

@@ -42,7 +42,7 @@ def build(
     train_seconds: float,
     best: Best | None = None,
 ) -> dict[str, Any]:
-    """Collects everything that results.json says about one evaluated run.
+    """Collects the content of results.json for one evaluated run.
 
     Args:
       config: settings of the run.
@@ -93,7 +93,7 @@ def _measured(suite: Sequence[Attack], outcomes: Mapping[str, Outcome]) -> dict[
 
 
 def heading(results: Mapping[str, Any]) -> str:
-    """One line that says what was measured: data set, images, training steps."""
+    """A heading with what was measured: data set, images, training steps."""
     return f"{results['dataset']['name']}: accuracy on {images_of(results)}, {results['steps']:,} training steps"
 
 

@@ -30,7 +30,7 @@ DELETED = "deleted"  # where Orbax moves what is to be deleted, so that a kill l
 class Checkpoints:
     """The checkpoints of one workdir: the last one, and the best one by `score`.
 
-    Orbax writes each into a temporary folder, in the background while training goes on, and renames it when it is whole.
+    Orbax writes each into a temporary folder, in the background during training, and renames it when it is complete.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], *, read_only: bool = False):
@@ -82,11 +82,11 @@ class Checkpoints:
         return self._manager.best_step()
 
     def seconds(self, step: int) -> float:
-        """Time spent in training up to the checkpoint of `step`."""
+        """Seconds of training up to the checkpoint of `step`."""
         return float(self._metrics(step)["seconds"])
 
     def score(self, step: int) -> float:
-        """What the checkpoint of `step` competes with for the best."""
+        """The score of the checkpoint of `step`; the best checkpoint has the highest."""
         return _score(self._metrics(step))
 
     def save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
@@ -119,7 +119,7 @@ class Checkpoints:
     def restore(
         self, like: TrainState, step: int | None = None, place: jax.sharding.Sharding | None = None
     ) -> TrainState:
-        """The state of `step`, by default the last one.
+        """Restores the state of `step`, by default the last one.
 
         Args:
           like: a state of the same configuration, or its shapes (`jax.eval_shape`).
@@ -182,7 +182,7 @@ class Checkpoints:
 
 
 def quarantine_damaged(workdir: str | os.PathLike[str], like: TrainState) -> None:
-    """Renames the last checkpoint if it is damaged and an earlier one is whole, so that training resumes from that.
+    """Renames the last checkpoint if it is damaged and an earlier one is intact, so that training resumes from the latter.
 
     Args:
       workdir: folder of a run, locked.
@@ -213,7 +213,7 @@ def quarantine_damaged(workdir: str | os.PathLike[str], like: TrainState) -> Non
 
 
 def read_metrics(folder: pathlib.Path) -> dict[str, Any]:
-    """What was saved beside the state of a checkpoint: score, seconds, digest.
+    """Reads what a checkpoint holds in addition to the state: score, seconds, digest.
 
     Raises:
       DamagedError: if it is not there any more, or is not what was written.

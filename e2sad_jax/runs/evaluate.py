@@ -1,4 +1,4 @@
-"""The evaluation of one trained model, from a request to tables and files: what `experiments.evaluate` calls."""
+"""Evaluates one trained model and writes tables and files; `experiments.evaluate` calls it."""
 
 import dataclasses
 import importlib
@@ -30,8 +30,8 @@ class Request:
     predict: str = setting(
         "", "instead of a run: MODULE:FUNCTION, from images in [0, 1] to logits, in JAX; needs --data and --eps"
     )
-    data: str = setting("", "data set whose test images are taken; empty: the run's own")
-    data_dir: str = setting("", "where data sets lie; empty: as the run had it")
+    data: str = setting("", "data set whose test images are attacked; empty: that of the run")
+    data_dir: str = setting("", "folder of data sets; empty: that of the run")
     eps: float = setting(0.0, "l-infinity budget in the network's units, 0: the run's own eps1", lower=0)
     examples: int = setting(500, "test images, the first ones, or all if there are fewer; 0: all", lower=0)
     batch_size: int = setting(250, "images at once", lower=1)
@@ -39,23 +39,23 @@ class Request:
     seed: int = setting(0, "seed of the attacks", lower=0, upper=2**32 - 1)
     transfer_from: str = setting(
         "",
-        "folder of a run, naturally trained say, whose adversarial images are shown to the evaluated model; empty: none",
+        "folder of a run, such as a natural model, whose adversarial images the evaluated model classifies; empty: none",
     )
     auto: bool = setting(True, "the worst case over APGD-CE, targeted APGD-DLR and Square")
     queries: int = setting(5000, "queries of Square, 0: leave it out", lower=0)
     targets: int = setting(9, "wrong classes that the targeted APGD tries", lower=1)
-    fab: int = setting(
-        0, "wrong classes that FAB tries on images that are still right before Square, 0: leave it out", lower=0
-    )
+    fab: int = setting(0, "wrong classes that FAB tries, before Square, 0: leave it out", lower=0)
     restarts: int = setting(5, "random starts of PGD", lower=1)
-    results: str = setting("", "folder for evaluation.md, .json and .png; empty: WORKDIR/evaluation")
+    results: str = setting(
+        "", "folder for evaluation.md, .json and .png; empty: WORKDIR/evaluation, or runs/evaluation for --predict"
+    )
 
     def __post_init__(self) -> None:
         if bool(self.workdir) == bool(self.predict):
             raise ConfigError("--workdir or --predict: one of them must be given, a run's folder or MODULE:FUNCTION")
         if self.predict and (":" not in self.predict or not self.data.endswith(".npz") or not self.eps):
             raise ConfigError(
-                f"--predict={self.predict}: must be MODULE:FUNCTION, beside --data=PATH.npz with x_test and y_test, and --eps"
+                f"--predict={self.predict}: must be MODULE:FUNCTION; --data=PATH.npz and --eps are needed too"
             )
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))

@@ -1,4 +1,4 @@
-"""A run's folder: `config.json`, which says whose it is, `training.json`, which says how it came about, and the lock."""
+"""A run's folder: `config.json` with its settings, `training.json` with its history, and the lock."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ CONFIG_BYTES = 2**20
 
 
 def workdir_of(config: Config) -> pathlib.Path:
-    """Where a run is kept: its `workdir`, or the folder that its settings name."""
+    """The folder of a run: its `workdir`, or the default one of its settings."""
     return pathlib.Path(config.workdir or config.default_workdir()).expanduser()
 
 
@@ -39,7 +39,7 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> Iterator[None]:
-    """Makes a workdir for this run, or makes sure that it belongs to this run, and keeps other processes out of it.
+    """Creates or checks the workdir of a run and locks it against other processes.
 
     Raises:
       WorkdirError: if it belongs to a run of other settings or data (naming what differs), if another process is at
@@ -60,7 +60,7 @@ def open_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> Ite
 
 
 def ensure_exists(workdir: pathlib.Path) -> None:
-    """Refuses to write into a workdir that was deleted or moved during its run, which would make it anew.
+    """Refuses to write into a workdir that was deleted or moved during its run; writing would create it again.
 
     Raises:
       GoneError: if it is gone.
@@ -68,12 +68,12 @@ def ensure_exists(workdir: pathlib.Path) -> None:
     if not (workdir / "config.json").exists():  # a folder of the same name may have been made since
         raise GoneError(
             f"{workdir}/config.json is gone: the workdir was deleted or moved while the run was at work in it, so nothing more "
-            "can be saved there; put it back to resume from its last checkpoint, or start the run anew"
+            "can be saved there; put it back to resume from its last checkpoint, or start the run again"
         )
 
 
 def steps_in(workdir: str | os.PathLike[str]) -> list[int]:
-    """Steps of the checkpoints in a workdir that are whole, as far as their names tell, in their order."""
+    """The steps of the complete checkpoints in a workdir, by their names, in order."""
     names = [path.name for path in (pathlib.Path(workdir) / "checkpoints").glob("*")]
     return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
@@ -90,7 +90,7 @@ def _unusable(workdir: pathlib.Path, error: OSError) -> WorkdirError:
 
 
 def check_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> None:
-    """Makes sure that a workdir, if it is one already, belongs to this run.
+    """Raises an error if the workdir belongs to another run.
 
     Raises:
       WorkdirError: if it belongs to a run of other settings, data, or of another version; naming what differs.
@@ -122,7 +122,7 @@ def write_config(workdir: pathlib.Path, config: Config, dataset: Dataset) -> Non
 
 
 def note_training(workdir: pathlib.Path, segment: Mapping[str, Any]) -> None:
-    """Writes into training.json what one process did, from `from_step` to `to_step`, on what and when.
+    """Adds a segment of training to training.json: what one process did, from `from_step` to `to_step`, on what and when.
 
     The steps of earlier processes after `from_step` were lost with them and are left out.
     """
@@ -135,7 +135,7 @@ def note_training(workdir: pathlib.Path, segment: Mapping[str, Any]) -> None:
 
 
 def read_training(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The segments in which a run was trained, oldest first; empty where nothing readable says so.
+    """Reads the segments of training from training.json, oldest first; empty if it cannot be read.
 
     Each has `from_step`, `to_step`, `seconds`, `runs_together`, `command`, and what `provenance.environment` says.
     """
@@ -146,7 +146,7 @@ def read_training(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def read_config(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
-    """Configuration and data set description from a workdir's config.json.
+    """Reads configuration and data set description from a workdir's config.json.
 
     Raises:
       WorkdirError: if it is missing, damaged, or of another format or version.
@@ -158,7 +158,7 @@ def read_config(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
         raise WorkdirError(f"{path} does not exist: {workdir} is not the workdir of a run") from error
     except (OSError, ValueError) as error:
         raise WorkdirError(
-            f"cannot read {path}: {first_line(error)}; restore it from a copy, or choose another --workdir to train anew"
+            f"cannot read {path}: {first_line(error)}; restore it from a copy, or choose another --workdir to train again"
         ) from error
     if values.get("format") != FORMAT:
         found = first_line(ValueError(values.get("format")))

@@ -161,7 +161,7 @@ class _Board:
 
 @functools.cache
 def has_tensorboard() -> bool:
-    """Whether files for TensorBoard can be written: whether its package is there; else a warning says so once."""
+    """Whether tensorboardX can be imported; if not, prints a warning once."""
     try:
         import tensorboardX.event_file_writer  # noqa: F401
     except ImportError as error:

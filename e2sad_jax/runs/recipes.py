@@ -13,7 +13,7 @@ class Recipe:
       about: what the command does, in a line.
       settings: those that differ from the defaults of `training.Config` and of the defenses.
       by_defense: those that one defense takes instead, by its name.
-      baseline: defense to train beside the chosen one, empty for none.
+      baseline: second defense to train, empty for none.
     """
 
     about: str
@@ -25,12 +25,12 @@ class Recipe:
 # By the name of the suite of attacks, too (`evaluation.SUITES`).
 RECIPES: Mapping[str, Recipe] = {
     "mnist": Recipe(
-        about="the paper's Section 4.1",
+        about="MNIST, as in the paper's Section 4.1",
         settings={"data": "mnist", "model": "mnist_cnn"},
         by_defense={"trades": {"attack_steps": 40}},  # its paper's
     ),
     "svhn": Recipe(
-        about="the paper's Section 4.2",
+        about="SVHN, as in the paper's Section 4.2",
         settings={
             "data": "svhn",
             "model": "svhn_cnn",

@@ -1,4 +1,4 @@
-"""A whole run: data, training with checkpoints, evaluation, results; what the training commands call."""
+"""A complete run, for the training commands: data, training with checkpoints, evaluation, results."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,7 +39,7 @@ def train_and_report(config: Config, suite: str) -> dict[str, Any]:
 
 
 def train_with_baseline(configs: Sequence[Config], suite: str) -> dict[str, dict[str, Any]]:
-    """`train_and_report` of each on the same data; `results.md` of each shows those before it, too.
+    """Trains, evaluates and reports several models on the same data; each `results.md` also shows the earlier ones.
 
     Args:
       configs: settings of the runs, of different defenses and in workdirs of their own.
@@ -132,7 +132,7 @@ def _evaluate(run: Run, state: TrainState, suite: Sequence[Attack]) -> Outcomes:
                 state.params, test_set, suite, progress=lambda name, gradients: bar.update(gradients, name)
             )
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
-            kept = f"the checkpoints are whole in {run.workdir}, and the same command attacks them again"
+            kept = f"the checkpoints are intact in {run.workdir}, and the same command attacks them again"
             lower = f"--eval_batch_size (now {run.config.eval_batch_size})"
             if named := as_device_error(error, f"in the attacks on step {step:,}", kept, lower):
                 raise named from error
@@ -149,7 +149,7 @@ def _stopped(run: Run, step: int, number: int) -> Stopped:
 
 
 def summary(results: Mapping[str, Mapping[str, Any]], config: Config) -> str:
-    """The table of all results for a terminal, and where the files of the run of `config` are."""
+    """The table of all results and the paths of the files of `config`'s run, for a terminal."""
     files = {
         "checkpoint": "checkpoints",
         "results": "results.json",
@@ -163,7 +163,7 @@ def summary(results: Mapping[str, Mapping[str, Any]], config: Config) -> str:
 
 
 def describe(config: Config) -> str:
-    """The layer table of the configured network: for the paper's data sets without loading them."""
+    """The table of the configured network's layers; known data sets are not loaded for it."""
     if known := data.KNOWN.get(config.data):
         shape, num_classes = known.image_shape, known.num_classes
     else:

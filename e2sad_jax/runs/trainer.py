@@ -42,7 +42,7 @@ UNJUDGED = -1.0  # score of a checkpoint that was not validated, because the run
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run whose settings, data and workdir are known to fit together.
+    """An opened run: settings, data and workdir, checked against each other.
 
     Attributes:
       config: its settings.
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def transform(self) -> Transform:
-        """From images to the network's input."""
+        """The transform from images to the network's input."""
         return TRANSFORMS[self.config.transform]
 
     @property
@@ -77,17 +77,17 @@ class Run:
         return self.checkpoints.last_step or 0
 
     def init_state(self) -> TrainState:
-        """A fresh state, on the run's devices."""
+        """Initialises a state on the run's devices."""
         return distributed.replicate(self.mesh, init_state(self.config, self.model, self.dataset.image_shape))
 
     def restore(self, step: int | None = None) -> TrainState:
-        """The state of the checkpoint of `step`, by default the last one, whatever number of devices wrote it."""
+        """Restores the checkpoint of `step`, by default the last one; another number of devices may have written it."""
         shapes = jax.eval_shape(lambda: init_state(self.config, self.model, self.dataset.image_shape))
         place = None if self.mesh is None else distributed.whole(self.mesh)
         return self.checkpoints.restore(shapes, step=step, place=place)
 
     def test_set(self) -> Dataset:
-        """The data set with those test images that the run is evaluated on."""
+        """The data set, cut to the test images that the run evaluates."""
         count = self.config.eval_examples or len(self.dataset.x_test)
         return dataclasses.replace(self.dataset, x_test=self.dataset.x_test[:count], y_test=self.dataset.y_test[:count])
 
@@ -137,7 +137,7 @@ class Run:
         """The checkpoint to resume from, in words."""
         steps = steps_in(self.workdir)
         return (
-            f"the checkpoint of step {steps[-1]:,} is whole in {self.workdir}"
+            f"the checkpoint of step {steps[-1]:,} is intact in {self.workdir}"
             if steps
             else "there is no checkpoint yet"
         )
@@ -145,7 +145,7 @@ class Run:
 
 @contextlib.contextmanager
 def open_runs(configs: Sequence[Config], dataset: Dataset) -> Iterator[list[Run]]:
-    """Opens runs on the same data, each in its workdir; if one of them is refused, nothing has changed in any.
+    """Opens runs on the same data, each in its workdir; if one is refused, no workdir changes.
 
     Of several processes the first alone locks and writes; all read.
 
@@ -162,7 +162,7 @@ def open_runs(configs: Sequence[Config], dataset: Dataset) -> Iterator[list[Run]
 
 @contextlib.contextmanager
 def open_run(config: Config, dataset: Dataset) -> Iterator[Run]:
-    """`open_runs` of one run."""
+    """Opens one run, as `open_runs` does."""
     with open_runs([config], dataset) as (run,):
         yield run
 

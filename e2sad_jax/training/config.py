@@ -22,7 +22,7 @@ SCHEDULE: Mapping[str, Any] = {"eps_warmup": 0.5, "schedule": "cyclic", "learnin
 
 
 def preset(name: str, eps1: float) -> dict[str, Any]:
-    """Settings by name: "paper", the defaults of `Config`, or "robust" (docs/e2sad.md).
+    """The settings of the preset "paper" or "robust" that differ from the defaults (docs/e2sad.md).
 
     "robust" has e2SAD's points and weights, and for every defense hard labels and the schedules of budget and learning rate.
 
@@ -71,13 +71,13 @@ def setting(
 
 
 def setting_of(field: "dataclasses.Field[Any]") -> Setting:
-    """The setting that a field made by `setting` is."""
+    """The `defenses.Setting` that describes a field made by `setting`."""
     return Setting(field.name, field.default, field.metadata["help"], **field.metadata["about"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of one training run. The defaults are the paper's for MNIST; `experiments/` holds those for each data set.
+    """Settings of one training run. The defaults are the paper's for MNIST; `runs.recipes` has those of each command.
 
     `configure` makes one of flat keywords.
 
@@ -85,7 +85,7 @@ class Config:
       settings: those that the defense alone reads, by name; what is not given is at the defense's defaults.
     """
 
-    defense: str = setting("e2sad", "how to train", choices=DEFENSES)
+    defense: str = setting("e2sad", "defense to train with", choices=DEFENSES)
     settings: Mapping[str, Any] = FrozenDict()
     data: str = setting("mnist", "mnist, svhn, digits, or a file PATH.npz", identity=False)
     model: str = setting("mnist_cnn", "network", choices=NETWORKS)
@@ -110,7 +110,7 @@ class Config:
     )
     eps_warmup: float = setting(
         0.0,
-        "steps over which eps1, eps2 and attack_step_size rise from 0 in training, below 1: so much of all steps, 0: none",
+        "steps over which eps1, eps2 and attack_step_size rise from 0 in training, below 1: a fraction of all steps, 0: none",
         lower=0,
     )
     soft_label: bool = setting(True, "train on soft labels, 1 - delta for the true class")
@@ -119,15 +119,15 @@ class Config:
     precision: str = setting("float32", "what the layers compute in", choices=("float32", "tf32", "bf16"))
     devices: int = setting(1, "devices to split each batch over, 0: all", lower=0, identity=False)
     validation_examples: int = setting(
-        0, "training images held out to choose the best checkpoint, 0: watch 500 of the training images", lower=0
+        0, "training images held out to choose the best checkpoint, 0: use 500 of the training images", lower=0
     )
     eval_examples: int = setting(0, "test images to evaluate, the first ones, 0: all", lower=0, identity=False)
     eval_batch_size: int = setting(250, "images a batch in evaluation", lower=1, identity=False)
     checkpoint_every: int = setting(500, "steps between checkpoints", lower=1, identity=False)
     log_every: int = setting(50, "steps between lines of metrics", lower=1, identity=False)
-    data_dir: str = setting("", "where data sets lie, empty: $E2SAD_DATA_DIR or ~/.cache/e2sad_jax", identity=False)
-    workdir: str = setting("", "where the run is kept, empty: runs/DATA-DEFENSE-HASH", identity=False)
-    resume: bool = setting(True, "go on from the workdir's last checkpoint", identity=False)
+    data_dir: str = setting("", "folder of data sets, empty: $E2SAD_DATA_DIR or ~/.cache/e2sad_jax", identity=False)
+    workdir: str = setting("", "folder of the run, empty: runs/DATA-DEFENSE-HASH", identity=False)
+    resume: bool = setting(True, "resume from the workdir's last checkpoint", identity=False)
 
     def __post_init__(self) -> None:
         values = {field.name: check(field, getattr(self, field.name)) for field in COMMON}
@@ -152,11 +152,11 @@ class Config:
 
     @property
     def entry(self) -> Defense:
-        """The defense as `DEFENSES` has it."""
+        """The defense's entry in `DEFENSES`."""
         return DEFENSES[self.defense]
 
     def replace(self, **changes: Any) -> "Config":
-        """The configuration with other values, given as to `configure`.
+        """A copy of the configuration with some values changed, which are given as to `configure`.
 
         With another defense those settings are kept that both defenses read.
 
@@ -169,12 +169,12 @@ class Config:
         return configure(**{**_common(self), **kept, **changes})
 
     def to_json(self) -> dict[str, Any]:
-        """All values by name, the defense's own beside the common ones: what `from_json` takes."""
+        """All values by name, common ones and the defense's own, for `from_json`."""
         return {**_common(self), **self.settings}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Config":
-        """The configuration that `to_json` gave.
+        """Builds the configuration from the values that `to_json` returned.
 
         Raises:
           ConfigError: if a setting is unknown, not the defense's, has another type, or is out of range.
@@ -184,7 +184,7 @@ class Config:
         return configure(**{name if isinstance(name, str) else quoted(name): value for name, value in values.items()})
 
     def identity(self) -> dict[str, Any]:
-        """The settings that make two runs different runs, without those that change nothing in this one."""
+        """The settings by which two runs differ; settings that have no effect in this run are left out."""
         values = {field.name: getattr(self, field.name) for field in COMMON if field.metadata["identity"]}
         if not self.soft_label:
             del values["delta"]
@@ -195,11 +195,11 @@ class Config:
         return {**values, **self.settings}
 
     def digest(self) -> str:
-        """Eight hexadecimal digits of the identity."""
+        """The first eight hexadecimal digits of a SHA-256 of the identity, which name the run's folder."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
 
     def default_workdir(self) -> str:
-        """Where the run is kept if `workdir` is empty."""
+        """The run's folder if `workdir` is empty."""
         return f"runs/{pathlib.PurePath(self.data).stem}-{self.defense}-{self.digest()}"
 
     @property
@@ -210,20 +210,20 @@ class Config:
 
     @property
     def stretches(self) -> bool:
-        """Whether something in the run depends on how long it is: the learning rate's schedule, a share of all steps."""
+        """Whether a schedule of the run depends on its number of steps."""
         return self.schedule != "constant" or (self._has_budget and 0 < self.eps_warmup < 1)
 
     def warmup_steps(self, total: int) -> float:
-        """Steps over which the budgets rise, of `total` ones."""
+        """The number of steps, of `total` ones, over which the budgets rise from 0."""
         return self.eps_warmup * total if self.eps_warmup < 1 else self.eps_warmup
 
     @property
     def steps_per_batch(self) -> int:
-        """Steps in a row that train on the same batch."""
+        """The number of consecutive steps that train on the same batch."""
         return self.settings[self.entry.replays] if self.entry.replays else 1
 
     def total_steps(self, training_images: int) -> int:
-        """Steps to train: `steps`, or as many as `epochs` passes over `training_images` take.
+        """The number of steps to train: `steps`, or as many as `epochs` passes over `training_images` take.
 
         Free training takes as many and so passes over them less often: `epochs / replays` times.
         """
@@ -234,7 +234,7 @@ COMMON = tuple(field for field in dataclasses.fields(Config) if field.name != "s
 
 
 def configure(**values: Any) -> Config:
-    """A run's configuration from flat keywords, those of its defense beside the common ones.
+    """Builds a run's configuration from keywords: common settings and those of its defense.
 
         configure(defense="trades", beta=3.0, steps=100)
 
@@ -265,7 +265,7 @@ def _not_read(name: str, value: object, defense: str) -> str:
 
 
 def check_at_least(request: object, **bounds: int) -> None:
-    """Refuses a request whose attribute of such a name lies below the bound.
+    """Refuses a request if one of the named attributes is below its bound.
 
     Raises:
       ConfigError: with flag, value and bound.
@@ -276,12 +276,12 @@ def check_at_least(request: object, **bounds: int) -> None:
 
 
 def range_of(field: "dataclasses.Field[Any]") -> str:
-    """The range of a field made by `setting` in words, empty where there is none."""
+    """The range of a field made by `setting`, in words; empty if it has none."""
     return setting_of(field).range
 
 
 def check(field: "dataclasses.Field[Any]", value: Any) -> Any:
-    """The value of a field made by `setting`, as a float where the field is one.
+    """Checks a value against a field made by `setting` and returns it, as a float if the field is one.
 
     Raises:
       ConfigError: if its type or range is wrong, with flag, value and range.

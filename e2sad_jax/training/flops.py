@@ -16,7 +16,7 @@ from e2sad_jax.training.step import epoch_order, make_train_step
 
 
 def step_flops(config: Config, image_shape: Sequence[int], num_classes: int) -> float:
-    """FLOPs of one training step, as `step_counts` counts them.
+    """Counts the FLOPs of one training step, as `step_counts`.
 
     Raises:
       ConfigError: if JAX has no CPU to count for.
@@ -28,7 +28,7 @@ def step_flops(config: Config, image_shape: Sequence[int], num_classes: int) -> 
 
 
 def step_counts(config: Config, image_shape: Sequence[int], num_classes: int) -> dict[str, float] | None:
-    """FLOPs and bytes of one training step, of a program for the CPU, whatever the step runs on; compiled, not run.
+    """Counts FLOPs and bytes of one training step in its CPU program, which is compiled and not run.
 
     XLA counts a loop as one turn of its body. So the program that it counts is another than the one that training runs:
     attacks unrolled, convolutions by XLA's own operation.
@@ -56,7 +56,7 @@ def step_counts(config: Config, image_shape: Sequence[int], num_classes: int) ->
 
 
 def function_counts(function: Callable[..., Any], *arguments: Any) -> dict[str, float]:
-    """As `step_counts`, of a step in a loop of your own, for JAX's default device; compiled, not run.
+    """Counts FLOPs and bytes of your own step function on JAX's default device; compiled, not run.
 
     Args:
       function: not jitted yet: what it would be compiled to for training may have loops.

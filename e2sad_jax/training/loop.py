@@ -1,4 +1,4 @@
-"""The loop around the step: batches in their order, what is recorded and saved, and when it ends."""
+"""The training loop: runs the step, passes on metrics and checkpoints, and stops."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ STEPS_PER_DISPATCH = 64  # on accelerators; each is too short there for the host
 
 
 def steps_at_once() -> int:
-    """Steps that the host starts at once where nothing else is asked for."""
+    """The default number of steps that the host starts at once on this platform."""
     return 1 if platform() == "cpu" else STEPS_PER_DISPATCH
 
 
@@ -55,7 +55,7 @@ def fit(
       stop: asked after every dispatch; True ends the loop, after a last checkpoint.
       steps_per_dispatch: steps that the host starts at once; None for 1 on the CPU, where each is long, and
         `STEPS_PER_DISPATCH` elsewhere.
-      mesh: devices to train on, where that is more than the default one. `state` must lie whole on each of them.
+      mesh: devices to train on, where that is more than the default one. `state` must be replicated on each of them.
 
     Returns:
       The state reached.

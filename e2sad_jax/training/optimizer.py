@@ -1,4 +1,4 @@
-"""Adam, and how its learning rate changes over a run."""
+"""Adam and the schedule of its learning rate."""
 
 import optax
 
@@ -6,7 +6,7 @@ from e2sad_jax.training.config import Config
 
 
 def learning_rate(config: Config, steps: int) -> float | optax.Schedule:
-    """The learning rate, constant or as a function of the updates done so far, 0 before the first of all `steps`.
+    """The learning rate of a run: constant, or a function of the updates done so far, 0 before the first of all `steps`.
 
     * `"constant"`: the paper's;
     * `"cyclic"`: linearly up from 0 to the configured one at steps / 2, and linearly down to 0 (Fast AT's);

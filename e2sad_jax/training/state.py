@@ -1,4 +1,4 @@
-"""What a run is at one step, of one run or of several that train together."""
+"""The state of a run at one step, or of several runs that train together."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from e2sad_jax.training.optimizer import optimizer
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that a run is at one step: saved whole, so that a resumed run goes on bit for bit.
+    """The complete state of a run at one step; a checkpoint holds it, so that a run resumes bit for bit.
 
     Attributes:
       step: updates done so far, int32 scalar.
@@ -34,7 +34,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def init_state(config: Config, model: nn.Module, image_shape: Sequence[int]) -> TrainState:
-    """A fresh state from the configuration's seed."""
+    """Initialises a state from the configuration's seed."""
     init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), _streams.INITIALIZATION))
     params = jax.jit(model.init)(init_key, jnp.zeros((1, *image_shape)))
     opt_state = jax.jit(optimizer(config).init)(batch_stats.parameters(params))
@@ -43,17 +43,17 @@ def init_state(config: Config, model: nn.Module, image_shape: Sequence[int]) -> 
 
 
 def stack(states: Sequence[TrainState]) -> TrainState:
-    """States of single runs as that of a population, leaves `[P, ...]`."""
+    """Stacks the states of P runs into the state of a population, leaves `[P, ...]`."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
 def unstack(state: TrainState) -> list[TrainState]:
-    """The states of a population's runs."""
+    """Splits the state of a population into the states of its runs, the inverse of `stack`."""
     return [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(state.step.shape[0])]
 
 
 def varied_settings(configs: Sequence[Config]) -> list[str]:
-    """The settings beside the seed in which runs of one population differ, of those that may vary in one.
+    """The settings, other than the seed, in which the runs of a population differ.
 
     These are `eps1`, and the defense's own that say so. Not alpha: as a traced number it would keep XLA from merging the
     attack's backward pass with the training one.
@@ -64,7 +64,7 @@ def varied_settings(configs: Sequence[Config]) -> list[str]:
 
 
 def population_key(config: Config) -> Config:
-    """What runs must have in common to train together: equal for those that may be one population.
+    """A key that is equal for runs that may train together in one population.
 
     They may differ in the seed, the workdir and the settings of `varied_settings`.
     """

@@ -32,13 +32,13 @@ TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # see `make_
 def settings_at(
     config: Config, step: jax.Array, total: int, varied: Mapping[str, jax.Array] = types.MappingProxyType({})
 ) -> tuple[jax.typing.ArrayLike, dict[str, Any]]:
-    """The budget `eps1` and the defense's settings as one step sees them.
+    """Computes the budget `eps1` and the defense's settings at one step, under `eps_warmup`.
 
     Args:
       config: the run's settings.
       step: updates done so far.
       total: all the steps of the run.
-      varied: values that stand in place of the configured ones, by name.
+      varied: values that replace the configured ones, by name.
 
     Returns:
       The budget, and the settings by name; budgets are as large as they have grown by `step`.
@@ -78,7 +78,7 @@ def make_train_step(
     steps: int = 1,
     mesh: Mesh | None = None,
 ) -> TrainStep:
-    """The jitted step of the configured defense, `(state, images, labels, order) -> (state, metrics)`.
+    """Makes the jitted step of the configured defense, `(state, images, labels, order) -> (state, metrics)`.
 
     `images` `[n, H, W, C]` and `labels` `[n]` are the whole training set, resident on the device, and `order` is
     `epoch_order` of the state's epoch. `metrics` are scalars on the device: loss, gradient norm and the defense's
@@ -94,7 +94,7 @@ def make_train_step(
         (`state.varied_settings`). `metrics` are `[P]`.
       steps: at most so many steps in one dispatch. Above 1 there is a last argument `count`, int32: how many this time.
         All of them must begin in the same epoch. `metrics` have a leading axis `steps`, of which `count` are filled.
-      mesh: devices to split each batch over (`distributed.mesh`); all arguments lie whole on each of them.
+      mesh: devices to split each batch over (`distributed.mesh`); all arguments are replicated on each of them.
     """
     soft = config.delta if config.soft_label else 0.0
     defense = config.entry

@@ -28,11 +28,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("scale", "small", f"{text}; one of full, small", **own)
     flags.DEFINE_integer("seeds", 0, "seeds of each model; at least 1, or 0: 1 in tables, 3 in studies", **own)
-    text = (
-        "files to use instead of the data sets: grey images stand for MNIST, RGB images for SVHN; several with commas"
-    )
+    text = "files to use instead of the data sets: grey images replace MNIST, RGB images SVHN; several with commas"
     flags.DEFINE_list("data", [], text, **own)
-    flags.DEFINE_string("data_dir", "", "where data sets lie, empty: $E2SAD_DATA_DIR or ~/.cache/e2sad_jax", **own)
+    flags.DEFINE_string("data_dir", "", "folder of data sets, empty: $E2SAD_DATA_DIR or ~/.cache/e2sad_jax", **own)
     flags.DEFINE_string("workdir", "runs/paper", "where the runs are kept, in a folder of the scale's name", **own)
     flags.DEFINE_string("results", "results", "where tables and figures go, in a folder of the scale's name", **own)
     text = "stop cleanly before so many minutes have passed; at least 0, 0: no limit"

@@ -41,7 +41,7 @@ class Request:
       items: tables, figures and studies, in order.
       scale: how much to spend on each model.
       seeds: seeds of each model; 0 for one in tables, three in studies. Figures show seed 0.
-      data: files or names to use instead of `mnist` and `svhn`: grey images stand for MNIST, RGB images for SVHN.
+      data: files or names to use instead of `mnist` and `svhn`: grey images replace MNIST, RGB images SVHN.
       data_dir: where data sets lie.
       workdir: folder for the runs, in a folder of the scale's name.
       results: folder for what is shown, in a folder of the scale's name.
@@ -147,7 +147,7 @@ class Reproduction:
             role = {1: "mnist", 3: "svhn"}.get(dataset.image_shape[-1])
             if role is None:
                 raise ConfigError(
-                    f"--data={name}: images have {dataset.image_shape[-1]} channels; 1 stands for MNIST, 3 for SVHN"
+                    f"--data={name}: images have {dataset.image_shape[-1]} channels; 1 means MNIST, 3 SVHN"
                 )
             if role in found:
                 raise ConfigError(f"--data={name}: {found[role].name} stands for {role} already; give one file of each")
@@ -239,7 +239,7 @@ class Reproduction:
           The files written.
 
         Raises:
-          Stopped, OutOfTimeError: after a checkpoint; the same command goes on.
+          Stopped, OutOfTimeError: after a checkpoint; the same command resumes.
           NonFiniteError: if runs diverged; after everything that does not need them is written.
           WorkdirError, CheckpointError, OSError: a full disk, say; finished runs stay.
         """
@@ -421,7 +421,7 @@ class Reproduction:
         what += "; left: " + ", ".join(left or ["tables and figures"])
         if self._failed:
             what += "; diverged: " + ", ".join(map(_describe, self._failed))
-        again = f"Everything is saved in {self.root}. The same command goes on from there:\n  {provenance.again()}"
+        again = f"Everything is saved in {self.root}. The same command resumes from there:\n  {provenance.again()}"
         number = self._clock.stop()
         if number > 0:
             return Stopped(f"Stopped: {what}. {again}", number)

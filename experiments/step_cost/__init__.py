@@ -1,1 +1,1 @@
-"""What a training step of each defense costs on this machine: time, FLOPs, memory, and other libraries beside it."""
+"""Measures a training step of each defense on this machine and in other libraries: time, FLOPs, memory."""

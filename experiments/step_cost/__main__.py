@@ -1,4 +1,4 @@
-"""What a training step of each defense costs here: time, FLOPs, memory; other libraries beside it.
+"""Measures a training step of each defense, here and in other libraries: time, FLOPs, memory.
 
 python -m experiments.step_cost --defense=natural,fgsm,e2sad --peer=torch
 """
@@ -35,7 +35,7 @@ def define_flags() -> None:
     flags.DEFINE_list("precision", ["float32"], text, **own)
     flags.DEFINE_integer("rounds", 7, "rounds in which all steps are timed in turn; at least 1", **own)
     flags.DEFINE_float("seconds", 0.1, "least time of one timing, in steps as many as that takes; at least 0", **own)
-    text = "what to measure beside ours, in float32; of xla, torch, art, several with commas; empty: none"
+    text = "what to compare with, in float32; of xla, torch, art, several with commas; empty: none"
     flags.DEFINE_list("peer", [], text, **own)
     text = "the most that torch.compile may take for one step; above 0"
     flags.DEFINE_float("compile_seconds", 300.0, text, **own)
@@ -49,7 +49,7 @@ def _attack_steps() -> tuple[int, ...]:
         return tuple(map(int, FLAGS.attack_steps))
     except ValueError:
         given = ",".join(FLAGS.attack_steps)
-        raise ConfigError(f"--attack_steps={given}: must be whole numbers, several with commas, as 1,10,30") from None
+        raise ConfigError(f"--attack_steps={given}: must be integers, several with commas, as 1,10,30") from None
 
 
 def _run() -> None:
@@ -77,4 +77,4 @@ def _run() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    cli.launch(_run, "the same command measures anew", resumes=False)
+    cli.launch(_run, "the same command measures again", resumes=False)

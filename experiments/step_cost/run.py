@@ -58,7 +58,7 @@ def run(request: Request) -> None:
     if differ:
         said.append(
             f"{len(differ)} steps of others do something else than ours: {', '.join(differ)} (see their rows); the rest "
-            "of the table stands"
+            "of the table is valid"
         )
     if said:
         raise StepsFailedError("; ".join(said))

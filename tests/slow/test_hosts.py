@@ -169,7 +169,7 @@ def test_a_lost_process_ends_the_other_with_a_message_and_a_checkpoint(npz, tmp_
     finish(processes[1:])
     if processes[0].returncode == 5:  # the next sum over the processes failed
         last = printed.splitlines()[-1]
-        assert re.search(r"another .* lost .*the checkpoint of step [\d,]+ is whole in", last), printed
+        assert re.search(r"another .* lost .*the checkpoint of step [\d,]+ is intact in", last), printed
     else:  # JAX missed the signs of life first, and aborts
         assert processes[0].returncode == -signal.SIGABRT, printed
         assert "another task died" in printed

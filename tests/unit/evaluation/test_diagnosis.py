@@ -88,7 +88,7 @@ def test_an_honest_model_is_not_suspected(honest):
     assert honest["over_restarts"]["accuracy"][1] <= honest["over_restarts"]["accuracy"][0]
     assert honest["worst_case"]["robust"] <= min(pgd[1], honest["worst_case"]["accuracy"]["APGD-T"])
     assert honest["transfer"]["accuracy"] == honest["transfer"]["accuracy_of_substitute"] < 1
-    assert value(honest, "right in the whole range")["value"] == 0
+    assert value(honest, "correct in the whole range")["value"] == 0
 
 
 def test_progress_counts_every_gradient_once(honest, told):
@@ -109,12 +109,12 @@ def test_a_model_without_gradients_is_found_out(masked):
     assert value(masked, "zero gradients")["value"] == 1
     assert value(masked, "gradient alignment")["value"] == 0
     assert value(masked, "Square beats gradients")["value"] > 0.1
-    for name in ("zero gradients", "gradient alignment", "Square beats gradients", "right in the whole range"):
+    for name in ("zero gradients", "gradient alignment", "Square beats gradients", "correct in the whole range"):
         assert value(masked, name)["suspicious"], name
     assert masked["over_eps"]["accuracy"]["FGSM"] == [1, 1], "attacks that follow gradients see nothing"
     assert "rounding: " in masked["verdict"]
     assert "Square beats gradients" in masked["verdict"]
-    assert "Trust no accuracy under attacks with gradients alone" in masked["verdict"]
+    assert "Do not trust accuracies under gradient attacks alone" in masked["verdict"]
 
 
 def test_gradient_alignment_against_its_definition(problem):
@@ -142,7 +142,7 @@ def test_gradient_alignment_against_its_definition(problem):
         ({"fgsm": 0.8, "pgd": 0.4}, "FGSM above PGD"),
         ({"loss_decreased": 0.1}, "loss lower after the attack"),
         ({"black": 0.3}, "Square beats gradients"),
-        ({"whole": 0.1}, "right in the whole range"),
+        ({"whole": 0.1}, "correct in the whole range"),
         ({"alignment": 0.1}, "gradient alignment"),
         ({"alignment": float("nan")}, "gradient alignment"),
         ({"zero": 0.5}, "zero gradients"),

@@ -50,7 +50,7 @@ def test_stopped_anywhere_it_goes_on_without_doing_anything_twice(
     assert 5 < goes < 60
     assert exit_code == 4
     assert re.search(r"left: (e2sad soft (lam 3.0 )?seed 0|tables and figures)", said)
-    assert "The same command goes on from there" in said
+    assert "The same command resumes from there" in said
     name = "results/tiny/study_lam.csv"
     assert lines_of(tmp_path / name) == lines_of(whole[0] / name)
     steps = {}
@@ -202,7 +202,7 @@ def test_a_workdir_of_another_version_or_run_is_refused_before_anything_is_train
 
 def test_data_that_does_not_fit_is_refused(ask, files, tmp_path, image_file):
     five = image_file(tmp_path / "five.npz", 16, 5)
-    with pytest.raises(ConfigError, match="images have 5 channels; 1 stands for MNIST, 3 for SVHN"):
+    with pytest.raises(ConfigError, match="images have 5 channels; 1 means MNIST, 3 SVHN"):
         ask(plan.TABLE_1, data=(five,))
     with pytest.raises(ConfigError, match="grey stands for mnist already"):
         ask(plan.TABLE_1, data=(files[0], files[0]))

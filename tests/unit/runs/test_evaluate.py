@@ -72,7 +72,7 @@ def test_anyones_function_is_evaluated_by_its_name(mine, tmp_path, capsys):
     [
         ({}, "--workdir or --predict: one of them must be given"),
         ({"workdir": "a", "predict": "b:c"}, "--workdir or --predict"),
-        ({"predict": "b:c"}, r"--predict=b:c: must be MODULE:FUNCTION, beside --data=PATH.npz"),
+        ({"predict": "b:c"}, r"--predict=b:c: must be MODULE:FUNCTION; --data=PATH.npz and --eps"),
         ({"workdir": "a", "examples": -1}, r"--examples=-1: must be at least 0"),
         ({"workdir": "a", "fab": -1}, r"--fab=-1: must be at least 0"),
         ({"workdir": "a", "eps": float("nan")}, r"--eps=nan: must be at least 0"),

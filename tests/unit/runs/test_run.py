@@ -219,7 +219,7 @@ def test_interrupted_between_the_two_evaluations_nothing_is_reported_yet(scores,
         (
             "INTERNAL: illegal",
             DeviceError,
-            r"in the attacks on step 12 \(INTERNAL: illegal\); the checkpoints are whole",
+            r"in the attacks on step 12 \(INTERNAL: illegal\); the checkpoints are intact",
         ),
     ],
 )

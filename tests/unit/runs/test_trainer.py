@@ -398,7 +398,7 @@ def test_memory_and_devices_are_named_with_step_checkpoint_and_remedy(
             train(config_of(tmp_path), tiny)
     if isinstance(caught.value, Error):
         assert caught.value.exit_code == {OutOfMemoryError: 6, DeviceError: 7}[kind]
-        assert caught.match(r"in training, after step [567] \(.*\); the checkpoint of step 5 is whole in")
+        assert caught.match(r"in training, after step [567] \(.*\); the checkpoint of step 5 is intact in")
     assert load(tmp_path).step == 5
 
 
