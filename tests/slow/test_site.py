@@ -79,7 +79,12 @@ def test_nothing_is_loaded_from_elsewhere(pages, site):
 def test_what_pages_link_to_outside_of_docs_is_there(site):
     """A table of results as a page, its picture, a source file as a page, a picture of the documentation."""
     results = "results/defenses_mnist"
-    for name in (f"{results}/compare.html", f"{results}/price.png", "e2sad_jax/networks/cpu_conv.py.html", "digits.png"):
+    for name in (
+        f"{results}/compare.html",
+        f"{results}/price.png",
+        "e2sad_jax/networks/cpu_conv.py.html",
+        "digits.png",
+    ):
         assert (site / name).is_file(), name
     assert "0.862" in (site / results / "compare.html").read_text()
     assert "conv_general_dilated" in (site / "e2sad_jax/networks/cpu_conv.py.html").read_text()
