@@ -83,6 +83,9 @@ def carlini_wagner(
     _checks.number("carlini_wagner", "confidence", confidence)
     if bounds is None:
         raise ValueError("carlini_wagner: bounds=None; its change of variables needs the range of valid images")
+    logits = jax.eval_shape(logits_fn, x)
+    _checks.logits("carlini_wagner", logits.shape, x.shape[0])
+    _checks.classes("carlini_wagner", "labels", labels, logits.shape)
     x = jax.lax.stop_gradient(x)
     n, clean, everywhere = x.shape[0], as_float32(x), linf_ball(x, jnp.inf, bounds)
     middle, half = (bounds[0] + bounds[1]) / 2, (bounds[1] - bounds[0]) / 2

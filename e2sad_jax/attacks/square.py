@@ -10,7 +10,7 @@ import numpy as np
 
 from e2sad_jax.attacks import _checks, _loops
 from e2sad_jax.attacks._ball import ball, project_and_cast
-from e2sad_jax.attacks._numerics import as_float32, per_image, per_image_keys, select, unit
+from e2sad_jax.attacks._numerics import as_float32, length, per_image, per_image_keys, select, unit
 from e2sad_jax.attacks._types import Bounds, LossFn
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of p, in queries of 10,000
@@ -194,12 +194,12 @@ def _hills(clean: jax.Array, eps: jax.typing.ArrayLike, size: list[int]) -> Furt
     windows, side = jnp.asarray(table, clean.dtype), jnp.asarray(np.array(kinds, np.int32))
     which = jnp.asarray(np.array([*[kinds.index(one) for one in size], 0], np.int32))
 
-    def length(part: jax.Array) -> jax.Array:
-        """Of each channel, `[N, 1, 1, C]`."""
+    def by_channel(part: jax.Array) -> jax.Array:
+        """The l2 norm of each channel, `[N, 1, 1, C]`."""
         return jnp.sqrt(jnp.square(part).sum((1, 2), keepdims=True))
 
-    def unit(part: jax.Array) -> jax.Array:
-        long = length(part)
+    def unit_by_channel(part: jax.Array) -> jax.Array:
+        long = by_channel(part)
         return part / jnp.where(long > 0, long, 1)
 
     def change(i: int | jax.Array, keys: jax.Array, image: jax.Array) -> jax.Array:
@@ -209,9 +209,11 @@ def _hills(clean: jax.Array, eps: jax.typing.ArrayLike, size: list[int]) -> Furt
         to, source = (_covered(top, left, edge, clean) for top, left in zip(tops, lefts, strict=True))
         lying = jax.vmap(lambda k: jax.random.randint(k, (), 0, 2))(draws[:, 4])
         hill = jax.vmap(lambda kind, *place: jnp.roll(windows[which[i], kind], place, (0, 1)))(lying, tops[0], lefts[0])
-        towards = unit(_signs(draws[:, 5], (1, 1, channels), clean) * hill[..., None] + unit(now * to))
+        towards = unit_by_channel(
+            _signs(draws[:, 5], (1, 1, channels), clean) * hill[..., None] + unit_by_channel(now * to)
+        )
         left_over = jnp.maximum(jnp.square(jnp.asarray(eps, clean.dtype)) - jnp.square(length(now)), 0)
-        available = jnp.sqrt(jnp.square(length(now * jnp.maximum(to, source))) + left_over / channels)
+        available = jnp.sqrt(jnp.square(by_channel(now * jnp.maximum(to, source))) + left_over / channels)
         return clean + now * (1 - jnp.maximum(to, source)) + towards * available
 
     return change

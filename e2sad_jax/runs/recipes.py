@@ -45,20 +45,18 @@ RECIPES: Mapping[str, Recipe] = {
         },
         by_defense={"e2sad": {"soft_label": True}},  # e2SAD alone is trained on soft labels there
     ),
-    # Not the paper's: a narrow network, and budgets that 8x8 digits enlarged to 28x28 can be defended against in minutes.
+    # Not the paper's: a narrow network, and a budget that 8x8 digits enlarged to 28x28 can be defended against in minutes.
+    # Training at 0.3 resists the suite's attacks at 0.2 better than training at 0.2 (on held-out training images).
     "digits": Recipe(
         about="e2SAD and a natural model on the embedded digits, in minutes on a laptop",
         settings={
             "data": "digits",
             "model": "digits_cnn",
-            "steps": 200,
-            "batch_size": 128,
-            "learning_rate": 3e-3,
-            "lam": 0.3,
-            "eps1": 0.2,
-            "eps2": 0.07,
-            "checkpoint_every": 100,
-            "log_every": 10,
+            "steps": 800,
+            "batch_size": 32,
+            "eps1": 0.3,
+            "checkpoint_every": 200,
+            "log_every": 20,
         },
         baseline="natural",
     ),

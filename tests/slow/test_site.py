@@ -81,7 +81,7 @@ def test_what_pages_link_to_outside_of_docs_is_there(site):
     results = "results/defenses_mnist"
     for name in (
         f"{results}/compare.html",
-        f"{results}/price.png",
+        f"{results}/compare.png",
         "e2sad_jax/networks/cpu_conv.py.html",
         "digits.png",
     ):

@@ -101,8 +101,8 @@ def _into(define, own):
 def test_a_recipe_gives_way_to_flags_and_its_baseline_reads_what_it_can(parsed):
     baseline, chosen = parsed("digits", "--preset=paper", "--lam=0.7", "--steps=5")
     assert (baseline.defense, chosen.defense) == ("natural", "e2sad")
-    assert (chosen.settings["lam"], chosen.settings["eps2"], chosen.steps) == (0.7, 0.07, 5)
-    assert (baseline.steps, baseline.batch_size, baseline.workdir) == (5, 128, f"{chosen.workdir}-natural")
+    assert (chosen.settings["lam"], chosen.settings["eps2"], chosen.steps) == (0.7, 0.1, 5)
+    assert (baseline.steps, baseline.batch_size, baseline.workdir) == (5, 32, f"{chosen.workdir}-natural")
     assert "lam" not in baseline.settings
 
 

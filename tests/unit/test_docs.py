@@ -1,5 +1,6 @@
 """What the documentation shows runs as it stands."""
 
+import contextlib
 import csv
 import doctest
 import functools
@@ -13,6 +14,7 @@ import jax
 import pytest
 
 import e2sad_jax
+from e2sad_jax import attacks, defenses
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = [
@@ -31,7 +33,13 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "page"}
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    registries = [(registry, dict(registry)) for registry in (attacks.ATTACKS, defenses.DEFENSES)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))
+        stack.enter_context(jax.numpy_rank_promotion("allow"))
+        for registry, entries in registries:  # a page may register its own
+            stack.callback(registry.update, entries)
+            stack.callback(registry.clear)
         for block in blocks:
             exec(compile(block, str(page), "exec"), names)
     if page == ROOT / "README.md":
@@ -139,7 +147,7 @@ def test_the_numbers_of_every_defense_are_those_of_the_comparison(page, number, 
     assert len(shown) == rows
     assert f"](../results/{folder}/compare.md)" in text
     for name, clean, robust, last in shown:
-        name = re.sub(r" \(.*\)$", "", name) if folder == "compare_parts" else name
+        name = re.sub(r" \(.*\)$", "", name) if folder == "e2sad_ablation" else name
         row = by.get(name) or by.get(NAMED.get(name)) or by[f"e2SAD, robust, {name}"]
         own = row.get("last", row)
         assert (clean, robust) == (f"{own['clean']:.3f}", f"{own['robust']:.3f}"), name

@@ -113,7 +113,7 @@ def test_the_standard_stages_are_autoattacks():
 
 def test_the_l2_worst_case_of_a_linear_model(problem):
     distance, eps = problem.distance(2), 0.05
-    stages = tuple(dataclasses.replace(stage, steps=30) for stage in STAGES)
+    stages = tuple(dataclasses.replace(stage, steps=30) for stage in STAGES[:2])
     result = auto(linear, problem.w, problem.images, problem.labels, eps=eps, norm="l2", stages=stages, batch_size=N)
     near = np.abs(distance - eps) < 2e-3
     assert near.sum() < 5

@@ -43,6 +43,11 @@ def predictions(workdir, images, which):
     return np.asarray(e2sad_jax.load(workdir, which)(images)).argmax(-1)
 
 
+def saved(path):
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
 def test_a_run_leaves_all_its_files(scores, tmp_path, monkeypatch):
     monkeypatch.setattr("e2sad_jax.reporting.plots.examples", lambda path, *args, **kwargs: path.write_bytes(b"PNG"))
     config = config_of(tmp_path)
@@ -63,7 +68,7 @@ def test_both_checkpoints_are_attacked_and_each_has_its_own_numbers(scores, atta
     everything = train_with_baseline([config], "mnist")
     assert attacked == [12, 5]
     results = json.loads((tmp_path / "results.json").read_text())
-    outcomes = np.load(tmp_path / "outcomes.npz")
+    outcomes = saved(tmp_path / "outcomes.npz")
     assert (results["steps"], results["best"]["step"], results["best"]["chosen_on"]) == (12, 5, "50 training images")
     last, best = (predictions(tmp_path, tiny.x_test, which) for which in ("last", "best"))
     assert (last != best).any(), "seven steps of training make a difference"
@@ -79,7 +84,7 @@ def test_both_checkpoints_are_attacked_and_each_has_its_own_numbers(scores, atta
     a, b = (measured["attacks"][0]["accuracy"] for measured in (results, results["best"]))
     out, page = run.summary(everything, config), (tmp_path / "results.md").read_text()
     assert f"clean {a:.4f} {b:.4f}".split() in [line.split() for line in out.splitlines()]
-    assert "fgsm: step 5 is the best checkpoint by PGD-10 on 50 training images" in out
+    assert "fgsm: the checkpoint of step 5 is the best by PGD-10 on 50 training images." in out
     assert "| attack | fgsm | fgsm, best (step 5) |" in page
     assert f"| clean | {a:.4f} | {b:.4f} |" in page
 
@@ -95,9 +100,9 @@ def test_a_last_that_is_the_best_is_attacked_once_and_named(scores, attacked, tm
         "attacks": [{k: v for k, v in row.items() if k != "paper"} for row in results["attacks"]],
         "worst_case_accuracy": results["worst_case_accuracy"],
     }
-    assert set(np.load(tmp_path / "outcomes.npz")) == {"attacks", "correct", "prediction"}
+    assert set(saved(tmp_path / "outcomes.npz")) == {"attacks", "correct", "prediction"}
     out = run.summary({"natural": results}, config)
-    assert "\nnatural: the last is also the best checkpoint by PGD-10 on 10 held-out images\n" in out
+    assert "natural: the last checkpoint is also the best by PGD-10 on 10 held-out images." in out
     assert "(step" not in out
 
 
@@ -108,7 +113,7 @@ def test_a_resumed_run_keeps_the_best_of_before(scores, attacked, tiny, tmp_path
     results = train_and_report(config_of(tmp_path), "mnist")
     assert (results["steps"], results["best"]) == (12, before)
     assert before["step"] == 5
-    np.testing.assert_array_equal(np.load(tmp_path / "outcomes.npz")["best_prediction"][0], kept)
+    np.testing.assert_array_equal(saved(tmp_path / "outcomes.npz")["best_prediction"][0], kept)
     again = train_and_report(config_of(tmp_path), "mnist")
     assert attacked == [10, 5, 12, 5, 12, 5]
     assert (again["attacks"], again["best"]) == (results["attacks"], results["best"])
@@ -123,7 +128,7 @@ def test_without_a_validated_checkpoint_no_best_is_reported(scores, tmp_path, mo
         with pytest.raises(Stopped):
             train_and_report(config, "mnist")
     assert train_and_report(config, "mnist")["best"] is None
-    assert "best checkpoint" not in (tmp_path / "results.md").read_text()
+    assert "the best by" not in (tmp_path / "results.md").read_text()
 
 
 def test_a_baseline_stands_beside_the_run_in_its_table(scores, tmp_path):
@@ -238,7 +243,7 @@ def test_a_restored_state_is_attacked_by_the_program_of_a_trained_one(scores, tm
     scores.update({5: 5.0, 10: 3.0, 12: 4.0})
     with jax.log_compiles():
         train_and_report(config_of(tmp_path, eval_batch_size=30), "mnist")  # which no other test here has compiled
-    made = [r.getMessage() for r in caplog.records if "Compiling jit(attack_batch)" in r.getMessage()]
+    made = [r.getMessage() for r in caplog.records if "Compiling jit(run)" in r.getMessage()]
     assert len(made) == len(ATTACKS)
 
 

@@ -1,0 +1,164 @@
+"""What attacks refuse: each message has the attack's name, the argument, its value and its bound."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from e2sad_jax import attacks
+
+KEY, NAN = jax.random.key(7), float("nan")
+IMAGES, LABELS = jnp.full((2, 3), 0.5), jnp.zeros(2, int)
+
+
+def summed(z: jax.Array) -> jax.Array:
+    return z.reshape(z.shape[0], -1).sum(1)
+
+
+def itself(z: jax.Array) -> jax.Array:
+    return z
+
+
+# Every attack with arguments that it accepts; a test replaces one of them.
+ACCEPTED: dict[str, tuple[Callable[..., jax.Array], dict[str, Any]]] = {
+    "fgsm": (attacks.fgsm, {"loss_fn": summed, "eps": 0.1}),
+    "second_step": (
+        lambda x, **kw: attacks.second_step(x_adv=x, **kw),
+        {"logits_fn": itself, "objective": "loss", "loss_fn": summed, "eps": 0.1},
+    ),
+    "ifgsm": (attacks.ifgsm, {"loss_fn": summed, "eps": 0.1, "steps": 2}),
+    "mi_fgsm": (attacks.mi_fgsm, {"loss_fn": summed, "eps": 0.1, "steps": 2}),
+    "pgd": (attacks.pgd, {"key": KEY, "loss_fn": summed, "eps": 0.1, "steps": 2}),
+    "apgd": (attacks.apgd, {"key": KEY, "loss_fn": summed, "eps": 0.1, "steps": 2}),
+    "square": (
+        attacks.square,
+        {"key": KEY, "margin_fn": summed, "x": jnp.full((2, 4, 4, 1), 0.5), "eps": 0.1, "queries": 2},
+    ),
+    "deepfool": (attacks.deepfool, {"logits_fn": itself, "labels": LABELS}),
+    "carlini_wagner": (attacks.carlini_wagner, {"logits_fn": itself, "labels": LABELS}),
+    "fab": (attacks.fab, {"logits_fn": itself, "labels": LABELS}),
+}
+Case = tuple[dict[str, Any], type[Exception], str]
+
+
+def whole(argument: str) -> list[Case]:
+    return [({argument: v}, ValueError, rf"{argument}={v}; .*at least 1") for v in (0, -1, 2.0, None)]
+
+
+def above_zero(argument: str) -> list[Case]:
+    return [({argument: v}, ValueError, rf"{argument}={v}; .*above 0") for v in (0, -0.1, NAN)]
+
+
+def from_zero(argument: str) -> list[Case]:
+    values = (-0.1, -1, NAN, float("inf"), np.float64(-1))
+    return [({argument: v}, ValueError, rf"{argument}=.*finite and at least 0") for v in values]
+
+
+BY_ALL: list[Case] = [
+    *[({"x": jnp.ones((2, 3), t)}, TypeError, rf"images are {t}.*floating point") for t in ("uint8", "int32", "bool")],
+    ({"x": jnp.float32(1)}, ValueError, r"images need a leading batch axis"),
+    *[({"bounds": b}, ValueError, "bounds=.*below") for b in ((1.0, 0.0), (0.5, 0.5), (NAN, 1.0))],
+]
+UNKNOWN_NORM: Case = ({"norm": "l1"}, ValueError, "norm='l1'; it must be one of linf, l2")
+WRONG_KEYS: list[Case] = [
+    ({"key": jax.random.split(KEY, 3)}, ValueError, r"key has shape \(3,\); .*each of the 2 images"),
+    ({"key": jax.random.split(KEY, (2, 2))}, ValueError, r"key has shape \(2, 2\)"),
+    ({"key": jax.random.split(jax.random.PRNGKey(0), 3)}, ValueError, r"key has shape \(3,\)"),
+]
+WRONG_LABELS: list[Case] = [
+    ({"labels": jnp.ones(2)}, TypeError, "labels are float32"),
+    ({"labels": jnp.ones(3, int)}, ValueError, r"labels have shape \(3,\); it must be \(2,\)"),
+    ({"labels": np.array([0, 3])}, ValueError, r"labels contain 3; each must be a class in \[0, 3\)"),
+    ({"labels": np.array([-1, 0])}, ValueError, r"labels contain -1; .* in \[0, 3\)"),
+    ({"logits_fn": lambda z: z[:, 0]}, ValueError, r"logits have shape \(2,\)"),
+    ({"logits_fn": lambda z: z[:, :1]}, ValueError, r"logits have shape \(2, 1\); .*at least 2"),
+]
+OWN: dict[str, list[Case]] = {
+    "fgsm": [*from_zero("eps"), UNKNOWN_NORM],
+    "second_step": [
+        *from_zero("eps"),
+        ({"objective": "entropy"}, ValueError, "objective='entropy'; .*total, noise, loss, literal, random"),
+        ({"objective": "loss", "loss_fn": None}, ValueError, "objective='loss' needs loss_fn"),
+        ({"objective": "noise"}, ValueError, "objective='noise' .*needs key"),
+        ({"objective": "random"}, ValueError, "objective='random' .*needs key"),
+    ],
+    "ifgsm": [*from_zero("eps"), *whole("steps"), *above_zero("step_size")],
+    "mi_fgsm": [*from_zero("eps"), *whole("steps"), *above_zero("step_size"), *from_zero("decay")],
+    "pgd": [
+        *from_zero("eps"),
+        *whole("steps"),
+        *whole("restarts"),
+        *above_zero("step_size"),
+        UNKNOWN_NORM,
+        *WRONG_KEYS,
+        ({"restarts": 2, "random_start": False}, ValueError, "restarts=2 without random_start .*restarts=1"),
+    ],
+    "apgd": [
+        *from_zero("eps"),
+        *whole("steps"),
+        *whole("restarts"),
+        UNKNOWN_NORM,
+        *WRONG_KEYS,
+        ({"rho": 1.5}, ValueError, r"rho=1.5; it must lie in \[0, 1\]"),
+    ],
+    "square": [
+        *from_zero("eps"),
+        *whole("queries"),
+        UNKNOWN_NORM,
+        *WRONG_KEYS,
+        ({"x": jnp.ones((2, 16))}, ValueError, r"images have shape \(2, 16\); .*\[N, H, W, C\]"),
+        ({"p_init": 0}, ValueError, r"p_init=0; it must lie in \(0, 1\]"),
+        ({"p_init": 1.1}, ValueError, "p_init=1.1"),
+    ],
+    "deepfool": [*whole("steps"), *from_zero("overshoot"), UNKNOWN_NORM, *WRONG_LABELS],
+    "carlini_wagner": [
+        *whole("steps"),
+        *whole("binary_steps"),
+        *above_zero("learning_rate"),
+        *above_zero("initial_c"),
+        *from_zero("confidence"),
+        ({"bounds": None}, ValueError, "bounds=None; .*needs the range"),
+        *WRONG_LABELS,
+    ],
+    "fab": [
+        *whole("steps"),
+        *whole("restarts"),
+        *from_zero("eps"),
+        UNKNOWN_NORM,
+        *WRONG_LABELS,
+        ({"restarts": 2, "eps": 0.1}, ValueError, "restarts=2 .*need key and eps"),
+        ({"restarts": 2, "key": KEY}, ValueError, "restarts=2 .*need key and eps"),
+        ({"alpha_max": 1.5}, ValueError, r"alpha_max=1.5; it must lie in \[0, 1\]"),
+        ({"overshoot": 0.9}, ValueError, "overshoot=0.9; it must be at least 1"),
+        ({"beta": 0}, ValueError, r"beta=0; it must lie in \(0, 1\]"),
+        ({"targets": jnp.ones(2)}, TypeError, "targets are float32"),
+        ({"targets": jnp.array([-1, 1])}, ValueError, r"targets contain -1; each must be a class in \[0, 3\)"),
+        ({"targets": jnp.ones(3, int)}, ValueError, r"targets have shape \(3,\); it must be \(2,\)"),
+        ({"targets": jnp.array([1, 0])}, ValueError, r"targets\[1\] is that image's label"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_refuses(name):
+    """One argument after the other."""
+    attack, accepted = ACCEPTED[name]
+    for wrong, error, message in (*BY_ALL, *OWN[name]):
+        with pytest.raises(error, match=f"^{name}: .*{message}"):
+            attack(**{"x": IMAGES, **accepted, **wrong})
+
+
+def test_every_attack_is_here():
+    assert set(ACCEPTED) == {*attacks.ATTACKS, "second_step"} == set(OWN)
+
+
+@pytest.mark.parametrize("name", ["fgsm", "second_step", "ifgsm", "mi_fgsm", "pgd", "apgd", "square"])
+def test_refuses_losses_that_are_not_per_image(name):
+    attack, accepted = ACCEPTED[name]
+    argument = "margin_fn" if name == "square" else "loss_fn"
+    for loss in (jnp.sum, jnp.mean, itself, lambda z: summed(z)[:1]):
+        with pytest.raises(ValueError, match=rf"{argument} returned shape .* for 2 images; .*per-example.*\(2,\)"):
+            attack(**{"x": IMAGES, **accepted, argument: loss})
