@@ -7,6 +7,7 @@ leaves its ball.
 """
 
 import contextlib
+import importlib.util
 import io
 import sys
 from collections.abc import Callable, Sequence
@@ -18,10 +19,11 @@ from absl import app, flags
 
 from e2sad_jax import attacks, data
 from e2sad_jax._compile import jit
+from e2sad_jax.errors import Error
 from e2sad_jax.evaluation import Attack, Model, of_classifier
 from e2sad_jax.reporting import provenance
 from e2sad_jax.runs.classifier import Classifier, load
-from experiments.step_cost.peers import pytorch
+from experiments.step_cost.peers import PACKAGES, SHIPPED_BY, pytorch
 
 TOLERANCE = 0.01  # of accuracy
 SLACK = 1e-6  # of a pixel, for the float32 of either side
@@ -134,11 +136,17 @@ def main(argv: Sequence[str]) -> None:
     for name in ("examples", "queries", "apgd_steps"):
         if (FLAGS[name].value or 0) < 1:
             sys.exit(f"attack_peers: --{name}={FLAGS[name].value}: must be at least 1")
+    missing = [SHIPPED_BY[package] for package in PACKAGES["art"] if importlib.util.find_spec(package) is None]
+    if missing:
+        sys.exit(f"attack_peers: needs {' and '.join(missing)}: pip install -e '.[bench]'")
+    try:
+        runs = [load(workdir) for workdir in FLAGS.workdir]
+    except Error as error:
+        sys.exit(f"attack_peers: --workdir={','.join(FLAGS.workdir)}: {error}")
     print("# Our attacks beside the Adversarial Robustness Toolbox's\n")
     print("Same weights, same images, same budgets; an accuracy is what is left under the attack, lower is stronger.\n")
     failed = []
-    for workdir in FLAGS.workdir:
-        trained = load(workdir)
+    for trained in runs:
         dataset = data.load(trained.config.data, FLAGS.data_dir or trained.config.data_dir or None)
         model = of_classifier(trained, dataset.x_test[: FLAGS.examples], dataset.y_test[: FLAGS.examples])
         eps, classifier = trained.config.eps1, art_classifier(trained)

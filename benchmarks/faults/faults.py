@@ -64,7 +64,7 @@ class Torture:
 
     def taken(self) -> dict[str, Any]:
         """What there is to say so far, which is then forgotten."""
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"fault": fault, "outcome": outcome, "times": times}
             for fault, outcomes in self.outcomes.items()
             for outcome, times in outcomes.most_common()

@@ -10,17 +10,18 @@ from e2sad_jax.comparison import evaluate_model
 from e2sad_jax.comparison import run as comparison
 from e2sad_jax.data import tfds
 from e2sad_jax.reporting import plots, results
-from e2sad_jax.runs import evaluate as diagnosis
-from e2sad_jax.runs import run, trainer
+from e2sad_jax.runs import evaluate, run, trainer
+from e2sad_jax.runs.checkpoint import Checkpoints
+from e2sad_jax.runs.metrics import Recorder
 
 START, END = "start", "end"
 FIRST, STEP, JUDGING = "first step", "training step", "judging a checkpoint"
 CHECKPOINT, EVALUATION, RESULTS = "checkpoint write", "evaluation", "writing results"
 DOWNLOAD, DECODING, COPY = "data preparation: records", "data preparation: decoding", "data preparation: copy"
-TOLD = (
-    *((trainer, "fit", FIRST), (trainer.Recorder, "__call__", STEP), (trainer, "validate", JUDGING)),
-    *((trainer.Checkpoints, "save", CHECKPOINT), (run, "_evaluate", EVALUATION), (results, "write", RESULTS)),
-    *((evaluate_model, "_attacked", EVALUATION), (comparison, "plot", RESULTS), (diagnosis, "diagnose", EVALUATION)),
+TOLD: tuple[tuple[Any, str, str], ...] = (
+    *((trainer, "fit", FIRST), (Recorder, "__call__", STEP), (trainer, "validate", JUDGING)),
+    *((Checkpoints, "save", CHECKPOINT), (run, "_evaluate", EVALUATION), (results, "write", RESULTS)),
+    *((evaluate_model, "_attacked", EVALUATION), (comparison, "plot", RESULTS), (evaluate, "diagnose", EVALUATION)),
     *((plots, "examples", RESULTS), (tfds, "_prepare", DOWNLOAD), (tfds, "_decode", DECODING)),
     (tfds, "write_npz", COPY),
 )

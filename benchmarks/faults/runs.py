@@ -82,6 +82,7 @@ class Started:
     def __init__(self, process: ForkServerProcess, out: pathlib.Path, err: pathlib.Path, phases: pathlib.Path):
         self._process, self._files, self._phases = process, (out, err), phases
         process.start()
+        assert process.pid is not None, "it was started"
         self.pid = process.pid
 
     def poll(self) -> int | None:
@@ -129,7 +130,9 @@ class Started:
             self._process.join()
         out, err = (path.read_text(errors="replace") if path.exists() else "" for path in self._files)
         err += f"\nkilled, because it had not ended after {timeout:.0f} s" * hung
-        return Ended(self._process.exitcode, out, err, self.phases(), seconds)
+        code = self._process.exitcode
+        assert code is not None, "it has ended"
+        return Ended(code, out, err, self.phases(), seconds)
 
 
 class Runs:

@@ -19,7 +19,8 @@ LEFT_OUT = ("__pycache__", "build", "data", "dist", "runs")
 
 
 def left_out(folder: str, names: list[str]) -> set[str]:
-    return {name for name in names if name in LEFT_OUT or (name[0] == "." and name != ".gitignore")}
+    made = LEFT_OUT if folder == str(ROOT) else ("__pycache__",)
+    return {name for name in names if name in made or (name[0] == "." and name != ".gitignore")}
 
 
 @pytest.fixture(scope="module")

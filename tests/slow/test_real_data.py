@@ -37,13 +37,14 @@ def test_mnist_from_the_original_files_to_a_defended_classifier(shared, tmp_path
         f"--data_dir={tmp_path / 'data'}",
         f"--workdir={workdir}",
         "--model=digits_cnn",
-        "--steps=150",
+        "--steps=120",
         "--batch_size=64",
         "--learning_rate=3e-3",
+        "--validation_examples=50",
         "--eval_examples=100",
         "--baseline=natural",
     )
-    assert "mnist: accuracy on the first 100 of 10,000 test images, 150 training steps" in out
+    assert "mnist: accuracy on the first 100 of 10,000 test images, 120 training steps" in out
     results, accuracy = results_of(workdir)
     assert (results["dataset"]["name"], results["dataset"]["train_examples"]) == ("mnist", 60_000)
     assert accuracy["clean"] > 0.9
@@ -66,12 +67,13 @@ def test_svhn_subset_learns(shared, tmp_path):
         f"--data={shared('data/svhn_10k.npz')}",
         f"--workdir={workdir}",
         "--model=digits_cnn",
-        "--steps=200",
+        "--steps=150",
         "--batch_size=64",
-        "--eval_examples=200",
+        "--validation_examples=50",
+        "--eval_examples=100",
         "--baseline=natural",
     )
-    assert "svhn_10k: accuracy on the first 200 of 2,000 test images, 200 training steps" in out
+    assert "svhn_10k: accuracy on the first 100 of 2,000 test images, 150 training steps" in out
     results, accuracy = results_of(workdir)
     natural_results, natural = results_of(tmp_path / "run-natural")
     assert (results["dataset"]["name"], results["dataset"]["num_classes"]) == ("svhn_10k", 10)

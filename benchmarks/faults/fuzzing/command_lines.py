@@ -36,18 +36,18 @@ class Flags(Target):
         from experiments.paper import __main__ as paper
         from experiments.step_cost import __main__ as step_cost
 
-        define = {
+        define: dict[str, Callable[[], None]] = {
             "mnist": functools.partial(cli.define_flags, RECIPES["mnist"]),
             **{name: functools.partial(cli.define_request, name) for name in ("compare", "evaluate")},
             **{"paper": paper.define_flags, "step_cost": step_cost.define_flags},
         }
-        runs = {
+        runs: dict[str, Callable[[], Any]] = {
             "mnist": lambda: run.train_with_baseline(cli.read_configs(RECIPES["mnist"]), "mnist"),
             **{name: functools.partial(cli.run_request, name) for name in ("compare", "evaluate")},
             **{"paper": paper._run, "step_cost": step_cost._run},
         }
         modules = {"paper": paper, "step_cost": step_cost}
-        self.binaries: dict[str, tuple[Any, Callable[[], None]]] = {}
+        self.binaries: dict[str, tuple[Any, Callable[[], Any]]] = {}
         for name in define:
             define[name]()
             own = flags.FlagValues()  # type: ignore[no-untyped-call]

@@ -15,7 +15,8 @@ import numpy as np
 
 from benchmarks.faults.fuzz import Refused, Wrong
 from benchmarks.faults.fuzzing.damage import INTERESTING, ODD, Canary, Target, damage_bytes, refusing
-from e2sad_jax.data import Dataset, load_npz, npz, write_npz
+from e2sad_jax.data import Dataset, load_npz, write_npz
+from e2sad_jax.data.dataset import ARRAYS
 
 
 class Npz(Target):
@@ -179,7 +180,7 @@ class Npz(Target):
             return got
         with warnings.catch_warnings(), np.load(self.path, allow_pickle=False) as members:  # by another reader
             warnings.simplefilter("ignore")
-            for name in npz.ARRAYS:
+            for name in ARRAYS:
                 ours, theirs = getattr(got, name), members[f"{name}.npy"]
                 if name.startswith("x") and theirs.dtype != np.uint8:
                     theirs = theirs.astype(np.float32)

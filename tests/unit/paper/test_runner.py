@@ -18,6 +18,40 @@ from e2sad_jax.runs.folder import open_workdir, read_training
 from experiments.paper import cache, page, plan, runner
 from experiments.paper.time_budget import Clock
 from tests.helpers import change_loss
+from tests.unit.paper.html_page import is_whole
+
+
+def test_two_models_from_start_to_report(whole, ask, trained, lines_of):
+    """Each is trained once and shared by what needs it; the same command again trains and attacks nothing."""
+    root, written = whole
+    folder = root / "results" / "tiny"
+    assert {p.name for p in written} == {p.name for p in folder.iterdir()}
+    assert not [p for p in folder.iterdir() if p.stat().st_size == 0]
+    lines = lines_of(folder / "models.csv")
+    assert [(line["lambda"], line["steps"], line["goes"]) for line in lines] in (
+        [("0.1", "2", "1"), ("3.0", "2", "1")],
+        [("3.0", "2", "1"), ("0.1", "2", "1")],
+    )
+    card = (folder / "models_card.md").read_text()
+    assert "**Models:** 2, each with" in card
+    assert re.search(r"\*\*Training:\*\* e2sad; batches of 8, steps: 2; ", card)
+    assert re.search(r"standard error of an accuracy on \d+ images", card)
+    content = json.loads((folder / "figure3.json").read_text())
+    assert content["provenance"]["trained"]
+    content = json.loads((folder / "study_lam.json").read_text())
+    assert content["provenance"]["trained"] != ""
+    assert content["provenance"]["attacked"] != ""
+    is_whole(folder / "report.html", pictures=2, titles=("the weight lambda", "Figure 3", "Models"))
+
+    before = (folder / "study_lam.csv").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "evaluate", None)
+        patch.setattr(runner.figures, "_figure_3", None)
+        ask(plan.Item("study", "lam"), plan.FIGURE_3, folder=root, seeds=1).run()
+        ask(plan.FIGURE_3, folder=root, seeds=1).run()
+    assert trained == []
+    assert (folder / "study_lam.csv").read_text() == before
+    is_whole(folder / "report.html", pictures=2, titles=("the weight lambda",))  # what is left out later stays
 
 
 def test_stopped_anywhere_it_goes_on_without_doing_anything_twice(

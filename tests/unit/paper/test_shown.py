@@ -1,8 +1,6 @@
 """Tables, figures, costs and the report: what they show is what was measured."""
 
-import html.parser
 import json
-import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,53 +8,8 @@ import pytest
 
 from e2sad_jax._io import read_sealed, sealed, write_json
 from e2sad_jax.evaluation import Attack, transfer
-from e2sad_jax.runs import trainer
 from experiments.paper import cost, figure2_problem, page, plan, runner, tables
-
-
-def test_two_models_from_start_to_report(whole, ask, trained, lines_of):
-    """Each is trained once and shared by what needs it; the same command again trains and attacks nothing."""
-    root, written = whole
-    folder = root / "results" / "tiny"
-    assert {p.name for p in written} == {p.name for p in folder.iterdir()}
-    assert not [p for p in folder.iterdir() if p.stat().st_size == 0]
-    lines = lines_of(folder / "models.csv")
-    assert [(line["lambda"], line["steps"], line["goes"]) for line in lines] in (
-        [("0.1", "2", "1"), ("3.0", "2", "1")],
-        [("3.0", "2", "1"), ("0.1", "2", "1")],
-    )
-    card = (folder / "models_card.md").read_text()
-    assert "**Models:** 2, each with" in card
-    assert re.search(r"\*\*Training:\*\* e2sad; batches of 8, steps: 2; ", card)
-    assert re.search(r"standard error of an accuracy on \d+ images", card)
-    content = json.loads((folder / "figure3.json").read_text())
-    assert content["provenance"]["trained"]
-    content = json.loads((folder / "study_lam.json").read_text())
-    assert content["provenance"]["trained"] != ""
-    assert content["provenance"]["attacked"] != ""
-    is_whole(folder / "report.html", pictures=2, titles=("the weight lambda", "Figure 3", "Models"))
-
-    before = (folder / "study_lam.csv").read_text()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "evaluate", None)
-        patch.setattr(runner.figures, "_figure_3", None)
-        ask(plan.Item("study", "lam"), plan.FIGURE_3, folder=root, seeds=1).run()
-        ask(plan.FIGURE_3, folder=root, seeds=1).run()
-    assert trained == []
-    assert (folder / "study_lam.csv").read_text() == before
-    is_whole(folder / "report.html", pictures=2, titles=("the weight lambda",))  # what is left out later stays
-
-
-def is_whole(path, pictures, titles):
-    """One file, nothing fetched, every tag closed."""
-    text = path.read_text()
-    assert re.findall(r"""(?:src|href)=["'](?!data:|#)""", text) == []
-    assert text.count("data:image/png;base64,") == pictures
-    parser = Tags()
-    parser.feed(text)
-    assert parser.open == []
-    for title in titles:
-        assert title in text
+from tests.unit.paper.html_page import Shown, is_whole
 
 
 @pytest.mark.usefixtures("made_up")
@@ -140,37 +93,6 @@ def test_every_table_and_figure_of_known_outcomes(ask, tmp_path, lines_of):
     assert origin[:2] == ["0.000", "0.000"]
     assert float(first[2]) > float(origin[2])
     assert float(second[1]) > float(first[1]) + 0.03, "the second step leaves g1, along g2"
-
-
-class Tags(html.parser.HTMLParser):
-    """Open tags that are not closed in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.open = []
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
-class Shown(html.parser.HTMLParser):
-    """The text of each paragraph, heading, cell and item, code in it included."""
-
-    def __init__(self):
-        super().__init__()
-        self.texts = []
-
-    def handle_starttag(self, tag, attrs):
-        if tag in ("p", "h2", "th", "td", "li"):
-            self.texts.append("")
-
-    def handle_data(self, text):
-        if self.texts:
-            self.texts[-1] += text
 
 
 def test_a_cell():
