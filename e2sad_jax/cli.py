@@ -170,17 +170,15 @@ def define_flags(recipe: Recipe) -> None:
     import_defenses()
     robust = preset("robust", recipe.settings.get("eps1", Config.eps1))
     for field in COMMON:
-        special = [f"{s[field.name]} for {d}" for d, s in recipe.by_defense.items() if field.name in s]
-        special += [f"{robust[field.name]} by --preset=robust"] if field.name in robust else []
-        more = f" (unless given: {', '.join(special)})" if special else ""
-        _define(setting_of(field), recipe.settings.get(field.name, field.default), more)
+        other = {f"for {d}": s[field.name] for d, s in recipe.by_defense.items() if field.name in s}
+        other |= {"with --preset=robust": robust[field.name]} if field.name in robust else {}
+        _define(setting_of(field), recipe.settings.get(field.name, field.default), _defaults(other))
     for setting in _own_settings():
         its_defaults = {d: _own_defaults(d, recipe)[setting.name] for d in readers(setting.name)}
         value = next(iter(its_defaults.values()))
-        special = [f"{other} for {d}" for d, other in its_defaults.items() if other != value]
-        special += [f"{robust[setting.name]:.4g} for e2sad by --preset=robust"] if setting.name in robust else []
-        more = f"; read by {', '.join(its_defaults)}" + (f" (unless given: {', '.join(special)})" if special else "")
-        _define(setting, value, more)
+        other = {f"for {d}": own for d, own in its_defaults.items() if own != value}
+        other |= {"for e2sad with --preset=robust": robust[setting.name]} if setting.name in robust else {}
+        _define(setting, value, f"; read by {', '.join(its_defaults)}{_defaults(other)}")
     text = (
         f"robust: settings with robust accuracy under strong attacks; paper: the paper's; other flags have precedence; one of "
         f"{', '.join(PRESETS)}"
@@ -236,6 +234,12 @@ def _define(setting: Setting, default: Any, more: str = "") -> None:
     text = setting.help + (f"; {setting.range}" if setting.range else "") + more
     define = DEFINE[type(default)]
     define(setting.name, list(default) if default == () else default, text, module_name=sys.argv[0])
+
+
+def _defaults(values: Mapping[str, Any]) -> str:
+    """Defaults that differ from the flag's own, for its help: what for, and the value."""
+    shown = [f"default {where}: {f'{v:.4g}' if type(v) is float else v}" for where, v in values.items()]
+    return f" ({'; '.join(shown)})" if shown else ""
 
 
 def _own_settings() -> list[Setting]:
