@@ -13,4 +13,4 @@ mkdir -p build
 "$1" pip install --quiet --python build/lowest/bin/python --requirement build/lowest.txt pytest chex
 # Old releases warn of what was to come; that is not about our calls.
 build/lowest/bin/python -m pytest -o filterwarnings= -p no:cacheprovider tests/test_checkpoint.py tests/test_data_prepare.py \
-    tests/test_export.py tests/test_models.py
+    tests/unit/test_export.py tests/unit/networks/test_cnn.py
