@@ -10,6 +10,7 @@ import pytest
 from e2sad_jax import losses
 
 N, K = 40, 6
+pytestmark = pytest.mark.usefixtures("all_unoptimized")
 
 
 def draw(scale: float = 2.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

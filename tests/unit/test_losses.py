@@ -10,6 +10,7 @@ import scipy.special
 from e2sad_jax import losses
 
 N, K = 5, 7
+pytestmark = pytest.mark.usefixtures("all_unoptimized")
 
 
 def draw(seed: int, scale: float = 2.0) -> np.ndarray:

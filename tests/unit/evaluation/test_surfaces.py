@@ -8,6 +8,8 @@ import pytest
 from e2sad_jax import attacks
 from e2sad_jax.evaluation import surfaces
 
+pytestmark = pytest.mark.usefixtures("all_unoptimized")
+
 
 def images(n=4, shape=(5, 7, 2), seed=0):
     return jax.random.uniform(jax.random.key(seed), (n, *shape))

@@ -17,6 +17,8 @@ from e2sad_jax import networks
 from e2sad_jax._compile import straight_line
 from e2sad_jax.networks import cnn, cpu_conv
 
+pytestmark = pytest.mark.usefixtures("all_unoptimized")
+
 # batch, height, width, channels, filters, kernel, padding: the paper's layers, narrowed; odd and uneven ones.
 SHAPES = {
     "Table 4, first": (5, 28, 28, 1, 8, (5, 5), ((2, 2), (2, 2))),
@@ -222,9 +224,9 @@ def test_a_network_and_its_gradients_are_those_of_plain_layers(name, monkeypatch
 
     def quantities():
         model = (
-            networks.SvhnCNN(features=(4, 6, 8), hidden=16)
+            networks.SvhnCNN(features=(2, 3, 4), hidden=8)
             if name == "svhn_cnn"
-            else networks.MnistCNN(features=(4, 8), hidden=16)
+            else networks.MnistCNN(features=(2, 4), hidden=8)
         )
         params = model.init(jax.random.key(0), x)
 

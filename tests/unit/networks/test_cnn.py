@@ -8,6 +8,7 @@ import pytest
 from e2sad_jax import losses, networks
 from e2sad_jax.errors import DataError
 
+pytestmark = pytest.mark.usefixtures("all_unoptimized")
 MNIST, SVHN = (28, 28, 1), (32, 32, 3)
 # Tables 4 and 5: kernels in order.
 TABLES = {

@@ -1,6 +1,5 @@
-"""The residual network, batch normalisation beside Flax's, and what running averages learn from under attack."""
+"""Batch normalisation against Flax's, and which passes update the running averages in adversarial training."""
 
-import functools
 from typing import Any
 
 import chex
@@ -11,13 +10,12 @@ import numpy as np
 import pytest
 
 from e2sad_jax import attacks, distributed, losses, networks, training
-from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.defenses import DEFENSES
-from e2sad_jax.networks import batch_stats, preact_resnet
+from e2sad_jax.networks import batch_stats
 from e2sad_jax.runs import trainer
 from tests.helpers import fit, tiny_config
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.usefixtures("all_unoptimized", "standard_promotion")
 
 # How many passes a loss is made of, outside of inner gradients: of these the running averages are told.
 PASSES = {**dict.fromkeys(DEFENSES, 1), "fgsm": 2, "ifgsm": 2, "e2sad": 3, "trades": 2}
@@ -33,15 +31,6 @@ class Normed(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         x = batch_stats.BatchNorm()(x, train)
         return nn.Dense(self.num_classes)(jnp.tanh(x.reshape(x.shape[0], -1)))
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion(monkeypatch):
-    monkeypatch.setattr(
-        trainer, "validate", lambda run, state, stop: {"score": 0.0}
-    )  # checkpoints are not attacked here
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture
@@ -60,67 +49,6 @@ def draw(model: nn.Module, shape: tuple[int, ...] = (8, 8, 1)) -> Any:
 
 def images(n: int, shape: tuple[int, ...] = (8, 8, 1)) -> jax.Array:
     return jnp.asarray(np.random.RandomState(1).rand(n, *shape), jnp.float32)
-
-
-# --- the network
-
-
-def test_layers_and_parameter_count():
-    """Table 1 of the residual networks for CIFAR: kernels by stage, strides at the stages' starts, a shortcut there."""
-    model = networks.create("preact_resnet18", 10, (32, 32, 3))
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    kernels = [leaf.shape for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim == 4]
-    want = [(3, 3, 3, 64)]
-    for before, width in ((64, 64), (64, 128), (128, 256), (256, 512)):
-        want += [(3, 3, before, width), *[(3, 3, width, width)] * 3, *([(1, 1, before, width)] if width > 64 else [])]
-    assert sorted(kernels) == sorted(want)
-    norms = 2 * (64 * 4 + 64 + 128 * 3 + 128 + 256 * 3 + 256 + 512 * 3 + 512)
-    assert networks.count_parameters(variables) == sum(map(np.prod, want)) + norms + 512 * 10 + 10 == 11_172_170
-
-    def run(variables, x):
-        return model.apply(variables, x, capture_intermediates=True, mutable="intermediates")[1]
-
-    layers = jax.eval_shape(run, variables, jnp.zeros((2, 32, 32, 3)))["intermediates"]
-    outputs = [layers[f"PreActBlock_{i}"]["__call__"][0].shape[1:] for i in range(8)]
-    assert outputs == [(size, size, width) for size, width in ((32, 64), (16, 128), (8, 256), (4, 512)) for _ in "12"]
-
-
-def test_a_block_is_its_formula():
-    """Shortcut + conv(relu(bn(conv(relu(bn(x)))))), the shortcut a 1x1 convolution where the shape changes."""
-    x = images(2, (6, 6, 3)) - 0.5
-
-    def norm(v: Any, p: Any, s: Any) -> np.ndarray:
-        return np.maximum((v - s["mean"]) / np.sqrt(s["var"] + 1e-5) * p["scale"] + p["bias"], 0)
-
-    def conv(v: np.ndarray, kernel: Any, stride: int) -> np.ndarray:
-        kernel = np.asarray(kernel, np.float64)
-        k, size = kernel.shape[0], v.shape[1] // stride
-        v = np.pad(v, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
-        out = np.zeros((len(v), size, size, kernel.shape[3]))
-        for i in range(k):
-            for j in range(k):
-                out += v[:, i : i + size * stride : stride, j : j + size * stride : stride] @ kernel[i, j]
-        return out
-
-    for features, stride in ((3, 1), (4, 2)):
-        block = preact_resnet.PreActBlock(features, stride)
-        variables = jax.device_get(draw(block, (6, 6, 3)))
-        p, s = variables["params"], variables["batch_stats"]
-        y = norm(np.asarray(x, np.float64), p["BatchNorm_0"], s["BatchNorm_0"])
-        shortcut = conv(y, p["shortcut"]["kernel"], stride) if stride == 2 else np.asarray(x)
-        y = norm(conv(y, p["Conv_0"]["kernel"], stride), p["BatchNorm_1"], s["BatchNorm_1"])
-        want = shortcut + conv(y, p["Conv_1"]["kernel"], 1)
-        np.testing.assert_allclose(block.apply(variables, x), want, atol=1e-5)
-
-
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_parameters_averages_and_logits_are_float32(precision):
-    model = preact_resnet.PreActResNet18(num_classes=5, width=2, **networks.PRECISIONS[precision])
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    slots = batch_stats.slots(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), variables))
-    logits = jax.eval_shape(lambda v, x: batch_stats.training_logits_fn(model, v, slots)(x), variables, images(3))
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    assert (logits.shape, logits.dtype) == ((3, 5), jnp.float32)
 
 
 # --- batch normalisation
@@ -221,10 +149,11 @@ def test_a_step_updates_parameters_by_adam_and_averages_by_the_batch(small, tiny
     assert max(jax.tree.leaves(moved)) == pytest.approx(config.learning_rate, rel=1e-2)
 
 
-@pytest.mark.parametrize("defense", ["e2sad", "free"])
-def test_resumed_run_equals_uninterrupted_one_bit_for_bit(defense, small, tiny, tmp_path):
+def test_resumed_run_equals_uninterrupted_one_bit_for_bit(small, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "validate", lambda run, state, stop: {"score": 0.0})  # checkpoints are not attacked
+
     def train(name, steps):
-        config = tiny_config(model="preact_resnet18", defense=defense, workdir=str(tmp_path / name), steps=steps)
+        config = tiny_config(model="preact_resnet18", workdir=str(tmp_path / name), steps=steps)
         with trainer.open_run(config, tiny) as run:
             return trainer.train(run, lambda: 0)[0]
 
@@ -256,13 +185,3 @@ def test_eight_devices_normalise_by_the_whole_batch(small, tiny):
         state = distributed.replicate(mesh, training.init_state(config, model, tiny.image_shape))
         states.append(fit(config, tiny, state, mesh=mesh))
     chex.assert_trees_all_close(jax.device_get(states[0].params), jax.device_get(states[1].params), atol=1e-5)
-
-
-def test_the_network_itself_learns_under_attack(tiny, monkeypatch):
-    monkeypatch.setitem(networks.NETWORKS, "preact_resnet18", functools.partial(preact_resnet.PreActResNet18, width=2))
-    config = tiny_config(model="preact_resnet18", defense="fgsm", eps1=0.05, steps=12, learning_rate=0.02)
-    history = []
-    state = fit(config, tiny, record=lambda step, metrics, count: history.append(float(metrics["loss"])))
-    assert np.mean(history[-3:]) < 0.9 * history[0]
-    logits = networks.logits_fn(networks.create(config.model, 3, (8, 8, 1)), state.params)
-    assert np.isfinite(jax.jit(logits)(TRANSFORMS["unit"].apply(jnp.asarray(tiny.x_test)))).all()
