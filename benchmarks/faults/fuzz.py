@@ -1,6 +1,6 @@
 """Damaged files and odd command lines by the ten thousand: each is taken as what it is, or refused in one line.
 
-python -m benchmarks.faults.fuzz --inputs=100000 --results=results
+python -m benchmarks.faults.fuzz --inputs=100000 --results=results/reliability
 
 Anything else is a finding: another exception, a warning, a hang, memory beyond a bound, code that runs, a file opened
 elsewhere, anything printed, a message that is not one printable line. Findings are listed in fuzz.md and fuzz.json, each
