@@ -21,7 +21,7 @@ test-slow: .venv/.installed-dev  ## Real trainings, processes, kills, packages.
 	$(PYTEST) tests/slow $(ARGS)
 
 torture: .venv/.installed-dev  ## Faults done to real runs: kill -9, a full disk, damaged files, ... (as root; at most an hour).
-	$(BIN)/python -m benchmarks.faults --results=results $(ARGS)
+	$(BIN)/python -m benchmarks.faults --results=results/reliability $(ARGS)
 
 check: .venv/.installed-dev  ## Linter and type checker.
 	$(BIN)/ruff check .

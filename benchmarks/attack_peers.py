@@ -96,7 +96,7 @@ def compare(model: Model, eps: float, classifier: Any) -> list[tuple[str, float,
         right, made = model.under(attack)
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
             other = build().generate(x, onehot).transpose(0, 2, 3, 1)
-        # Each side's images are judged by the one network.
+        # Each side's images are classified by the one network.
         rows.append(
             (
                 attack.name,

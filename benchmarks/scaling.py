@@ -114,7 +114,7 @@ convolutions do more FLOPs a parameter, so the crossing comes earlier. {share:.0
 parameters stand in one dense layer.
 
 Every host reads the whole data set and cuts the same batch, so nothing has to be fed over the network; hosts agree once a
-dispatch on whether one was told to stop, and the first writes the checkpoint ({checkpoint:.0f} MB with Adam's moments).
+dispatch on whether one was asked to stop, and the first writes the checkpoint ({checkpoint:.0f} MB with Adam's moments).
 """
 
 

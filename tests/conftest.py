@@ -49,7 +49,7 @@ LONG = (
     "test_experiments.py",
     "test_devices.py",
     "test_population.py",
-    "test_shown.py",
+    "test_runner.py",
 )
 
 

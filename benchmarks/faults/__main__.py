@@ -1,6 +1,6 @@
 """Faults done to real runs on purpose, each followed by the same command again: what becomes of them.
 
-python -m benchmarks.faults --results=results
+python -m benchmarks.faults --results=results/reliability
 
 Linux, as root (a full disk and a read-only one are mounted). Ends after `--minutes` at the latest. Exits with 1 if a fault led
 to anything but a clear word, or the numbers of a run that nothing befell; if too few kills came while the process lived; or if

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from benchmarks.faults.phases import END, tell
+from benchmarks.faults.phases import END, note_phases
 
 
 def command(argv: Sequence[str], patch: str, out: str, err: str, phases: str, limit: int) -> None:
@@ -27,7 +27,7 @@ def command(argv: Sequence[str], patch: str, out: str, err: str, phases: str, li
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    enter = tell(phases)
+    enter = note_phases(phases)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     sys.argv = ["-c", *argv[2:]]
     code: object = 0

@@ -20,9 +20,9 @@ from e2sad_jax.errors import Error
 from e2sad_jax.runs.checkpoint import digest
 from e2sad_jax.runs.folder import steps_in
 
-GRACE = 10.0  # seconds in which a run ends that is told to
+GRACE = 10.0  # seconds in which a run ends that is asked to stop
 CHAIN = (  # what is killed in turn, in one run
-    *(phases.START, phases.FIRST, phases.STEP, phases.JUDGING, phases.CHECKPOINT, phases.CHECKPOINT),
+    *(phases.START, phases.FIRST, phases.STEP, phases.VALIDATION, phases.CHECKPOINT, phases.CHECKPOINT),
     *(phases.STEP, phases.EVALUATION, phases.RESULTS),
 )
 
@@ -81,13 +81,13 @@ class Torture:
         process.kill()
         ended = process.end()
         where = ended.phases[-1][0]
-        if where in (phases.STEP, phases.JUDGING) and runs.writing(command):
+        if where in (phases.STEP, phases.VALIDATION) and runs.writing(command):
             where = phases.CHECKPOINT  # in the background
         landed = ended.code == KILLED and where != phases.END
         self.kills[where] += landed
         self.missed += not landed
-        told = f"killed: {where}" if landed else "ended before the kill"
-        self.note(fault, told, ended.code in (KILLED, 0), ended.err)
+        outcome = f"killed: {where}" if landed else "ended before the kill"
+        self.note(fault, outcome, ended.code in (KILLED, 0), ended.err)
 
     def random(self, name: str) -> random.Random:
         return random.Random(f"{self.seed} {name}")
@@ -99,21 +99,21 @@ class Torture:
             shutil.copytree(like, folder)
         return folder
 
-    def again(self, fault: str, workdir: pathlib.Path, words: str = "", judged: bool = True) -> Ended:
+    def again(self, fault: str, workdir: pathlib.Path, words: str = "", validated: bool = True) -> Ended:
         """The same command once more: it must end with the numbers of the run that nothing befell.
 
         Args:
           fault: what befell it.
           workdir: its folder.
           words: what must be said of that.
-          judged: whether all checkpoints were, so that the best must be the same too.
+          validated: whether all checkpoints were, so that the best must be the same too.
         """
         done = self.runs.call(*TRAIN, f"--workdir={workdir}")
         if done.code or "Traceback" in done.err:
             self.note(fault, f"the same command ended with {done.code}", False, done.err)
         elif words not in done.err:
             self.note(fault, f"not a word of it: {words!r}", False, done.err)
-        elif different := runs.differing(*(runs.left(w, judged) for w in (workdir, self.whole))):
+        elif different := runs.differing(*(runs.left(w, validated) for w in (workdir, self.whole))):
             self.note(fault, f"other numbers than an uninterrupted run: {different}", False, done.err)
         else:
             self.note(
@@ -150,15 +150,15 @@ class Torture:
             self.kill("kill -9 in experiments.compare", command, order[i % len(order)], usual, rng)
         done = self.runs.call(*COMPARE, f"--workdir={folder}")
         same = done.code == 0 and runs.compared(folder) == runs.compared(whole)
-        told = "the same command ended with the numbers of a whole one"
-        self.note("kill -9 in experiments.compare, then to the end", told, same, done.err)
+        outcome = "the same command ended with the numbers of a whole one"
+        self.note("kill -9 in experiments.compare, then to the end", outcome, same, done.err)
         for path, how in zip(sorted(folder.glob("*/auto.json")), (flip, truncate), strict=True):
             how(path, rng)
             done = self.runs.call(*COMPARE, f"--workdir={folder}")
             same = done.code == 0 and "attacks are made again" in done.err
             same = same and runs.compared(folder) == runs.compared(whole)
-            told = "warned; attacked again, same numbers"
-            self.note("auto.json of experiments.compare damaged", told, same, done.err)
+            outcome = "warned; attacked again, same numbers"
+            self.note("auto.json of experiments.compare damaged", outcome, same, done.err)
 
     def kill_evaluation(self, times: int) -> None:
         rng, workdir = self.random("evaluation"), self.new(self.whole)
@@ -195,8 +195,8 @@ class Torture:
             how(copy, rng)
             done = self.runs.call("-c", PREPARE, str(folder))
             same = done.code == 0 and done.out == usual.out
-            told = "made anew, or not in the data: the same data"
-            self.note("decoded copy of the data damaged", told, same, done.err)
+            outcome = "made anew, or not in the data: the same data"
+            self.note("decoded copy of the data damaged", outcome, same, done.err)
 
     def full_disk(self, times: int) -> None:
         rng = self.random("full")
@@ -229,7 +229,7 @@ class Torture:
                 self.again("read-only disk, then writable", disk / "w")
 
     def deleted(self) -> None:
-        for name in (phases.STEP, phases.JUDGING, phases.EVALUATION):
+        for name in (phases.STEP, phases.VALIDATION, phases.EVALUATION):
             workdir = self.new()
             process = self.runs.start(*TRAIN, f"--workdir={workdir}")
             process.reach(name)
@@ -348,7 +348,7 @@ class Torture:
                 code = {0: "had finished", -number: "ended by the signal"}.get(ended.code, f"exit code {ended.code}")
                 self.note(f"{number.name} in {name}", code, right, f"{seconds:.1f} s, {ended.code}, {ended.err}")
                 longest = max(longest, seconds)
-                self.again(f"{number.name}, then the same command", workdir, judged=False)
+                self.again(f"{number.name}, then the same command", workdir, validated=False)
         self.note("SIGTERM and SIGINT, all of these", f"at most {longest:.1f} s from the signal to the end", True)
 
     def broken(self) -> None:

@@ -1,6 +1,6 @@
 """Damaged files and odd command lines by the ten thousand: each is taken as what it is, or refused in one line.
 
-python -m benchmarks.faults.fuzz --inputs=100000 --results=results
+python -m benchmarks.faults.fuzz --inputs=100000 --results=results/reliability
 
 Anything else is a finding: another exception, a warning, a hang, memory beyond a bound, code that runs, a file opened
 elsewhere, anything printed, a message that is not one printable line. Findings are listed in fuzz.md and fuzz.json, each
@@ -61,7 +61,7 @@ class Watch:
     """What the interpreter tells while a target runs: code, processes, files that have no business there."""
 
     def __init__(self, folder: pathlib.Path):
-        self.on, self.seen, self.told = False, list[str](), io.StringIO()
+        self.on, self.seen, self.printed = False, list[str](), io.StringIO()
         self._allowed = (
             str(folder),
             *READABLE,
@@ -108,8 +108,8 @@ def attempt(target: Any, seed: int, index: int, watch: Watch | None = None) -> t
         warnings.simplefilter("always")
         if watch:
             watch.seen.clear()
-            watch.told.seek(0)
-            watch.told.truncate()
+            watch.printed.seek(0)
+            watch.printed.truncate()
             watch.on = True
         try:
             got = target.run(given)
@@ -122,16 +122,16 @@ def attempt(target: Any, seed: int, index: int, watch: Watch | None = None) -> t
         finally:
             if watch:
                 watch.on = False
-    told = watch.told.getvalue() if watch else ""
+    printed = watch.printed.getvalue() if watch else ""
     if target.name == "checkpoint":
         warned = [w for w in warned if not _of_orbax(str(w.message))]
-        told = "" if _of_orbax(told) else told
+        printed = "" if _of_orbax(printed) else printed
     if warned:
         return kind, False, f"warning: {warned[0].message!s:.300}", given
     if watch and watch.seen:
         return kind, False, watch.seen[0], given
-    if told:
-        return kind, False, f"printed: {told!r:.300}", given
+    if printed:
+        return kind, False, f"printed: {printed!r:.300}", given
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     if grown > GROWTH_BYTES:
         return kind, False, f"took {grown:,} bytes of memory", given
@@ -160,7 +160,7 @@ def _work(
         folder = pathlib.Path(temporary).resolve()
         os.chdir(folder)
         watch = Watch(folder)
-        sys.stderr = watch.told  # before anything sets up logging
+        sys.stderr = watch.printed  # before anything sets up logging
         for place, (name, first, last) in enumerate(work):
             at[0], at[1] = place, -1
             own = folder / f"{name}-{place}"
@@ -205,7 +205,7 @@ def fuzz(
     context = multiprocessing.get_context("spawn")
     counts: dict[str, collections.Counter[tuple[str, str]]] = {name: collections.Counter() for name, _, _ in work}
     findings: list[Finding] = []
-    left, told = list(work), {name: first for name, first, _ in work}
+    left, counted = list(work), {name: first for name, first, _ in work}
     while left:
         at = context.Array("q", [-1, -1], lock=False)
         ours, theirs = context.Pipe(duplex=False)
@@ -227,7 +227,7 @@ def fuzz(
                         say(f"{message.target}:{message.index} ({message.kind}): {message.what}")
                     else:
                         counts[message[0]] += message[1]
-                        told[message[0]] = message[2]
+                        counted[message[0]] = message[2]
                         say(f"{message[0]}: {counts[message[0]].total():,} inputs")
             except EOFError:
                 worker.join()
@@ -250,7 +250,7 @@ def fuzz(
         findings.append(Finding(name, index, "", lost))
         say(f"{name}:{index}: {lost}")
         counts[name]["lost", "found"] += 1
-        again = [(name, told[name], index)] if told[name] < index else []  # what it had not told of yet
+        again = [(name, counted[name], index)] if counted[name] < index else []  # what is in no count yet
         left = [*again, (name, index + 1, last), *left[place + 1 :]]
     return counts, findings
 

@@ -1,4 +1,4 @@
-"""In which phase a command is: told by itself into a file, which a kill leaves whole."""
+"""In which phase a command is: written by itself into a file, which a kill leaves whole."""
 
 import functools
 import os
@@ -15,11 +15,11 @@ from e2sad_jax.runs.checkpoint import Checkpoints
 from e2sad_jax.runs.metrics import Recorder
 
 START, END = "start", "end"
-FIRST, STEP, JUDGING = "first step", "training step", "judging a checkpoint"
+FIRST, STEP, VALIDATION = "first step", "training step", "validation"
 CHECKPOINT, EVALUATION, RESULTS = "checkpoint write", "evaluation", "writing results"
 DOWNLOAD, DECODING, COPY = "data preparation: records", "data preparation: decoding", "data preparation: copy"
-TOLD: tuple[tuple[Any, str, str], ...] = (
-    *((trainer, "fit", FIRST), (Recorder, "__call__", STEP), (trainer, "validate", JUDGING)),
+ENTRIES: tuple[tuple[Any, str, str], ...] = (
+    *((trainer, "fit", FIRST), (Recorder, "__call__", STEP), (trainer, "validate", VALIDATION)),
     *((Checkpoints, "save", CHECKPOINT), (run, "_evaluate", EVALUATION), (results, "write", RESULTS)),
     *((evaluate_model, "_attacked", EVALUATION), (comparison, "plot", RESULTS), (evaluate, "diagnose", EVALUATION)),
     *((plots, "examples", RESULTS), (tfds, "_prepare", DOWNLOAD), (tfds, "_decode", DECODING)),
@@ -27,7 +27,7 @@ TOLD: tuple[tuple[Any, str, str], ...] = (
 )
 
 
-def tell(path: str) -> Callable[[str], None]:
+def note_phases(path: str) -> Callable[[str], None]:
     """Lets this process note from now on when it enters a phase, in seconds of computing; returns what notes one more."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     now = ""
@@ -47,6 +47,6 @@ def tell(path: str) -> Callable[[str], None]:
         return called
 
     enter(START)
-    for owner, name, phase in TOLD:
+    for owner, name, phase in ENTRIES:
         setattr(owner, name, telling(getattr(owner, name), phase))
     return enter

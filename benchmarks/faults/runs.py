@@ -1,4 +1,4 @@
-"""Real commands as real processes: started, watched, struck at a moment, and what they leave told in a few values."""
+"""Real commands as real processes: started, watched, struck at a moment, and what they leave, in a few values."""
 
 import contextlib
 import dataclasses
@@ -180,8 +180,8 @@ def writing(command: Sequence[str]) -> bool:
     return any(workdir.rglob("checkpoints/*orbax-checkpoint-tmp*"))
 
 
-def left(workdir: pathlib.Path, judged: bool = True) -> dict[str, Any]:
-    """All that must be the same after any interruption: everything but times; not `judged`: nor what judges checkpoints."""
+def left(workdir: pathlib.Path, validated: bool = True) -> dict[str, Any]:
+    """All that must be the same after any interruption: everything but times; unless `validated`, validation is left out."""
     last = e2sad_jax.load(workdir)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     results = json.loads((workdir / "results.json").read_text())
@@ -194,10 +194,10 @@ def left(workdir: pathlib.Path, judged: bool = True) -> dict[str, Any]:
         "step": last.step,
         "parameters": digest(last.params),
         "state": state,
-        "metrics": [line for line in metrics if judged or "validation_score" not in line],
+        "metrics": [line for line in metrics if validated or "validation_score" not in line],
         "results": {k: results[k] for k in ("dataset", "examples", "steps", "attacks", "worst_case_accuracy")},
-        "outcomes": {k: v.tolist() for k, v in outcomes.items() if judged or not k.startswith("best")},
-        "best": judged and (results["best"], digest(e2sad_jax.load(workdir, "best").params)),
+        "outcomes": {k: v.tolist() for k, v in outcomes.items() if validated or not k.startswith("best")},
+        "best": validated and (results["best"], digest(e2sad_jax.load(workdir, "best").params)),
     }
 
 

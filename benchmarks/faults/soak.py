@@ -1,6 +1,6 @@
 """Whether a long run stays as small as it began: memory, open files, threads and compilations over many steps.
 
-python -m benchmarks.faults.soak --steps=50000 --results=results
+python -m benchmarks.faults.soak --steps=50000 --results=results/reliability
 
 One run of e2SAD on the embedded digits, made small (7x7) for a network of under a thousand parameters, through the same code
 as every other: checkpoints, each attacked on held-out images, metrics and TensorBoard files all along. Exits with 1 if the

@@ -123,11 +123,11 @@ def _times(
         progress(f"time {name}")
         timers[name] = Step(config, image_shape, num_classes).timer(SECONDS)
 
-    def told(i: int, name: str) -> None:
+    def begins(i: int, name: str) -> None:
         if name == next(iter(timers)):
             progress(f"round {i + 1} of {ROUNDS}")
 
-    rounds = list(in_turn(timers, ROUNDS, progress=told))
+    rounds = list(in_turn(timers, ROUNDS, progress=begins))
     return {name: [seconds[name] for seconds in rounds] for name in kinds}
 
 

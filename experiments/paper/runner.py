@@ -398,7 +398,7 @@ class Reproduction:
         written.append(page.write(self.results))
         return written
 
-    # What is told.
+    # Progress.
 
     def _announce(self, what: str, group: Sequence[Config]) -> None:
         left = sum(map(self._work_left, self.runs))

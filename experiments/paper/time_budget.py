@@ -9,7 +9,7 @@ from e2sad_jax.reporting.progress import Bar, duration
 from e2sad_jax.runs.signals import Interrupted
 
 MARGIN = 30.0  # seconds before the end of the time budget that nothing is begun in; a tenth of it if that is less
-TELL = 60.0  # seconds between two lines that say the same
+REPEAT = 60.0  # seconds between two lines that say the same
 
 
 class Clock:
@@ -28,7 +28,7 @@ class Clock:
         self._longest = 0.0  # between two looks: what may have to be waited for once more
         self._start = self._looked
         self._at_start: float | None = None
-        self._told = (-TELL, "")
+        self._printed = (-REPEAT, "")
 
     def stop(self) -> int:
         """Not 0 if it is time to stop: the number of a signal, or -1 for the end of the time budget."""
@@ -47,8 +47,8 @@ class Clock:
     def wait(self, why: str, seconds: float) -> None:
         """Waits a little for another process, and says so now and then."""
         self.check()
-        if why != self._told[1] or time.monotonic() - self._told[0] > TELL:
-            self._told = (time.monotonic(), why)
+        if why != self._printed[1] or time.monotonic() - self._printed[0] > REPEAT:
+            self._printed = (time.monotonic(), why)
             print(f"waiting: {why}", file=sys.stderr, flush=True)
         time.sleep(seconds)
         self._looked = time.monotonic()  # this was not work

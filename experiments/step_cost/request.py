@@ -18,7 +18,7 @@ OURS = "e2sad_jax"
 
 
 def iterated() -> dict[str, tuple[int, ...]]:
-    """Defenses whose attack takes as many steps as it is told, and how many where nothing else is asked for."""
+    """Defenses whose attack takes a number of steps, and the numbers that are measured by default."""
     return {name: CURVE if name == "ifgsm" else (2, 10) for name in readers("attack_steps")}
 
 

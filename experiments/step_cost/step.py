@@ -169,8 +169,8 @@ def in_turn(
     Args:
       timers: what to time.
       rounds: how often.
-      progress: told the round, from 0, and what is timed next.
-      failed: told of a timer's exception; that timer is left out from then on. None: the exception passes.
+      progress: called with the round, from 0, and what is timed next.
+      failed: called with a timer's name and exception; that timer is left out from then on. None: the exception passes.
 
     Yields:
       Each round's seconds.

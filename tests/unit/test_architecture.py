@@ -28,10 +28,10 @@ ROOMS = (
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
 
-def modules() -> dict[str, pathlib.Path]:
-    """Every module of the package by its dotted name."""
+def modules(folder: pathlib.Path = PACKAGE) -> dict[str, pathlib.Path]:
+    """Every module of the package, or of another folder, by its dotted name."""
     found = {}
-    for path in PACKAGE.rglob("*.py"):
+    for path in folder.rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
@@ -78,8 +78,9 @@ def test_no_room_imports_a_higher_one():
     assert not wrong, "\n".join(sorted(wrong))
 
 
-def test_no_import_circles():
-    known = modules()
+@pytest.mark.parametrize("folder", ["e2sad_jax", "experiments", "benchmarks"])
+def test_no_import_circles(folder):
+    known = modules(ROOT / folder)
 
     def module_of(name: str) -> str:
         return name if name in known else name.rpartition(".")[0]

@@ -101,7 +101,7 @@ class Flags(Target):
             own[flag].value, own[flag].present = own[flag].default, 0
         own.unparse_flags()
         try:
-            with _until_a_run_begins(module, own), contextlib.redirect_stderr(io.StringIO()) as told:
+            with _until_a_run_begins(module, own), contextlib.redirect_stderr(io.StringIO()) as printed:
                 cli._parse([name, *arguments])
                 run()
         except _Reached:
@@ -109,9 +109,9 @@ class Flags(Target):
         except Error as error:
             return Refused(Error(printable(str(error))))
         except SystemExit as error:
-            if error.code != 2 or len(told.getvalue().splitlines()) != 1:
-                raise Wrong(f"exit code {error.code}, {told.getvalue()!r}") from error
-            return Refused(Error(told.getvalue().strip()))
+            if error.code != 2 or len(printed.getvalue().splitlines()) != 1:
+                raise Wrong(f"exit code {error.code}, {printed.getvalue()!r}") from error
+            return Refused(Error(printed.getvalue().strip()))
         raise Wrong("it came to an end without a run")
 
 

@@ -89,8 +89,8 @@ class Notes(Target):
         super().__init__(folder)
         place = {"hardware": "CPU", "date": "2026-11-25", "commit": None}
         segment = {"from_step": 0, "to_step": 4, "seconds": 1.5, "runs_together": 1, **place}
-        judged = {"step": 4, "clean": 0.9, "robust": 0.5, "after": {"clean": 0.9}}
-        known = {"asked": {"data": "x"}, "seed": 0, "eps": 0.3, "images": 5, "last": judged, "best": judged}
+        evaluated = {"step": 4, "clean": 0.9, "robust": 0.5, "after": {"clean": 0.9}}
+        known = {"asked": {"data": "x"}, "seed": 0, "eps": 0.3, "images": 5, "last": evaluated, "best": evaluated}
         known |= {"chosen_on": "40 images", "flops": 1e9, "train_seconds": 2.5, "workdir": "runs/x"}
         step = {
             "flops": 1.0,
@@ -121,10 +121,10 @@ class Notes(Target):
         name, content = given
         path = self.folder / name
         path.write_bytes(content)
-        told = io.StringIO()
-        with contextlib.redirect_stderr(told):
+        printed = io.StringIO()
+        with contextlib.redirect_stderr(printed):
             result = self._read(name, path)
-        for line in told.getvalue().split("\n"):
+        for line in printed.getvalue().split("\n"):
             if line and not (line.startswith("warning: ") and line.isprintable()):
                 raise Wrong(f"said {line!r:.200}")
         return result
