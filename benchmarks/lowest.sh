@@ -12,5 +12,5 @@ mkdir -p build
 "$1" venv --quiet --clear --python "$2" build/lowest
 "$1" pip install --quiet --python build/lowest/bin/python --requirement build/lowest.txt pytest chex
 # Old releases warn of what was to come; that is not about our calls.
-build/lowest/bin/python -m pytest -o filterwarnings= -p no:cacheprovider tests/test_checkpoint.py tests/test_data_prepare.py \
-    tests/unit/test_export.py tests/unit/networks/test_cnn.py
+build/lowest/bin/python -m pytest -o filterwarnings= -p no:cacheprovider tests/unit/runs/test_checkpoint.py \
+    tests/unit/data/test_data_prepare.py tests/unit/test_export.py tests/unit/networks/test_cnn.py
