@@ -20,6 +20,9 @@ from experiments.step_cost.request import Request
 from experiments.step_cost.step import Step
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Of a process: one device, and little work for the compiler.
+QUICK = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+QUICK |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -105,11 +108,12 @@ def test_a_signal_ends_the_measurement_with_what_there_is(number, tmp_path):
     with subprocess.Popen(
         [sys.executable, "-m", "experiments.step_cost", *flags, f"--results={tmp_path}"],
         cwd=ROOT,
+        env=QUICK,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        for _ in range(1200):
+        for _ in range(6000):
             if (tmp_path / "step_cost.json").exists() or process.poll() is not None:
                 break
             time.sleep(0.1)
@@ -126,14 +130,13 @@ def test_a_signal_ends_the_measurement_with_what_there_is(number, tmp_path):
 
 
 def command(*flags):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     return subprocess.run(
         [sys.executable, "-m", "experiments.step_cost", *flags],
         cwd=ROOT,
-        env=environment,
+        env=QUICK,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
         check=False,
     )
 
@@ -171,6 +174,7 @@ def test_from_the_command_to_its_files(tmp_path):
     assert (tmp_path / "step_cost.png").stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_the_step_by_xla_is_ours_without_loops_and_computes_the_same():
     config = configure(
         defense="ifgsm", attack_steps=3, model="digits_cnn", batch_size=4
@@ -188,13 +192,10 @@ def test_a_cost_of_the_paper_is_measured_beside_a_natural_step_and_found_again(m
     monkeypatch.setattr(cost, "SECONDS", 0.01)
     quick = {"model": "digits_cnn", "batch_size": 8}
     entries = plan.table_1(plan.Scale("t", quick, {}, 1, 3, 1), {})
-    configs = [e.config for e in entries if e.name in ("FGSM 0.3", "e2SAD")]
+    configs = [e.config for e in entries if e.name == "FGSM 0.3" and e.label == "hard"]
     steps = cost.measure(configs, (8, 8, 1), 10, tmp_path)["steps"]
-    natural, fgsm, e2sad = (
-        steps[f"{name}, digits_cnn, batch 8, float32{rest}"]
-        for name, rest in (("natural", ""), ("fgsm", ""), ("e2sad", ", total"))
-    )
+    natural, fgsm = (steps[f"{name}, digits_cnn, batch 8, float32"] for name in ("natural", "fgsm"))
     assert natural["flops_natural"] == natural["time_natural"] == 1.0
-    assert 1.5 < fgsm["flops_natural"] < e2sad["flops_natural"] < 5
+    assert 1.5 < fgsm["flops_natural"] < 2.5
     assert all(0 < step["fastest"] <= step["milliseconds"] <= step["slowest"] for step in steps.values())
-    assert cost.faster_together(configs[0], (8, 8, 1), 10, 3, tmp_path) in (True, False)
+    assert cost.faster_together(configs[0], (8, 8, 1), 10, 2, tmp_path) in (True, False)
