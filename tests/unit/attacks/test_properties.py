@@ -273,34 +273,43 @@ def test_no_neighbour_changes_an_image(name):
 # --- transformations
 
 
-@pytest.mark.parametrize("name", [*TRANSFORMED, "second_noise"])
-def test_vmap_equals_one_at_a_time(name):
-    """Over networks, keys, images and budgets at once; each image by itself where it has a key of its own."""
-    case, x = CASES[name], images()
+def mesh_of(devices: int) -> Mesh:
+    return Mesh(np.array(jax.devices()[:devices]), ("data",))
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_vmap_on_eight_devices_equals_one_image_at_a_time(name):
+    """One program: in shard_map one image on each device, there under vmap, with a network and a budget of its own."""
+    case, x, spread = CASES[name], images(), PartitionSpec("data")
     y, eps = labels(x), np.linspace(0.1, 0.3, N).astype(np.float32)
     networks = [draw(0 if "carlini" in name else seed) for seed in range(N)]  # that one's descent enlarges a rounding
 
-    def attack(network: Any, keys: jax.Array, x: jax.Array, y: jax.Array, eps: jax.Array) -> jax.Array:
-        return case.attack(functools.partial(logits_of, network), keys, x, y, eps, (0.0, 1.0))
-
     def one(network: Any, key: jax.Array, image: jax.Array, label: jax.Array, eps: jax.Array) -> jax.Array:
-        return attack(network, key[None], image[None], label[None], eps)[0]
+        f = functools.partial(logits_of, network)
+        return case.attack(f, key[None], image[None], label[None], eps, (0.0, 1.0))[0]
 
     several = jax.tree.map(lambda *leaves: jnp.stack(leaves), *networks)
+    program = jax.shard_map(jax.vmap(one), mesh=mesh_of(N), in_specs=(spread,) * 5, out_specs=spread)
+    arguments = jax.device_put((several, KEYS, x, jnp.asarray(y), jnp.asarray(eps)), NamedSharding(mesh_of(N), spread))
     with compiled_for("float32"):
-        if case.one_key:
-            batch = [jnp.stack([a] * N) for a in (KEYS, x, jnp.asarray(y))]
-            got = jax.jit(jax.vmap(attack))(several, *batch, eps)
-            want = [jitted(name)(network, KEYS, x, y, e) for network, e in zip(networks, eps, strict=True)]
-        else:
-            got = jax.jit(jax.vmap(one))(several, KEYS, x, y, eps)
-            want = [jitted(name)(networks[i], KEYS, x, y, eps[i])[i] for i in range(N)]
+        got = jax.jit(program)(*arguments)
+    want = [jitted(name)(networks[i], KEYS, x, y, eps[i])[i] for i in range(N)]
     np.testing.assert_allclose(got, jnp.stack(want), rtol=0, atol=case.close)
     assert (np.asarray(got) != np.asarray(x)).any()
 
 
-def mesh_of(devices: int) -> Mesh:
-    return Mesh(np.array(jax.devices()[:devices]), ("data",))
+def test_one_key_for_the_batch_under_vmap():
+    """Over networks and budgets at once."""
+    x, several = images(), jax.tree.map(lambda *leaves: jnp.stack(leaves), *[draw(seed) for seed in range(3)])
+    y, eps = jnp.asarray(labels(x)), jnp.array([0.1, 0.2, 0.3])
+
+    def attack(network: Any, eps: jax.Array) -> jax.Array:
+        return CASES["second_noise"].attack(functools.partial(logits_of, network), KEYS, x, y, eps, (0.0, 1.0))
+
+    with compiled_for("float32"):
+        got = jax.jit(jax.vmap(attack))(several, eps)
+    want = [jitted("second_noise")(draw(seed), KEYS, x, labels(x), eps[seed]) for seed in range(3)]
+    np.testing.assert_allclose(got, jnp.stack(want), rtol=0, atol=2e-6)
 
 
 def sharded(name: str, how: str) -> jax.Array:
@@ -319,7 +328,7 @@ def sharded(name: str, how: str) -> jax.Array:
     return got
 
 
-@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize("name", ["pgd_linf", "apgd_l2", "square_linf", "fab_linf"])
 def test_eight_devices_in_shard_map_equal_one(name):
     x = images()
     want = jitted(name)(draw(), KEYS, x, labels(x), 0.3)

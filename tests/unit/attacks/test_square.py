@@ -139,7 +139,7 @@ def test_every_l2_query_moves_length_between_two_squares():
     """Query by query, as the paper's algorithm in NumPy could have drawn it; kept if the margin rises."""
     seen: list[np.ndarray] = []
     margins: list[np.ndarray] = []
-    queries, x, eps = 12, images(2), 0.5
+    queries, x, eps = 8, images(2), 0.5
 
     def margin(z: jax.Array) -> jax.Array:
         seen.append(np.float64(z) - np.float64(x))
@@ -159,7 +159,7 @@ def test_every_l2_query_moves_length_between_two_squares():
             if margins[query + 2][i] > value:
                 now, value, kept = tried, margins[query + 2][i], kept + 1
         np.testing.assert_allclose(np.float64(got[i]) - np.float64(x[i]), now, atol=1e-7)
-    assert kept > 2
+    assert kept > 1
 
 
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), None])
