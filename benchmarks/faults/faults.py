@@ -155,7 +155,7 @@ class Torture:
         for path, how in zip(sorted(folder.glob("*/auto.json")), (flip, truncate), strict=True):
             how(path, rng)
             done = self.runs.call(*COMPARE, f"--workdir={folder}")
-            same = done.code == 0 and "attacks are made again" in done.err
+            same = done.code == 0 and "its attacks run again" in done.err
             same = same and runs.compared(folder) == runs.compared(whole)
             outcome = "warned; attacked again, same numbers"
             self.note("auto.json of experiments.compare damaged", outcome, same, done.err)
@@ -183,7 +183,7 @@ class Torture:
         for i in range(times):
             command = ("-c", PREPARE, str(folder))
             self.kill("kill -9 in data preparation", command, order[i % len(order)], usual, rng)
-            if i % len(order) == len(order) - 1:
+            if i % len(order) == len(order) - 1 or i + 1 == times:
                 done = self.runs.call(*command)
                 same = done.code == 0 and done.out == usual.out
                 fault = "kill -9 in data preparation, then again"
