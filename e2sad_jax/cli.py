@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from absl import app, flags, logging
 
-from e2sad_jax.defenses import DEFENSES, Setting, readers
+from e2sad_jax.defenses import DEFENSES, PLUGINS, Setting, readers
 from e2sad_jax.errors import (
     FULL,
     ConfigError,
@@ -30,7 +30,6 @@ from e2sad_jax.runs.recipes import RECIPES, Recipe
 from e2sad_jax.training.config import COMMON, PRESETS, SCHEDULE, Config, configure, preset, setting_of
 
 FLAGS = flags.FLAGS
-PLUGINS = "E2SAD_JAX_DEFENSES"  # modules with defenses of the user's own
 DEFINE: Mapping[type, Callable[..., Any]] = {
     bool: flags.DEFINE_bool,
     int: flags.DEFINE_integer,
@@ -47,7 +46,7 @@ def train(name: str) -> None:
 
     def main() -> None:
         configs = read_configs(recipe)
-        from e2sad_jax import distributed  # after the flags are known to be right: this brings JAX and Orbax along
+        from e2sad_jax import distributed  # after the flags are known to be right: this brings Orbax along
         from e2sad_jax.runs import run
 
         distributed.connect(FLAGS.coordinator, FLAGS.process_id, FLAGS.num_processes)
@@ -174,6 +173,9 @@ def define_flags(recipe: Recipe) -> None:
         other |= {"with --preset=robust": robust[field.name]} if field.name in robust else {}
         _define(setting_of(field), recipe.settings.get(field.name, field.default), _defaults(other))
     for setting in _own_settings():
+        if setting.name in FLAGS:
+            names = ", ".join(readers(setting.name))
+            _fail(f"the setting {setting.name!r} of {names} has the name of another flag; choose another name", 2)
         its_defaults = {d: _own_defaults(d, recipe)[setting.name] for d in readers(setting.name)}
         value = next(iter(its_defaults.values()))
         other = {f"for {d}": own for d, own in its_defaults.items() if own != value}
@@ -224,10 +226,12 @@ def define_flag(field: "dataclasses.Field[Any]") -> None:
 def import_defenses() -> None:
     """Imports the modules that $E2SAD_JAX_DEFENSES names, with commas between them: they register defenses of their own."""
     for name in filter(None, os.environ.get(PLUGINS, "").split(",")):
+        if "" not in sys.path:
+            sys.path.insert(0, "")  # a module of the current folder, too
         try:
             importlib.import_module(name)
-        except ImportError as error:
-            _fail(f"${PLUGINS} names {name}: {error}; it must be a module that Python finds, as on $PYTHONPATH", 2)
+        except Exception as error:  # whatever the module raises
+            _fail(f"${PLUGINS} names {name}: {first_line(error)}; it must be a module that registers defenses", 2)
 
 
 def _define(setting: Setting, default: Any, more: str = "") -> None:

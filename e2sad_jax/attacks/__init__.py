@@ -14,6 +14,8 @@ An attack knows no model and no parameters. It takes `loss_fn`, a function from 
 attacks.
 """
 
+import re
+
 from e2sad_jax.attacks import core
 from e2sad_jax.attacks._method import Method
 from e2sad_jax.attacks.apgd import apgd
@@ -48,8 +50,11 @@ def register(name: str, method: Method) -> None:
       method: the attack, and what a suite has to know of it.
 
     Raises:
-      ValueError: if the name is taken; "clean" is, for images that are not attacked.
+      ValueError: if the name is not of lower-case letters, digits and underscores, or is taken; "clean" is, for images
+        that are not attacked.
     """
+    if not re.fullmatch("[a-z0-9_]+", name):
+        raise ValueError(f"attack {name!r} needs a name of lower-case letters, digits and underscores")
     if name == "clean" or name in ATTACKS:
         raise ValueError(f"attack {name!r} exists already; register yours under another name")
     ATTACKS[name] = method

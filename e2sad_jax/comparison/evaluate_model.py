@@ -14,6 +14,7 @@ from e2sad_jax.data import Dataset
 from e2sad_jax.errors import Stopped, first_line
 from e2sad_jax.evaluation import Attack, auto
 from e2sad_jax.runs import signals, trainer
+from e2sad_jax.runs.checkpoint import state_digest
 from e2sad_jax.runs.classifier import load
 from e2sad_jax.training import Config
 
@@ -90,6 +91,8 @@ def known_outcome(path: pathlib.Path, asked: Mapping[str, Any], steps: int) -> d
         right = known["asked"] == asked and known["last"]["step"] == steps
         for which in CHECKPOINTS if "best" in known else ("last",):
             right &= type(known[which]["step"]) is int and all(number(known[which][k]) for k in ("clean", "robust"))
+            # Of these very weights: the run may have been trained again since.
+            right &= known[which].get("state") == state_digest(path.parent, known[which]["step"])
         if "best" in known:
             right &= all(number(known[key]) for key in ("train_seconds", "eps", "images", "seed"))
             right &= isinstance(known["chosen_on"], str)
@@ -118,4 +121,10 @@ def _attacked(
         stages=stages,
     )
     robust = float(outcome.robust.mean())
-    return {"step": classifier.step, "clean": outcome.accuracy["clean"], "after": outcome.accuracy, "robust": robust}
+    return {
+        "step": classifier.step,
+        "state": state_digest(pathlib.Path(config.workdir), classifier.step),
+        "clean": outcome.accuracy["clean"],
+        "after": outcome.accuracy,
+        "robust": robust,
+    }

@@ -4,7 +4,7 @@
 model, whatever library it comes from. `DEFENSES` holds each by the name that `--defense` takes; `register` adds one.
 """
 
-from e2sad_jax.defenses._registry import DEFENSES, Defense, Setting, readers, register
+from e2sad_jax.defenses._registry import DEFENSES, PLUGINS, Defense, Setting, readers, register
 
 # Importing its file registers a defense: this is the order of DEFENSES.
 # isort: off
@@ -25,6 +25,7 @@ from e2sad_jax.defenses.input_gradient import input_gradient
 
 __all__ = [
     "DEFENSES",
+    "PLUGINS",
     "Defense",
     "Setting",
     "e2sad",

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -89,6 +90,9 @@ class Setting:
         return type(self.default) is type(other.default) and all(getattr(self, r) == getattr(other, r) for r in ranges)
 
 
+OFFERED = ("eps", "eps1", "bounds", "key", "delta")  # what training passes to a loss that names it
+
+
 @dataclasses.dataclass(frozen=True)
 class Defense:
     """A defense as training, flags and tables know it.
@@ -123,6 +127,15 @@ class Defense:
                 raise ValueError(
                     f"{self.label}: its loss takes no {setting.argument or setting.name!r}, for which --{setting.name} is; "
                     "say argument= (None: training alone reads it)"
+                )
+            setting.check(setting.default)
+        given = {setting.argument or setting.name for setting in self.settings} | set(OFFERED)
+        for parameter in list(inspect.signature(self.loss).parameters.values())[3:]:
+            needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+            if needed and parameter.name not in given:
+                raise ValueError(
+                    f"{self.label}: its loss needs {parameter.name!r}, which is neither a setting nor one of "
+                    f"{', '.join(OFFERED)}; give it a default or a setting"
                 )
         if self.carries != (self.ascent is not None):
             raise ValueError(f"{self.label}: a loss that takes delta needs ascent=, and no other does")
@@ -180,14 +193,18 @@ class Defense:
 
 
 DEFENSES: dict[str, Defense] = {}
+PLUGINS = "E2SAD_JAX_DEFENSES"  # environment variable: modules that register defenses of the user's own
 
 
 def register(name: str, defense: Defense) -> None:
     """Adds a defense to `DEFENSES`; commands then train, compare and evaluate it by name.
 
     Raises:
-      ValueError: if the name is taken, or another defense has a setting of the same name and of another range.
+      ValueError: if the name is taken or not of lower-case letters, digits and underscores, or another defense has a
+        setting of the same name and of another range.
     """
+    if not re.fullmatch("[a-z0-9_]+", name):  # a part of folder names and flags
+        raise ValueError(f"the defense {name!r} needs a name of lower-case letters, digits and underscores")
     if name in DEFENSES:
         raise ValueError(f"the defense {name!r} is registered already, as {DEFENSES[name].label}; choose another name")
     for setting in defense.settings:

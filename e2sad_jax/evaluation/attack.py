@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from e2sad_jax import _streams, attacks
+from e2sad_jax.attacks import core
 from e2sad_jax.losses import cross_entropy, dlr, margin, targeted_dlr
 
 CLEAN = "clean"  # the kind of a row that attacks nothing
@@ -44,6 +44,11 @@ class Attack:
     loss: str = "ce"
     norm: str = "linf"
     targets: int = 9
+
+    def __post_init__(self) -> None:
+        for field in ("eps", "step_size"):  # NumPy's and JAX's numbers as Python's, which can be hashed and stored
+            if core.is_number(value := getattr(self, field)):
+                object.__setattr__(self, field, float(value))
 
     @property
     def targeted(self) -> bool:
@@ -84,8 +89,7 @@ class Attack:
             raise ValueError(f"{name}: kind={self.kind!r}; it must be one of {', '.join((CLEAN, *attacks.ATTACKS))}")
         if self.loss not in LOSSES:
             raise ValueError(f"{name}: loss={self.loss!r}; it must be one of {', '.join(LOSSES)}")
-        if isinstance(self.eps, float | int) and not 0 <= self.eps < math.inf:  # a traced one was checked before
-            raise ValueError(f"{name}: eps={self.eps}; it must be finite and at least 0")
+        core.checks.number(name, "eps", self.eps)
         if self.targeted and self.targets < 1:
             raise ValueError(f"{name}: targets={self.targets}; it must be at least 1")
         method = attacks.ATTACKS[self.kind]

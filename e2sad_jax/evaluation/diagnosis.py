@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from e2sad_jax import attacks
 from e2sad_jax.evaluation import masking
 from e2sad_jax.evaluation.attack import Attack
 from e2sad_jax.evaluation.autoattack import FAB, STAGES
@@ -161,7 +162,7 @@ def diagnose(
         before = np.ones_like(clean)
         for stage in stages:
             after = result.standing[stage.name] | ~before  # of an image that it was not run on it says nothing
-            if stage.kind == "square":
+            if attacks.ATTACKS[stage.kind].family == "score-based":
                 black_box["Square"] = after
             else:
                 white_box = white_box & after

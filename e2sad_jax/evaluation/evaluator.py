@@ -326,6 +326,8 @@ class Evaluation:
             )
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}; it must be at least 1")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed={seed}; it must be in [0, {2**32 - 1}]")
         self.num_classes = programs.num_classes(params, self.images)
         if self.labels.min() < 0 or self.labels.max() >= self.num_classes:
             raise ValueError(

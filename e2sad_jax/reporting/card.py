@@ -118,13 +118,13 @@ def _effort(row: Mapping[str, Any]) -> list[str]:
 
 
 def _flags(config: Mapping[str, Any]) -> list[str]:
-    """The settings of a run that are not the defaults, as flags, the defense before them."""
+    """The settings of a run as flags: the defense, and what differs from its paper's setting."""
     usual = Config(defense=config["defense"])
     values = usual.to_json()
     own = {k: config.get(k, values[k]) for k in usual.identity() if k != "defense"}
     changed = {k: v for k, v in own.items() if v != values[k]}
     flags = [f"--no{k}" if v is False else f"--{k}" if v is True else f"--{k}={v}" for k, v in changed.items()]
-    return [f"--defense={config['defense']}", *flags]
+    return [f"--defense={config['defense']}", "--preset=paper", *flags]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from e2sad_jax import attacks
 from e2sad_jax.reporting import plots, provenance
 from e2sad_jax.reporting.card import WORST
 from e2sad_jax.reporting.table import Table
@@ -77,7 +78,7 @@ def _accuracy(value: float) -> str:
 
 def describe(stage: Mapping[str, Any]) -> str:
     """One attack of the worst case with its effort, in words."""
-    if stage["kind"] == "square":
+    if attacks.ATTACKS[stage["kind"]].family == "score-based":
         return f"{stage['name']}: {stage['steps']:,} queries, {_restarts(stage['restarts'])}"
     targets = f" towards each of {stage['targets']} classes" if stage["loss"] == "targeted_dlr" else ""
     return f"{stage['name']}: {stage['steps']} steps{targets}, {_restarts(stage['restarts'])}"

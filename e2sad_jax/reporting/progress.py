@@ -52,7 +52,7 @@ class Bar:
         """Adds `amount` units; `note` is shown behind the count."""
         now = time.monotonic()
         self.done += amount
-        if self._clock is None:
+        if self._clock is None and amount:  # an empty update names what is about to be compiled
             self._clock = now, self.done
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(filter(None, (self._left(now), note))), refresh=False)
@@ -65,7 +65,8 @@ class Bar:
 
     def _left(self, now: float) -> str:
         """The time left, from the speed since the first update; empty before there is one."""
-        assert self._clock is not None
+        if self._clock is None:
+            return ""
         since, done = self._clock
         if self.done <= done or self.done >= self.total:
             return ""

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+from e2sad_jax.defenses import PLUGINS
+
 
 def environment() -> dict[str, Any]:
     """Date, hardware, versions and commit of this process, noted with every result."""
@@ -76,17 +78,21 @@ def command() -> str:
         program = f"python -m {spec.name.removesuffix('.__main__')}"
     else:
         program = f"python {sys.argv[0]}"
-    return " ".join([program, *map(shlex.quote, sys.argv[1:])])
+    return " ".join([*_own_defenses(), program, *map(shlex.quote, sys.argv[1:])])
+
+
+def _own_defenses() -> list[str]:
+    """The environment variable without which the command would not know the user's own defenses."""
+    return [f"{PLUGINS}={shlex.quote(os.environ[PLUGINS])}"] if os.environ.get(PLUGINS) else []
 
 
 def again() -> str:
     """The command line to run again: `command`, with the interpreter's path if `python` is another one."""
-    if not command().startswith("python "):
+    prefix = " ".join([*_own_defenses(), "python "])
+    if not command().startswith(prefix):
         return command()
     own, usual = pathlib.Path(sys.executable), shutil.which("python")
-    if not command().startswith("python"):
-        return command()
     if usual and pathlib.Path(usual).absolute().parent == own.absolute().parent and os.path.samefile(usual, own):
         return command()
     here = os.path.relpath(own) if own.is_relative_to(pathlib.Path.cwd()) else str(own)
-    return shlex.quote(here) + command().removeprefix("python")
+    return prefix.removesuffix("python ") + shlex.quote(here) + " " + command().removeprefix(prefix)

@@ -132,7 +132,8 @@ def about_best(all_results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _attack_name(row: Mapping[str, Any]) -> str:
     if row["kind"] == "pgd":
-        return f"{row['name']} (eps {row['eps']:.3g}, step {row['step_size']:.2g}, random start)"
+        step = "" if row["step_size"] is None else f"step {row['step_size']:.2g}, "
+        return f"{row['name']} (eps {row['eps']:.3g}, {step}random start)"
     if row["kind"] == "ifgsm":
         return f"{row['name']} (eps {row['eps']:.3g}, step eps/{row['steps']})"
     return str(row["name"])

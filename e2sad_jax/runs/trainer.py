@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from e2sad_jax import distributed, networks
 from e2sad_jax._compile import jit
-from e2sad_jax.data import Dataset, hold_out
+from e2sad_jax.data import Dataset, first_test_images, hold_out
 from e2sad_jax.data.transforms import TRANSFORMS, Transform
 from e2sad_jax.errors import (
     CheckpointError,
@@ -88,8 +88,7 @@ class Run:
 
     def test_set(self) -> Dataset:
         """The data set, cut to the test images that the run evaluates."""
-        count = self.config.eval_examples or len(self.dataset.x_test)
-        return dataclasses.replace(self.dataset, x_test=self.dataset.x_test[:count], y_test=self.dataset.y_test[:count])
+        return first_test_images(self.dataset, self.config.eval_examples)
 
     def attack(self, params: Any, dataset: Dataset, suite: Sequence[Attack], **kwargs: Any) -> Outcomes:
         """`evaluation.evaluate` on the test images of `dataset`, by the run's settings, on all of this process's devices.
@@ -185,7 +184,10 @@ def _opened(config: Config, dataset: Dataset) -> Iterator[Run]:
                 f"{workdir} holds a run at step {start:,} and --resume is off; choose another --workdir, or delete that one"
             )
         if start > steps:
-            raise ConfigError(f"--steps={steps}: {workdir} is at step {start:,} already; it must be at least that")
+            raise ConfigError(
+                f"--steps={steps}: {workdir} is at step {start:,} already; it must be at least that, or choose another "
+                "--workdir"
+            )
         if not distributed.is_multiprocess():  # else all would have to find the same
             quarantine_damaged(workdir, jax.eval_shape(lambda: init_state(config, model, dataset.image_shape)))
         checkpoints = stack.enter_context(Checkpoints(workdir))

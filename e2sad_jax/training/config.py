@@ -11,7 +11,7 @@ from typing import Any
 from flax.core import FrozenDict
 
 from e2sad_jax.data.transforms import TRANSFORMS
-from e2sad_jax.defenses import DEFENSES, Defense, Setting, readers
+from e2sad_jax.defenses import DEFENSES, PLUGINS, Defense, Setting, readers
 from e2sad_jax.errors import ConfigError, quoted
 from e2sad_jax.networks import NETWORKS
 
@@ -130,6 +130,11 @@ class Config:
     resume: bool = setting(True, "resume from the workdir's last checkpoint", identity=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.defense, str) and self.defense not in DEFENSES:
+            raise ConfigError(
+                f"--defense={quoted(self.defense)[1:-1]}: must be one of {', '.join(DEFENSES)}; one of your own: import the "
+                f"module that registers it, or name the module in ${PLUGINS}"
+            )
         values = {field.name: check(field, getattr(self, field.name)) for field in COMMON}
         entry = DEFENSES[self.defense]
         if taken := values.keys() & entry.defaults().keys():
@@ -273,11 +278,6 @@ def check_at_least(request: object, **bounds: int) -> None:
     for name, lower in bounds.items():
         if (value := getattr(request, name)) < lower:
             raise ConfigError(f"--{name}={value}: must be at least {lower}")
-
-
-def range_of(field: "dataclasses.Field[Any]") -> str:
-    """The range of a field made by `setting`, in words; empty if it has none."""
-    return setting_of(field).range
 
 
 def check(field: "dataclasses.Field[Any]", value: Any) -> Any:

@@ -49,7 +49,7 @@ def measure(request: Request, write: Callable[[dict[str, Any]], None]) -> dict[s
       write: called with the result of the rounds so far, after each of them.
 
     Returns:
-      What step_cost.json holds (docs/step_cost.md).
+      What step_cost.json holds (docs/speed.md).
 
     Raises:
       Stopped: after Ctrl-C, or a SIGTERM that `signals.stopping` has made one.

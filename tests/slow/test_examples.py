@@ -88,7 +88,7 @@ def test_the_commands_know_a_defense_of_a_module_that_the_environment_names(tmp_
     done = call("evaluate", f"--workdir={tmp_path / 'w'}", env=environment)
     assert done.returncode == 2
     assert re.search("--defense=logit_pairing: must be one of natural, ", done.stderr)
-    assert "--entry: one to compare" in (said := call("compare", "--help").stdout)
+    assert "--entry: what to compare" in (said := call("compare", "--help").stdout)
     assert '"logit_pairing"' in said
 
 

@@ -146,8 +146,10 @@ def test_help_explains_every_setting_with_its_range_and_default(ended):
     assert (code, err) == (0, "")
     text = " ".join(out.split())
     for words in [
-        "--alpha: weight of the clean loss; in [0, 1]; read by fgsm, ifgsm, hamm, e2sad (default: '0.6')",
-        "--lam: weight lambda of the dissimilarity; at least 0; read by e2sad (default: '0.3')",
+        "--alpha: weight of the clean loss; in [0, 1]; read by fgsm, ifgsm, hamm, e2sad (default for e2sad "
+        "with --preset=robust: 0) (default: '0.6')",
+        "--lam: weight lambda of the dissimilarity; at least 0; read by e2sad (default for e2sad with --preset=robust: 1) "
+        "(default: '0.3')",
         "--second_step: what the second step differentiates; one of total, noise, loss, literal, random; read by e2sad",
         "--epochs: passes over the training set instead of --steps, 0: use --steps; in [0, 1000000.0] (default: '20.0')",
         "1 - delta for the true class (default for e2sad: True; default with --preset=robust: False)",
@@ -192,6 +194,7 @@ def test_a_users_file_from_training_to_the_exported_model(images, tmp_path):
     flags = [
         f"--data={images}",
         f"--workdir={workdir}/",  # as a shell completes it
+        "--preset=paper",  # without a schedule, so that --steps may change
         "--baseline=natural",
         "--checkpoint_every=3",
         "--log_every=2",

@@ -1,4 +1,4 @@
-"""Our own step as XLA has it on the CPU without `layers.conv`: its convolutions, and attacks unrolled for them."""
+"""Our own step as XLA has it on the CPU without `networks.cpu_conv`: its convolutions, and attacks unrolled for them."""
 
 from e2sad_jax._compile import straight_line
 from e2sad_jax.training.config import Config

@@ -74,6 +74,8 @@ def test_a_defense_of_ones_own_is_registered_once(monkeypatch):
         register("mine", entry)
     with pytest.raises(ValueError, match="'e2sad' is registered already, as e2SAD"):
         register("e2sad", entry)
+    with pytest.raises(ValueError, match="'a/b' needs a name of lower-case letters, digits and underscores"):
+        register("a/b", entry)
 
 
 @pytest.mark.parametrize("changes", [{"upper": 2.0}, {"default": 1}, {"budget": True}])
@@ -91,6 +93,10 @@ def test_one_flag_cannot_have_two_ranges(changes):
         ({"settings": (Setting("pull", 1.0, "how hard", lower=0),)}, "its loss takes no 'pull', for which --pull is"),
         ({"ascent": defenses.free_ascent}, "a loss that takes delta needs ascent=, and no other does"),
         ({"loss": defenses.free}, "a loss that takes delta needs ascent="),
+        (
+            {"loss": lambda f, x, y, *, needed: 0},
+            "its loss needs 'needed', which is neither a setting nor one of eps, eps1",
+        ),
         ({"replays": "times"}, "replays='times' must name one of its settings"),
     ],
 )

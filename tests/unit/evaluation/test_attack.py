@@ -91,6 +91,8 @@ def test_an_attack_of_the_users_own_is_a_row(problem, monkeypatch):
         (Attack("a", "pgd", 0.1, 2, loss="mse"), "loss='mse'; it must be one of ce, margin, dlr, targeted_dlr"),
         (Attack("a", "pgd", -0.1, 2), r"eps=-0.1; it must be finite and at least 0"),
         (Attack("a", "pgd", float("nan"), 2), r"eps=nan; it must be finite"),
+        (Attack("a", "pgd", np.float32(-1), 2), r"eps=-1.0; it must be finite and at least 0"),
+        (Attack("a", "pgd", jnp.float32(np.nan), 2), r"eps=nan; it must be finite"),
         (Attack("a", "pgd", 0.1), r"steps=0; it must be at least 1"),
         (Attack("a", "fab", 0.1, -1), r"steps=-1; it must be at least 1"),
         (Attack("a", "mi_fgsm", 0.1, 2, norm="l2"), r"norm='l2'; it must be linf"),

@@ -166,7 +166,9 @@ def test_held_out_images_are_attacked_to_choose_settings(tiny_data, tmp_path, pr
         seen.append(images)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return {"step": {"last": 3, "best": 2}[which], "clean": 1.0, "after": {}, "robust": 0.5}
+        step = {"last": 3, "best": 2}[which]
+        state = evaluate_model.state_digest(pathlib.Path(config.workdir), step)
+        return {"step": step, "state": state, "clean": 1.0, "after": {}, "robust": 0.5}
 
     monkeypatch.setattr(evaluate_model, "_attacked", attacked)
     monkeypatch.setattr(trainer, "validate", lambda run, state, stop: {"score": float(int(state.step) == 2)})

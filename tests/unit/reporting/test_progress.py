@@ -29,6 +29,18 @@ def test_the_time_left_does_not_count_the_compiler(clock, capsys):
     ]
 
 
+def test_an_update_that_names_what_is_to_be_compiled_starts_no_clock(clock, capsys):
+    with Bar("attack", 200, "gradients", interval=0) as bar:
+        clock[0] += 2
+        bar.update(0, "PGD-40")
+        clock[0] += 60
+        bar.update(100)
+        clock[0] += 1
+        bar.update(50)
+    said = capsys.readouterr().err.splitlines()
+    assert said[1:] == ["attack: 100/200 gradients", "attack: 150/200 gradients, 1s left"]
+
+
 def test_a_resumed_run_counts_its_own_steps(clock, capsys):
     with Bar("train", 200, "steps", initial=100, interval=0) as bar:
         clock[0] += 10

@@ -44,6 +44,12 @@ def test_the_console_script_is_named_with_its_subcommand(monkeypatch):
     assert provenance.command() == provenance.again() == "e2sad train mnist --steps=3"
 
 
+def test_a_defense_of_ones_own_is_named_before_the_command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["e2sad train mnist", "--steps=3"])
+    monkeypatch.setenv("E2SAD_JAX_DEFENSES", "my defense")
+    assert provenance.command() == provenance.again() == "E2SAD_JAX_DEFENSES='my defense' e2sad train mnist --steps=3"
+
+
 def test_an_environment_is_one_sentence():
     sentence = provenance.sentence({**provenance.environment(), "date": "today", "commit": "abc"})
     assert sentence.startswith("Measured today on CPU, ")

@@ -122,6 +122,11 @@ def test_the_files_of_a_workdir(tmp_path):
         assert (arrays["correct"].sum(), arrays["best_correct"].sum()) == (len(outcomes) * 9_000, len(outcomes) * 9_500)
 
 
+def test_an_attack_at_its_own_step_is_shown_without_one():
+    row = {"kind": "pgd", "name": "PGD-5", "eps": 0.1, "steps": 5, "step_size": None}
+    assert results._attack_name(row) == "PGD-5 (eps 0.1, random start)"
+
+
 def test_a_model_card_holds_what_a_number_needs():
     """Attack, budget, steps, step size, restarts, images; and the settings, as flags that make the same run again."""
     made = build("mnist", 400, (1_500, 9_500), batch_size=64, soft_label=False, eps_warmup=0.5, clip_second=True)
@@ -137,5 +142,12 @@ def test_a_model_card_holds_what_a_number_needs():
     assert "not robust" not in card.model_card(build("mnist", 9_000))
     flags = text.split("steps of 64, `")[1].split("`")[0].split()
     assert sorted(flags) == [
-        *("--batch_size=64", "--clip_second", "--defense=e2sad", "--eps_warmup=0.5", "--nosoft_label"),
+        *(
+            "--batch_size=64",
+            "--clip_second",
+            "--defense=e2sad",
+            "--eps_warmup=0.5",
+            "--nosoft_label",
+            "--preset=paper",
+        ),
     ]

@@ -10,7 +10,7 @@ import pytest
 from e2sad_jax.defenses import DEFENSES, Setting
 from e2sad_jax.errors import ConfigError, Error
 from e2sad_jax.training import Config, configure, preset
-from e2sad_jax.training.config import COMMON, check, range_of
+from e2sad_jax.training.config import COMMON, check, setting_of
 from tests.helpers import register_loss
 
 
@@ -64,7 +64,7 @@ def test_every_number_has_a_range_and_every_setting_a_help():
     for field in COMMON:
         assert field.metadata["help"]
         if type(field.default) in (int, float):
-            assert range_of(field), field.name
+            assert setting_of(field).range, field.name
             check(field, field.default)
 
 
