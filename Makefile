@@ -15,10 +15,10 @@ PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loa
 
 test: .venv/.installed-dev  ## Linter, type checker and unit tests.
 	$(MAKE) --no-print-directory check
-	$(PYTEST) tests/unit $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: .venv/.installed-dev  ## Real trainings, processes, kills, packages.
-	$(PYTEST) tests/slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 torture: .venv/.installed-dev  ## Faults done to real runs: kill -9, a full disk, damaged files, ... (as root; at most an hour).
 	$(BIN)/python -m benchmarks.faults --results=results/reliability $(ARGS)

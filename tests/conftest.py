@@ -39,6 +39,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.freeze()
 gc.set_threshold(100_000)
 
+SLOW = pathlib.Path(__file__).resolve().parent / "slow"
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -54,7 +55,10 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Orders files; within them tests stay as they are."""
+    """Orders files, within which tests stay as they are, and marks those of tests/slow."""
+    for item in items:
+        if item.path.is_relative_to(SLOW):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 

@@ -1,10 +1,10 @@
-"""Golden values on both networks and in both precisions that tests/unit/defenses/test_golden.py leaves out."""
+"""Golden values of another framework, on both networks and in both precisions."""
 
 import pytest
 
 from tests.golden import Case, GoldenValues, golden_case
 
-CASES = [("mnist", "float32"), ("svhn", "float32"), ("svhn", "float64")]
+CASES = [("mnist", "float32"), ("mnist", "float64"), ("svhn", "float32"), ("svhn", "float64")]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=["-".join(case) for case in CASES])

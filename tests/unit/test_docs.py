@@ -27,6 +27,7 @@ PAGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_python_block_runs(page, tmp_path, monkeypatch):
     """Blocks of a page share their names, in order, as a reader would paste them."""

@@ -151,6 +151,7 @@ def test_a_step_updates_parameters_by_adam_and_averages_by_the_batch(small, tiny
     assert max(jax.tree.leaves(moved)) == pytest.approx(config.learning_rate, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_one_bit_for_bit(small, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "validate", lambda run, state, stop: {"score": 0.0})  # checkpoints are not attacked
 
@@ -166,6 +167,7 @@ def test_resumed_run_equals_uninterrupted_one_bit_for_bit(small, tiny, tmp_path,
     assert float(whole.params["batch_stats"]["BatchNorm_0"]["mean"][0]) > 0.1
 
 
+@pytest.mark.slow
 def test_a_population_equals_separate_runs(small, tiny):
     members = [tiny_config(model="preact_resnet18", seed=seed, steps=4, eps1=0.1) for seed in (0, 1)]
     model = networks.create("preact_resnet18", 3, tiny.image_shape)

@@ -12,6 +12,7 @@ from experiments.paper import cost, figure2_problem, page, plan, runner, tables
 from tests.unit.paper.html_page import Shown, is_whole
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("made_up")
 def test_every_table_and_figure_of_known_outcomes(ask, tmp_path, lines_of):
     everything = [plan.Item(kind, name) for kind in ("table", "figure") for name in plan.NAMES[kind]]

@@ -78,6 +78,7 @@ def made_up(prices, monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_models_are_trained_attacked_once_and_shown(little, tiny_data, tmp_path, monkeypatch, standard):
     scores = {"natural": {1: 0.0, 2: 1.0, 3: 1.0}, "rs_fgsm": {1: 0.0, 2: 2.0, 3: 1.0}}
     monkeypatch.setattr(

@@ -438,6 +438,7 @@ def train_together(configs, dataset, stop=never):
         return [run.restore() for run in runs]
 
 
+@pytest.mark.slow
 def test_runs_train_together_and_one_left_behind_catches_up(scores, tiny, tmp_path):
     """As after a kill between two members' checkpoints: they end where separate runs end, with curves without gaps."""
     train(dataclasses.replace(members(tmp_path)[0], steps=5), tiny)

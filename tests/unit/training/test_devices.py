@@ -10,6 +10,7 @@ import pytest
 from benchmarks.collectives import collective_bytes
 from e2sad_jax import distributed, networks, training
 from e2sad_jax.data.transforms import TRANSFORMS
+from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.training import Config
 from tests.helpers import tiny_config
@@ -47,7 +48,9 @@ def trained(config: Config, dataset, devices: int, dtype=jnp.float64, **kwargs):
     return seen, state
 
 
-@pytest.mark.parametrize("defense", ["natural", "e2sad"])  # free, which keeps a state: tests/slow
+@pytest.mark.parametrize(
+    "defense", ["natural", *(pytest.param(name, marks=pytest.mark.slow) for name in ("e2sad", "free"))]
+)
 def test_two_devices_train_as_one_does(defense, tiny):
     """Losses and parameters within 1e-5, over an epoch's end.
 
@@ -69,6 +72,13 @@ def test_two_devices_train_as_one_does(defense, tiny):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_several_steps_a_dispatch_and_float32_on_eight_devices(tiny):
+    config = tiny_config(defense="natural", steps=9)
+    one, eight = trained(config, tiny, 1, jnp.float32), trained(config, tiny, 8, jnp.float32, steps_per_dispatch=4)
+    np.testing.assert_allclose(one[0], eight[0], atol=1e-5)
+
+
 def compiled_step(config: Config, dataset, devices: int):
     """The compiled step of a run, and what it is called with."""
     mesh = distributed.mesh(devices, config.batch_size)
@@ -83,7 +93,9 @@ def compiled_step(config: Config, dataset, devices: int):
 POINTS = {"natural": 1, "fgsm": 2, "e2sad": 3}  # of the loss, where its gradients are summed one after the other
 
 
-@pytest.mark.parametrize("defense", ["natural", "e2sad"])  # all others: tests/slow
+@pytest.mark.parametrize(
+    "defense", [pytest.param(name, marks=[] if name in ("natural", "e2sad") else pytest.mark.slow) for name in DEFENSES]
+)
 def test_each_device_works_on_its_part_of_the_batch_and_sends_gradients_only(defense, tiny):
     """By the compiled program: activations of a part of the batch; sums over the devices, of each point's gradients."""
     program, (state, *_) = compiled_step(tiny_config(defense=defense, eps1=0.1), tiny, 8)

@@ -12,6 +12,8 @@ from tests.helpers import count_compilations, tiny_config
 
 N = 50
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def standard_promotion(monkeypatch, little):

@@ -20,6 +20,8 @@ from experiments.paper.time_budget import Clock
 from tests.helpers import change_loss
 from tests.unit.paper.html_page import is_whole
 
+pytestmark = pytest.mark.slow
+
 
 def test_two_models_from_start_to_report(whole, ask, trained, lines_of):
     """Each is trained once and shared by what needs it; the same command again trains and attacks nothing."""
