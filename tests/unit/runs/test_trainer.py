@@ -154,7 +154,7 @@ def test_a_damaged_last_checkpoint_is_trained_again_to_the_same_numbers(workdir,
     [
         {"defense": "natural"},
         {"defense": "e2sad", "second_step": "noise"},
-        {"defense": "free", "replays": 3, "eps_warmup": 7, "schedule": "cyclic"},
+        pytest.param({"defense": "free", "replays": 3, "eps_warmup": 7, "schedule": "cyclic"}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: changes["defense"],
 )
@@ -203,6 +203,7 @@ def test_a_state_is_restored_on_the_devices_of_the_run(devices, workdir, tiny):
     assert {s.get("devices") for s in read_training(workdir)} == {None}
 
 
+@pytest.mark.slow
 def test_a_run_may_be_resumed_on_another_number_of_devices(scores, tiny, tmp_path):
     one = train(config_of(tmp_path / "one"), tiny)
     for devices in ((8, 1), (1, 8), (2, 4)):
@@ -454,6 +455,7 @@ def test_runs_train_together_and_one_left_behind_catches_up(scores, tiny, tmp_pa
     assert [(s["from_step"], s["to_step"], s["runs_together"]) for s in segments] == [(0, 5, 1), (5, 12, 3)]
 
 
+@pytest.mark.slow
 def test_one_of_several_that_diverges_is_named_by_its_place_among_all(scores, tiny, tmp_path, monkeypatch):
     train_together(members(tmp_path, steps=5)[:2], tiny)  # the third is left behind
     with monkeypatch.context() as patch:

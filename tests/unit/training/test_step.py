@@ -71,7 +71,9 @@ def test_the_step_takes_the_batch_that_the_order_says(tiny, monkeypatch):
     assert sorted(np.bincount(seen, minlength=N)) == sorted([2] * 38 + [3] * 12), "7 * 16 = 2 * 50 + 12"
 
 
-@pytest.mark.parametrize("defense", DEFENSES)
+@pytest.mark.parametrize(
+    "defense", [pytest.param(name, marks=[] if name in ("natural", "e2sad") else pytest.mark.slow) for name in DEFENSES]
+)
 def test_every_defense_learns(defense, tiny, natural_loss, monkeypatch):
     """In one compilation, though its budgets rise; donating its state; its first loss, without a budget, natural."""
     made = count_compilations(monkeypatch)
