@@ -320,9 +320,10 @@ class Torture:
 
     def two_runs(self) -> None:
         workdir = self.new()
-        process = self.runs.start(*TRAIN, f"--workdir={workdir}", "--steps=100000")
+        command = (*TRAIN, "--preset=paper", f"--workdir={workdir}")  # without a schedule: steps may change
+        process = self.runs.start(*command, "--steps=100000")
         process.reach(phases.STEP, 2)
-        ended = self.runs.call(*TRAIN, f"--workdir={workdir}", "--steps=100000")
+        ended = self.runs.call(*command, "--steps=100000")
         named = f"process {process.pid} on {socket.gethostname()}" in ended.last
         self.note("second run in a workdir", "refused, naming the first", ended.code == 2 and named, ended.err)
         self.note("second run in a workdir", "the first goes on", process.poll() is None)
@@ -330,7 +331,7 @@ class Torture:
         process.end()
         owner = (workdir / LOCK).read_text()
         self.note("lock of a killed process", "names it", str(process.pid) in owner, owner)
-        ended = self.runs.call(*TRAIN, f"--workdir={workdir}", f"--steps={max(steps_in(workdir)) + 10}")
+        ended = self.runs.call(*command, f"--steps={max(steps_in(workdir)) + 10}")
         self.note("lock of a killed process", "taken over", ended.code == 0, ended.err)
 
     def told_to_stop(self) -> None:
