@@ -78,7 +78,7 @@ def commands(mnist: str, svhn: str, runs: str, results: str, torch: bool = True)
       svhn: the same; "" leaves the paper's Table 3 out.
       runs: folder for runs.
       results: folder for results.
-      torch: whether PyTorch is there to be timed beside.
+      torch: whether PyTorch is installed and timed too.
     """
     found = []
     for precision in ("float32", "tf32", "bf16"):

@@ -1,4 +1,4 @@
-"""Our attacks beside the Adversarial Robustness Toolbox's, on the same weights and images.
+"""Our attacks and the Adversarial Robustness Toolbox's, on the same weights and images.
 
 python -m benchmarks.attack_peers --workdir=runs/natural,runs/fgsm,runs/e2sad [--examples=500]   # pip install -e '.[bench]'
 
@@ -143,7 +143,7 @@ def main(argv: Sequence[str]) -> None:
         runs = [load(workdir) for workdir in FLAGS.workdir]
     except Error as error:
         sys.exit(f"attack_peers: --workdir={','.join(FLAGS.workdir)}: {error}")
-    print("# Our attacks beside the Adversarial Robustness Toolbox's\n")
+    print("# Our attacks and the Adversarial Robustness Toolbox's\n")
     print("Same weights, same images, same budgets; an accuracy is what is left under the attack, lower is stronger.\n")
     failed = []
     for trained in runs:

@@ -22,7 +22,7 @@ def collective_bytes(program: jax.stages.Compiled) -> dict[str, int]:
     total: dict[str, int] = {}
     text = re.sub(r"\{[^{}\n]*\}|/\*.*?\*/", "", program.as_text() or "")  # layouts and comments, which have commas too
     for shapes, kind, start in re.findall(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", text):
-        # What begins one has the operands beside the result, `(operands, result, ...)`; a sum's has the result alone.
+        # What begins one has the operands with the result, `(operands, result, ...)`; a sum's has the result alone.
         result = _parts(shapes)[1] if start and kind != "all-reduce" else shapes
         for dtype, bits, sizes in re.findall(r"(pred|[a-z]+?)(\d*)\[([\d,]*)\]", result):
             each = 1 if dtype == "pred" else int(bits) // 8

@@ -49,15 +49,15 @@ class Question:
 
 
 def _robust(*names: str) -> Callable[[Content], str]:
-    """Robust accuracies of entries of a comparison, the price of a step beside the first."""
+    """Robust accuracies of entries of a comparison, and the price of a step after the first."""
 
     def answer(result: Content) -> str:
         rows = {row["name"]: row for row in result["rows"]}
         shown = []
         for name in names:
             price = rows[name]["step_flops"] / result["natural_step_flops"]
-            beside = f"{rows[name]['last']['steps'][0]:,} steps" if result["request"]["equal_flops"] else f"{price:.2f}"
-            shown.append(f"{name} {rows[name]['last']['robust']:.3f} ({beside})")
+            note = f"{rows[name]['last']['steps'][0]:,} steps" if result["request"]["equal_flops"] else f"{price:.2f}"
+            shown.append(f"{name} {rows[name]['last']['robust']:.3f} ({note})")
         return "; ".join(shown)
 
     return answer
@@ -155,7 +155,7 @@ QUESTIONS = (
     Question("And on a part of SVHN?", "svhn_10k/results.md", "svhn_10k/e2sad.json", _worst),
     Question("What does a step cost in FLOPs?", "flops/flops.md", "flops/flops.md", _flops),
     Question(
-        "What does a step cost in time? (all defenses, beside PyTorch)",
+        "What does a step cost in time? (all defenses, and PyTorch)",
         *("step_cost/step_cost.md", "step_cost/step_cost.json"),
         _step,
         "python -m experiments.step_cost --peer=torch --rounds=3 --seconds=0.3 --results=results/step_cost",

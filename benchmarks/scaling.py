@@ -24,7 +24,7 @@ CHIPS = 256
 # A chip of the plan, TPU v5e (https://cloud.google.com/tpu/docs/v5e): peak in bfloat16, one way over all its links.
 PEAK, LINKS = 197e12, 200e9
 SHARE = 0.3  # of the peak: an assumption, to be replaced by a measurement
-HOP = 1e-6  # seconds from a chip to the next, beside what its bytes take: an assumption too
+HOP = 1e-6  # seconds from a chip to the next, on top of what its bytes take: an assumption too
 HOPS = 2 * (CHIPS - 1)  # of a sum in a ring
 
 

@@ -178,7 +178,7 @@ def locked(folder: pathlib.Path, name: str = LOCK, waiting: Callable[[str], None
     Args:
       folder: the folder; made when missing.
       name: of the lock file; it says which process holds the lock.
-      waiting: is told who holds the lock, then the call waits; None raises instead.
+      waiting: called with the holder of the lock, then the call waits; None raises instead.
 
     Raises:
       BusyError: if another process holds the lock and `waiting` is None.

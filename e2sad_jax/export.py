@@ -94,7 +94,7 @@ def run(request: Request) -> dict[str, Any]:
     card = _card(classifier, request, contents, differences)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in there:  # of another export perhaps: the card must never stand beside a file that it does not mean
+        for name in there:  # of another export perhaps: a card describes every file of its folder
             (folder / name).unlink()
     except OSError as error:
         raise ConfigError(f"--to={folder}: cannot be written ({error.strerror}); choose another folder") from error

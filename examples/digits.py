@@ -19,7 +19,7 @@ SUITE = (
 )
 
 
-def tell(step: int, metrics: dict[str, jax.Array], count: int) -> None:
+def report(step: int, metrics: dict[str, jax.Array], count: int) -> None:
     """Prints the loss now and then; called after every step."""
     if step % 50 == 0:
         print(f"step {step}: loss {metrics['loss']:.3f}")
@@ -36,7 +36,7 @@ def main(steps: int, images: int) -> None:
         digits,
         training.init_state(config, model, digits.image_shape),
         steps=steps,
-        record=tell,
+        record=report,
         checkpoint=lambda step, state: None,  # `python -m experiments.digits` keeps them on disk
     )
     transform = TRANSFORMS[config.transform]

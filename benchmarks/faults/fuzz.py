@@ -58,7 +58,7 @@ class Wrong(Exception):
 
 
 class Watch:
-    """What the interpreter tells while a target runs: code, processes, files that have no business there."""
+    """What the interpreter reports while a target runs: code, processes, files that have no business there."""
 
     def __init__(self, folder: pathlib.Path):
         self.on, self.seen, self.printed = False, list[str](), io.StringIO()

@@ -33,7 +33,7 @@ def unit(x: jax.Array) -> jax.Array:
     largest = jnp.abs(x).max(tuple(range(1, x.ndim)), keepdims=True)
     x = x / jnp.where(largest > 0, largest, 1)  # the square of a saturated network's gradient would be zero
     size = length(x)
-    return x / jnp.where(size > 0, size, 1)  # zero beside the largest numbers too, whose reciprocals are rounded to it
+    return x / jnp.where(size > 0, size, 1)  # zero for the largest numbers too, whose reciprocals are rounded to it
 
 
 def norms(x: jax.Array, norm: str) -> jax.Array:

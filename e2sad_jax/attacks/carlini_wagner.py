@@ -61,7 +61,7 @@ def carlini_wagner(
       labels: integer classes to leave, `[N]`. An image of another class stays as it is, if by `confidence`.
       steps: Adam steps for each c, at least 1. The authors run up to 10,000.
       binary_steps: number of values of c, at least 1.
-      learning_rate: Adam's, above 0. Where its steps are long beside the distance, one that happens to cross the boundary
+      learning_rate: Adam's, above 0. Where its steps are long relative to the distance, one that happens to cross the boundary
         ends the search of c too early, and a smaller one finds nearer images.
       initial_c: first c, above 0.
       confidence: margin by which the other class must lead, at least 0; higher ones transfer better.

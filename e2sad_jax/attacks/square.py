@@ -68,7 +68,7 @@ def square(
 
         +- h + v / ||v||_2
 
-    with v the change so far and h a hill beside a pit, upright or lying.
+    with v the change so far and h a hill and a pit side by side, upright or lying.
 
     What is tried is kept if the margin rises. The squares shrink by the paper's schedule, stretched to the number of
     queries. An image that is misclassified changes no more, one that is so from the start not at all; when all are, the

@@ -168,7 +168,7 @@ def _caption(result: Result) -> str:
 
 
 def _by_price(result: Result) -> Any:
-    """A point for each defense, its name beside it; e2SAD's are stars."""
+    """A point for each defense, labelled with its name; e2SAD's are stars."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5.2), layout="constrained")
@@ -203,14 +203,14 @@ def _by_name(result: Result) -> Any:
     axes = figure.subplots()
     for row in rows:
         ours = _is_ours(row) if equal else row["name"] == REFERENCE
-        beside = f"{row['last']['steps'][0]:,} steps" if equal else f"{_price(result, row):.2f}"
+        note = f"{row['last']['steps'][0]:,} steps" if equal else f"{_price(result, row):.2f}"
         name = row["name"].removeprefix(f"{REFERENCE}, ")
         style: dict[str, Any] = {
             "color": OURS if ours else OTHERS,
             "marker": "*" if ours else "o",
             "ms": 13 if ours else 7,
         }
-        axes.plot([row["last"]["robust"]], [f"{name} ({beside})"], ls="", **style)
+        axes.plot([row["last"]["robust"]], [f"{name} ({note})"], ls="", **style)
     axes.set(xlabel="robust accuracy", xlim=(-0.03, 1.0))
     axes.invert_yaxis()
     axes.grid(color="0.93")

@@ -75,7 +75,7 @@ class MnistBuilder(_NoBucket, tfds_mnist.MNIST, skip_registration=True):  # type
         "test_images": "t10k-images-idx3-ubyte.gz",
         "test_labels": "t10k-labels-idx1-ubyte.gz",
     }
-    # A plain attribute: the library's property looks for a file beside this module, and needs importlib_resources.
+    # A plain attribute: the library's property looks for a file in this module's folder, and needs importlib_resources.
     url_infos = _registered(tfds.core.tfds_path() / "url_checksums" / "mnist.txt", tfds_mnist.MNIST.URL, FILES)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:

@@ -102,20 +102,20 @@ def diagnose(
     if not eps > 0:
         raise ValueError(f"diagnose: eps={eps}; it must be above 0")
     model, n = model.compiled(), len(model.images)
-    tell: Progress = progress or (lambda what, gradients: None)
+    report: Progress = progress or (lambda what, gradients: None)
     fgsm, pgd = Attack("FGSM", "fgsm", steps=1), Attack(f"PGD-{effort.pgd_steps}", "pgd", steps=effort.pgd_steps)
     margin = dataclasses.replace(pgd, name=f"PGD-{effort.pgd_steps}, margin", loss="margin")
 
-    clean = model.evaluate([Attack("clean", "clean")], progress=tell)["clean"].correct
+    clean = model.evaluate([Attack("clean", "clean")], progress=report)["clean"].correct
     gradients = masking.gradients(model, eps)
-    tell("gradients", _GRADIENTS * n)
+    report("gradients", _GRADIENTS * n)
 
     def within(attack: Attack, fraction: float) -> Attack:
         return dataclasses.replace(attack, name=f"{attack.name}, eps {fraction * eps:.4g}", eps=fraction * eps)
 
     fractions = dict.fromkeys([*effort.budgets, 1.0])  # in their order, each once
     outcomes = {
-        (attack.name, fraction): model.under(within(attack, fraction), progress=tell)
+        (attack.name, fraction): model.under(within(attack, fraction), progress=report)
         for fraction in fractions
         for attack in (fgsm, pgd, margin)
     }
@@ -123,16 +123,16 @@ def diagnose(
     attacked = outcomes[pgd.name, 1.0][1]
     loss_decreased = float((masking.losses(model, attacked) < masking.losses(model, model.images)).mean())
 
-    over_steps = model.evaluate([Attack(f"PGD-{steps}", "pgd", eps, steps) for steps in effort.steps], progress=tell)
+    over_steps = model.evaluate([Attack(f"PGD-{steps}", "pgd", eps, steps) for steps in effort.steps], progress=report)
 
     worst_of_restarts = [right[pgd.name, 1.0]]
     for restart in range(1, effort.restarts):
         again = dataclasses.replace(pgd, name="restarts", eps=eps)
-        correct = model.evaluate([again], restart=restart, progress=tell)[again.name].correct
+        correct = model.evaluate([again], restart=restart, progress=report)[again.name].correct
         worst_of_restarts.append(worst_of_restarts[-1] & correct)
 
     anything = dataclasses.replace(pgd, name="the whole range", eps=model.bounds[1] - model.bounds[0])
-    whole_range = model.evaluate([anything], progress=tell)[anything.name].correct
+    whole_range = model.evaluate([anything], progress=report)[anything.name].correct
 
     white_box = np.all(
         [
@@ -147,7 +147,7 @@ def diagnose(
     transfer = None
     if substitute is not None:
         source = f"transfer from {substitute.name}"
-        left, made = substitute.under(dataclasses.replace(pgd, name=source, eps=eps), progress=tell)
+        left, made = substitute.under(dataclasses.replace(pgd, name=source, eps=eps), progress=report)
         black_box[source] = model.right_on(made)
         transfer = {
             "from": substitute.name,
@@ -158,7 +158,7 @@ def diagnose(
     worst_case = None
     if effort.worst_case:
         stages = effort.stages(model.num_classes)
-        result = model.auto(stages, eps=eps, progress=tell)
+        result = model.auto(stages, eps=eps, progress=report)
         before = np.ones_like(clean)
         for stage in stages:
             after = result.standing[stage.name] | ~before  # of an image that it was not run on it says nothing

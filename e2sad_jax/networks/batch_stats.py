@@ -1,8 +1,8 @@
 """Batch normalisation for adversarial training: the loss's passes update the running averages, the attack's do not.
 
 In training every pass, of the loss or of an attack, is normalised by the statistics of its own batch. A training step
-makes several passes inside one gradient, and only those of the loss may update the running averages. The gradient tells
-them apart. Each pass takes a *slot*, zeros that change no value, whose gradient is defined to be the batch's statistics
+makes several passes inside one gradient, and only those of the loss may update the running averages. The gradient separates
+them. Each pass takes a *slot*, zeros that change no value, whose gradient is defined to be the batch's statistics
 (`note`). The gradient of the loss in the slots is then the sum of the statistics over the passes that the loss consists
 of. Attacks add nothing to it, because no gradient flows through what they return, and neither do passes inside a gradient
 that a penalty differentiates. No pass is computed twice.

@@ -208,7 +208,7 @@ def _cpu_kernel_gradient(
 
 
 def _define(primitive: Primitive, xla: Callable[..., jax.Array], cpu: Callable[..., jax.Array]) -> None:
-    """What JAX has to know of a primitive beside its derivatives."""
+    """What JAX has to know of a primitive, its derivatives aside."""
 
     @functools.partial(jax.jit, static_argnames=("size", "padding", "precision"))
     def evaluate(*args: jax.Array, **params: Any) -> jax.Array:

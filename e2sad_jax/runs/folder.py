@@ -13,7 +13,7 @@ from e2sad_jax.data import Dataset
 from e2sad_jax.errors import ConfigError, GoneError, WorkdirError, first_line, printable
 from e2sad_jax.training.config import Config
 
-FORMAT = 1  # of config.json and the checkpoints beside it
+FORMAT = 1  # of config.json and of the checkpoints in its folder
 TRAINING = "training.json"
 CONFIG_BYTES = 2**20
 

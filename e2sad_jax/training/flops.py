@@ -34,7 +34,7 @@ def step_counts(config: Config, image_shape: Sequence[int], num_classes: int) ->
     attacks unrolled, convolutions by XLA's own operation.
 
     Returns:
-      `flops`, and `bytes` that its operations read and write; None where JAX was told to leave the CPU out.
+      `flops`, and `bytes` that its operations read and write; None where JAX has no CPU backend.
     """
     try:
         cpu = jax.devices("cpu")[0]

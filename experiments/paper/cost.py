@@ -52,7 +52,7 @@ def measure(
       progress: called with what is measured next.
 
     Returns:
-      `steps`: for each `key`: `flops` and `flops_natural` (in natural steps; None where JAX was told to leave the CPU
+      `steps`: for each `key`: `flops` and `flops_natural` (in natural steps; None where JAX has no CPU
       out), `milliseconds` (median), `fastest`, `slowest`, `time_natural` (median ratio). `environment`, `command`: of the
       measurement.
     """

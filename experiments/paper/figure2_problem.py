@@ -1,4 +1,4 @@
-"""The three-class problem of Figure 2: one input, and probabilities that were chosen to tell the two steps apart."""
+"""The three-class problem of Figure 2: one input, and probabilities that were chosen to distinguish the two steps."""
 
 import dataclasses
 from typing import NamedTuple

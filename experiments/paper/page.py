@@ -70,9 +70,9 @@ def _table(name: str, table: Mapping[str, Any], folder: pathlib.Path) -> dict[st
     for row in table["rows"]:
         cells = []
         for i, (cell, column) in enumerate(zip(row, header, strict=True)):
-            ours, beside = tables.text(cell, table["digits"])
+            ours, reference = tables.text(cell, table["digits"])
             white = not isinstance(cell, str) and cell["white_box"]
-            cells.append({"text": ours, "beside": beside, "kind": _kind(i < table["names"], column, white)})
+            cells.append({"text": ours, "reference": reference, "kind": _kind(i < table["names"], column, white)})
         rows.append(cells)
     picture = folder / f"{name}.png"
     return _section(
@@ -98,6 +98,6 @@ def _figure(name: str, figure: Mapping[str, Any], folder: pathlib.Path) -> dict[
         figure,
         folder / pathlib.PurePath(figure["picture"]).name,
         header=[{"text": column, "kind": ""} for column in numbers["header"]],
-        rows=[[{"text": cell, "beside": "", "kind": ""} for cell in row] for row in numbers["rows"]],
+        rows=[[{"text": cell, "reference": "", "kind": ""} for cell in row] for row in numbers["rows"]],
         caption=figure["caption"],
     )

@@ -120,7 +120,7 @@ class Entry:
     """One model of a table: its name there, its settings, and the paper's accuracies by the name of the attack.
 
     Attributes:
-      name: the defense, with what tells it from others of its table.
+      name: the defense, with what distinguishes it within its table.
       label: "hard" or "soft", what it was trained on.
       config: its settings, seed 0.
       paper: accuracies in the paper, empty if it has none.
@@ -133,7 +133,7 @@ class Entry:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What tells it from the other models of a table."""
+        """What distinguishes it from the other models of a table."""
         return self.name, self.label
 
     def seeds(self, count: int) -> list[Config]:
@@ -155,7 +155,7 @@ def _of_table(table: str, scale: Scale, common: Mapping[str, Any]) -> list[Entry
 
 
 def table_1(scale: Scale, common: Mapping[str, Any]) -> list[Entry]:
-    """The nine models of Table 1, and Hamm's minimax, of which the paper tells in words."""
+    """The nine models of Table 1, and Hamm's minimax, which the paper describes in words."""
     entries = _of_table("Table 1", scale, common)
     e2sad = _entry("e2SAD", _e2sad_setting(), scale, common).config
     return [*entries, Entry("Hamm 0.3", "hard", e2sad.replace(defense="hamm", soft_label=False))]
@@ -193,11 +193,11 @@ def study(name: str, scale: Scale, common: Mapping[str, Any]) -> list[Entry]:
     def e2sad(name: str, **changes: Any) -> Entry:
         return _entry(name, {**base, **changes}, scale, common)
 
-    beside = {e.key: e for e in table_2(scale, common)}
+    table2 = {e.key: e for e in table_2(scale, common)}
     return {
         "second_step": [
             *(e2sad(f"e2SAD, {objective}", second_step=objective) for objective in OBJECTIVES),
-            dataclasses.replace(beside["FGSM 0.3", "soft"], paper={}),
+            dataclasses.replace(table2["FGSM 0.3", "soft"], paper={}),
         ],
         "lam": [e2sad(f"lambda {lam:g}", lam=lam) for lam in LAMBDAS],
         "alpha": [e2sad(f"alpha {alpha:g}", alpha=alpha) for alpha in ALPHAS],

@@ -92,10 +92,10 @@ def text(cell: Mapping[str, Any] | str, digits: int) -> tuple[str, str]:
         ours += f" ± {cell['spread']:.{digits}f}"
     if cell["paper"] is None:
         return ours, ""
-    beside = f"{cell['paper']:.4f}"
+    reference = f"{cell['paper']:.4f}"
     if cell["difference"] is not None:
-        beside += f", {round(cell['difference'], digits) + 0.0:+.{digits}f}"  # never -0.000
-    return ours, beside
+        reference += f", {round(cell['difference'], digits) + 0.0:+.{digits}f}"  # never -0.000
+    return ours, reference
 
 
 def markdown(table: Mapping[str, Any]) -> str:
@@ -104,10 +104,10 @@ def markdown(table: Mapping[str, Any]) -> str:
     for row in table["rows"]:
         cells = []
         for cell in row:
-            ours, beside = text(cell, table["digits"])
+            ours, reference = text(cell, table["digits"])
             if not isinstance(cell, str) and cell["white_box"]:
                 ours = f"**{ours}**"
-            cells.append(f"{ours} ({beside})" if beside else ours)
+            cells.append(f"{ours} ({reference})" if reference else ours)
         rows.append(cells)
     notes = [*table["notes"], origin.sentence(table["provenance"])]
     body = Table(columns=table["header"], rows=rows, notes=notes, labels=table["names"])
@@ -394,7 +394,7 @@ def card(scale: str, records: Sequence[Mapping[str, Any]], images: Sequence[int]
         "",
         "## Evaluation",
         "",
-        "In the tables and figures beside this file, each with its attacks, budgets, steps and number of test images.",
+        "In the tables and figures of this folder, each with its attacks, budgets, steps and number of test images.",
         "",
         "## Limits",
         "",

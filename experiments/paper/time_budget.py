@@ -1,4 +1,4 @@
-"""When a reproduction has to stop, and what it tells meanwhile."""
+"""When a reproduction has to stop, and what it prints until then."""
 
 import contextlib
 import sys

@@ -81,7 +81,7 @@ class ConfigFile(Target):
 
 
 class Notes(Target):
-    """What commands keep beside a run so as not to do it again: unreadable ones count as none."""
+    """What commands keep in a run's folder so as not to do it again: unreadable ones count as none."""
 
     name, share = "notes", 0.196
 

@@ -110,7 +110,7 @@ class TorchStep:
         import torch
         import torch.nn.functional as F
 
-        # In PyTorch convolutions on GPUs are rounded to TF32 unless told not to; what is compared is float32.
+        # In PyTorch convolutions on GPUs are rounded to TF32 by default; float32 is what is compared.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True  # the fastest of its algorithms, as XLA looks for
         torch.set_float32_matmul_precision("highest")
