@@ -138,7 +138,7 @@ def checked(where: str, arrays: Mapping[str, np.ndarray], num_classes: Any | Non
             f"{where}: x_train is {train.dtype} but x_test {test.dtype}; store both as uint8, or both as floats in [0, 1]"
         )
     if num_classes is None:
-        largest = int(labels["train"].argmax())
+        largest = int(np.argmax(labels["train"]))
         count, bound = max(2, int(labels["train"][largest]) + 1), "max(y_train) + 1; set num_classes for more"
         if count > max(2, len(train)):  # a stray label would make a last layer of that many classes
             raise DataError(
@@ -148,7 +148,7 @@ def checked(where: str, arrays: Mapping[str, np.ndarray], num_classes: Any | Non
     else:
         count, bound = _checked_num_classes(where, num_classes), "the file's num_classes"
     for split, values in labels.items():
-        index = int(values.argmax())
+        index = int(np.argmax(values))
         if values[index] >= count:
             raise DataError(
                 f"{where}: y_{split}[{index}] is {values[index]}; labels must be integers in [0, {count}) "
@@ -204,9 +204,9 @@ def _checked_labels(where: str, member: str, labels: np.ndarray, count: int) -> 
             f"{where}: {member} holds {len(labels)} labels but {images} {count} images; "
             "each image needs exactly one label"
         )
-    if labels[index := int(labels.argmin())] < 0:
+    if labels[index := int(np.argmin(labels))] < 0:
         raise DataError(f"{where}: {member}[{index}] is {labels[index]}; labels must be integers in [0, K)")
-    if labels[index := int(labels.argmax())] >= MAX_CLASSES:
+    if labels[index := int(np.argmax(labels))] >= MAX_CLASSES:
         raise DataError(f"{where}: {member}[{index}] is {labels[index]}; labels must be below {MAX_CLASSES}")
     return labels.astype(np.int32)
 

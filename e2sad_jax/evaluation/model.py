@@ -222,7 +222,7 @@ def of_function(
     if (
         images.size == 0
         or not np.issubdtype(images.dtype, np.floating)
-        or not (images.min() >= 0 and images.max() <= 1)
+        or not (np.min(images) >= 0 and np.max(images) <= 1)
     ):
         raise DataError(
             f"{name}: images are {images.dtype} {images.shape}; they must be some, uint8 or floating point in [0, 1]"

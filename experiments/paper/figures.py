@@ -329,7 +329,7 @@ def _figure_3(r: Reproduction) -> Drawn:
     names = ("clean images", "first points (FGSM)", "second points")
     figure = _new(7.5, 6)
     axes: Any = figure.add_subplot(projection="3d")
-    top = max(float(np.max(total)), float(points[:, 2].max() * n)) * 1.05
+    top = max(float(np.max(total)), float(np.max(points[:, 2]) * n)) * 1.05
     _mesh(axes, t, np.asarray(total), top)
     axes.set_zlabel("summed loss")
     heights = points[:, 2] * n
