@@ -1,4 +1,4 @@
-"""No file that is read runs code or opens another file: a data set, a run's folder."""
+"""No file that is read runs code or opens another file: a data set, a run's folder; and reading a run prints nothing."""
 
 import json
 import os
@@ -29,6 +29,12 @@ def trained(tiny, tmp_path_factory) -> pathlib.Path:
         state = training.init_state(config, networks.create("digits_cnn", 3, SHAPE), SHAPE)
         checkpoints.save(4, state.replace(step=state.step + 4), {"score": 1.5, "seconds": 2.0})
     return folder
+
+
+def test_load_says_nothing(trained):
+    code = f"import e2sad_jax; print(e2sad_jax.load({str(trained)!r}).step)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("4\n", "")
 
 
 HEARD = """

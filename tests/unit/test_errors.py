@@ -65,6 +65,7 @@ def test_every_error_has_an_exit_code_and_a_message():
     [
         (MemoryError(), errors.OutOfMemoryError),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), errors.OutOfMemoryError),
+        (ValueError("RESOURCE_EXHAUSTED: Out of memory"), errors.OutOfMemoryError),
         (RuntimeError("INTERNAL: ECC error"), errors.DeviceError),
         (RuntimeError("Unable to initialize backend 'cuda'"), errors.DeviceError),
         (RuntimeError("INVALID_ARGUMENT: shapes"), None),

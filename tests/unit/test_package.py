@@ -48,7 +48,8 @@ def test_load_comes_only_when_asked_for():
 def test_a_whole_run_needs_no_tensorflow():
     """With it out of reach, everything that a run imports is there."""
     python(
-        "import sys\nsys.modules['tensorflow'] = None\nimport e2sad_jax.runs.run, e2sad_jax.reporting.plots, tensorboardX"
+        "import sys\nsys.modules['tensorflow'] = sys.modules['tensorflow_datasets'] = None\n"
+        "import e2sad_jax.runs.run, e2sad_jax.reporting.plots, tensorboardX"
     )
     for file in CONSTRAINTS:
         frozen = file.read_text()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import types
 
 import pytest
 from absl import flags
@@ -122,7 +123,37 @@ def test_a_run_that_diverged_or_a_step_that_failed_keeps_nothing_else(where, cod
     machine = Machine(**{where: code})
     ended, name = machine.run()
     assert ended == code
-    assert (len(machine.lines), name == "") == (len(ALL), True) if goes_on else where.split("-")[-1] in name or name
+    if goes_on:
+        assert (len(machine.lines), name) == (len(ALL), "")
+    else:
+        assert where in " ".join(machine.lines[-1])
+        assert name == ALL[len(machine.lines) - 1].name
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "said"),
+    [
+        ({"tf32": 4}, 4, "train_tf32: time is up; resume with --first=train_tf32"),
+        ({"compare_long": 2}, 2, "compare_long: it ended with exit code 2; resume with --first=compare_long"),
+        ({"compare_long": 3}, 3, "all is done; some rows failed (exit code 3), and their tables say why"),
+        ({}, 0, ""),
+    ],
+)
+def test_the_last_line_says_how_to_resume(codes, code, said, monkeypatch, capsys):
+    given = dict(mnist="mnist.npz", svhn="", runs="runs", results="out", minutes=60.0, only=[], list=False)
+    machine = Machine(**codes)
+    monkeypatch.setattr(accelerator, "call", machine.call)
+    monkeypatch.setattr(accelerator, "FLAGS", types.SimpleNamespace(**given, first=""))
+    with pytest.raises(SystemExit) as ended:
+        accelerator.main([])
+    assert (ended.value.code, capsys.readouterr().err.strip()) == (code, said)
+    if "--first=" in said:
+        resumed = Machine()
+        monkeypatch.setattr(accelerator, "call", resumed.call)
+        monkeypatch.setattr(accelerator, "FLAGS", types.SimpleNamespace(**given, first=said.partition("--first=")[2]))
+        with pytest.raises(SystemExit):
+            accelerator.main([])
+        assert resumed.lines[0][:-1] == machine.lines[-1][:-1]
 
 
 def test_a_command_is_told_to_stop_when_its_time_is_up(monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import random
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from e2sad_jax.comparison.run import run
 from e2sad_jax.errors import ConfigError, NonFiniteError
 from e2sad_jax.runs import trainer
 from e2sad_jax.runs.classifier import load
+from tests.unit.runs.test_folder import damages
 
 LITTLE = {
     "steps": 3,
@@ -149,7 +151,12 @@ def test_an_outcome_counts_for_its_own_question_alone(tiny, tmp_path, capsys):
     path.write_text(json.dumps(sealed({"asked": asked, "last": last})))
     assert evaluate_model.known_outcome(path, asked, 3) == {"asked": asked, "last": last}, "the first of two attacks"
     assert capsys.readouterr().err == ""
+    path.write_text(json.dumps(sealed(done)))
+    for damaged in damages(random.Random(0), path.read_bytes(), 100):
+        path.write_bytes(damaged)
+        assert evaluate_model.known_outcome(path, asked, 3) in ({}, done), damaged
     path.write_text(json.dumps({**sealed(done), "seed": 1}))
+    capsys.readouterr()
     assert evaluate_model.known_outcome(path, asked, 3) == {}
     assert "auto.json is unusable" in capsys.readouterr().err
 
@@ -308,6 +315,9 @@ def test_the_picture(how, tiny_data, tmp_path, made_up, monkeypatch):
     result = run(request, quiet)
     show.plot(tmp_path / "compare.png", result)
     (axes,) = figures[-1].axes
+    figures[-1].draw_without_rendering()
+    title, whole = (figures[-1]._suptitle or axes._left_title).get_window_extent(), figures[-1].bbox
+    assert whole.x0 <= title.x0 < title.x1 <= whole.x1, "the title is there as a whole"
     points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines]
     robust = [row["last"]["robust"] for row in result["rows"]]
     if how == "by price":

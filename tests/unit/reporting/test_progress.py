@@ -1,4 +1,12 @@
-"""Progress with a fake clock: the compiler is no step."""
+"""Progress with a fake clock: the compiler is no step; and the bar at a real terminal."""
+
+import fcntl
+import os
+import pty
+import struct
+import sys
+import termios
+import threading
 
 import pytest
 
@@ -71,6 +79,38 @@ def test_at_a_terminal_there_is_a_bar_with_the_time_left(clock, capsys, monkeypa
     assert "2/10 [" in shown
     assert ", 8s left, loss 2.2]" in shown
     assert shown.count("\n") == 1, "one line, drawn again"
+
+
+@pytest.mark.parametrize("columns", [100, 80, 0])
+def test_a_real_terminal_shows_step_loss_and_speed_in_one_line(columns, monkeypatch):
+    """A terminal of 100 columns, the usual one of 80, and one that does not tell its width."""
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30 if columns else 0, columns, 0, 0))
+    shown = []
+
+    def read():
+        try:
+            while chunk := os.read(controller, 4096):
+                shown.append(chunk)
+        except OSError:  # closed at the other end
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(terminal, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with Bar("train e2sad on digits", 40, "steps", initial=10) as bar:
+            for _ in range(30):
+                bar.update(1, "loss 1.2345, 678 images/s")
+    reader.join(10)
+    os.close(controller)
+    text = b"".join(shown).decode()
+    last = text.replace("\n", "\r").strip().split("\r")[-1]
+    assert "train e2sad on digits: 100%" in last
+    assert "40/40 [" in last
+    assert "loss 1.2345, 678 images/s]" in last
+    assert len(last) <= (columns or 100)
+    assert text.count("\n") <= 2, "one line, redrawn"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(41.6, "42s"), (185, "3m05s"), (7620, "2h07m")])

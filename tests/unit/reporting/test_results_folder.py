@@ -3,6 +3,8 @@
 import json
 import pathlib
 import re
+import runpy
+import sys
 
 import pytest
 
@@ -65,6 +67,25 @@ def test_tables_and_cards_of_runs_are_those_of_their_json(folder):
     assert (here / "results.md").read_text() == results.markdown(found)
     for of, result in found.items():
         assert (here / f"{of}_card.md").read_text() == card.model_card(result)
+
+
+def test_every_run_that_is_kept_has_a_card():
+    """As the runs of `RUNS` have, whose cards are compared."""
+    runs = [path for path in RESULTS.rglob("*.json") if {"attacks", "config", "examples"} <= set(read(path))]
+    assert {name(path.parent) for path in runs} == set(RUNS)
+    assert sorted(path.with_name(f"{path.stem}_card.md") for path in runs) == sorted(
+        path for folder in RUNS for path in (RESULTS / folder).glob("*_card.md")
+    )
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_a_card_is_printed_by_a_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["card", str(RESULTS / "digits" / "e2sad.json")])
+    runpy.run_path(card.__file__, run_name="__main__")
+    assert capsys.readouterr().out == (RESULTS / "digits" / "e2sad_card.md").read_text()
 
 
 @pytest.mark.parametrize("folder", COMPARISONS, ids=name)

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import json
 import os
 import pathlib
 import random
@@ -66,6 +67,16 @@ def test_last_and_best_are_kept_and_nothing_else(tmp_path):
             chex.assert_trees_all_equal(jax.random.key_data(restored.key), jax.random.key_data(state_at(step).key))
     assert state_digest(tmp_path, 3) is None
     assert state_digest(tmp_path, 2) != state_digest(tmp_path, 4)
+
+
+def test_a_checkpoint_of_an_orbax_that_did_not_name_its_format_is_read(workdir):
+    """Orbax 0.11.30, the earliest that is allowed, writes no `use_ocdbt`, and goes by the files."""
+    path = workdir / "checkpoints/12/default/_METADATA"
+    metadata = json.loads(path.read_text())
+    metadata.pop("use_ocdbt", None)
+    path.write_text(json.dumps(metadata))
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        assert int(checkpoints.restore(like()).step) == 12
 
 
 def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):

@@ -233,7 +233,7 @@ def test_memory_and_devices_are_named_in_the_attacks_too(raised, kind, words, sc
 
 
 def test_without_a_budget_there_is_nothing_to_attack_with_and_no_error(tmp_path):
-    for defense, changes in {"natural": {}, "e2sad": {"eps2": 0.0}}.items():
+    for defense, changes in {"natural": {}, "pgd": {}, "e2sad": {"eps2": 0.0}}.items():
         config = config_of(tmp_path / defense, defense=defense, steps=2, eps1=0.0, **changes)
         assert train_and_report(config, "mnist")["best"]["step"] == 2
 

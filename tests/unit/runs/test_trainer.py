@@ -33,6 +33,7 @@ from e2sad_jax.evaluation import Attack
 from e2sad_jax.runs import signals, trainer
 from e2sad_jax.runs.classifier import load
 from e2sad_jax.runs.folder import read_training, steps_in
+from tests.helpers import count_compilations
 from tests.unit.runs.helpers import config_of, stop_after
 from tests.unit.runs.test_checkpoint import full
 
@@ -119,20 +120,23 @@ def test_a_refused_start_changes_nothing(workdir, tiny):
         assert (workdir / "config.json").read_text() == before
 
 
-def test_a_disk_that_takes_no_config_json_is_named_and_what_was_left_is_no_obstacle(tiny, tmp_path, monkeypatch):
+def test_a_disk_that_takes_no_config_json_is_named_and_what_was_left_is_no_obstacle(
+    workdir, tiny, tmp_path, monkeypatch
+):
+    """Of a new run and of one that is there."""
+
     def read_only(source, target):
         raise PermissionError(13, os.strerror(13), str(target))
 
-    config = config_of(tmp_path / "w")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", read_only)
-        with (
-            pytest.raises(WorkdirError, match=r"cannot use .*w as workdir: Permission denied"),
-            trainer.open_run(config, tiny),
-        ):
-            pass
-    with trainer.open_run(config, tiny) as run:
-        assert run.step == 0
+    for folder, step in ((tmp_path / "new", 0), (workdir, 12)):
+        config = config_of(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", read_only)
+            words = rf"cannot use .*{folder.name} as workdir: Permission denied"
+            with pytest.raises(WorkdirError, match=words), trainer.open_run(config, tiny):
+                pass
+        with trainer.open_run(config, tiny) as run:
+            assert run.step == step
 
 
 def test_a_damaged_last_checkpoint_is_trained_again_to_the_same_numbers(workdir, trained, tiny, scores, capsys):
@@ -154,12 +158,14 @@ def test_a_damaged_last_checkpoint_is_trained_again_to_the_same_numbers(workdir,
     [
         {"defense": "natural"},
         {"defense": "e2sad", "second_step": "noise"},
+        pytest.param({"defense": "pgd", "attack_steps": 2}, marks=pytest.mark.slow),
         pytest.param({"defense": "free", "replays": 3, "eps_warmup": 7, "schedule": "cyclic"}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: changes["defense"],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(changes, scores, tiny, tmp_path):
-    """Stopped before the first checkpoint, within a replay and a warm-up, and between checkpoints."""
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(changes, scores, tiny, tmp_path, monkeypatch):
+    """Stopped before the first checkpoint, within a replay and a warm-up, and between checkpoints; each compiles once."""
+    made = count_compilations(monkeypatch)
     config = config_of(tmp_path / "whole", eps1=0.1, **changes)
     whole = train(config, tiny)
     parts = dataclasses.replace(config, workdir=str(tmp_path / "parts"))
@@ -168,6 +174,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(changes, scores, 
         assert int(resumed.step) == step
         assert steps_in(parts.workdir)[-1] == step
     same(whole, resumed)
+    assert [step._cache_size() for step in made] == [1] * 4, "a restored state is what the step was compiled for"
     assert losses(config.workdir) == losses(parts.workdir), "the curves are those of one run"
     segments = read_training(tmp_path / "parts")
     assert [(s["from_step"], s["to_step"], s["runs_together"]) for s in segments] == [(0, 4, 1), (4, 7, 1), (7, 12, 1)]
@@ -192,6 +199,14 @@ def test_every_whole_checkpoint_is_noted_and_timed(trained, tiny, tmp_path):
     with trainer.open_run(config_of(tmp_path / "w"), tiny) as run:
         assert run.checkpoints.seconds(12) > run.checkpoints.seconds(10) > 0
         assert trainer.train(run, never)[1] == run.checkpoints.seconds(12)
+
+
+def test_metrics_hold_losses_at_intervals_and_the_validation_of_each_checkpoint(trained):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10, 12]
+    validated = {line["step"]: line["validation_score"] for line in lines if "validation_score" in line}
+    assert validated == {5: 1.0, 10: 2.0, 12: 1.5}
+    assert load(trained, "best").step == max(validated, key=validated.get)
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -49,7 +49,7 @@ def trained(config: Config, dataset, devices: int, dtype=jnp.float64, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "defense", ["natural", *(pytest.param(name, marks=pytest.mark.slow) for name in ("e2sad", "free"))]
+    "defense", [pytest.param(name, marks=[] if name == "natural" else pytest.mark.slow) for name in DEFENSES]
 )
 def test_two_devices_train_as_one_does(defense, tiny):
     """Losses and parameters within 1e-5, over an epoch's end.
