@@ -13,6 +13,7 @@ from e2sad_jax.comparison.request import CHECKPOINTS, Request
 from e2sad_jax.data import Dataset
 from e2sad_jax.errors import Stopped, first_line
 from e2sad_jax.evaluation import Attack, auto
+from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs import signals, trainer
 from e2sad_jax.runs.checkpoint import state_digest
 from e2sad_jax.runs.classifier import load
@@ -110,16 +111,19 @@ def _attacked(
     """Clean and robust accuracy of one checkpoint of a run."""
     classifier = load(config.workdir, which)
     transform = classifier.transform
-    outcome = auto(
-        classifier.apply,
-        classifier.params,
-        images,
-        labels,
-        eps=config.eps1,
-        transform=transform.apply,
-        bounds=transform.bounds,
-        stages=stages,
-    )
+    per_image = 1 + sum(stage.gradients(classifier.dataset["num_classes"]) for stage in stages)  # 1: the clean pass
+    with Bar(f"attack {config.defense}, {which} checkpoint", len(images) * per_image, "gradients") as bar:
+        outcome = auto(
+            classifier.apply,
+            classifier.params,
+            images,
+            labels,
+            eps=config.eps1,
+            transform=transform.apply,
+            bounds=transform.bounds,
+            stages=stages,
+            progress=lambda name, gradients: bar.update(gradients, name),
+        )
     robust = float(outcome.robust.mean())
     return {
         "step": classifier.step,
