@@ -152,11 +152,12 @@ def test_a_step_updates_parameters_by_adam_and_averages_by_the_batch(small, tiny
 
 
 @pytest.mark.slow
-def test_resumed_run_equals_uninterrupted_one_bit_for_bit(small, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("defense", ["e2sad", "free"])
+def test_resumed_run_equals_uninterrupted_one_bit_for_bit(defense, small, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "validate", lambda run, state, stop: {"score": 0.0})  # checkpoints are not attacked
 
     def train(name, steps):
-        config = tiny_config(model="preact_resnet18", workdir=str(tmp_path / name), steps=steps)
+        config = tiny_config(model="preact_resnet18", defense=defense, workdir=str(tmp_path / name), steps=steps)
         with trainer.open_run(config, tiny) as run:
             return trainer.train(run, lambda: 0)[0]
 

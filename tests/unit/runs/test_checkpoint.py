@@ -68,6 +68,13 @@ def test_last_and_best_are_kept_and_nothing_else(tmp_path):
     assert state_digest(tmp_path, 2) != state_digest(tmp_path, 4)
 
 
+def test_a_checkpoint_holds_the_same_parts_in_later_versions():
+    parts = {"step", "params", "opt_state", "key"}
+    assert set(jax.eval_shape(lambda: checkpoint._storable(state_at()))) == parts
+    free = config_of(pathlib.Path("nowhere"), defense="free")
+    assert set(jax.eval_shape(lambda: checkpoint._storable(state_of(free)))) == {*parts, "delta"}
+
+
 def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     """The write goes on in the background: it must not see what the next steps make of the buffers."""
     state = state_at(1)
