@@ -19,6 +19,7 @@ import gzip
 import hashlib
 import pathlib
 import sys
+import threading
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -256,17 +257,29 @@ def _ways_out(name: str, root: pathlib.Path, infos: _UrlInfos) -> str:
 
 
 def _probe(name: str, root: pathlib.Path, missing: _UrlInfos) -> None:
-    """Asks for the first missing file before the library does, which would retry for minutes without a network."""
+    """Asks for the first missing file before the library does, which would retry for minutes without a network.
+
+    In a thread: no timeout of requests bounds the name server's answer, or a host with many addresses.
+    """
     url = next(iter(missing))
-    try:
-        with requests.get(url, stream=True, timeout=PROBE_SECONDS) as response:
-            response.raise_for_status()
-    except requests.RequestException as err:
-        reason = getattr(err.args[0], "reason", err) if err.args else err  # what urllib3 wraps
+    problems: list[str] = []
+
+    def ask() -> None:
+        try:
+            with requests.get(url, stream=True, timeout=PROBE_SECONDS) as response:
+                response.raise_for_status()
+            problems.append("")
+        except Exception as err:  # of requests, or of whatever it calls
+            reason = getattr(err.args[0], "reason", err) if err.args else err  # what urllib3 wraps
+            problems.append(f"{type(err).__name__}: {first_line(reason)}")
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    if problem := problems[0] if problems else f"no answer within {PROBE_SECONDS:g} s":
         raise DataError(
-            f"{name}: not in {root}, and {url} cannot be fetched ({type(err).__name__}: {first_line(reason)}); "
-            f"{_ways_out(name, root, missing)}"
-        ) from err
+            f"{name}: not in {root}, and {url} cannot be fetched ({problem}); {_ways_out(name, root, missing)}"
+        )
 
 
 @contextlib.contextmanager

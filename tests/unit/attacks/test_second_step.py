@@ -11,7 +11,7 @@ import pytest
 
 from e2sad_jax import attacks, losses
 from e2sad_jax.attacks import core
-from tests.unit.attacks.helpers import KEY, SHAPE, D, K, N, images, wide
+from tests.unit.attacks.helpers import KEY, SHAPE, D, K, N, images, promotion, wide
 
 RS = np.random.RandomState(0)
 W1, W2 = 0.5 * RS.randn(D, 16), 0.5 * RS.randn(16, K)
@@ -102,6 +102,27 @@ def test_the_second_point_lies_around_the_first_and_is_clipped_only_when_asked(o
         assert got.max() > 1.1
         assert (got != x).mean() > 0.9
     np.testing.assert_allclose(run(bounds=(0.0, 1.0)), got.clip(0, 1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", attacks.OBJECTIVES)
+def test_in_bfloat16_the_second_point_is_within_eps_and_the_range(objective):
+    """In the images' own dtype; what rounding would lead out goes to the next number inside."""
+    with promotion("bfloat16"):
+        x = images(jnp.bfloat16)
+
+        def f(z: jax.Array) -> jax.Array:
+            return net(z.astype(jnp.float32))
+
+        def own_loss(z: jax.Array) -> jax.Array:
+            return loss(z.astype(jnp.float32))
+
+        settings: dict[str, Any] = {"eps": 0.3, "objective": objective, "loss_fn": own_loss, "bounds": (0.0, 1.0)}
+        got = jax.jit(lambda z: attacks.second_step(f, z, key=KEY, **settings))(x)
+    assert got.dtype == jnp.bfloat16
+    assert np.abs(wide(got) - wide(x)).max() <= 0.3 + 1e-6
+    assert 0 <= wide(got).min() <= wide(got).max() <= 1
+    if objective != "literal":  # rounding noise may well be 0
+        assert (wide(got) != wide(x)).mean() > 0.8
 
 
 def test_a_pixel_without_a_gradient_stays():

@@ -249,6 +249,12 @@ def test_offline_where_packets_vanish(mini_mnist, tmp_path, monkeypatch):
         silent.listen()
         mini_mnist.register(f"http://127.0.0.1:{silent.getsockname()[1]}/")
         error_of("mnist", tmp_path / "root", "cannot be fetched", "--data=digits")
+    # Nor does a name server that never answers, which no timeout of requests bounds, hold it up.
+    release = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(30))
+    mini_mnist.register("http://data.invalid/")
+    error_of("mnist", tmp_path / "root", "no answer within 0.2 s")
+    release.set()
 
 
 def test_the_probe_is_short():

@@ -159,6 +159,9 @@ def test_an_outcome_counts_for_its_own_question_alone(tiny, tmp_path, capsys):
     capsys.readouterr()
     assert evaluate_model.known_outcome(path, asked, 3) == {}
     assert "auto.json is unusable" in capsys.readouterr().err
+    for damaged in (b"", b"[]", b"null", b"{}", b"\xff", b"[" * 100_000):
+        path.write_bytes(damaged)
+        assert evaluate_model.known_outcome(path, asked, 3) == {}
 
 
 def test_other_data_makes_other_runs(tmp_path):
@@ -407,6 +410,7 @@ def test_a_registered_defense_is_an_entry_by_its_name(monkeypatch):
     ("values", "words"),
     [
         ({"entry": ("mart",)}, r'--entry=mart: must be of "natural", '),
+        ({"entry": ("x" * 9999,)}, r"--entry=x{100}: must be of"),
         ({"eps": 0.0}, r"--eps=0.0: must be above 0"),
         ({"seeds": 0}, r"--seeds=0: must be at least 1"),
         ({"validation_examples": -1}, r"--validation_examples=-1: must be at least 0"),

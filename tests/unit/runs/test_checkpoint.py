@@ -79,6 +79,13 @@ def test_a_checkpoint_of_an_orbax_that_did_not_name_its_format_is_read(workdir):
         assert int(checkpoints.restore(like()).step) == 12
 
 
+def test_a_checkpoint_holds_the_same_parts_in_later_versions():
+    parts = {"step", "params", "opt_state", "key"}
+    assert set(jax.eval_shape(lambda: checkpoint._storable(state_at()))) == parts
+    free = config_of(pathlib.Path("nowhere"), defense="free")
+    assert set(jax.eval_shape(lambda: checkpoint._storable(state_of(free)))) == {*parts, "delta"}
+
+
 def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     """The write goes on in the background: it must not see what the next steps make of the buffers."""
     state = state_at(1)

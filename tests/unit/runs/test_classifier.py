@@ -36,8 +36,9 @@ def test_load_gives_probabilities_of_the_trained_network(trained):
     assert not np.allclose(jax.tree.leaves(fresh)[-1], jax.tree.leaves(classifier.params)[-1]), "trained, not initial"
 
 
-def test_the_best_may_be_loaded_too(trained):
-    assert load(trained, which="best").step == 10
+def test_the_best_may_be_loaded_too_and_the_workdir_may_be_a_link(trained, tmp_path):
+    (tmp_path / "linked").symlink_to(trained)
+    assert load(tmp_path / "linked", which="best").step == 10
     with pytest.raises(ValueError, match="which='first'"):
         load(trained, which="first")
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +50,7 @@ def mine(tmp_path, monkeypatch):
         "import numpy as np\nw = np.load('w.npy')\ndef predict(x):\n    return x.reshape(len(x), -1) @ w\nnumber = 3\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend("")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # as of the console script
     return str(tmp_path / "test.npz")
 
 

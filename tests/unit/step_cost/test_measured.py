@@ -282,6 +282,7 @@ def test_steps_that_are_named_are_those_of_each_attack_that_takes_steps():
     ("values", "words"),
     [
         ({"defense": ("mart",)}, "--defense=mart: must be of natural, fgsm"),
+        ({"defense": ("x" * 9999,)}, "--defense=" + "x" * 100 + ": must be of"),
         ({"defense": ()}, "--defense=: must name at least one of natural"),
         ({"attack_steps": (5, 0)}, "--attack_steps=5,0: must be at least 1 each"),
         ({"batch_size": 0}, "--batch_size=0: must be at least 1"),

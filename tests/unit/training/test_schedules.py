@@ -11,9 +11,17 @@ import pytest
 from e2sad_jax import training
 from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.training import configure
-from tests.helpers import register_loss, tiny_config
+from tests.helpers import count_compilations, register_loss, tiny_config
 
 pytestmark = pytest.mark.usefixtures("little", "standard_promotion")
+
+
+class Sum(nn.Module):
+    """Three parameters, which are the logits."""
+
+    @nn.compact
+    def __call__(self, x):
+        return self.param("w", lambda key: jnp.zeros((1, 3))) + 0 * x.sum()
 
 
 @pytest.mark.parametrize("steps", [10, 11, 1])
@@ -40,11 +48,6 @@ def test_updates_follow_the_schedule_over_all_steps_of_the_run(tiny, monkeypatch
 
     def plane(logits_fn, x, y):
         return logits_fn(jnp.ones_like(x[:1])).sum(), {}
-
-    class Sum(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return self.param("w", lambda key: jnp.zeros((1, 3))) + 0 * x.sum()
 
     register_loss(monkeypatch, "plane", plane)
     config = tiny_config(defense="plane", epochs=4.0, schedule="cyclic", learning_rate=0.1)
@@ -84,6 +87,28 @@ def test_budgets_rise_linearly_and_nothing_else_does(defense, warmup):
         for name in given:
             np.testing.assert_allclose(settings.pop(name), grown * 0.2, rtol=1e-6)
         assert settings == {name: value for name, value in config.settings.items() if name not in given}
+
+
+def test_the_losses_of_a_run_have_the_budget_of_their_step(tiny, monkeypatch):
+    """In one compilation."""
+
+    def loss(logits_fn, x, y, *, eps):
+        return logits_fn(x).sum(), {"eps": jnp.asarray(eps, jnp.float32)}
+
+    register_loss(monkeypatch, "budgets", loss)
+    made, seen = count_compilations(monkeypatch), []
+    config = tiny_config(defense="budgets", eps_warmup=4, eps1=0.4, steps=8)
+    training.fit(
+        config,
+        Sum(),
+        tiny,
+        training.init_state(config, Sum(), tiny.image_shape),
+        steps=8,
+        record=lambda step, metrics, count: seen.append(float(metrics["eps"])),
+        checkpoint=lambda *a: None,
+    )
+    np.testing.assert_allclose(seen, 0.4 * np.minimum(np.arange(8) / 4, 1), rtol=1e-6)
+    assert made[0]._cache_size() == 1
 
 
 def test_a_step_size_that_the_loss_chooses_stays_unset():
