@@ -158,7 +158,8 @@ QUESTIONS = (
         "What does a step cost in time? (all defenses, and PyTorch)",
         *("step_cost/step_cost.md", "step_cost/step_cost.json"),
         _step,
-        "python -m experiments.step_cost --peer=torch --rounds=3 --seconds=0.3 --results=results/step_cost",
+        "python -m experiments.step_cost --attack_steps=1,2,10,30 --peer=torch --rounds=3 --seconds=0.3"
+        " --results=results/step_cost",
     ),
     Question(
         "What does a step cost in time with AVX-512? (an older commit)",
