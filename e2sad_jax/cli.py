@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from absl import app, flags, logging
 
+from e2sad_jax._version import __version__
 from e2sad_jax.defenses import DEFENSES, PLUGINS, Setting, readers
 from e2sad_jax.errors import (
     FULL,
@@ -121,14 +122,18 @@ def console() -> None:
     """The console script `e2sad`: `e2sad train mnist --defense=trades`, `e2sad evaluate RUN`."""
     words = sys.argv[1:]
     match words:
-        case [] | ["-h" | "-help" | "--help"]:
+        case [] | ["-h" | "-help" | "--help"] | ["train", "-h" | "-help" | "--help"]:
             print(_commands())
+        case ["--version"]:
+            print(__version__)
         case ["train", name, *rest] if name in RECIPES:
+            _describe(f"e2sad train {name}", RECIPES[name].about)
             sys.argv = [f"e2sad train {name}", *rest]
             train(name)
         case [name, *rest] if name in REQUESTS:
             if rest and not rest[0].startswith("-") and name != "compare":
                 rest[0] = f"--workdir={rest[0]}"
+            _describe(_usage(name), REQUESTS[name].about)
             sys.argv = [f"e2sad {name}", *rest]
             request(name)
         case ["data", *rest]:
@@ -141,10 +146,19 @@ def console() -> None:
             sys.exit(2)
 
 
+def _describe(usage: str, about: str) -> None:
+    """What `--help` prints above the flags: the main module's docstring."""
+    sys.modules["__main__"].__doc__ = f"{about}\n\n{usage} [flags]"
+
+
+def _usage(name: str) -> str:
+    return f"e2sad {name}{' RUN' if name != 'compare' else ''}"
+
+
 def _commands() -> str:
     lines = [f"e2sad train {name}\n    {recipe.about}" for name, recipe in RECIPES.items()]
     for name, command in REQUESTS.items():
-        lines.append(f"e2sad {name}{' RUN' if name != 'compare' else ''}\n    {command.about}")
+        lines.append(f"{_usage(name)}\n    {command.about}")
     lines.append("e2sad data mnist --to=PATH.npz\n    a prepared data set as one file")
     return "\n".join(["Commands; each has --help:\n", *lines])
 

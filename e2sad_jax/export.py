@@ -52,7 +52,7 @@ class Request:
     """
 
     workdir: str = setting("", "folder of the run to export")
-    which: str = setting("last", "its checkpoint", choices=("last", "best"))
+    which: str = setting("last", "checkpoint of the run", choices=("last", "best"))
     to: str = setting("", "folder for the files; empty: WORKDIR/export")
     format: str = setting(",".join(FILES), f"what to write; of {', '.join(FILES)}, several with commas")
     overwrite: bool = setting(False, "replace what an earlier export left in the folder")

@@ -80,8 +80,10 @@ class Request:
     """
 
     entry: tuple[str, ...] = setting((), f"what to compare, may be given several times; none: all; of {_quoted()}")
-    data: str = setting("mnist", "mnist, digits, or a file PATH.npz of images in [0, 1]")
-    data_dir: str = setting("", "folder of data sets, empty: $E2SAD_DATA_DIR or ~/.cache/e2sad_jax")
+    data: str = setting("mnist", "mnist, svhn, digits, or a file PATH.npz")
+    data_dir: str = setting(
+        "", "folder of data sets, empty: $E2SAD_DATA_DIR, or e2sad_jax in $XDG_CACHE_HOME or ~/.cache"
+    )
     model: str = setting("digits_cnn", "network; mnist_cnn is the paper's", choices=NETWORKS)
     steps: int = setting(2000, "training steps of each", lower=1)
     batch_size: int = setting(128, "images a step", lower=1)
@@ -90,12 +92,12 @@ class Request:
         SCHEDULE["eps_warmup"], "steps over which eps rises, below 1: a fraction of all steps", lower=0
     )
     schedule: str = setting(SCHEDULE["schedule"], "learning rate over all steps", choices=SCHEDULES)
-    learning_rate: float = setting(SCHEDULE["learning_rate"], "Adam's, at its highest", above=0)
+    learning_rate: float = setting(SCHEDULE["learning_rate"], "peak learning rate of Adam", above=0)
     equal_flops: bool = setting(
         False, f"train each as many steps as cost what --steps of {REFERENCE} do, instead of the same number"
     )
     parts: bool = setting(False, "compare what each part of e2SAD's robust preset does, instead of every defense")
-    seeds: int = setting(1, "seeds of each", lower=1)
+    seeds: int = setting(1, "number of seeds per entry", lower=1)
     validation_examples: int = setting(
         1000, "training images held out to choose the best checkpoint, 0: use 500 of the training images", lower=0
     )
@@ -106,7 +108,7 @@ class Request:
     )
     examples: int = setting(500, "images to attack, the first ones, or all if there are fewer", lower=1)
     queries: int = setting(1000, "queries of Square, 0: leave it out", lower=0)
-    apgd_steps: int = setting(50, "steps of both APGD", lower=1)
+    apgd_steps: int = setting(50, "steps of APGD-CE and of APGD-T", lower=1)
     targets: int = setting(9, "wrong classes that the targeted APGD tries", lower=1)
     workdir: str = setting("runs/compare", "folder of the runs")
     results: str = setting("", "folder for compare.md, .json and .png, empty: --workdir")

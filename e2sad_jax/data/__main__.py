@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m e2sad_jax.dat
         "--data_dir",
         metavar="DIR",
         help="where mnist and svhn are prepared; original files in its folder downloads/manual are used instead of a "
-        "download (default: $E2SAD_DATA_DIR, else ~/.cache/e2sad_jax)",
+        "download (default: $E2SAD_DATA_DIR, else $XDG_CACHE_HOME/e2sad_jax, else ~/.cache/e2sad_jax)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     try:
@@ -62,7 +62,7 @@ def export(name: str, to: str, data_dir: str | None = None, overwrite: bool = Fa
     if path.suffix.lower() != ".npz":
         raise DataError(f"--to={to!r} must end in .npz")
     if not path.parent.is_dir():
-        raise DataError(f"--to={to!r}: the folder {path.parent} does not exist")
+        raise DataError(f"--to={to!r}: the folder {path.parent} does not exist; make it, or name another")
     if path.exists() and not overwrite:
         raise DataError(f"--to={to!r} exists; give another name, or --overwrite to replace it")
     dataset = data.load(name, data_dir)

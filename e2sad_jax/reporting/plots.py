@@ -30,12 +30,14 @@ def examples(
     second_step: str = "total",
     bounds: tuple[float, float] = (0.0, 1.0),
     clip_second: bool = False,
+    random_start: bool = False,
+    ball_second: bool = False,
     seed: int = 0,
     count: int = 8,
 ) -> None:
     """Draws images, their first and second adversarial points, the perturbations, and the predictions.
 
-    The first point is FGSM's, the second e2SAD's, for a model of any defense.
+    The points are e2SAD's, with its settings, for a model of any defense.
 
     Args:
       path: PNG to write.
@@ -50,7 +52,9 @@ def examples(
       second_step: what the second step differentiates, one of `attacks.OBJECTIVES`.
       bounds: range of the images.
       clip_second: whether the second point is clipped to `bounds`.
-      seed: of the second step's random numbers.
+      random_start: whether the first step starts at a random point of the ball.
+      ball_second: whether the second point stays in the ball of `eps1`.
+      seed: of the random numbers of both steps.
       count: images to show: the first of each class, up to so many.
     """
     from matplotlib.figure import Figure
@@ -68,16 +72,23 @@ def examples(
         def loss_fn(z: jax.Array) -> jax.Array:
             return cross_entropy(logits_fn(z), y)
 
-        first = attacks.fgsm(loss_fn, x, eps=eps1, bounds=bounds)
+        start, step = jax.random.split(jax.random.key(seed))
+        if random_start:
+            first = attacks.pgd(start, loss_fn, x, eps=eps1, steps=1, step_size=eps1, bounds=bounds)
+        else:
+            first = attacks.fgsm(loss_fn, x, eps=eps1, bounds=bounds)
         second = attacks.second_step(
             logits_fn,
             first,
             eps=eps2,
             objective=second_step,
             loss_fn=loss_fn,
-            key=jax.random.key(seed),
+            key=step,
             bounds=bounds if clip_second else None,
         )
+        if ball_second:
+            ball = attacks.core.linf_ball(x, eps1, bounds)
+            second = attacks.core.project_and_cast(ball, attacks.core.as_float32(second), x.dtype)
         return [(z, jax.nn.softmax(logits_fn(z))) for z in (x, first, second)]
 
     (x, p), (first, p1), (second, p2) = jax.device_get(
@@ -85,7 +96,7 @@ def examples(
     )
     lines = [
         ("clean", x, p),
-        (f"first point\nFGSM, eps {eps1:.3g}", first, p1),
+        (f"first point\nFGSM{' from a random start' if random_start else ''},\neps {eps1:.3g}", first, p1),
         (f"second point\neps {eps2:.3g}", second, p2),
         ("first - clean", first - x, None),
         ("second - first", second - first, None),

@@ -26,7 +26,7 @@ class Request:
     """
 
     workdir: str = setting("", "folder of the run to evaluate")
-    which: str = setting("last", "its checkpoint", choices=("last", "best"))
+    which: str = setting("last", "checkpoint of the run", choices=("last", "best"))
     predict: str = setting(
         "", "instead of a run: MODULE:FUNCTION, from images in [0, 1] to logits, in JAX; needs --data and --eps"
     )
@@ -41,22 +41,26 @@ class Request:
         "",
         "folder of a run, such as a natural model, whose adversarial images the evaluated model classifies; empty: none",
     )
-    auto: bool = setting(True, "the worst case over APGD-CE, targeted APGD-DLR and Square")
+    auto: bool = setting(True, "the worst case over APGD-CE, APGD-T and Square")
     queries: int = setting(5000, "queries of Square, 0: leave it out", lower=0)
     targets: int = setting(9, "wrong classes that the targeted APGD tries", lower=1)
     fab: int = setting(0, "wrong classes that FAB tries, before Square, 0: leave it out", lower=0)
-    restarts: int = setting(5, "random starts of PGD", lower=1)
+    restarts: int = setting(5, "random starts of PGD-40", lower=1)
     results: str = setting(
         "", "folder for evaluation.md, .json and .png; empty: WORKDIR/evaluation, or runs/evaluation for --predict"
     )
 
     def __post_init__(self) -> None:
         if bool(self.workdir) == bool(self.predict):
-            raise ConfigError("--workdir or --predict: one of them must be given, a run's folder or MODULE:FUNCTION")
-        if self.predict and (":" not in self.predict or not self.data.endswith(".npz") or not self.eps):
             raise ConfigError(
-                f"--predict={self.predict}: must be MODULE:FUNCTION; --data=PATH.npz and --eps are needed too"
+                "--workdir or --predict: exactly one of them must be given, a run's folder or MODULE:FUNCTION"
             )
+        if self.predict and ":" not in self.predict:
+            raise ConfigError(f"--predict={self.predict}: must be MODULE:FUNCTION")
+        if self.predict and not self.data.endswith(".npz"):
+            raise ConfigError(f"--data={self.data}: must be PATH.npz with --predict")
+        if self.predict and not self.eps:
+            raise ConfigError("--eps=0: must be above 0 with --predict, which has no run's budget")
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
         if self.fab and not self.auto:

@@ -155,7 +155,9 @@ def read_config(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
     try:
         values = read_sealed(path, CONFIG_BYTES)
     except FileNotFoundError as error:
-        raise WorkdirError(f"{path} does not exist: {workdir} is not the workdir of a run") from error
+        raise WorkdirError(
+            f"{path} does not exist: {workdir} is not the workdir of a run; name one that has config.json"
+        ) from error
     except (OSError, ValueError) as error:
         raise WorkdirError(
             f"cannot read {path}: {first_line(error)}; restore it from a copy, or choose another --workdir to train again"

@@ -102,7 +102,7 @@ def _report(
 
 
 def _draw(run: Run, state: TrainState) -> None:
-    """Writes examples.png: the first test image of each class with its adversarial points."""
+    """Writes examples.png: the first test images of up to eight classes with their adversarial points."""
     config, test = run.config, run.dataset
     rows = np.array([np.flatnonzero(test.y_test == k)[0] for k in np.unique(test.y_test)])
     plots.examples(
@@ -118,6 +118,8 @@ def _draw(run: Run, state: TrainState) -> None:
         second_step=config.settings.get("second_step", "total"),
         bounds=run.transform.bounds,
         clip_second=config.settings.get("clip_second", False),
+        random_start=config.settings.get("random_start", False),
+        ball_second=config.settings.get("ball_second", False),
         seed=config.seed,
     )
 

@@ -125,7 +125,11 @@ class Config:
     eval_batch_size: int = setting(250, "images a batch in evaluation", lower=1, identity=False)
     checkpoint_every: int = setting(500, "steps between checkpoints", lower=1, identity=False)
     log_every: int = setting(50, "steps between lines of metrics", lower=1, identity=False)
-    data_dir: str = setting("", "folder of data sets, empty: $E2SAD_DATA_DIR or ~/.cache/e2sad_jax", identity=False)
+    data_dir: str = setting(
+        "",
+        "folder of data sets, empty: $E2SAD_DATA_DIR, or e2sad_jax in $XDG_CACHE_HOME or ~/.cache",
+        identity=False,
+    )
     workdir: str = setting("", "folder of the run, empty: runs/DATA-DEFENSE-HASH", identity=False)
     resume: bool = setting(True, "resume from the workdir's last checkpoint", identity=False)
 

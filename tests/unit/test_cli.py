@@ -9,6 +9,7 @@ import jax
 import pytest
 from absl import flags
 
+import e2sad_jax
 from e2sad_jax import cli, errors
 from e2sad_jax.errors import LostProcessError, OutOfMemoryError, OutOfTimeError, Stopped, WorkdirError
 from e2sad_jax.runs import run
@@ -42,7 +43,7 @@ def test_the_console_script_is_the_same_commands(words, call, called, monkeypatc
     assert called == [call]
 
 
-@pytest.mark.parametrize("words", ["", "--help"])
+@pytest.mark.parametrize("words", ["", "--help", "train --help"])
 def test_without_words_the_console_script_lists_its_commands(words, called, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["e2sad", *words.split()])
     cli.console()
@@ -61,6 +62,19 @@ def test_wrong_words_end_with_2_and_the_list(words, called, monkeypatch, capsys)
     said = capsys.readouterr()
     assert said.err.startswith(f"e2sad: there is no command '{' '.join(words.split()[:2])}'\n\nCommands")
     assert (said.out, called) == ("", [])
+
+
+def test_the_version_is_the_packages(called, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["e2sad", "--version"])
+    cli.console()
+    assert capsys.readouterr().out == f"{e2sad_jax.__version__}\n"
+
+
+def test_help_says_first_what_a_command_does(called, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["e2sad", "evaluate", "--help"])
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "")
+    cli.console()
+    assert sys.modules["__main__"].__doc__ == f"{cli.REQUESTS['evaluate'].about}\n\ne2sad evaluate RUN [flags]"
 
 
 def test_data_takes_what_its_module_takes(monkeypatch, capsys, tmp_path):

@@ -57,5 +57,24 @@ def test_examples_draw_one_image_of_each_class(tmp_path, monkeypatch):
         said = ax.get_title()
         assert said.startswith(f"{guess} (")
         assert said.endswith(f", not {label}") == (guess != label)
-    step = axes[3, 0].get_images()[0].get_array()  # first - clean, in grey levels of +-eps1
-    assert set(np.round(np.unique(step), 3)) <= {0.0, 1.0} or np.ptp(step) <= 1
+    clean, first = (axes[i, 0].get_images()[0].get_array() for i in (0, 1))
+    whole = np.isclose(np.abs(first - clean), 0.2, atol=1e-5)
+    assert np.all(whole | np.isclose(first, 0, atol=1e-6) | np.isclose(first, 1)), "eps1, cut at the range alone"
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_examples_are_the_points_of_the_training(inside, tmp_path, monkeypatch):
+    """With the robust preset both points lie in the ball of eps1; the paper's second point leaves it."""
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda path, figure, dpi: figures.append(figure))
+    images = np.full((2, 4, 4, 1), 0.5, np.float32)
+    weights = jax.random.normal(jax.random.key(1), (16, 2))
+    own = {"random_start": inside, "ball_second": inside, "eps1": 0.2, "eps2": 0.1, "num_classes": 2, "title": "t"}
+    plots.examples(
+        tmp_path / "e.png", lambda w, x: x.reshape(len(x), -1) @ w, weights, images, np.array([0, 1], np.int32), **own
+    )
+    axes = np.array(figures[0].axes).reshape(5, 2)
+    first, second = (np.abs(axes[i, 0].get_images()[0].get_array() - 0.5).max() for i in (1, 2))
+    assert 0.1 < first <= 0.2 + 1e-6
+    assert (second > 0.2 + 1e-6) != inside
+    assert ("random start" in axes[1, 0].get_ylabel()) == inside

@@ -71,9 +71,11 @@ def test_anyones_function_is_evaluated_by_its_name(mine, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "--workdir or --predict: one of them must be given"),
+        ({}, "--workdir or --predict: exactly one of them must be given"),
         ({"workdir": "a", "predict": "b:c"}, "--workdir or --predict"),
-        ({"predict": "b:c"}, r"--predict=b:c: must be MODULE:FUNCTION; --data=PATH.npz and --eps"),
+        ({"predict": "b"}, "--predict=b: must be MODULE:FUNCTION"),
+        ({"predict": "b:c", "data": "mnist", "eps": 0.1}, "--data=mnist: must be PATH.npz with --predict"),
+        ({"predict": "b:c", "data": "a.npz"}, "--eps=0: must be above 0 with --predict"),
         ({"workdir": "a", "examples": -1}, r"--examples=-1: must be at least 0"),
         ({"workdir": "a", "fab": -1}, r"--fab=-1: must be at least 0"),
         ({"workdir": "a", "eps": float("nan")}, r"--eps=nan: must be at least 0"),
