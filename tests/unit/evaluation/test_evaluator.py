@@ -327,10 +327,12 @@ class NanNetwork:
 
 
 def by_comparison(problem):
-    loaded = types.SimpleNamespace(apply=nan, params=problem.w, transform=TRANSFORMS["unit"], step=3)
+    loaded = types.SimpleNamespace(
+        apply=nan, params=problem.w, transform=TRANSFORMS["unit"], step=3, dataset={"num_classes": problem.w.shape[-1]}
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate_model, "load", lambda workdir, which: loaded)
-        config = types.SimpleNamespace(workdir="", eps1=EPS)
+        config = types.SimpleNamespace(workdir="", eps1=EPS, defense="natural")
         found = evaluate_model._attacked(config, "last", problem.images, ALL_ZERO, [Attack("APGD", "apgd", steps=1)])
     return [found["clean"], found["robust"], *found["after"].values()]
 
