@@ -15,6 +15,8 @@ from e2sad_jax._compile import jit
 from e2sad_jax._io import write_bytes
 from e2sad_jax.losses import cross_entropy, soft_labels
 
+POINTS = ("second_step", "clip_second", "random_start", "ball_second")  # settings of e2SAD that `examples` takes
+
 
 def examples(
     path: pathlib.Path,

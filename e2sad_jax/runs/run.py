@@ -115,12 +115,9 @@ def _draw(run: Run, state: TrainState) -> None:
         title=f"{test.name}, {config.defense}, {run.steps:,} steps: predicted class (probability)",
         eps1=config.eps1,
         eps2=config.settings.get("eps2", config.eps1 / 3),  # the paper's ratio
-        second_step=config.settings.get("second_step", "total"),
         bounds=run.transform.bounds,
-        clip_second=config.settings.get("clip_second", False),
-        random_start=config.settings.get("random_start", False),
-        ball_second=config.settings.get("ball_second", False),
         seed=config.seed,
+        **{name: config.settings[name] for name in plots.POINTS if name in config.settings},
     )
 
 

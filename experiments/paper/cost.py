@@ -53,7 +53,7 @@ def measure(
 
     Returns:
       `steps`: for each `key`: `flops` and `flops_natural` (in natural steps; None where JAX has no CPU
-      out), `milliseconds` (median), `fastest`, `slowest`, `time_natural` (median ratio). `environment`, `command`: of the
+      backend), `milliseconds` (median), `fastest`, `slowest`, `time_natural` (median ratio). `environment`, `command`: of the
       measurement.
     """
     natural = _natural(configs[0])
