@@ -4,6 +4,7 @@ import jax
 
 from e2sad_jax import attacks
 from e2sad_jax.attacks import core
+from e2sad_jax.attacks.core import LossFn
 from e2sad_jax.defenses._registry import ALPHA, Defense, Setting, register
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, clean_term, is_zero, weighted
 from e2sad_jax.losses import cross_entropy, dissimilarity
@@ -62,19 +63,21 @@ def e2sad(
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
         return cross_entropy(logits_fn(z), y) / m
 
-    # Line 3 (Eq. 6): the first point, by FGSM.
-    if random_start and not (core.is_number(eps1) and eps1 == 0):
-        if key is None:
-            raise ValueError("e2sad: random_start draws random numbers and needs key")
-        x_adv = attacks.pgd(jax.random.fold_in(key, 1), J, x, eps=eps1, steps=1, step_size=eps1, bounds=bounds)
-    else:
-        x_adv = attacks.fgsm(weighted(alpha, J), x, eps=eps1, bounds=bounds)
-    # Line 4 (Eq. 7): the second point, where the prediction changes most.
-    x_adv2 = attacks.second_step(
-        logits_fn, x_adv, eps=eps2, objective=second_step, loss_fn=J, key=key, bounds=bounds if clip_second else None
+    # Lines 3 and 4.
+    x_adv, x_adv2 = adversarial_points(
+        logits_fn,
+        J,
+        x,
+        alpha=alpha,
+        eps1=eps1,
+        eps2=eps2,
+        second_step=second_step,
+        clip_second=clip_second,
+        random_start=random_start,
+        ball_second=ball_second,
+        bounds=bounds,
+        key=key,
     )
-    if ball_second:
-        x_adv2 = core.project_and_cast(core.linf_ball(x, eps1, bounds), core.as_float32(x_adv2), x.dtype)
     f_adv, f_adv2 = logits_fn(x_adv), logits_fn(x_adv2)
     # Line 6.
     adversarial = cross_entropy(f_adv, y).mean()
@@ -89,6 +92,57 @@ def e2sad(
     L_d = lam * D
     # Line 8.
     return L_adv + L_d, parts
+
+
+def adversarial_points(
+    logits_fn: LogitsFn,
+    loss_fn: LossFn,
+    x: jax.Array,
+    *,
+    eps1: float,
+    eps2: float,
+    alpha: float = 1.0,
+    second_step: str = "total",
+    clip_second: bool = False,
+    random_start: bool = False,
+    ball_second: bool = False,
+    bounds: Bounds = (0.0, 1.0),
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The two points of Algorithm 1, `[N, ...]` each: constants.
+
+    Args:
+      logits_fn: images `[N, ...]` to logits `[N, K]`.
+      loss_fn: images `[N, ...]` to losses `[N]`.
+      x: clean images `[N, ...]`, inside `bounds`.
+      eps1: budget of the first step, at least 0.
+      eps2: budget of the second step, at least 0.
+      alpha: weight of the clean term of the training loss, whose backward pass FGSM shares.
+      second_step: what the second step differentiates, one of `attacks.OBJECTIVES`.
+      clip_second: clip the second point to `bounds`.
+      random_start: take the first step from a random point of the ball.
+      ball_second: bring the second point back into the ball of `eps1`.
+      bounds: range of valid images, or None.
+      key: random key, as of `e2sad`.
+
+    Raises:
+      ValueError: if a budget or `second_step` is out of range, or `key` is missing where it is needed.
+    """
+    # Line 3 (Eq. 6): the first point, by FGSM.
+    if random_start and not (core.is_number(eps1) and eps1 == 0):
+        if key is None:
+            raise ValueError("e2sad: random_start draws random numbers and needs key")
+        x_adv = attacks.pgd(jax.random.fold_in(key, 1), loss_fn, x, eps=eps1, steps=1, step_size=eps1, bounds=bounds)
+    else:
+        x_adv = attacks.fgsm(weighted(alpha, loss_fn), x, eps=eps1, bounds=bounds)
+    # Line 4 (Eq. 7): the second point, where the prediction changes most.
+    own_bounds = bounds if clip_second else None
+    x_adv2 = attacks.second_step(
+        logits_fn, x_adv, eps=eps2, objective=second_step, loss_fn=loss_fn, key=key, bounds=own_bounds
+    )
+    if ball_second:
+        x_adv2 = core.project_and_cast(core.linf_ball(x, eps1, bounds), core.as_float32(x_adv2), x.dtype)
+    return x_adv, x_adv2
 
 
 SETTINGS = (

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e2sad_jax import attacks
 from e2sad_jax._compile import jit
 from e2sad_jax._io import write_bytes
+from e2sad_jax.defenses.e2sad import adversarial_points
 from e2sad_jax.losses import cross_entropy, soft_labels
 
 POINTS = ("second_step", "clip_second", "random_start", "ball_second")  # settings of e2SAD that `examples` takes
@@ -74,23 +74,19 @@ def examples(
         def loss_fn(z: jax.Array) -> jax.Array:
             return cross_entropy(logits_fn(z), y)
 
-        start, step = jax.random.split(jax.random.key(seed))
-        if random_start:
-            first = attacks.pgd(start, loss_fn, x, eps=eps1, steps=1, step_size=eps1, bounds=bounds)
-        else:
-            first = attacks.fgsm(loss_fn, x, eps=eps1, bounds=bounds)
-        second = attacks.second_step(
+        first, second = adversarial_points(
             logits_fn,
-            first,
-            eps=eps2,
-            objective=second_step,
-            loss_fn=loss_fn,
-            key=step,
-            bounds=bounds if clip_second else None,
+            loss_fn,
+            x,
+            eps1=eps1,
+            eps2=eps2,
+            second_step=second_step,
+            clip_second=clip_second,
+            random_start=random_start,
+            ball_second=ball_second,
+            bounds=bounds,
+            key=jax.random.key(seed),
         )
-        if ball_second:
-            ball = attacks.core.linf_ball(x, eps1, bounds)
-            second = attacks.core.project_and_cast(ball, attacks.core.as_float32(second), x.dtype)
         return [(z, jax.nn.softmax(logits_fn(z))) for z in (x, first, second)]
 
     (x, p), (first, p1), (second, p2) = jax.device_get(
