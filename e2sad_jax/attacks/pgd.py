@@ -61,7 +61,7 @@ def pgd(
 
     Reference: Madry et al., 2017, https://arxiv.org/abs/1706.06083
     """
-    _checks.threat_model(
+    x, eps, step_size, bounds = _checks.threat_model(
         "pgd", x, eps=eps, norm=norm, bounds=bounds, steps=steps, restarts=restarts, step_size=step_size
     )
     if restarts > 1 and not random_start:
