@@ -187,16 +187,17 @@ def image_range(name: str, bounds: Any, x: jax.Array) -> Bounds:
     if not all(map(is_readable, ends)):
         return ends
     known = read(ends[0]), read(ends[1])
+    shown = f"bounds={bounds}" if known[0].ndim == known[1].ndim == 0 else "bounds, which are arrays"
     if not (known[0] < known[1]).all():  # NaN is not
-        raise ValueError(f"{name}: bounds={bounds}; the lower must be below the upper one")
+        raise ValueError(f"{name}: {shown}; the lower must be below the upper one")
     if x.size and is_readable(x):
         values = read(x)
         slack = ROUNDING * np.minimum(known[1] - known[0], 1e30)
         if ((values < known[0] - slack) | (values > known[1] + slack)).any():
             least, most = float(np.min(values)), float(np.max(values))
             raise ValueError(
-                f"{name}: images reach from {least:.4g} to {most:.4g}, beyond bounds={bounds}; give the range that they have, "
-                "or None, or let the model normalise images in [0, 1] itself"
+                f"{name}: images reach from {least:.4g} to {most:.4g}, beyond {shown}; give the range that they have, or "
+                "None, or let the model normalise images in [0, 1] itself"
             )
     return ends
 
@@ -231,8 +232,9 @@ def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 
 def _wide(value: Any, x: jax.Array) -> jax.Array:
-    """In the dtype of the attack's iterates: a wider one would change them."""
-    return jnp.asarray(value).astype(jnp.promote_types(x.dtype, jnp.float32))
+    """In the dtype of the attack's iterates, which a wider one would change, and with as many axes."""
+    value = jnp.asarray(value).astype(jnp.promote_types(x.dtype, jnp.float32))
+    return value.reshape(*(1,) * (x.ndim - value.ndim), *value.shape) if value.ndim else value
 
 
 def _end(name: str, bounds: Any, value: Any, x: jax.Array) -> Any:

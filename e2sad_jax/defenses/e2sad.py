@@ -5,7 +5,7 @@ import jax
 from e2sad_jax import attacks
 from e2sad_jax.attacks import core
 from e2sad_jax.attacks.core import LossFn
-from e2sad_jax.defenses._registry import ALPHA, Defense, Setting, register
+from e2sad_jax.defenses._registry import ALPHA, NORM, Defense, Setting, register
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, clean_term, is_zero, weighted
 from e2sad_jax.losses import cross_entropy, dissimilarity
 
@@ -173,5 +173,6 @@ SETTINGS = (
     Setting("clip_second", False, "clip the second point to the image range"),
     Setting("random_start", False, "the first step starts at a random point of the ball"),
     Setting("ball_second", False, "keep the second point in the ball of eps1"),
+    NORM,
 )
 register("e2sad", Defense(e2sad, "e2SAD", SETTINGS))

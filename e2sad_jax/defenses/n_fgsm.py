@@ -3,7 +3,7 @@
 import jax
 
 from e2sad_jax.attacks import core
-from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, Defense, Setting, register
+from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, NORM, Defense, Setting, register
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean
 from e2sad_jax.losses import cross_entropy
 
@@ -68,4 +68,4 @@ def n_fgsm(
 
 
 NOISE = Setting("noise", 2.0, "noise of N-FGSM, in multiples of eps1", lower=0)
-register("n_fgsm", Defense(n_fgsm, "N-FGSM", (NOISE, ATTACK_STEP_SIZE)))
+register("n_fgsm", Defense(n_fgsm, "N-FGSM", (NOISE, ATTACK_STEP_SIZE, NORM)))

@@ -4,7 +4,7 @@ import jax
 
 from e2sad_jax import attacks
 from e2sad_jax.attacks import core
-from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, ATTACK_STEPS, Defense, register
+from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, ATTACK_STEPS, NORM, Defense, register
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean
 from e2sad_jax.losses import cross_entropy
 
@@ -59,4 +59,4 @@ def pgd(
     return loss, {"adversarial": loss}
 
 
-register("pgd", Defense(pgd, "PGD", (ATTACK_STEPS, ATTACK_STEP_SIZE)))
+register("pgd", Defense(pgd, "PGD", (ATTACK_STEPS, ATTACK_STEP_SIZE, NORM)))

@@ -4,7 +4,7 @@ import jax
 
 from e2sad_jax import attacks
 from e2sad_jax.attacks import core
-from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, Defense, register
+from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, NORM, Defense, register
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean
 from e2sad_jax.losses import cross_entropy
 
@@ -62,4 +62,4 @@ def rs_fgsm(
     return loss, {"adversarial": loss}
 
 
-register("rs_fgsm", Defense(rs_fgsm, "RS-FGSM", (ATTACK_STEP_SIZE,)))
+register("rs_fgsm", Defense(rs_fgsm, "RS-FGSM", (ATTACK_STEP_SIZE, NORM)))

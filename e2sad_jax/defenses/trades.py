@@ -4,7 +4,7 @@ import jax
 import optax
 
 from e2sad_jax.attacks import core
-from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, ATTACK_STEPS, Defense, Setting, register
+from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, ATTACK_STEPS, NORM, Defense, Setting, register
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight
 from e2sad_jax.losses import cross_entropy
 
@@ -83,4 +83,4 @@ def trades(
 
 
 BETA = Setting("beta", 6.0, "weight of TRADES' divergence", lower=0)
-register("trades", Defense(trades, "TRADES", (BETA, ATTACK_STEPS, ATTACK_STEP_SIZE)))
+register("trades", Defense(trades, "TRADES", (BETA, ATTACK_STEPS, ATTACK_STEP_SIZE, NORM)))
