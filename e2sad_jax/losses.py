@@ -6,6 +6,7 @@ computed in float32 at least, whatever the network computes in.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from e2sad_jax import _arguments
@@ -38,7 +39,7 @@ def soft_labels(labels: jax.Array, num_classes: int, delta: float = 0.25) -> jax
         raise ValueError(f"soft_labels: num_classes={num_classes}; it must be at least 2")
     if not 0 <= delta < 1:
         raise ValueError(f"soft_labels: delta={delta}; it must lie in [0, 1)")
-    n = (*jnp.shape(labels), 1)[0]
+    n = (*np.shape(labels), 1)[0]
     labels = _arguments.classes("soft_labels", "labels", labels, n, num_classes)
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.result_type(float))
     rows = one_hot * (1 - delta) + (1 - one_hot) * (delta / (num_classes - 1))

@@ -39,24 +39,34 @@ class BatchMean(NamedTuple):
         """What each image's value `[N]` adds to the mean, `[N]`."""
         if self.share is None:
             return values / self.size
-        return jnp.where(self.share > 0, values, 0) * self.share  # whatever the loss of an image that is left out
+        return values * self.share
 
     def __call__(self, values: jax.Array) -> jax.Array:
         """The mean of values `[N]`."""
         return values.mean() if self.share is None else self.terms(values).sum()
 
 
-def batch_mean(name: str, x: jax.Array, weights: jax.typing.ArrayLike | None) -> BatchMean:
-    """The mean over the images `x` `[N, ...]` with `weights` `[N]`, or None.
+def batch_mean(
+    name: str, x: jax.Array, y: jax.Array, weights: jax.typing.ArrayLike | None
+) -> tuple[BatchMean, jax.Array]:
+    """The mean over a batch with weights, and its target distributions, zeros for an image that is left out.
+
+    So neither the loss nor the gradient depends on what its label may be, NaN from a label of -1 for example.
+
+    Args:
+      name: the defense's name in the messages.
+      x: images `[N, ...]`.
+      y: target distributions `[N, K]`.
+      weights: `[N]`, or None.
 
     Raises:
       ValueError: if `weights` are not `[N]`, or, where they can be read, not finite, negative, or all 0.
     """
     n = len(x)
     if weights is None:
-        return BatchMean(n, None)
+        return BatchMean(n, None), y
     weights = weights if isinstance(weights, (jax.Array, np.ndarray)) else np.asarray(weights)
-    if weights.shape != (n,) or not jnp.issubdtype(weights.dtype, jnp.number):
+    if weights.shape != (n,) or not (weights.dtype == bool or jnp.issubdtype(weights.dtype, jnp.number)):
         raise ValueError(
             f"{name}: weights are {weights.dtype} {weights.shape}; they must be numbers ({n},), one for each image"
         )
@@ -67,7 +77,8 @@ def batch_mean(name: str, x: jax.Array, weights: jax.typing.ArrayLike | None) ->
     w = jnp.asarray(weights).astype(jnp.promote_types(x.dtype, jnp.float32))
     total, squares = w.sum(), jnp.square(w).sum()
     share = w / jnp.where(total > 0, total, 1)
-    return BatchMean(jnp.square(total) / jnp.where(squares > 0, squares, 1), share)
+    mean = BatchMean(jnp.square(total) / jnp.where(squares > 0, squares, 1), share)
+    return mean, jnp.where(w[:, None] > 0, y, jnp.zeros_like(y))
 
 
 def check_weight(name: str, argument: str, value: object, upper: float = float("inf")) -> None:

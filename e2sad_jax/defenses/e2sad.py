@@ -63,7 +63,7 @@ def e2sad(
     x = core.checks.images("e2sad", x)
     check_weight("e2sad", "alpha", alpha, 1)
     check_weight("e2sad", "lam", lam)
-    mean = batch_mean("e2sad", x, weights)
+    mean, y = batch_mean("e2sad", x, y, weights)
 
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
         return mean.terms(cross_entropy(logits_fn(z), y))

@@ -38,7 +38,7 @@ def fgsm(
     """
     x, eps, _, bounds = core.checks.threat_model("fgsm", x, eps=eps, bounds=bounds)
     check_weight("fgsm", "alpha", alpha, 1)
-    mean = batch_mean("fgsm", x, weights)
+    mean, y = batch_mean("fgsm", x, y, weights)
 
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
         return mean.terms(cross_entropy(logits_fn(z), y))

@@ -54,7 +54,8 @@ def free(
     limits = core.linf_ball(x, eps, bounds)
     point = core.project_and_cast(limits, core.as_float32(x) + delta.astype(limits.lower.dtype), x.dtype)
     through = (delta - jax.lax.stop_gradient(delta)).astype(x.dtype)  # zeros, for the gradient
-    loss = batch_mean("free", x, weights)(cross_entropy(logits_fn(point + through), y))
+    mean, y = batch_mean("free", x, y, weights)
+    loss = mean(cross_entropy(logits_fn(point + through), y))
     return loss, {"adversarial": loss}
 
 

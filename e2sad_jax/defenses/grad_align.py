@@ -47,7 +47,7 @@ def grad_align(
     """
     x, eps, _, bounds = core.checks.threat_model("grad_align", x, eps=eps, bounds=bounds)
     check_weight("grad_align", "weight", weight)
-    mean = batch_mean("grad_align", x, weights)
+    mean, y = batch_mean("grad_align", x, y, weights)
 
     def J(z: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(z), y)

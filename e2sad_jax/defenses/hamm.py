@@ -46,7 +46,7 @@ def hamm(
     """
     x, eps, _, bounds = core.checks.threat_model("hamm", x, eps=eps, bounds=bounds)
     check_weight("hamm", "alpha", alpha, 1)
-    mean = batch_mean("hamm", x, weights)
+    mean, y = batch_mean("hamm", x, y, weights)
 
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
         return mean.terms(cross_entropy(logits_fn(z), y))

@@ -44,7 +44,7 @@ def ifgsm(
         "ifgsm", x, eps=eps, bounds=bounds, steps=steps, step_size=step_size
     )
     check_weight("ifgsm", "alpha", alpha, 1)
-    mean = batch_mean("ifgsm", x, weights)
+    mean, y = batch_mean("ifgsm", x, y, weights)
 
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
         return mean.terms(cross_entropy(logits_fn(z), y))

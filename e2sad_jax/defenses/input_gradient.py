@@ -38,7 +38,7 @@ def input_gradient(
     """
     x = core.checks.images("input_gradient", x)
     check_weight("input_gradient", "weight", weight)
-    mean = batch_mean("input_gradient", x, weights)
+    mean, y = batch_mean("input_gradient", x, y, weights)
 
     def J(z: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(z), y)

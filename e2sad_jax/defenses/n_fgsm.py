@@ -52,7 +52,7 @@ def n_fgsm(
         "n_fgsm", x, eps=eps, norm=norm, bounds=bounds, step_size=step_size
     )
     core.checks.number("n_fgsm", "noise", noise)
-    mean = batch_mean("n_fgsm", x, weights)
+    mean, y = batch_mean("n_fgsm", x, y, weights)
     step_size = eps if step_size is None else step_size
 
     def J(z: jax.Array) -> jax.Array:

@@ -26,7 +26,8 @@ def natural(
       ValueError: if `weights` are out of range.
     """
     x = core.checks.images("natural", x)
-    loss = batch_mean("natural", x, weights)(cross_entropy(logits_fn(x), y))
+    mean, y = batch_mean("natural", x, y, weights)
+    loss = mean(cross_entropy(logits_fn(x), y))
     return loss, {"clean": loss}
 
 

@@ -49,7 +49,7 @@ def pgd(
     x, eps, step_size, bounds = core.checks.threat_model(
         "pgd", x, eps=eps, norm=norm, bounds=bounds, steps=steps, step_size=step_size
     )
-    mean = batch_mean("pgd", x, weights)
+    mean, y = batch_mean("pgd", x, y, weights)
 
     def J(z: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(z), y)

@@ -50,7 +50,7 @@ def rs_fgsm(
     x, eps, step_size, bounds = core.checks.threat_model(
         "rs_fgsm", x, eps=eps, norm=norm, bounds=bounds, step_size=step_size
     )
-    mean = batch_mean("rs_fgsm", x, weights)
+    mean, y = batch_mean("rs_fgsm", x, y, weights)
 
     def J(z: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(z), y)

@@ -56,7 +56,7 @@ def trades(
     x, eps, step_size, bounds = core.checks.threat_model(
         "trades", x, eps=eps, norm=norm, bounds=bounds, steps=steps, step_size=step_size
     )
-    mean = batch_mean("trades", x, weights)
+    mean, y = batch_mean("trades", x, y, weights)
     check_weight("trades", "beta", beta)
     if step_size is None:
         step_size = 2.5 * eps / steps
