@@ -105,6 +105,8 @@ def apgd(
     )
     if not 0 <= rho <= 1:
         raise ValueError(f"apgd: rho={rho}; it must lie in [0, 1], the paper takes 0.75")
+    if not len(x):  # nothing that a model could be asked
+        return x
     x, n = jax.lax.stop_gradient(x), x.shape[0]
     keys = per_image_keys("apgd", key, n)
     limits = ball(norm, x, eps, bounds)

@@ -92,6 +92,8 @@ def carlini_wagner(
             f"carlini_wagner: bounds={bounds}; its change of variables needs the range of valid images, finite"
         )
     lower, upper = (jnp.asarray(end, as_float32(x).dtype) for end in checked)
+    if not len(x):  # nothing that a model could be asked
+        return x
     logits = _checks.logits("carlini_wagner", jax.eval_shape(logits_fn, x), x.shape[0])
     y, wanted = _checks.aims("carlini_wagner", labels, targets, *logits.shape)
     x = jax.lax.stop_gradient(x)

@@ -58,6 +58,8 @@ def deepfool(
     """
     x, _, _, bounds = _checks.threat_model("deepfool", x, norm=norm, bounds=bounds, steps=steps)
     _checks.number("deepfool", "overshoot", overshoot)
+    if not len(x):  # nothing that a model could be asked
+        return x
     x = jax.lax.stop_gradient(x)
     clean = as_float32(x)
     everywhere = linf_ball(x, jnp.inf, bounds)

@@ -108,6 +108,8 @@ def fab(
         raise ValueError(f"fab: overshoot={overshoot}; it must be at least 1, the paper takes 1.05")
     if not 0 < beta <= 1:
         raise ValueError(f"fab: beta={beta}; it must lie in (0, 1], the paper takes 0.9")
+    if not len(x):  # nothing that a model could be asked
+        return x
     x = jax.lax.stop_gradient(x)
     n, clean, everywhere = x.shape[0], as_float32(x), linf_ball(x, jnp.inf, bounds)
     shape = _checks.logits("fab", jax.eval_shape(logits_fn, x), n).shape

@@ -45,6 +45,8 @@ def ifgsm(
     x, eps, step_size, bounds = _checks.threat_model(
         "ifgsm", x, eps=eps, bounds=bounds, steps=steps, step_size=step_size
     )
+    if not len(x):  # nothing that a model could be asked
+        return x
     if step_size is None:
         step_size = eps / steps
     limits = linf_ball(x, eps, bounds)

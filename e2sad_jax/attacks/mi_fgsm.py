@@ -48,6 +48,8 @@ def mi_fgsm(
         "mi_fgsm", x, eps=eps, bounds=bounds, steps=steps, step_size=step_size
     )
     _checks.number("mi_fgsm", "decay", decay)
+    if not len(x):  # nothing that a model could be asked
+        return x
     if step_size is None:
         step_size = eps / steps
     limits, start = linf_ball(x, eps, bounds), as_float32(x)

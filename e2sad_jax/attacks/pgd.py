@@ -66,6 +66,8 @@ def pgd(
     )
     if restarts > 1 and not random_start:
         raise ValueError(f"pgd: restarts={restarts} without random_start would all be equal; use restarts=1")
+    if not len(x):  # nothing that a model could be asked
+        return x
     if step_size is None:
         step_size = 2.5 * eps / steps
     keys = per_image_keys("pgd", key, x.shape[0])

@@ -65,6 +65,8 @@ def second_step(
     if objective in ("noise", "random") and key is None:
         raise ValueError(f"second_step: objective={objective!r} draws random numbers and needs key")
     x_adv, eps, _, bounds = _checks.threat_model("second_step", x_adv, eps=eps, norm=norm, bounds=bounds)
+    if not len(x_adv):  # nothing that a model could be asked
+        return x_adv
     limits = ball(norm, x_adv, eps, bounds)
     if key is not None:
         key = threefry("second_step", key)

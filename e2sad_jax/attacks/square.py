@@ -103,6 +103,8 @@ def square(
         raise ValueError(f"square: images have shape {x.shape}; squares need a height and a width, [N, H, W, C]")
     if not 0 < p_init <= 1:
         raise ValueError(f"square: p_init={p_init}; it must lie in (0, 1], AutoAttack takes 0.8")
+    if not len(x):  # nothing that a model could be asked
+        return x
     x = jax.lax.stop_gradient(x)
     n, height, width, _ = x.shape
     keys = per_image_keys("square", key, n)

@@ -62,7 +62,8 @@ def batch_mean(
     Raises:
       ValueError: if `weights` are not `[N]`, or, where they can be read, not finite, negative, or all 0.
     """
-    n = len(x)
+    if not (n := len(x)):
+        raise ValueError(f"{name}: images have shape {x.shape}; the mean over a batch needs at least one")
     if weights is None:
         return BatchMean(n, None), y
     weights = weights if isinstance(weights, (jax.Array, np.ndarray)) else np.asarray(weights)

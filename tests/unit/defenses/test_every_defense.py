@@ -7,7 +7,7 @@ import pytest
 
 from e2sad_jax import losses
 from e2sad_jax.defenses import DEFENSES
-from tests.unit.defenses.toy import DELTA, VARIANTS, K, N, batch, close, defended, draw, net
+from tests.unit.defenses.toy import DELTA, SHAPE, VARIANTS, K, N, batch, close, defended, draw, net
 
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -159,6 +159,11 @@ REFUSED = [
     ("n_fgsm", {"noise": -1.0}, "noise=-1.0; .*at least 0"),
     *[(name, {"weights": w}, rf"^{name}: weights are .* {s}; ") for name in DEFENSES for w, s in WRONG_WEIGHTS],
     *[("fgsm", {"weights": np.array(w)}, "weights=.*at least 0") for w in ([-1.0, *[1] * 7], [NAN, *[1] * 7], [0] * 8)],
+    *[
+        (name, {"x": jnp.zeros((0, *SHAPE)), "y": jnp.zeros((0, K))}, f"^{name}: images have shape .*at least one")
+        for name in DEFENSES
+        if name != "free"
+    ],
     ("e2sad", {"second_step": "nonsense"}, "objective='nonsense'; .*total"),
     ("e2sad", {"second_step": "noise", "key": None}, "objective='noise' .*needs key"),
     ("e2sad", {"random_start": True, "key": None}, "e2sad: random_start draws random numbers and needs key"),
@@ -169,7 +174,7 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "kwargs", "message"), REFUSED)
 def test_refuses(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        VARIANTS[name](net(draw()), *batch(), **kwargs)
+        VARIANTS[name](net(draw()), **{**dict(zip("xy", batch(), strict=True)), **kwargs})
 
 
 @pytest.mark.parametrize("name", DEFENSES)
