@@ -106,7 +106,7 @@ class Request:
         "images to attack: the test set, or, to choose settings, those held out of the training set",
         choices=tuple(JUDGES),
     )
-    examples: int = setting(500, "images to attack, the first ones, or all if there are fewer", lower=1)
+    examples: int = setting(500, "images to attack, a sample stratified by class, or all if there are fewer", lower=1)
     queries: int = setting(1000, "queries of Square, 0: leave it out", lower=0)
     apgd_steps: int = setting(50, "steps of APGD-CE and of APGD-T", lower=1)
     targets: int = setting(9, "wrong classes that the targeted APGD tries", lower=1)

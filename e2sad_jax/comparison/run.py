@@ -68,7 +68,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
                 "request": dataclasses.asdict(request),
                 "attacks": [dataclasses.asdict(stage) for stage in request.stages(num_classes)],
                 "eps": runs[0]["eps"],
-                "images": runs[0]["images"],
+                **{key: runs[0].get(key) for key in ("images", "of", "classes")},
                 "image_shape": list(shape),
                 "num_classes": num_classes,
                 "chosen_on": runs[0]["chosen_on"],

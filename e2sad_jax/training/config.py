@@ -121,7 +121,9 @@ class Config:
     validation_examples: int = setting(
         0, "training images held out to choose the best checkpoint, 0: use 500 of the training images", lower=0
     )
-    eval_examples: int = setting(0, "test images to evaluate, the first ones, 0: all", lower=0, identity=False)
+    eval_examples: int = setting(
+        0, "test images to evaluate, a sample stratified by class, 0: all", lower=0, identity=False
+    )
     eval_batch_size: int = setting(250, "images a batch in evaluation", lower=1, identity=False)
     checkpoint_every: int = setting(500, "steps between checkpoints", lower=1, identity=False)
     log_every: int = setting(50, "steps between lines of metrics", lower=1, identity=False)
