@@ -19,6 +19,7 @@ SCHEDULES = ("constant", "cyclic", "piecewise", "cosine")
 PRESETS = ("robust", "paper")
 # Under which cheap defenses hold MNIST's budget of 0.3 (docs/e2sad.md).
 SCHEDULE: Mapping[str, Any] = {"eps_warmup": 0.5, "schedule": "cyclic", "learning_rate": 5e-3}
+DATA_DIR = "folder of data sets, empty: $E2SAD_DATA_DIR, or e2sad_jax in $XDG_CACHE_HOME or ~/.cache"
 
 
 def preset(name: str, eps1: float) -> dict[str, Any]:
@@ -127,11 +128,7 @@ class Config:
     eval_batch_size: int = setting(250, "images a batch in evaluation", lower=1, identity=False)
     checkpoint_every: int = setting(500, "steps between checkpoints", lower=1, identity=False)
     log_every: int = setting(50, "steps between lines of metrics", lower=1, identity=False)
-    data_dir: str = setting(
-        "",
-        "folder of data sets, empty: $E2SAD_DATA_DIR, or e2sad_jax in $XDG_CACHE_HOME or ~/.cache",
-        identity=False,
-    )
+    data_dir: str = setting("", DATA_DIR, identity=False)
     workdir: str = setting("", "folder of the run, empty: runs/DATA-DEFENSE-HASH", identity=False)
     resume: bool = setting(True, "resume from the workdir's last checkpoint", identity=False)
 
