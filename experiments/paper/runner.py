@@ -11,7 +11,7 @@ from typing import Any
 
 from e2sad_jax import data
 from e2sad_jax._compile import platform
-from e2sad_jax._io import locked, check_folder
+from e2sad_jax._io import check_folder, locked
 from e2sad_jax.data import KNOWN, Dataset
 from e2sad_jax.errors import BusyError, ConfigError, NonFiniteError, OutOfTimeError, Stopped
 from e2sad_jax.evaluation import Attack, transfer
