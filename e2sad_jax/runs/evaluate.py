@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from e2sad_jax import data, distributed
-from e2sad_jax._io import make_folder, write_json, write_text
+from e2sad_jax._io import check_folder, write_json, write_text
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.evaluation import Effort, Model, diagnose, of_classifier, of_function
 from e2sad_jax.reporting import diagnosis, provenance
@@ -97,7 +97,7 @@ def run(request: Request) -> dict[str, Any]:
         substitute = dataclasses.replace(
             model, name=classifier.config.defense, apply=classifier.apply, params=classifier.params
         )
-    make_folder(folder, f"--results={folder}")
+    check_folder(folder, f"--results={folder}", make=True)
     effort = Effort(
         queries=request.queries,
         targets=request.targets,

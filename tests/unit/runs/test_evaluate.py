@@ -57,6 +57,7 @@ def mine(tmp_path, monkeypatch):
 def test_anyones_function_is_evaluated_by_its_name(mine, tmp_path, capsys):
     result = evaluate.run(Request(predict="mine:predict", data=mine, eps=0.1, results="here"))
     assert (result["name"], result["clean"], result["images"]) == ("predict", 1.0, 10)
+    assert (result["test_images"], result["num_classes"]) == (10, 4)
     assert (tmp_path / "here" / "evaluation.png").exists()
     assert capsys.readouterr().err.count("took") == 1
     for name, words in {
@@ -66,6 +67,14 @@ def test_anyones_function_is_evaluated_by_its_name(mine, tmp_path, capsys):
     }.items():
         with pytest.raises(ConfigError, match=f"--predict={name}: {words}"):
             evaluate.run(Request(predict=name, data=mine, eps=0.1))
+
+
+def test_a_sample_of_a_file_sorted_by_class_has_every_class(mine, tmp_path):
+    images = np.random.default_rng(2).integers(0, 256, (40, 4, 4, 1)).astype(np.uint8)
+    order = np.repeat(np.arange(4), 10)
+    np.savez(tmp_path / "sorted.npz", x_train=images, y_train=order, x_test=images, y_test=order)
+    model, *_, there = evaluate._model(Request(predict="mine:predict", data="sorted.npz", eps=0.1, examples=8))
+    assert (np.bincount(model.labels).tolist(), there) == ([2, 2, 2, 2], 40)
 
 
 @pytest.mark.parametrize(
