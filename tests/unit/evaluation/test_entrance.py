@@ -1,5 +1,6 @@
 """Every entrance takes its arguments in any usual form, and refuses in one line what cannot be right."""
 
+import dataclasses
 import gc
 import weakref
 
@@ -18,7 +19,7 @@ from tests.unit.evaluation.conftest import K, linear
 
 EPS, N = 0.02, 8
 FGSM = Attack("FGSM", "fgsm", EPS, 1)
-LITTLE = Effort(budgets=(1.0,), steps=(1,), restarts=1, pgd_steps=1, worst_case=False)
+LITTLE = Effort(budgets=(1.0,), steps=(), restarts=1, pgd_steps=1, worst_case=False)
 kept = pure(lambda params, x: linear(params, x))
 
 
@@ -281,7 +282,7 @@ def test_no_model_is_kept_alive(few, entry):
 
 def all_measures(few):
     model = of_function(lambda x: linear(few.w, x), few.images, few.labels, batch_size=3)
-    effort = Effort(budgets=(1.0,), steps=(1,), restarts=1, pgd_steps=1, apgd_steps=1, queries=3, targets=1)
+    effort = dataclasses.replace(LITTLE, worst_case=True, apgd_steps=1, queries=3, targets=1)
     result = diagnose(model, eps=EPS, effort=effort, substitute=model)
     outcomes = evaluation.evaluate(kept, few.w, few.images, few.labels, [FGSM], batch_size=3)
     shown = evaluation.transfer((kept, few.w), [(kept, few.w)], few.images, few.labels, FGSM)
@@ -313,8 +314,36 @@ def test_nothing_of_ours_is_nan_or_infinite(few, plain):
 def test_without_jit(few, right):
     with jax.disable_jit():
         np.testing.assert_array_equal(ask(few).robust, right)
-        pgd = Attack("PGD", "pgd", EPS, 2)
-        assert of_function(lambda x: linear(few.w, x), few.images, few.labels).under(pgd)[0].sum() >= right.sum()
+
+
+def test_bounds_may_differ_from_column_to_column(few):
+    """A table of two columns, one within [0, 10], one within [-1, 0]."""
+    low, high = np.array([0.0, -1.0]), np.array([10.0, 0.0])
+    table = np.float32([[0.05, -0.5], [9.95, -0.02], [5.0, -0.97]])
+    bounds, eps = (low, high), 0.1
+
+    def apply(_, x):  # the first class where the sum is above 4
+        total = x.sum(1) - 4
+        return jnp.stack([total, -total], axis=1)
+
+    labels = np.array([1, 0, 1])
+    apgd = Attack("APGD", "apgd", steps=3)
+    result = auto(apply, None, table, labels, eps=eps, stages=[apgd], bounds=bounds, keep=True)
+    assert result.accuracy == {"clean": 2 / 3, "APGD": 2 / 3}
+    model = Model("m", pure(apply), None, table, labels, bounds)
+    moved = model.under(Attack("FGSM", "fgsm", eps, 1))[1]
+    np.testing.assert_allclose(moved, [[0.15, -0.4], [9.85, -0.12], [5.1, -0.87]], atol=1e-6)
+    moved = model.under(Attack("FGSM", "fgsm", 9.0, 1))[1]
+    np.testing.assert_allclose(moved, [[9.05, 0], [0.95, -1], [10, 0]], atol=1e-6)
+    shown = evaluation.transfer(
+        (apply, None), [(apply, None)], table, labels, Attack("FGSM", "fgsm", eps, 1), bounds=bounds
+    )
+    assert shown[0].correct.tolist() == [True, True, False]
+    with pytest.raises(ValueError, match="1 of 3 images reach outside bounds, from -1 to 11"):
+        auto(apply, None, table + np.float32([[0, 0], [1.05, -0.98], [0, 0]]), labels, eps=eps, bounds=bounds)
+    result = diagnose(model, eps=eps, norm="l2", effort=dataclasses.replace(LITTLE, worst_case=True, apgd_steps=1))
+    assert result["bounds"] == [[0, -1], [10, 0]]
+    assert list(result["worst_case"]["accuracy"]) == ["clean", "APGD-CE"], "Square needs images, APGD-T four classes"
 
 
 def test_two_classes_and_a_thousand(few):

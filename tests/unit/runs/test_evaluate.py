@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from e2sad_jax.errors import ConfigError, WorkdirError
+from e2sad_jax.errors import ConfigError, DataError, WorkdirError
 from e2sad_jax.evaluation import Effort
-from e2sad_jax.runs import evaluate
+from e2sad_jax.runs import evaluate, folder
 from e2sad_jax.runs.evaluate import Request
 
 LITTLE = Effort(budgets=(0.5, 1.0), steps=(1, 5), restarts=2, pgd_steps=5, apgd_steps=5, queries=50, targets=1)
@@ -68,6 +68,72 @@ def test_anyones_function_is_evaluated_by_its_name(mine, tmp_path, capsys):
             evaluate.run(Request(predict=name, data=mine, eps=0.1))
 
 
+def read_back(capsys, **flags):
+    result = evaluate.run(Request(**{**flags, "auto": False, "save_images": False, "quantize": False}))
+    capsys.readouterr()
+    return result["clean"]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_worst_images_are_saved_and_read_back_bit_for_bit(mine, tmp_path, capsys, norm):
+    flags = {"predict": "mine:predict", "eps": 0.05 if norm == "linf" else 0.2, "norm": norm, "results": "here"}
+    result = evaluate.run(Request(**flags, data=mine, save_images=True, quantize=True))
+    out = capsys.readouterr().out
+    assert 0 < result["robust"] == result["worst_case"]["robust"] < 1
+    assert f"worst_images.npz (--data reads it back: clean accuracy {result['robust']:.4f})" in out
+    assert f"rounded to grey levels inside the ball: accuracy {result['quantized']:.4f}" in out
+    with np.load(tmp_path / "here" / "worst_images.npz") as saved, np.load(mine) as given:
+        assert saved["x_test"].dtype == np.float32
+        change = (saved["x_test"] - given["x_test"] / np.float32(255)).reshape(10, -1)
+        assert np.linalg.norm(change, np.inf if norm == "linf" else 2, axis=1).max() <= flags["eps"] + 1e-6
+        np.testing.assert_array_equal(saved["y_test"], given["y_test"])
+        grey = np.load(tmp_path / "here" / "worst_images_8bit.npz")["x_test"]
+        assert grey.dtype == np.uint8
+        change = (grey / np.float32(255) - given["x_test"] / np.float32(255)).reshape(10, -1)
+        assert np.linalg.norm(change, np.inf if norm == "linf" else 2, axis=1).max() <= flags["eps"] + 1e-6
+    for name, accuracy in (("worst_images", result["robust"]), ("worst_images_8bit", result["quantized"])):
+        again = {**flags, "data": str(tmp_path / "here" / f"{name}.npz"), "results": "again"}
+        assert read_back(capsys, **again) == accuracy
+
+
+def test_inputs_behind_a_transform_are_saved_as_they_are(trained, tiny, tmp_path, monkeypatch, capsys):
+    """No pixels become the adversarial inputs of a network whose transform standardizes."""
+    monkeypatch.setattr("e2sad_jax.data.load", lambda name, data_dir: tiny)
+    shutil.copytree(trained, workdir := tmp_path / "w")
+    config, _ = folder.read_config(workdir)
+    folder.write_config(workdir, config.replace(transform="standardize"), tiny)
+    flags = {"workdir": str(workdir), "eps": 0.1, "examples": 20, "auto": False}
+    result = evaluate.run(Request(**flags, save_images=True))
+    file = workdir / "evaluation" / "worst_images.npz"
+    with np.load(file) as saved:
+        assert saved["x_test"].min() < 0
+        assert str(saved["transform"]) == "standardize"
+    assert 0 < result["robust"] < result["clean"]
+    assert read_back(capsys, **flags, data=str(file), results=str(tmp_path / "again")) == result["robust"]
+    with pytest.raises(
+        ConfigError, match=r"--quantize: .* the run attacks behind --transform=standardize; leave it out"
+    ):
+        evaluate.run(Request(**flags, quantize=True))
+    with pytest.raises(DataError, match="behind the transform 'standardize', those of this model behind 'unit'"):
+        evaluate.run(Request(workdir=str(trained), eps=0.1, data=str(file)))
+
+
+def test_nan_logits_are_said_in_plain_sight(mine, tmp_path, capsys):
+    (tmp_path / "broken.py").write_text(
+        "from mine import predict\n\n\ndef nan(x):\n    return predict(x) * float('nan')\n"
+    )
+    with np.load(mine) as given:
+        np.savez(tmp_path / "test_only.npz", x_test=given["x_test"], y_test=given["y_test"], num_classes=4)
+    result = evaluate.run(Request(predict="broken:nan", data="test_only.npz", eps=0.1, results="here", auto=False))
+    said = "10 of 10 images have NaN logits"
+    out = capsys.readouterr().out
+    assert f"NaN: {said}: they count as misclassified." in out
+    assert f"nan: {said}" in out.splitlines()[-5], "the verdict begins with it"
+    assert said in (tmp_path / "here" / "evaluation.md").read_text()
+    assert json.loads((tmp_path / "here" / "evaluation.json").read_text())["nan"]["clean"] == 10
+    assert result["robust"] == result["clean"] == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -79,6 +145,8 @@ def test_anyones_function_is_evaluated_by_its_name(mine, tmp_path, capsys):
         ({"workdir": "a", "examples": -1}, r"--examples=-1: must be at least 0"),
         ({"workdir": "a", "fab": -1}, r"--fab=-1: must be at least 0"),
         ({"workdir": "a", "eps": float("nan")}, r"--eps=nan: must be at least 0"),
+        ({"workdir": "a", "norm": "l2"}, r"--eps=0: must be above 0 with --norm=l2"),
+        ({"workdir": "a", "norm": "l1"}, r"--norm=l1: must be one of linf, l2"),
         ({"workdir": "a", "which": "first"}, r"--which=first: must be one of last, best"),
         ({"workdir": "a", "fab": 3, "auto": False}, r"--fab=3: is a part of the worst case; leave it out, or --noauto"),
     ],
