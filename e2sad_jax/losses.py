@@ -6,7 +6,10 @@ computed in float32 at least, whatever the network computes in.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+
+from e2sad_jax import _arguments
 
 
 def soft_labels(labels: jax.Array, num_classes: int, delta: float = 0.25) -> jax.Array:
@@ -17,7 +20,7 @@ def soft_labels(labels: jax.Array, num_classes: int, delta: float = 0.25) -> jax
     true class.
 
     Args:
-      labels: integer classes in `[0, num_classes)`, `[N]`.
+      labels: integer classes in `[0, num_classes)`, `[N]`. Where they are traced, one out of range gives NaN.
       num_classes: number of classes K, at least 2.
       delta: probability mass of all wrong classes together, in `[0, 1)`. The paper takes 0.25.
 
@@ -26,22 +29,50 @@ def soft_labels(labels: jax.Array, num_classes: int, delta: float = 0.25) -> jax
 
     Raises:
       TypeError: if `labels` are not integers.
-      ValueError: if `num_classes` or `delta` is out of range.
+      ValueError: if `labels` are not `[N]` or not classes, or `num_classes` or `delta` is out of range.
 
     >>> import jax.numpy as jnp
     >>> print(soft_labels(jnp.array([2]), 3, delta=0.25))
     [[0.125 0.125 0.75 ]]
     """
-    if not jnp.issubdtype(jnp.asarray(labels).dtype, jnp.integer):
-        raise TypeError(
-            f"soft_labels: labels are {jnp.asarray(labels).dtype}; they must be integer classes of shape [N]"
-        )
     if num_classes < 2:
         raise ValueError(f"soft_labels: num_classes={num_classes}; it must be at least 2")
     if not 0 <= delta < 1:
         raise ValueError(f"soft_labels: delta={delta}; it must lie in [0, 1)")
+    n = (*np.shape(labels), 1)[0]
+    labels = _arguments.classes("soft_labels", "labels", labels, n, num_classes)
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.result_type(float))
-    return one_hot * (1 - delta) + (1 - one_hot) * (delta / (num_classes - 1))
+    rows = one_hot * (1 - delta) + (1 - one_hot) * (delta / (num_classes - 1))
+    return jnp.where(_arguments.is_class(labels, num_classes)[:, None], rows, jnp.nan)
+
+
+def binary_logits(logits: jax.Array) -> jax.Array:
+    """Two logits `[0, z]` of a model with one, z the log-odds of class 1.
+
+    Their cross-entropy is the binary cross-entropy of sigmoid(z), and all losses, attacks and defenses take them:
+    `lambda x: binary_logits(model(x))` is the model.
+
+    Args:
+      logits: z, `[N]` or `[N, 1]`.
+
+    Returns:
+      `[N, 2]`, of the dtype of `logits`.
+
+    Raises:
+      ValueError: if the shape is another one.
+
+    >>> import jax.numpy as jnp
+    >>> print(binary_logits(jnp.array([3.0, -1.0])))
+    [[ 0.  3.]
+     [ 0. -1.]]
+    """
+    logits = jnp.asarray(logits)
+    if logits.ndim not in (1, 2) or logits.shape[1:] not in ((), (1,)):
+        raise ValueError(
+            f"binary_logits: logits have shape {logits.shape}; it must be [N] or [N, 1], one for each image"
+        )
+    z = logits.reshape(-1)
+    return jnp.stack([jnp.zeros_like(z), z], axis=-1)
 
 
 def _at_least_float32(logits: jax.Array) -> jax.Array:
@@ -52,16 +83,17 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Cross-entropy J between target distributions and predictions, per example.
 
     Args:
-      logits: unnormalised log-probabilities `[N, K]`.
+      logits: unnormalised log-probabilities `[N, K]`, K at least 2.
       targets: distributions `[N, K]`, as `soft_labels` makes them. Integer labels are refused, not read as one-hot.
 
     Returns:
       `-sum_k targets_k log softmax(logits)_k`, `[N]`.
 
     Raises:
-      TypeError: if `targets` are integers.
-      ValueError: if the shapes differ.
+      TypeError: if `targets` are integers, or `logits` are no array.
+      ValueError: if there are fewer than 2 classes, or the shapes differ.
     """
+    logits, targets = _arguments.logits("cross_entropy", logits), jnp.asarray(targets)
     if not jnp.issubdtype(targets.dtype, jnp.floating):
         raise TypeError(
             f"cross_entropy: targets are {targets.dtype}; they must be distributions [N, K]: soft_labels(labels, K, delta)"
@@ -86,6 +118,7 @@ def dissimilarity(logits: jax.Array, other_logits: jax.Array) -> jax.Array:
     Returns:
       `[N]`.
     """
+    logits = _arguments.logits("dissimilarity", logits)
     return cross_entropy(other_logits, jax.nn.softmax(_at_least_float32(logits)))
 
 
@@ -99,11 +132,11 @@ def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
       labels: integer classes y in `[0, K)`, `[N]`.
 
     Returns:
-      `[N]`.
+      `[N]`; NaN where a class is traced and out of range.
 
     Raises:
       TypeError: if `labels` are not integers.
-      ValueError: if there are fewer than 2 classes, or `labels` are not `[N]`.
+      ValueError: if there are fewer than 2 classes, or `labels` are not `[N]` or not classes.
 
     >>> import jax.numpy as jnp
     >>> print(margin(jnp.array([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0]]), jnp.array([1, 0])))
@@ -111,7 +144,7 @@ def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Reference: Carlini and Wagner, 2017, https://arxiv.org/abs/1608.04644 (f_6)
     """
-    _check_classes("margin", logits, 2, "a single class cannot be mistaken", labels=labels)
+    logits, labels = _checked("margin", logits, 2, _arguments.ONE_LOGIT, labels=labels)
     logits = _at_least_float32(logits)
     true = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     return jnp.where(true, -jnp.inf, logits).max(-1) - _pick(logits, labels)
@@ -129,15 +162,15 @@ def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
       labels: integer classes y in `[0, K)`, `[N]`.
 
     Returns:
-      `[N]`.
+      `[N]`; NaN where a class is traced and out of range.
 
     Raises:
       TypeError: if `labels` are not integers.
-      ValueError: if there are fewer than 3 classes, or `labels` are not `[N]`.
+      ValueError: if there are fewer than 3 classes, or `labels` are not `[N]` or not classes.
 
     Reference: Croce and Hein, 2020, https://arxiv.org/abs/2003.01690 (Eq. 6)
     """
-    _check_classes("dlr", logits, 3, "take margin for two", labels=labels)
+    logits, labels = _checked("dlr", logits, 3, "take margin for two", labels=labels)
     top = jax.lax.top_k(_at_least_float32(logits), 3)[0]
     return _ratio(margin(logits, labels), top[:, 0] - top[:, 2], logits)
 
@@ -151,38 +184,34 @@ def targeted_dlr(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> ja
       targets: integer classes t in `[0, K)`, `[N]`.
 
     Returns:
-      `[N]`.
+      `[N]`; NaN where a class is traced and out of range.
 
     Raises:
       TypeError: if `labels` or `targets` are not integers.
-      ValueError: if there are fewer than 4 classes, or `labels` or `targets` are not `[N]`.
+      ValueError: if there are fewer than 4 classes, or `labels` or `targets` are not `[N]` or not classes.
 
     Reference: Croce and Hein, 2020, https://arxiv.org/abs/2003.01690 (Eq. 7)
     """
     remedy = "take z_t - z_y itself for fewer"
-    _check_classes("targeted_dlr", logits, 4, remedy, labels=labels, targets=targets)
+    logits, labels, targets = _checked("targeted_dlr", logits, 4, remedy, labels=labels, targets=targets)
     wide = _at_least_float32(logits)
     top = jax.lax.top_k(wide, 4)[0]
     lead = _pick(wide, targets) - _pick(wide, labels)
     return _ratio(lead, top[:, 0] - (top[:, 2] + top[:, 3]) / 2, logits)
 
 
-def _check_classes(name: str, logits: jax.Array, classes: int, remedy: str, **integers: jax.Array) -> None:
-    if logits.ndim != 2 or logits.shape[1] < classes:
-        raise ValueError(
-            f"{name}: logits have shape {logits.shape}; it must be [N, K], K at least {classes} ({remedy})"
-        )
-    for argument, values in integers.items():
-        if not jnp.issubdtype(values.dtype, jnp.integer):
-            raise TypeError(f"{name}: {argument} are {values.dtype}; they must be integer classes of shape [N]")
-        if values.shape != logits.shape[:1]:
-            raise ValueError(
-                f"{name}: {argument} have shape {values.shape}; it must be one class per row of the logits"
-            )
+def _checked(name: str, logits: jax.Array, least: int, remedy: str, **integers: jax.Array) -> tuple[jax.Array, ...]:
+    logits = _arguments.logits(name, logits, least=least, remedy=remedy)
+    n, num_classes = logits.shape
+    return logits, *(
+        _arguments.classes(name, argument, values, n, num_classes) for argument, values in integers.items()
+    )
 
 
 def _pick(logits: jax.Array, classes: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logits, classes[:, None], axis=1)[:, 0]
+    """The logit of each row's class; NaN for what is no class, where JAX would count from the end."""
+    picked = jnp.take_along_axis(logits, classes[:, None], axis=1)[:, 0]
+    return jnp.where(_arguments.is_class(classes, logits.shape[1]), picked, jnp.nan)
 
 
 def _ratio(lead: jax.Array, spread: jax.Array, logits: jax.Array) -> jax.Array:

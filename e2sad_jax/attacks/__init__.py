@@ -3,6 +3,10 @@
 An attack knows no model and no parameters. It takes `loss_fn`, a function from images `[N, ...]` to per-example losses
 `[N]`, and so works with any model library, inside `jit`, `vmap`, `grad` and `shard_map`.
 
+`eps`, and `step_size` where there is one, is a number, an array `[N]` with one for each image, or, in the l-infinity norm, a
+mask: what broadcasts against one image `[...]`. `bounds`, the range of valid images, is a pair of numbers or of arrays that
+broadcast against one image. All may be traced.
+
 * One gradient: `fgsm`, and `second_step` of e2SAD.
 * Several gradients: `ifgsm`, `mi_fgsm`, `pgd`, and `apgd`, which adapts its step size. `losses.margin`, `losses.dlr` and
   `losses.targeted_dlr` are losses for them, as is the cross-entropy.

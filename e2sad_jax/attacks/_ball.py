@@ -45,7 +45,7 @@ class L2Ball(NamedTuple):
 
     Attributes:
       center: the images, `[N, ...]`, float32 or wider.
-      radius: of every ball.
+      radius: of the balls, a number or `[N, 1, ...]`.
       bounds: the image range, or None.
     """
 
@@ -95,12 +95,12 @@ Ball = LinfBall | L2Ball
 
 
 def ball(norm: str, x: jax.Array, eps: jax.typing.ArrayLike, bounds: Bounds) -> Ball:
-    """The ball of radius `eps` around each image in `norm` ("linf" or "l2"), cut to `bounds`."""
+    """The ball of radius `eps` around each image in `norm` ("linf" or "l2"), cut to `bounds`, both as `Checked` has them."""
     return linf_ball(x, eps, bounds) if norm == "linf" else L2Ball(as_float32(x), eps, bounds)
 
 
 def linf_ball(x: jax.Array, eps: jax.typing.ArrayLike, bounds: Bounds) -> LinfBall:
-    """The l-infinity ball of radius `eps` around each image, cut to `bounds` (`clamp` in Eq. 2)."""
+    """The l-infinity ball of radius `eps` around each image, cut to `bounds` (`clamp` in Eq. 2), as `Checked` has them."""
     x = as_float32(x)
     lower, upper = x - eps, x + eps
     if bounds is not None:

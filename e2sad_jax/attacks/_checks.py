@@ -2,13 +2,49 @@
 
 import math
 import numbers
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from e2sad_jax._arguments import classes, is_class, is_number, is_readable, logits, read
 from e2sad_jax.attacks._ball import NORMS
+from e2sad_jax.attacks._numerics import select
 from e2sad_jax.attacks._types import Bounds
+
+__all__ = [
+    "Checked",
+    "aims",
+    "budget",
+    "classes",
+    "image_range",
+    "images",
+    "is_number",
+    "is_readable",
+    "logits",
+    "nan_without_class",
+    "number",
+    "read",
+    "threat_model",
+]
+ROUNDING = 1e-4  # share of the image range by which images may be beyond it: they are clipped
+
+
+class Checked(NamedTuple):
+    """What `threat_model` has checked, as attacks compute with it.
+
+    Attributes:
+      x: images, an array of JAX.
+      eps: budget, a number or an array that broadcasts against `x`.
+      step_size: likewise, or None.
+      bounds: image range, numbers or arrays that broadcast against `x`, or None.
+    """
+
+    x: jax.Array
+    eps: Any
+    step_size: Any
+    bounds: Bounds
 
 
 def threat_model(
@@ -20,79 +56,195 @@ def threat_model(
     norm: str = "linf",
     step_size: object | None = None,
     **counts: int,
-) -> None:
-    """Checks what most attacks take.
+) -> Checked:
+    """Checks what most attacks take, and brings it to the form that they compute with.
 
     Args:
       name: the attack's name in the messages.
-      x: images, floating point, with a leading batch axis.
-      bounds: image range, the lower below the upper one, or None.
-      eps: budget, finite and at least 0.
+      x: images, floating point, with a leading batch axis, inside `bounds`.
+      bounds: image range, the lower below the upper one, each a number or what broadcasts against one image; or None.
+      eps: budget, as `budget` takes it.
       norm: "linf" or "l2".
-      step_size: finite and above 0, or None.
+      step_size: above 0 and as `budget` takes it, or None.
       **counts: whole numbers, at least 1 (`steps`, `restarts`, ...).
 
     Raises:
       TypeError: if the images are not floating point.
       ValueError: if another argument is out of range.
     """
-    images(name, x)
-    number(name, "eps", eps)
-    for argument, count in counts.items():
-        if not isinstance(count, numbers.Integral) or count < 1:
-            raise ValueError(f"{name}: {argument}={count}; it must be a whole number, at least 1")
-    if step_size is not None:
-        number(name, "step_size", step_size, positive=True)
+    x = images(name, x)
     if norm not in NORMS:
         raise ValueError(f"{name}: norm={norm!r}; it must be one of {', '.join(NORMS)}")
-    if bounds is not None and not bounds[0] < bounds[1]:
-        raise ValueError(f"{name}: bounds={bounds}; the lower must be below the upper one")
+    eps = budget(name, "eps", eps, x, norm=norm)
+    for argument, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
+            raise ValueError(f"{name}: {argument}={count}; it must be a whole number, at least 1")
+    if step_size is not None:
+        step_size = budget(name, "step_size", step_size, x, norm=norm, positive=True)
+    return Checked(x, eps, step_size, image_range(name, bounds, x))
 
 
-def images(name: str, x: jax.Array) -> None:
-    """Refuses images that are not floating point or have no batch axis."""
+def images(name: str, x: jax.Array) -> jax.Array:
+    """Refuses images that are not floating point or have no batch axis. NumPy's become what JAX makes of them."""
+    x = x if isinstance(x, jax.Array) else jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"{name}: images are {x.dtype}; they must be floating point, as the loss sees them (uint8: x / 255)"
         )
     if x.ndim < 1:
         raise ValueError(f"{name}: images need a leading batch axis [N, ...], got a scalar")
+    return x
 
 
 def number(name: str, argument: str, value: object, *, positive: bool = False) -> None:
-    """Refuses a number that is negative, not finite or, if `positive`, 0."""
+    """Refuses what is no number, or is negative, not finite or, if `positive`, 0."""
+    if not isinstance(value, (numbers.Real, jax.Array, np.ndarray)) or isinstance(value, bool):
+        raise ValueError(f"{name}: {argument}={value!r}; {_range(positive)}")
     if not is_number(value):
         return
-    known = float(value)  # type: ignore[arg-type]
+    known = float(value)
     if not math.isfinite(known) or known < 0 or (positive and known == 0):
-        raise ValueError(f"{name}: {argument}={value}; it must be finite and {'above' if positive else 'at least'} 0")
+        raise ValueError(f"{name}: {argument}={value}; {_range(positive)}")
 
 
-def logits(name: str, shape: tuple[int, ...], n: int) -> None:
-    """Refuses logits of another shape than `(n, K)`, K at least 2."""
-    if len(shape) != 2 or shape[0] != n or shape[1] < 2:
-        raise ValueError(f"{name}: logits have shape {shape}; it must be ({n}, K), K at least 2")
+def budget(name: str, argument: str, value: object, x: jax.Array, *, norm: str = "linf", positive: bool = False) -> Any:
+    """Brings a budget or step size to a form that broadcasts against images.
+
+    Args:
+      name: the attack's name in the messages.
+      argument: the argument's.
+      value: one number; `[N]`, one for each image; or what broadcasts against one image `[...]`, a mask. An array with as
+        many axes as `x` says it all. `[N]` where the images' last axis is N too could be either and is refused; not in
+        the l2 ball, which has one radius for an image and takes no mask.
+      x: images `[N, ...]`.
+      norm: "linf" or "l2".
+      positive: whether a number must be above 0. Entries of an array may be 0, where nothing is to move.
+
+    Returns:
+      A number as it is; an array in the dtype of the attack's iterates.
+
+    Raises:
+      ValueError: if its shape is another, or an entry that can be read is negative or not finite.
+    """
+    if isinstance(value, (list, tuple)):
+        value = np.asarray(value)
+    if not isinstance(value, (jax.Array, np.ndarray)) or value.ndim == 0:
+        number(name, argument, value, positive=positive)
+        return float(value) if isinstance(value, numbers.Real) else _wide(value, x)
+    n, image, shape = x.shape[0], x.shape[1:], value.shape
+    if value.dtype == bool or not jnp.issubdtype(value.dtype, jnp.number):
+        raise ValueError(f"{name}: {argument} is {value.dtype}; it must be of numbers")
+    if shape == (n,):
+        if norm == "linf" and n > 1 and image[-1:] == (n,):
+            raise ValueError(
+                f"{name}: {argument} has shape ({n},), and so have the {n} images and their last axis; make it "
+                f"{(n, *[1] * len(image))} for one per image, {(1,) * len(image) + (n,)} for one per entry of that axis"
+            )
+        value = value.reshape(n, *[1] * len(image))
+    elif not (_fits(shape, image) or (value.ndim == x.ndim and _fits(shape, x.shape))):
+        raise ValueError(
+            f"{name}: {argument} has shape {shape}; it must be a number, have one for each of the {n} images, ({n},), or "
+            f"broadcast against one image, {image}"
+        )
+    if norm == "l2" and any(length > 1 for length in (value.shape[1:] if value.ndim == x.ndim else value.shape)):
+        raise ValueError(
+            f"{name}: {argument} has shape {shape}; the l2 ball has one radius for an image: a number, or ({n},)"
+        )
+    if is_readable(value):
+        known = read(value)
+        if (wrong := ~np.isfinite(known.astype(float)) | (known < 0)).any():
+            place = tuple(int(i) for i in np.argwhere(wrong)[0])
+            entry = place[: len(shape)] if known.shape == shape else place[:1]
+            raise ValueError(
+                f"{name}: {argument}[{', '.join(map(str, entry))}]={known[place]}; it must be finite and at least 0"
+            )
+    return _wide(value, x)
 
 
-def classes(name: str, argument: str, values: jax.Array, shape: tuple[int, ...]) -> None:
-    """Refuses classes that do not fit logits of shape `(N, K)`; of traced ones it checks type and shape."""
-    if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise TypeError(f"{name}: {argument} are {values.dtype}; they must be integer classes of shape [N]")
-    if values.shape != shape[:1]:
-        raise ValueError(f"{name}: {argument} have shape {values.shape}; it must be {shape[:1]}, one class per image")
-    if is_readable(values):
-        wrong = np.asarray(values)[(np.asarray(values) < 0) | (np.asarray(values) >= shape[1])]
-        if wrong.size:
-            raise ValueError(f"{name}: {argument} contain {wrong[0]}; each must be a class in [0, {shape[1]})")
+def image_range(name: str, bounds: Any, x: jax.Array) -> Bounds:
+    """Refuses an image range that is out of order, and images beyond it, where their values can be read.
+
+    Args:
+      name: the attack's name in the messages.
+      bounds: lowest and highest value, each a number or what broadcasts against one image; or None.
+      x: images `[N, ...]`.
+
+    Returns:
+      Both, numbers or arrays that broadcast against images; or None.
+
+    Raises:
+      ValueError: with the value and its bound.
+    """
+    if bounds is None:
+        return None
+    try:
+        lower, upper = bounds
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name}: bounds={bounds}; it must be two, the lowest and the highest value of an image, or None"
+        ) from None
+    ends = _end(name, bounds, lower, x), _end(name, bounds, upper, x)
+    if not all(map(is_readable, ends)):
+        return ends
+    known = read(ends[0]), read(ends[1])
+    shown = f"bounds={bounds}" if known[0].ndim == known[1].ndim == 0 else "bounds, which are arrays"
+    if not (known[0] < known[1]).all():  # NaN is not
+        raise ValueError(f"{name}: {shown}; the lower must be below the upper one")
+    if x.size and is_readable(x):
+        values = read(x)
+        slack = ROUNDING * np.minimum(known[1] - known[0], 1e30)
+        if ((values < known[0] - slack) | (values > known[1] + slack)).any():
+            least, most = float(np.min(values)), float(np.max(values))
+            raise ValueError(
+                f"{name}: images reach from {least:.4g} to {most:.4g}, beyond {shown}; give the range that they have, or "
+                "None, or let the model normalise images in [0, 1] itself"
+            )
+    return ends
 
 
-def is_number(value: object) -> bool:
-    """Whether `value` is one number with a value now: Python's, NumPy's, or JAX's outside of a transformation."""
-    if isinstance(value, (np.ndarray, jax.Array)):
-        return value.ndim == 0 and not isinstance(value, jax.core.Tracer)
-    return isinstance(value, numbers.Real)
+def aims(name: str, labels: Any, targets: Any, n: int, num_classes: int) -> tuple[jax.Array | None, jax.Array | None]:
+    """Refuses labels and targets, each None or `[n]`, that are no classes, or are the same where both can be read."""
+    if labels is not None:
+        labels = classes(name, "labels", labels, n, num_classes)
+    if targets is not None:
+        targets = classes(name, "targets", targets, n, num_classes)
+    known = labels is not None and targets is not None and is_readable(labels) and is_readable(targets)
+    if known and (same := read(targets) == read(labels)).any():
+        raise ValueError(f"{name}: targets[{same.argmax()}] is that image's label; it must be another class")
+    return labels, targets
 
 
-def is_readable(values: jax.Array) -> bool:
-    """Whether the values of an array can be read: not traced, and not on another host."""
-    return not isinstance(values, jax.core.Tracer) and getattr(values, "is_fully_addressable", True)
+def nan_without_class(x: jax.Array, num_classes: int, *classes: jax.Array | None) -> jax.Array:
+    """`x` `[N, ...]`, NaN where one of the `classes` `[N]` is none: that of a traced one nobody could refuse."""
+    for values in classes:
+        if values is not None:
+            x = select(is_class(values, num_classes), x, jnp.full_like(x, jnp.nan))
+    return x
+
+
+def _range(positive: bool) -> str:
+    return f"it must be a number, finite and {'above' if positive else 'at least'} 0"
+
+
+def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether `shape` broadcasts to `target` without making it larger."""
+    return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(shape[::-1], target[::-1], strict=False))
+
+
+def _wide(value: Any, x: jax.Array) -> jax.Array:
+    """In the dtype of the attack's iterates, which a wider one would change, and with as many axes."""
+    value = jnp.asarray(value).astype(jnp.promote_types(x.dtype, jnp.float32))
+    return value.reshape(*(1,) * (x.ndim - value.ndim), *value.shape) if value.ndim else value
+
+
+def _end(name: str, bounds: Any, value: Any, x: jax.Array) -> Any:
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    value = value if isinstance(value, (jax.Array, np.ndarray)) else np.asarray(value)
+    if value.dtype == bool or not jnp.issubdtype(value.dtype, jnp.number):
+        raise ValueError(f"{name}: bounds={bounds}; it must be of numbers, or None")
+    if not _fits(value.shape, x.shape[1:]):
+        raise ValueError(
+            f"{name}: bounds have shape {value.shape}; they must be numbers, or broadcast against one image, {x.shape[1:]}"
+        )
+    return _wide(value, x)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from e2sad_jax import losses
+from e2sad_jax.attacks import _checks
 from e2sad_jax.attacks._ball import NORMS, ball
 from e2sad_jax.attacks._numerics import as_float32, select
 from e2sad_jax.attacks._types import Bounds, LogitsFn, LossFn
@@ -16,7 +17,7 @@ from e2sad_jax.attacks._types import Bounds, LogitsFn, LossFn
 FAMILIES = ("gradient", "score-based", "minimum-norm")
 GIVEN = (
     *("key", "loss_fn", "margin_fn", "misclassified_fn", "logits_fn", "x", "labels", "targets"),
-    *("eps", "steps", "queries", "step_size", "restarts", "norm", "bounds"),
+    *("any_wrong", "eps", "steps", "queries", "step_size", "restarts", "norm", "bounds"),
 )
 
 
@@ -25,8 +26,9 @@ class Method:
     """An attack that a suite runs by name.
 
     `run` passes to `function` those of the following that its signature names, by keyword: `key` (keys `[N]`), `loss_fn`,
-    `margin_fn`, `misclassified_fn` (images to values `[N]`), `logits_fn`, `x`, `labels`, `targets`, `eps`, `steps` or
-    `queries`, `step_size`, `restarts`, `norm`, `bounds`. A parameter of another name needs a default.
+    `margin_fn`, `misclassified_fn` (images to values `[N]`), `logits_fn`, `x`, `labels`, `targets`, `any_wrong` (True:
+    a suite counts every wrong class), `eps`, `steps` or `queries`, `step_size`, `restarts`, `norm`, `bounds`. A parameter of
+    another name needs a default.
 
     Attributes:
       function: returns images of the shape and dtype of `x`.
@@ -156,6 +158,7 @@ class Method:
             "x": x,
             "labels": labels,
             "targets": targets,
+            "any_wrong": True,
             "eps": eps,
             "steps": steps,
             "queries": steps,
@@ -169,5 +172,6 @@ class Method:
         found = self.function(**arguments)
         if self.family != "minimum-norm":
             return found
+        x, eps, _, bounds = _checks.threat_model(name, x, eps=eps, norm=norm, bounds=bounds)
         inside = ball(norm, x, eps, bounds).contains(as_float32(found))
         return jax.lax.stop_gradient(select(inside, found, x))

@@ -4,10 +4,13 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from e2sad_jax import _arguments
 from e2sad_jax.attacks._types import LogitsFn, LossFn
 
 T = TypeVar("T")
+THREEFRY = "threefry2x32"
 
 
 def as_float32(x: jax.Array) -> jax.Array:
@@ -71,9 +74,15 @@ def per_image(name: str, function: LossFn, x: jax.Array) -> jax.Array:
       x: images `[N, ...]`.
 
     Raises:
+      TypeError: if it does not return an array.
       ValueError: if the values are not `[N]`.
     """
     values = function(x)
+    if not isinstance(values, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"{name} returned a {type(values).__name__}; it must return one array, per-example losses [N]: of several "
+            "outputs pass the losses alone, lambda x: f(x)[0]"
+        )
     if values.shape != x.shape[:1]:
         raise ValueError(
             f"{name} returned shape {values.shape} for {x.shape[0]} images; it must return per-example losses, "
@@ -107,7 +116,7 @@ def losses_and_gradient(loss_fn: LossFn, x: jax.Array) -> tuple[jax.Array, jax.A
 def linearise(logits_fn: LogitsFn, z: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The logits `[N, K]` and the gradients of each logit minus the label's, `[K, N, ...]`."""
     logits, backward = jax.vjp(logits_fn, z)
-    n, classes = logits.shape
+    n, classes = _arguments.logits("logits_fn", logits, len(z)).shape
     one_hot = jnp.broadcast_to(jnp.eye(classes, dtype=logits.dtype)[:, None], (classes, n, classes))
     gradients = jax.vmap(lambda cotangent: backward(cotangent)[0])(like_sharded(one_hot, logits))
     logits, gradients = jax.lax.stop_gradient((as_float32(logits), as_float32(gradients)))
@@ -117,18 +126,46 @@ def linearise(logits_fn: LogitsFn, z: jax.Array, labels: jax.Array) -> tuple[jax
 def per_image_keys(name: str, key: jax.Array, n: int) -> jax.Array:
     """Keys `[n]`, one per image, from one key or from `n` keys.
 
+    They are of the generator threefry. Keys of another one, such as `rbg`, are turned into keys of it: what those draw
+    under `vmap` depends on the place in the batch.
+
     Args:
       name: the attack's name in the message.
       key: one key, folded with each image's place in the batch, or keys `[n]`, which are returned.
       n: number of images.
 
     Raises:
+      TypeError: if `key` is no random key.
       ValueError: if `key` is neither one key nor `n`.
     """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)  # a raw uint32 key of the older jax.random.PRNGKey
-    if key.shape == (n,):
+    keys = threefry(name, key)
+    if keys.shape == (n,):
+        return keys
+    if keys.shape != ():
+        raise ValueError(f"{name}: key has shape {keys.shape}; it must be one key, or one for each of the {n} images")
+    return jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(n))
+
+
+def threefry(name: str, key: jax.Array) -> jax.Array:
+    """`key` itself if it is of the generator threefry, else a key of threefry made of all of its words.
+
+    Args:
+      name: the attack's name in the message.
+      key: one key or several.
+
+    Raises:
+      TypeError: if `key` is no random key.
+    """
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == jnp.uint32 and key.ndim)):
+        raise TypeError(f"{name}: key is {dtype or type(key).__name__}; it must be a random key, jax.random.key(seed)")
+    if dtype != jnp.uint32 and str(jax.random.key_impl(key)) == THREEFRY:
         return key
-    if key.shape != ():
-        raise ValueError(f"{name}: key has shape {key.shape}; it must be one key, or one for each of the {n} images")
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
+    words = key if dtype == jnp.uint32 else jax.random.key_data(key)  # raw ones are of the older jax.random.PRNGKey
+    keys = jax.random.wrap_key_data(words[..., :2], impl=THREEFRY)
+    for word in range(2, words.shape[-1]):
+        fold = jax.random.fold_in
+        for _ in keys.shape:
+            fold = jax.vmap(fold)
+        keys = fold(keys, words[..., word])
+    return keys

@@ -10,5 +10,5 @@ LossFn = Callable[[jax.Array], jax.Array]
 LogitsFn = Callable[[jax.Array], jax.Array]
 """Images `[N, ...]` to logits `[N, K]`."""
 
-Bounds = tuple[float, float] | None
-"""Lowest and highest value of a valid pixel; None where there is no range."""
+Bounds = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] | None
+"""Lowest and highest value of a valid image, numbers or arrays that broadcast against one; None where there is no range."""

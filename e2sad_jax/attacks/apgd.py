@@ -37,7 +37,7 @@ class _State(NamedTuple):
     before: jax.Array  # x^(k-1)
     best: _Seen  # x_max, f_max
     worst: Candidate
-    step_size: jax.Array  # eta
+    scale: jax.Array  # eta in units of its first value
     rises: jax.Array  # steps since the last checkpoint that raised the loss
     halved: jax.Array  # whether the last checkpoint halved the step size
     best_at_checkpoint: jax.Array  # f_max there
@@ -100,13 +100,17 @@ def apgd(
 
     Reference: Croce and Hein, 2020, https://arxiv.org/abs/2003.01690
     """
-    _checks.threat_model("apgd", x, eps=eps, norm=norm, bounds=bounds, steps=steps, restarts=restarts)
+    x, eps, _, bounds = _checks.threat_model(
+        "apgd", x, eps=eps, norm=norm, bounds=bounds, steps=steps, restarts=restarts
+    )
     if not 0 <= rho <= 1:
         raise ValueError(f"apgd: rho={rho}; it must lie in [0, 1], the paper takes 0.75")
+    if not len(x):  # nothing that a model could be asked
+        return x
     x, n = jax.lax.stop_gradient(x), x.shape[0]
     keys = per_image_keys("apgd", key, n)
     limits = ball(norm, x, eps, bounds)
-    clean = as_float32(x)
+    clean, eta = as_float32(x), 2 * eps
     marks = checkpoints(steps)
     due, enough = np.zeros(steps, bool), np.zeros(steps, np.int32)
     for before, mark in itertools.pairwise(mark for mark in marks if mark < steps):
@@ -121,7 +125,7 @@ def apgd(
 
     def step(k: int | jax.Array, s: _State) -> _State:
         point = s.now.point
-        target = limits.project(point + broadcast(s.step_size, x) * s.now.direction)
+        target = limits.project(point + eta * broadcast(s.scale, x) * s.now.direction)
         alpha = jnp.where(k == 0, 1.0, MOMENTUM).astype(point.dtype)
         moved = limits.project(point + alpha * (target - point) + (1 - alpha) * (point - s.before))
         seen, candidate = look(moved)
@@ -135,7 +139,7 @@ def apgd(
             before=point,
             best=best,
             worst=s.worst.keep_worst(candidate),
-            step_size=jnp.where(halve, s.step_size / 2, s.step_size),
+            scale=jnp.where(halve, s.scale / 2, s.scale),
             rises=jnp.where(is_due[k], 0, s.rises) + (now.loss > s.now.loss).astype(jnp.int32),
             halved=jnp.where(is_due[k], halve, s.halved),
             best_at_checkpoint=jnp.where(is_due[k], s.best.loss, s.best_at_checkpoint),
@@ -149,7 +153,7 @@ def apgd(
             before=start.point,
             best=start,
             worst=worst.keep_worst(candidate),
-            step_size=like_sharded(jnp.broadcast_to(jnp.asarray(2 * eps, clean.dtype).reshape(-1), (n,)), x),
+            scale=like_sharded(jnp.ones(n, clean.dtype), x),
             rises=like_sharded(jnp.zeros(n, jnp.int32), x),
             halved=never,
             best_at_checkpoint=start.loss,

@@ -4,12 +4,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from e2sad_jax import losses
 from e2sad_jax.attacks import _checks, _loops
 from e2sad_jax.attacks._ball import linf_ball, project_and_cast
 from e2sad_jax.attacks._numerics import as_float32, broadcast, like_sharded
-from e2sad_jax.attacks._types import LogitsFn
+from e2sad_jax.attacks._types import Bounds, LogitsFn
 
 
 class _Nearest(NamedTuple):
@@ -39,18 +40,20 @@ def carlini_wagner(
     x: jax.Array,
     labels: jax.Array,
     *,
+    targets: jax.Array | None = None,
     steps: int = 1000,
     binary_steps: int = 9,
     learning_rate: float = 0.01,
     initial_c: float = 1e-3,
     confidence: float = 0.0,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
 ) -> jax.Array:
     """Carlini and Wagner's l2 attack: the nearest image of another class, by descent.
 
     Minimises ||x' - x||_2^2 + c max(-m(x'), -confidence) over w with Adam, where x' is tanh(w) stretched to `bounds` and
-    m the `losses.margin`. For each image c is searched: from `initial_c` ten times larger until the image is fooled, then
-    by bisection. Of all x' that fool the network the one nearest to x is kept.
+    m the `losses.margin`, or with `targets` the lead of the target over all others. For each image c is searched: from
+    `initial_c` ten times larger until the image is fooled, then by bisection. Of all x' that fool the network the one
+    nearest to x is kept.
 
     It takes `steps * binary_steps` gradients. The l-infinity attack that goes by the same name is another one:
     `pgd(key, lambda z: losses.margin(logits_fn(z), labels), ...)`.
@@ -58,42 +61,50 @@ def carlini_wagner(
     Args:
       logits_fn: images `[N, ...]` to logits `[N, K]`, K at least 2.
       x: images `[N, ...]`, floating point, inside `bounds`.
-      labels: integer classes to leave, `[N]`. An image of another class stays as it is, if by `confidence`.
+      labels: integer classes to leave, `[N]`. An image of another class stays as it is, if by `confidence`. Where they are
+        traced, one out of range makes its image NaN.
+      targets: integer classes to reach, `[N]`, other than `labels`; None for any. An image of its target stays as it is, if
+        by `confidence`.
       steps: Adam steps for each c, at least 1. The authors run up to 10,000.
       binary_steps: number of values of c, at least 1.
       learning_rate: Adam's, above 0. Where its steps are long relative to the distance, one that happens to cross the boundary
         ends the search of c too early, and a smaller one finds nearer images.
       initial_c: first c, above 0.
       confidence: margin by which the other class must lead, at least 0; higher ones transfer better.
-      bounds: range of valid images; the attack needs one.
+      bounds: range of valid images, finite; the attack needs one.
 
     Returns:
       Images, same shape and dtype as `x`, inside `bounds`; an image for which nothing was found is that of `x`. No
       gradient flows through them.
 
     Raises:
-      TypeError: if `x` is not floating point or `labels` are not integers.
-      ValueError: if an argument is out of range, `bounds` is None, or the logits are not `[N, K]`.
+      TypeError: if `x` is not floating point, or `labels` or `targets` are not integers.
+      ValueError: if an argument is out of range, a target is the label, `bounds` is None, or the logits are not `[N, K]`.
 
     Reference: Carlini and Wagner, 2017, https://arxiv.org/abs/1608.04644
     """
-    _checks.threat_model("carlini_wagner", x, bounds=bounds, steps=steps, binary_steps=binary_steps)
+    x, _, _, checked = _checks.threat_model("carlini_wagner", x, bounds=bounds, steps=steps, binary_steps=binary_steps)
     _checks.number("carlini_wagner", "learning_rate", learning_rate, positive=True)
     _checks.number("carlini_wagner", "initial_c", initial_c, positive=True)
     _checks.number("carlini_wagner", "confidence", confidence)
-    if bounds is None:
-        raise ValueError("carlini_wagner: bounds=None; its change of variables needs the range of valid images")
-    logits = jax.eval_shape(logits_fn, x)
-    _checks.logits("carlini_wagner", logits.shape, x.shape[0])
-    _checks.classes("carlini_wagner", "labels", labels, logits.shape)
+    if checked is None or any(_checks.is_readable(end) and not np.isfinite(_checks.read(end)).all() for end in checked):
+        raise ValueError(
+            f"carlini_wagner: bounds={bounds}; its change of variables needs the range of valid images, finite"
+        )
+    lower, upper = (jnp.asarray(end, as_float32(x).dtype) for end in checked)
+    if not len(x):  # nothing that a model could be asked
+        return x
+    logits = _checks.logits("carlini_wagner", jax.eval_shape(logits_fn, x), x.shape[0])
+    y, wanted = _checks.aims("carlini_wagner", labels, targets, *logits.shape)
     x = jax.lax.stop_gradient(x)
-    n, clean, everywhere = x.shape[0], as_float32(x), linf_ball(x, jnp.inf, bounds)
-    middle, half = (bounds[0] + bounds[1]) / 2, (bounds[1] - bounds[0]) / 2
+    n, clean, everywhere = x.shape[0], as_float32(x), linf_ball(x, jnp.inf, checked)
+    middle, half = (lower + upper) / 2, (upper - lower) / 2
     # Just inside, since the ends of the range lie at infinity.
     start = jnp.arctanh(jnp.clip((clean - middle) / half, -1, 1) * 0.999999)
 
     def lead(z: jax.Array) -> jax.Array:
-        return losses.margin(logits_fn(z), labels).astype(clean.dtype)
+        lead = losses.margin(logits_fn(z), labels) if wanted is None else -losses.margin(logits_fn(z), wanted)
+        return lead.astype(clean.dtype)
 
     def descend(i: int | jax.Array, state: tuple[_Adam, _Nearest, jax.Array]) -> tuple[_Adam, _Nearest, jax.Array]:
         adam, nearest, c = state
@@ -132,4 +143,5 @@ def carlini_wagner(
     already = jax.lax.stop_gradient(lead(x)) > confidence
     nearest = _Nearest(x, jnp.where(already, 0, filled(jnp.inf)), already)
     whole = (_Search(filled(initial_c), filled(0), filled(jnp.inf)), nearest)
-    return jax.lax.stop_gradient(_loops.repeat_long(binary_steps, search, whole)[1].image)
+    found = _loops.repeat_long(binary_steps, search, whole)[1].image
+    return jax.lax.stop_gradient(_checks.nan_without_class(found, logits.shape[1], y, wanted))

@@ -2,8 +2,8 @@
 
 * the ball: `ball`, `linf_ball`, `LinfBall`, `L2Ball` (`project`, `steepest`, `sample`, `contains`), `project_and_cast`,
   `cast_inside`;
-* argument checks: `checks.threat_model`, `checks.images`, `checks.number`, `checks.classes`;
-* image by image: `input_gradient`, `losses_and_gradient`, `per_image_keys`, `broadcast`, `select`;
+* argument checks: `checks.threat_model`, `checks.images`, `checks.budget`, `checks.number`, `checks.classes`;
+* image by image: `input_gradient`, `losses_and_gradient`, `per_image_keys`, `threefry`, `broadcast`, `select`;
 * several candidates: `Candidate.keep_worst`, `score`;
 * loops: `repeat` and its kin, `ascend`;
 * types: `LossFn`, `LogitsFn`, `Bounds`.
@@ -28,6 +28,7 @@ from e2sad_jax.attacks._numerics import (
     per_image,
     per_image_keys,
     select,
+    threefry,
     unit,
 )
 from e2sad_jax.attacks._types import Bounds, LogitsFn, LossFn
@@ -65,5 +66,6 @@ __all__ = [
     "repeat_while",
     "score",
     "select",
+    "threefry",
     "unit",
 ]

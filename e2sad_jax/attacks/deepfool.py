@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from e2sad_jax import losses
 from e2sad_jax.attacks import _checks, _loops
 from e2sad_jax.attacks._ball import linf_ball, project_and_cast
-from e2sad_jax.attacks._numerics import as_float32, broadcast, finite, linearise, unit
+from e2sad_jax.attacks._numerics import as_float32, broadcast, finite, linearise, losses_and_gradient, unit
 from e2sad_jax.attacks._types import Bounds, LogitsFn
 
 
@@ -14,6 +15,7 @@ def deepfool(
     x: jax.Array,
     labels: jax.Array | None = None,
     *,
+    targets: jax.Array | None = None,
     steps: int = 50,
     overshoot: float = 0.02,
     norm: str = "l2",
@@ -26,13 +28,19 @@ def deepfool(
 
         |f_l| / ||w_l||_2^2 w_l,    or    |f_l| / ||w_l||_1 sign(w_l)
 
-    Each image stops by itself as soon as `(1 + overshoot)` times its change is of another class. Its size then says how
-    robust the network is there. There is no budget: measure the change, or keep what is within yours.
+    With `targets` it is the boundary between the target and the class that leads among the others, and a step takes one
+    gradient instead of K.
+
+    Each image stops by itself as soon as `(1 + overshoot)` times its change is of another class, or of its target. The size
+    of the change then says how robust the network is there. There is no budget: measure the change, or keep what is within
+    yours.
 
     Args:
-      logits_fn: images `[N, ...]` to logits `[N, K]`, K at least 2. Gradients of all K are taken in each step.
+      logits_fn: images `[N, ...]` to logits `[N, K]`, K at least 2. Each step takes the gradients of all K.
       x: images `[N, ...]`, floating point, inside `bounds`.
-      labels: integer classes to leave, `[N]`; None for the predicted ones. An image of another class stays as it is.
+      labels: integer classes to leave, `[N]`; None for the predicted ones. An image of another class stays as it is. Where
+        they are traced, one out of range makes its image NaN.
+      targets: integer classes to reach, `[N]`, other than `labels`; None for any. An image of its target stays as it is.
       steps: number of steps at most, at least 1.
       overshoot: share by which the change reaches beyond the boundary, at least 0.
       norm: "l2" or "linf", in which the change is small.
@@ -43,19 +51,21 @@ def deepfool(
       flows through them.
 
     Raises:
-      TypeError: if `x` is not floating point or `labels` are not integers.
-      ValueError: if an argument is out of range, or the logits are not `[N, K]`.
+      TypeError: if `x` is not floating point, or `labels` or `targets` are not integers.
+      ValueError: if an argument is out of range, a target is the label, or the logits are not `[N, K]`.
 
     Reference: Moosavi-Dezfooli et al., 2016, https://arxiv.org/abs/1511.04599
     """
-    _checks.threat_model("deepfool", x, norm=norm, bounds=bounds, steps=steps)
+    x, _, _, bounds = _checks.threat_model("deepfool", x, norm=norm, bounds=bounds, steps=steps)
     _checks.number("deepfool", "overshoot", overshoot)
+    if not len(x):  # nothing that a model could be asked
+        return x
     x = jax.lax.stop_gradient(x)
-    clean, axes = as_float32(x), tuple(range(2, x.ndim + 1))
+    clean = as_float32(x)
     everywhere = linf_ball(x, jnp.inf, bounds)
 
     def look(z: jax.Array) -> jax.Array:
-        return jax.lax.stop_gradient(as_float32(logits_fn(z)))
+        return jax.lax.stop_gradient(as_float32(_checks.logits("deepfool", logits_fn(z), len(x))))
 
     def beyond(z: jax.Array) -> jax.Array:
         """The image that would be returned for `z`."""
@@ -63,25 +73,40 @@ def deepfool(
 
     def step(_: int | jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         z, fooled = state
-        logits, w = linearise(logits_fn, z.astype(x.dtype), y)
-        size = jnp.abs(w).sum(axes) if norm == "linf" else jnp.sqrt(jnp.square(w).sum(axes))  # [K, N]
-        z_own = jnp.take_along_axis(logits, y[:, None], 1)
-        # On the boundary itself the step would be zero, and with it the overshoot: one rounding more.
-        gap = jnp.abs(logits - z_own) + jnp.finfo(logits.dtype).eps * jnp.maximum(jnp.abs(z_own), 1)
-        distance = jnp.where(size > 0, gap.T / jnp.where(size > 0, size, 1), jnp.inf)
-        distance = jnp.where(jnp.isfinite(distance), distance, jnp.inf)
-        nearest, away = distance.argmin(0), distance.min(0)
-        towards = jnp.take_along_axis(w, nearest.reshape(1, -1, *[1] * (x.ndim - 1)), 0)[0]
+        away, towards = boundary(z.astype(x.dtype))
         towards = finite(towards)
         towards = jnp.sign(towards) if norm == "linf" else unit(towards)
         moves = ~fooled & jnp.isfinite(away)
         z = everywhere.project(z + broadcast(jnp.where(moves, away, 0), x) * towards)
-        return z, fooled | (look(beyond(z)).argmax(-1) != y)
+        return z, fooled | succeeded(look(beyond(z)))
+
+    def boundary(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The distance to the nearest boundary, `[N]`, infinite where there is none, and the normal towards it."""
+        if wanted is not None:
+            reach = wanted
+            lead, w = map(as_float32, losses_and_gradient(lambda z: -losses.margin(logits_fn(z), reach), z))
+            return distances(lead[None], w[None], jnp.abs(look(z)).max(-1)[None])[0], w
+        logits, w = linearise(logits_fn, z, leave)
+        z_own = jnp.take_along_axis(logits, leave[:, None], 1)
+        distance = distances((logits - z_own).T, w, jnp.abs(z_own).T)
+        nearest = distance.argmin(0)
+        return distance.min(0), jnp.take_along_axis(w, nearest.reshape(1, -1, *[1] * (x.ndim - 1)), 0)[0]
+
+    def distances(lead: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
+        """To the boundaries where `lead` `[K, N]`, of gradient `w` `[K, N, ...]`, is 0: `[K, N]`."""
+        axes = tuple(range(2, w.ndim))
+        size = jnp.abs(w).sum(axes) if norm == "linf" else jnp.sqrt(jnp.square(w).sum(axes))
+        # On the boundary itself the step would be zero, and with it the overshoot: one rounding more.
+        gap = jnp.abs(lead) + jnp.finfo(lead.dtype).eps * jnp.maximum(scale, 1)
+        distance = jnp.where(size > 0, gap / jnp.where(size > 0, size, 1), jnp.inf)
+        return jnp.where(jnp.isfinite(distance), distance, jnp.inf)
+
+    def succeeded(logits: jax.Array) -> jax.Array:
+        found = logits.argmax(-1)
+        return jnp.not_equal(found, leave) if wanted is None else jnp.equal(found, wanted)
 
     logits = look(x)
-    _checks.logits("deepfool", logits.shape, x.shape[0])
-    y = logits.argmax(-1) if labels is None else labels
-    _checks.classes("deepfool", "labels", y, logits.shape)
-    start = (clean, logits.argmax(-1) != y)
-    end, _ = _loops.repeat_while(lambda state: ~state[1].all(), steps, step, start)
-    return jax.lax.stop_gradient(beyond(end))
+    y, wanted = _checks.aims("deepfool", labels, targets, *logits.shape)
+    leave = logits.argmax(-1) if y is None else y
+    end, _ = _loops.repeat_while(lambda state: ~state[1].all(), steps, step, (clean, succeeded(logits)))
+    return jax.lax.stop_gradient(_checks.nan_without_class(beyond(end), logits.shape[1], leave, wanted))

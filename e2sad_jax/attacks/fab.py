@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from e2sad_jax import losses
 from e2sad_jax.attacks import _checks, _loops
@@ -41,6 +40,7 @@ def fab(
     labels: jax.Array,
     *,
     targets: jax.Array | None = None,
+    any_wrong: bool = False,
     steps: int = 100,
     restarts: int = 1,
     key: jax.Array | None = None,
@@ -63,15 +63,18 @@ def fab(
     fools the network is at last moved towards x as far as three steps of a search on the line between them find.
 
     The class is the one whose hyperplane is nearest to z, which needs the gradients of all K logits in each step, or with
-    `targets` a given one: one gradient of the difference of two logits. Each step looks at the next point once more.
+    `targets` a given one: one gradient, of the target's lead over all others, or over the label with `any_wrong`. Each step
+    looks at the next point once more.
     There is no budget: measure the change, or keep what is within yours.
 
     Args:
       logits_fn: images `[N, ...]` to logits `[N, K]`, K at least 2.
       x: images `[N, ...]`, floating point, inside `bounds`.
       labels: integer classes to leave, `[N]`. An image of another class stays as it is; one that is made leads by 1e-5 of
-        its largest logit, beyond what rounding differs by between programs.
-      targets: integer classes to walk to, `[N]`, other than `labels`; None for the nearest. Any wrong class is a success.
+        its largest logit, beyond what rounding differs by between programs. Where they are traced, one out of range makes
+        its image NaN.
+      targets: integer classes to reach, `[N]`, other than `labels`; None for any. An image of its target stays as it is.
+      any_wrong: whether, walking to `targets`, any wrong class is a success, as for AutoAttack's FAB-T.
       steps: number of steps, at least 1.
       restarts: number of starts, at least 1. The first is at `x`, each other at a random point whose distance from it is
         half that of the nearest found, `eps / 2` at most.
@@ -94,7 +97,7 @@ def fab(
 
     Reference: Croce and Hein, 2019, https://arxiv.org/abs/1907.02044
     """
-    _checks.threat_model(
+    x, radius_limit, _, bounds = _checks.threat_model(
         "fab", x, eps=0.0 if eps is None else eps, norm=norm, bounds=bounds, steps=steps, restarts=restarts
     )
     if restarts > 1 and (key is None or eps is None):
@@ -105,16 +108,13 @@ def fab(
         raise ValueError(f"fab: overshoot={overshoot}; it must be at least 1, the paper takes 1.05")
     if not 0 < beta <= 1:
         raise ValueError(f"fab: beta={beta}; it must lie in (0, 1], the paper takes 0.9")
+    if not len(x):  # nothing that a model could be asked
+        return x
     x = jax.lax.stop_gradient(x)
     n, clean, everywhere = x.shape[0], as_float32(x), linf_ball(x, jnp.inf, bounds)
-    logits = jax.eval_shape(logits_fn, x)
-    _checks.logits("fab", logits.shape, n)
-    _checks.classes("fab", "labels", labels, logits.shape)
-    if targets is not None:
-        _checks.classes("fab", "targets", targets, logits.shape)
-        known = _checks.is_readable(labels) and _checks.is_readable(targets)
-        if known and (same := np.asarray(targets) == np.asarray(labels)).any():
-            raise ValueError(f"fab: targets[{same.argmax()}] is that image's label; it must be another class")
+    shape = _checks.logits("fab", jax.eval_shape(logits_fn, x), n).shape
+    y, wanted = _checks.aims("fab", labels, targets, *shape)
+    assert y is not None
 
     def slack(logits: jax.Array) -> jax.Array:
         """Of every boundary, the hyperplanes too: a walk that ended on the true one would never count as a success."""
@@ -122,23 +122,29 @@ def fab(
 
     def margin(z: jax.Array) -> jax.Array:
         logits = jax.lax.stop_gradient(as_float32(logits_fn(z)))
-        return (losses.margin(logits, labels) - slack(logits)).astype(clean.dtype)
+        return (success(logits) - slack(logits)).astype(clean.dtype)
+
+    def success(logits: jax.Array) -> jax.Array:
+        """Above 0 where the image counts as found."""
+        return losses.margin(logits, y) if wanted is None or any_wrong else -losses.margin(logits, wanted)
 
     def ahead(z: jax.Array) -> jax.Array:
-        """As `margin`, of two logits: by how much the target is above the label."""
-        assert targets is not None
+        """By how much the target is above the label, or with success at the target alone above all others."""
+        assert wanted is not None
         logits = as_float32(logits_fn(z))
-        lead = jnp.take_along_axis(logits, targets[:, None], 1) - jnp.take_along_axis(logits, labels[:, None], 1)
+        if not any_wrong:
+            return success(logits) - slack(logits)
+        lead = jnp.take_along_axis(logits, wanted[:, None], 1) - jnp.take_along_axis(logits, y[:, None], 1)
         return lead[:, 0] - slack(logits)
 
     def hyperplane(z: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The network at z as `value + <normal, . - z>`, above 0 beyond the boundary."""
-        if targets is not None:
+        if wanted is not None:
             value, normal = losses_and_gradient(ahead, z)
             return value.astype(clean.dtype), as_float32(normal)
-        logits, normals = linearise(logits_fn, z, labels)
-        values = logits - jnp.take_along_axis(logits, labels[:, None], 1) - slack(logits)[:, None]
-        size = norms(normals.reshape(-1, *x.shape[1:]), "l1" if norm == "linf" else norm).reshape(-1, n).T
+        logits, normals = linearise(logits_fn, z, y)
+        values = logits - jnp.take_along_axis(logits, y[:, None], 1) - slack(logits)[:, None]
+        size = norms(normals.reshape(-1, *x.shape[1:]), "l1" if norm == "linf" else norm).reshape(len(normals), n).T
         away = jnp.where(size > 0, jnp.abs(values) / jnp.where(size > 0, size, 1), jnp.inf)
         nearest = jnp.where(jnp.isfinite(away), away, jnp.inf).argmin(1)
         normal = jnp.take_along_axis(normals, nearest.reshape(1, -1, *[1] * (x.ndim - 1)), 0)[0]
@@ -170,11 +176,10 @@ def fab(
         start = clean
         if restarts > 1:
             assert key is not None
-            assert eps is not None
             keys = jax.vmap(jax.random.fold_in, (0, None))(per_image_keys("fab", key, n), restart)
-            towards = ball(norm, x, eps, bounds).sample(keys, clean)
+            towards = ball(norm, x, radius_limit, bounds).sample(keys, clean)
             towards = towards / broadcast(norms(towards, norm), x)
-            radius = jnp.minimum(broadcast(found.distance, x), jnp.asarray(eps, clean.dtype)) / 2
+            radius = jnp.minimum(broadcast(found.distance, x), radius_limit) / 2
             start = everywhere.project(clean + jnp.where(restart == 0, 0, radius) * towards)
         return _loops.repeat_long(steps, step, (start, found))[1]
 
@@ -192,11 +197,12 @@ def fab(
         return closer, jnp.where(fools, now, outside), inside, jnp.where(fools, within, now)
 
     nothing = like_sharded(jnp.full(n, jnp.inf, clean.dtype), x)
-    already = jax.lax.stop_gradient(losses.margin(logits_fn(x), labels)) > 0
+    already = jax.lax.stop_gradient(success(as_float32(logits_fn(x)))) > 0
     found = _Found(x, jnp.where(already, 0, nothing))
     found = attempt(0, found) if restarts == 1 else _loops.repeat_long(restarts, attempt, found)
     ends = (found, margin(found.image), clean, margin(x))
-    return jax.lax.stop_gradient(_loops.repeat_long(FINAL_STEPS, towards_clean, ends)[0].image)
+    image = _loops.repeat_long(FINAL_STEPS, towards_clean, ends)[0].image
+    return jax.lax.stop_gradient(_checks.nan_without_class(image, shape[1], y, wanted))
 
 
 def project(point: jax.Array, normal: jax.Array, value: jax.Array, *, norm: str, bounds: Bounds) -> jax.Array:

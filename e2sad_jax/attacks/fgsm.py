@@ -46,7 +46,9 @@ def fgsm(
 
     Reference: Goodfellow et al., 2015, https://arxiv.org/abs/1412.6572
     """
-    _checks.threat_model("fgsm", x, eps=eps, norm=norm, bounds=bounds)
+    x, eps, _, bounds = _checks.threat_model("fgsm", x, eps=eps, norm=norm, bounds=bounds)
+    if not len(x):  # nothing that a model could be asked
+        return x
     limits = ball(norm, x, eps, bounds)
     moved = as_float32(x) + eps * limits.steepest(as_float32(input_gradient(loss_fn, x)))
     return project_and_cast(limits, moved, x.dtype)

@@ -28,7 +28,7 @@ def ifgsm(
     Args:
       loss_fn: images `[N, ...]` to per-example losses `[N]`, to be maximised.
       x: images `[N, ...]`, floating point, inside `bounds`.
-      eps: l-infinity budget, at least 0, in the images' own units.
+      eps: budget in the l-infinity norm, at least 0, in the images' own units.
       steps: number of gradient steps N, at least 1.
       step_size: a, above 0; None for the paper's eps / steps.
       bounds: range of valid images, or None for no clipping.
@@ -42,7 +42,11 @@ def ifgsm(
 
     Reference: Kurakin et al., 2016, https://arxiv.org/abs/1611.01236
     """
-    _checks.threat_model("ifgsm", x, eps=eps, bounds=bounds, steps=steps, step_size=step_size)
+    x, eps, step_size, bounds = _checks.threat_model(
+        "ifgsm", x, eps=eps, bounds=bounds, steps=steps, step_size=step_size
+    )
+    if not len(x):  # nothing that a model could be asked
+        return x
     if step_size is None:
         step_size = eps / steps
     limits = linf_ball(x, eps, bounds)

@@ -29,7 +29,7 @@ def mi_fgsm(
     Args:
       loss_fn: images `[N, ...]` to per-example losses `[N]`, to be maximised.
       x: images `[N, ...]`, floating point, inside `bounds`.
-      eps: l-infinity budget, at least 0, in the images' own units.
+      eps: budget in the l-infinity norm, at least 0, in the images' own units.
       steps: number of gradient steps, at least 1.
       step_size: a, above 0; None for the paper's eps / steps.
       decay: weight of the gradients before, at least 0; 0 makes it `ifgsm`.
@@ -44,8 +44,12 @@ def mi_fgsm(
 
     Reference: Dong et al., 2018, https://arxiv.org/abs/1710.06081
     """
-    _checks.threat_model("mi_fgsm", x, eps=eps, bounds=bounds, steps=steps, step_size=step_size)
+    x, eps, step_size, bounds = _checks.threat_model(
+        "mi_fgsm", x, eps=eps, bounds=bounds, steps=steps, step_size=step_size
+    )
     _checks.number("mi_fgsm", "decay", decay)
+    if not len(x):  # nothing that a model could be asked
+        return x
     if step_size is None:
         step_size = eps / steps
     limits, start = linf_ball(x, eps, bounds), as_float32(x)

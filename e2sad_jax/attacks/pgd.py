@@ -61,11 +61,13 @@ def pgd(
 
     Reference: Madry et al., 2017, https://arxiv.org/abs/1706.06083
     """
-    _checks.threat_model(
+    x, eps, step_size, bounds = _checks.threat_model(
         "pgd", x, eps=eps, norm=norm, bounds=bounds, steps=steps, restarts=restarts, step_size=step_size
     )
     if restarts > 1 and not random_start:
         raise ValueError(f"pgd: restarts={restarts} without random_start would all be equal; use restarts=1")
+    if not len(x):  # nothing that a model could be asked
+        return x
     if step_size is None:
         step_size = 2.5 * eps / steps
     keys = per_image_keys("pgd", key, x.shape[0])

@@ -98,11 +98,13 @@ def square(
 
     Reference: Andriushchenko et al., 2020, https://arxiv.org/abs/1912.00049
     """
-    _checks.threat_model("square", x, eps=eps, norm=norm, bounds=bounds, queries=queries)
+    x, eps, _, bounds = _checks.threat_model("square", x, eps=eps, norm=norm, bounds=bounds, queries=queries)
     if x.ndim != 4:
         raise ValueError(f"square: images have shape {x.shape}; squares need a height and a width, [N, H, W, C]")
     if not 0 < p_init <= 1:
         raise ValueError(f"square: p_init={p_init}; it must lie in (0, 1], AutoAttack takes 0.8")
+    if not len(x):  # nothing that a model could be asked
+        return x
     x = jax.lax.stop_gradient(x)
     n, height, width, _ = x.shape
     keys = per_image_keys("square", key, n)

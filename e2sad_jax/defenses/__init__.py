@@ -1,7 +1,8 @@
 """Defenses: pure functions from `(logits_fn, x, y)` to a training loss and its parts, one a file.
 
 `logits_fn` maps images `[N, ...]` to logits `[N, K]` and closes over the parameters, so `jax.grad` over them trains the
-model, whatever library it comes from. `DEFENSES` holds each by the name that `--defense` takes; `register` adds one.
+model, whatever library it comes from. Budgets and `bounds` are those of `attacks`; `weights` `[N]` weigh the images, and 0
+leaves one out, as in padding. `DEFENSES` holds each by the name that `--defense` takes; `register` adds one.
 """
 
 from e2sad_jax.defenses._registry import DEFENSES, PLUGINS, Defense, Setting, readers, register

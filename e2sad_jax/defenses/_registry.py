@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from e2sad_jax.attacks import core
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts
 from e2sad_jax.errors import ConfigError, quoted
 
@@ -223,6 +224,7 @@ def readers(setting: str) -> tuple[str, ...]:
 
 # What several defenses read.
 ALPHA = Setting("alpha", 0.6, "weight of the clean loss", lower=0, upper=1)
+NORM = Setting("norm", "linf", "ball of the training attack, in which eps1 is meant", choices=core.NORMS)
 ATTACK_STEPS = Setting("attack_steps", 30, "gradient steps of the training attack", lower=1, argument="steps")
 ATTACK_STEP_SIZE = Setting(
     "attack_step_size",

@@ -1,15 +1,85 @@
 """What every defense shares."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from e2sad_jax.attacks.core import Bounds, LogitsFn, is_number
+from e2sad_jax.attacks.core import Bounds, LogitsFn, checks, is_number
 
-__all__ = ["Bounds", "LogitsFn", "Parts", "check_weight", "clean_term", "is_zero", "weighted"]
+__all__ = [
+    "BatchMean",
+    "Bounds",
+    "LogitsFn",
+    "Parts",
+    "batch_mean",
+    "check_weight",
+    "clean_term",
+    "is_zero",
+    "weighted",
+]
 
 Parts = dict[str, jax.Array]  # the terms of a loss by name: batch means, before their weights
+
+
+class BatchMean(NamedTuple):
+    """The mean over the images of a batch, which may have weights; 0 leaves an image out.
+
+    Attributes:
+      size: m, the number of images; with weights their effective number, (sum w)^2 / sum w^2.
+      share: of each image, `[N]`, 1 in all; None for 1 / m each.
+    """
+
+    size: Any
+    share: jax.Array | None
+
+    def terms(self, values: jax.Array) -> jax.Array:
+        """What each image's value `[N]` adds to the mean, `[N]`."""
+        if self.share is None:
+            return values / self.size
+        return values * self.share
+
+    def __call__(self, values: jax.Array) -> jax.Array:
+        """The mean of values `[N]`."""
+        return values.mean() if self.share is None else self.terms(values).sum()
+
+
+def batch_mean(
+    name: str, x: jax.Array, y: jax.Array, weights: jax.typing.ArrayLike | None
+) -> tuple[BatchMean, jax.Array]:
+    """The mean over a batch with weights, and its target distributions, zeros for an image that is left out.
+
+    So neither the loss nor the gradient depends on what its label may be, NaN from a label of -1 for example.
+
+    Args:
+      name: the defense's name in the messages.
+      x: images `[N, ...]`.
+      y: target distributions `[N, K]`.
+      weights: `[N]`, or None.
+
+    Raises:
+      ValueError: if `weights` are not `[N]`, or, where they can be read, not finite, negative, or all 0.
+    """
+    if not (n := len(x)):
+        raise ValueError(f"{name}: images have shape {x.shape}; the mean over a batch needs at least one")
+    if weights is None:
+        return BatchMean(n, None), y
+    weights = weights if isinstance(weights, (jax.Array, np.ndarray)) else np.asarray(weights)
+    if weights.shape != (n,) or not (weights.dtype == bool or jnp.issubdtype(weights.dtype, jnp.number)):
+        raise ValueError(
+            f"{name}: weights are {weights.dtype} {weights.shape}; they must be numbers ({n},), one for each image"
+        )
+    if checks.is_readable(weights):
+        known = checks.read(weights).astype(float)
+        if not (np.isfinite(known) & (known >= 0)).all() or not known.sum() > 0:
+            raise ValueError(f"{name}: weights={known}; each must be finite and at least 0, and one of them above 0")
+    w = jnp.asarray(weights).astype(jnp.promote_types(x.dtype, jnp.float32))
+    total, squares = w.sum(), jnp.square(w).sum()
+    share = w / jnp.where(total > 0, total, 1)
+    mean = BatchMean(jnp.square(total) / jnp.where(squares > 0, squares, 1), share)
+    return mean, jnp.where(w[:, None] > 0, y, jnp.zeros_like(y))
 
 
 def check_weight(name: str, argument: str, value: object, upper: float = float("inf")) -> None:

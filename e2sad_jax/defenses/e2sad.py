@@ -5,8 +5,8 @@ import jax
 from e2sad_jax import attacks
 from e2sad_jax.attacks import core
 from e2sad_jax.attacks.core import LossFn
-from e2sad_jax.defenses._registry import ALPHA, Defense, Setting, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, clean_term, is_zero, weighted
+from e2sad_jax.defenses._registry import ALPHA, NORM, Defense, Setting, register
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, clean_term, is_zero, weighted
 from e2sad_jax.losses import cross_entropy, dissimilarity
 
 
@@ -17,14 +17,16 @@ def e2sad(
     *,
     alpha: float = 0.6,
     lam: float = 0.1,
-    eps1: float = 0.3,
-    eps2: float = 0.1,
+    eps1: jax.typing.ArrayLike = 0.3,
+    eps2: jax.typing.ArrayLike = 0.1,
     second_step: str = "total",
     clip_second: bool = False,
     random_start: bool = False,
     ball_second: bool = False,
+    norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
     key: jax.Array | None = None,
+    weights: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, Parts]:
     """e2SAD: the training loss of Algorithm 1 on two adversarial points per image (Eq. 8).
 
@@ -41,14 +43,16 @@ def e2sad(
       y: target distributions `[N, K]`; the paper trains with soft ones (`losses.soft_labels`).
       alpha: weight of the clean term, in [0, 1]; at 0 with `random_start` nothing looks at the clean images.
       lam: weight lambda of the dissimilarity, at least 0.
-      eps1: l-infinity budget of the first step, at least 0, in the images' own units.
-      eps2: budget of the second step around the first point, at least 0.
+      eps1: budget of the first step in `norm`, at least 0, in the images' own units.
+      eps2: budget of the second step around the first point, likewise.
       second_step: what the second step differentiates, one of `attacks.OBJECTIVES` (Eq. 7 itself has a zero gradient).
       clip_second: clip the second point to `bounds` too; the paper does not.
       random_start: take the first step from a random point of the ball, and stay in the ball, as Fast AT does.
       ball_second: bring the second point back into the ball of `eps1` around `x`, and into `bounds`.
+      norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None.
       key: random key; needed by `random_start` and by the objectives "noise" and "random" alone.
+      weights: of the images, `[N]`, at least 0; 0 leaves an image out, as in padding. None: all alike.
 
     Returns:
       The loss, a scalar, and its parts by name, before their weights; without `dissimilarity` where `lam` is 0.
@@ -56,12 +60,13 @@ def e2sad(
     Raises:
       ValueError: if a weight, a budget or `second_step` is out of range, or `key` is missing where it is needed.
     """
+    x = core.checks.images("e2sad", x)
     check_weight("e2sad", "alpha", alpha, 1)
     check_weight("e2sad", "lam", lam)
-    m = x.shape[0]
+    mean, y = batch_mean("e2sad", x, y, weights)
 
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
-        return cross_entropy(logits_fn(z), y) / m
+        return mean.terms(cross_entropy(logits_fn(z), y))
 
     # Lines 3 and 4.
     x_adv, x_adv2 = adversarial_points(
@@ -75,12 +80,13 @@ def e2sad(
         clip_second=clip_second,
         random_start=random_start,
         ball_second=ball_second,
+        norm=norm,
         bounds=bounds,
         key=key,
     )
     f_adv, f_adv2 = logits_fn(x_adv), logits_fn(x_adv2)
     # Line 6.
-    adversarial = cross_entropy(f_adv, y).mean()
+    adversarial = mean(cross_entropy(f_adv, y))
     parts, L_adv = {"adversarial": adversarial}, (1 - alpha) * adversarial
     if not (random_start and is_zero(alpha)):  # no step has looked at x: a pass for nothing
         parts["clean"] = clean_term(alpha, J, x)
@@ -88,7 +94,7 @@ def e2sad(
     if is_zero(lam):  # so that the compiler drops the second point
         return L_adv, parts
     # Line 7.
-    parts["dissimilarity"] = D = dissimilarity(f_adv, f_adv2).mean()
+    parts["dissimilarity"] = D = mean(dissimilarity(f_adv, f_adv2))
     L_d = lam * D
     # Line 8.
     return L_adv + L_d, parts
@@ -99,13 +105,14 @@ def adversarial_points(
     loss_fn: LossFn,
     x: jax.Array,
     *,
-    eps1: float,
-    eps2: float,
+    eps1: jax.typing.ArrayLike,
+    eps2: jax.typing.ArrayLike,
     alpha: float = 1.0,
     second_step: str = "total",
     clip_second: bool = False,
     random_start: bool = False,
     ball_second: bool = False,
+    norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -122,26 +129,39 @@ def adversarial_points(
       clip_second: clip the second point to `bounds`.
       random_start: take the first step from a random point of the ball.
       ball_second: bring the second point back into the ball of `eps1`.
+      norm: "linf" or "l2".
       bounds: range of valid images, or None.
       key: random key, as of `e2sad`.
 
     Raises:
       ValueError: if a budget or `second_step` is out of range, or `key` is missing where it is needed.
     """
+    x, _, _, bounds = core.checks.threat_model("e2sad", x, norm=norm, bounds=bounds)
+    eps1, eps2 = (core.checks.budget("e2sad", n, v, x, norm=norm) for n, v in (("eps1", eps1), ("eps2", eps2)))
+    if key is not None:
+        key = core.threefry("e2sad", key)
     # Line 3 (Eq. 6): the first point, by FGSM.
     if random_start and not (core.is_number(eps1) and eps1 == 0):
         if key is None:
             raise ValueError("e2sad: random_start draws random numbers and needs key")
-        x_adv = attacks.pgd(jax.random.fold_in(key, 1), loss_fn, x, eps=eps1, steps=1, step_size=eps1, bounds=bounds)
+        start = jax.random.fold_in(key, 1)
+        x_adv = attacks.pgd(start, loss_fn, x, eps=eps1, steps=1, step_size=eps1, norm=norm, bounds=bounds)
     else:
-        x_adv = attacks.fgsm(weighted(alpha, loss_fn), x, eps=eps1, bounds=bounds)
+        x_adv = attacks.fgsm(weighted(alpha, loss_fn), x, eps=eps1, norm=norm, bounds=bounds)
     # Line 4 (Eq. 7): the second point, where the prediction changes most.
     own_bounds = bounds if clip_second else None
     x_adv2 = attacks.second_step(
-        logits_fn, x_adv, eps=eps2, objective=second_step, loss_fn=loss_fn, key=key, bounds=own_bounds
+        logits_fn,
+        x_adv,
+        eps=eps2,
+        objective=second_step,
+        loss_fn=loss_fn,
+        key=key,
+        norm=norm,
+        bounds=own_bounds,
     )
     if ball_second:
-        x_adv2 = core.project_and_cast(core.linf_ball(x, eps1, bounds), core.as_float32(x_adv2), x.dtype)
+        x_adv2 = core.project_and_cast(core.ball(norm, x, eps1, bounds), core.as_float32(x_adv2), x.dtype)
     return x_adv, x_adv2
 
 
@@ -153,5 +173,6 @@ SETTINGS = (
     Setting("clip_second", False, "clip the second point to the image range"),
     Setting("random_start", False, "the first step starts at a random point of the ball"),
     Setting("ball_second", False, "keep the second point in the ball of eps1"),
+    NORM,
 )
 register("e2sad", Defense(e2sad, "e2SAD", SETTINGS))

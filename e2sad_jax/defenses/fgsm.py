@@ -3,8 +3,9 @@
 import jax
 
 from e2sad_jax import attacks
+from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import ALPHA, Defense, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, clean_term, weighted
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, clean_term, weighted
 from e2sad_jax.losses import cross_entropy
 
 
@@ -14,8 +15,9 @@ def fgsm(
     y: jax.Array,
     *,
     alpha: float = 0.6,
-    eps: float = 0.3,
+    eps: jax.typing.ArrayLike = 0.3,
     bounds: Bounds = (0.0, 1.0),
+    weights: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, Parts]:
     """FGSM adversarial training: alpha J(theta, x, y) + (1 - alpha) J(theta, x_adv, y) (Eq. 3 with Eq. 1).
 
@@ -24,8 +26,9 @@ def fgsm(
       x: clean images `[N, ...]`, inside `bounds`.
       y: target distributions `[N, K]`, hard or soft; the attack uses them too.
       alpha: weight of the clean term, in [0, 1].
-      eps: l-infinity budget of the attack, at least 0, in the images' own units.
+      eps: budget of the attack in the l-infinity norm, at least 0, in the images' own units.
       bounds: range of valid images, or None.
+      weights: of the images, `[N]`, at least 0; 0 leaves an image out, as in padding. None: all alike.
 
     Returns:
       The loss, a scalar, and its parts by name, before their weights.
@@ -33,11 +36,12 @@ def fgsm(
     Raises:
       ValueError: if `alpha` or `eps` is out of range.
     """
+    x, eps, _, bounds = core.checks.threat_model("fgsm", x, eps=eps, bounds=bounds)
     check_weight("fgsm", "alpha", alpha, 1)
-    m = x.shape[0]
+    mean, y = batch_mean("fgsm", x, y, weights)
 
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
-        return cross_entropy(logits_fn(z), y) / m
+        return mean.terms(cross_entropy(logits_fn(z), y))
 
     x_adv = attacks.fgsm(weighted(alpha, J), x, eps=eps, bounds=bounds)
     clean, adversarial = clean_term(alpha, J, x), J(x_adv).sum()

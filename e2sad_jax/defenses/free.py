@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import Defense, Setting, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean
 from e2sad_jax.losses import cross_entropy
 
 
@@ -17,6 +17,7 @@ def free(
     delta: jax.Array,
     eps: jax.typing.ArrayLike = 0.3,
     bounds: Bounds = (0.0, 1.0),
+    weights: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, Parts]:
     """One replay of free adversarial training: J(theta, clip(x + delta), y).
 
@@ -35,8 +36,9 @@ def free(
       y: target distributions `[N, K]`, hard or soft.
       delta: the perturbation so far, `[N, ...]`, float32 at least; zeros before the first step of all. Its gradient
         is that at the perturbed image, also where that was clipped.
-      eps: l-infinity budget, at least 0, in the images' own units.
+      eps: budget in the l-infinity norm, at least 0, in the images' own units.
       bounds: range of valid images, or None.
+      weights: of the images, `[N]`, at least 0; 0 leaves an image out, as in padding. None: all alike.
 
     Returns:
       The loss, a scalar, and its parts by name.
@@ -46,13 +48,14 @@ def free(
 
     Reference: Shafahi et al., 2019, https://arxiv.org/abs/1904.12843
     """
-    core.checks.threat_model("free", x, eps=eps, bounds=bounds)
+    x, eps, _, bounds = core.checks.threat_model("free", x, eps=eps, bounds=bounds)
     if delta.shape != x.shape:
         raise ValueError(f"free: delta has shape {delta.shape}; it must be that of the images, {x.shape}")
     limits = core.linf_ball(x, eps, bounds)
     point = core.project_and_cast(limits, core.as_float32(x) + delta.astype(limits.lower.dtype), x.dtype)
     through = (delta - jax.lax.stop_gradient(delta)).astype(x.dtype)  # zeros, for the gradient
-    loss = cross_entropy(logits_fn(point + through), y).mean()
+    mean, y = batch_mean("free", x, y, weights)
+    loss = mean(cross_entropy(logits_fn(point + through), y))
     return loss, {"adversarial": loss}
 
 
@@ -62,7 +65,7 @@ def free_ascent(delta: jax.Array, gradient: jax.Array, *, eps: jax.typing.ArrayL
     Args:
       delta: the perturbation, `[N, ...]`.
       gradient: that of `free`'s loss in `delta`, `[N, ...]`.
-      eps: l-infinity budget, at least 0, in the images' own units.
+      eps: budget in the l-infinity norm, at least 0, in the images' own units.
 
     Returns:
       `[N, ...]`, of the dtype of `delta`; no gradient flows through it.
@@ -70,7 +73,7 @@ def free_ascent(delta: jax.Array, gradient: jax.Array, *, eps: jax.typing.ArrayL
     Raises:
       ValueError: if `eps` is out of range.
     """
-    core.checks.number("free_ascent", "eps", eps)
+    eps = core.checks.budget("free_ascent", "eps", eps, delta)
     moved = jnp.clip(delta + (eps * jnp.sign(gradient)).astype(delta.dtype), jnp.negative(eps), eps)
     return jax.lax.stop_gradient(moved.astype(delta.dtype))
 

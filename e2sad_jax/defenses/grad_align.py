@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from e2sad_jax.attacks import core, fgsm
 from e2sad_jax.defenses._registry import Defense, Setting, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight
 from e2sad_jax.losses import cross_entropy
 
 
@@ -18,6 +18,7 @@ def grad_align(
     weight: jax.typing.ArrayLike = 0.2,
     eps: jax.typing.ArrayLike = 0.3,
     bounds: Bounds = (0.0, 1.0),
+    weights: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, Parts]:
     """FGSM + GradAlign: J(theta, x_adv, y) + lambda / m sum_i [1 - cos(g(x_i), g(x_i + U(-eps, eps)))].
 
@@ -32,8 +33,9 @@ def grad_align(
       y: target distributions `[N, K]`, hard or soft; the attack uses them too.
       key: random key of the noise.
       weight: lambda, at least 0. 0.2 is the paper's on CIFAR-10 at eps 8/255; it grows with eps.
-      eps: l-infinity budget of attack and noise, at least 0, in the images' own units.
+      eps: budget of attack and noise in the l-infinity norm, at least 0, in the images' own units.
       bounds: range of valid images, or None.
+      weights: of the images, `[N]`, at least 0; 0 leaves an image out, as in padding. None: all alike.
 
     Returns:
       The loss, a scalar, and its parts by name, before their weights.
@@ -43,7 +45,9 @@ def grad_align(
 
     Reference: Andriushchenko and Flammarion, 2020, https://arxiv.org/abs/2007.02617
     """
+    x, eps, _, bounds = core.checks.threat_model("grad_align", x, eps=eps, bounds=bounds)
     check_weight("grad_align", "weight", weight)
+    mean, y = batch_mean("grad_align", x, y, weights)
 
     def J(z: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(z), y)
@@ -53,8 +57,8 @@ def grad_align(
     keys = core.per_image_keys("grad_align", key, x.shape[0])
     noise = eps * core.linf_ball(x, eps, None).sample(keys, wide)
     noisy = jax.lax.stop_gradient((wide + noise).astype(x.dtype))
-    adversarial = J(x_adv).mean()
-    misalignment = _misalignment(core.input_gradient(J, x), core.input_gradient(J, noisy)).mean()
+    adversarial = mean(J(x_adv))
+    misalignment = mean(_misalignment(core.input_gradient(J, x), core.input_gradient(J, noisy)))
     return adversarial + weight * misalignment, {"adversarial": adversarial, "misalignment": misalignment}
 
 

@@ -4,8 +4,9 @@ import jax
 import optax
 
 from e2sad_jax import attacks
+from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import ALPHA, Defense, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, clean_term, weighted
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, clean_term, weighted
 from e2sad_jax.losses import cross_entropy
 
 
@@ -15,23 +16,25 @@ def hamm(
     y: jax.Array,
     *,
     alpha: float = 0.6,
-    eps: float = 0.3,
+    eps: jax.typing.ArrayLike = 0.3,
     bounds: Bounds = (0.0, 1.0),
+    weights: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, Parts]:
     """Hamm's defense: alpha J(theta, x, y) + (1 - alpha) [J(theta, x_adv, y) + eps N / 2 ||dJ(theta, x_adv, y) / dx_adv||].
 
-    The bracket is Eq. 5: J the batch mean, N the batch size, x_adv by FGSM and held constant, the norm the L2 norm of
-    the whole batch's gradient. It is mixed with the clean term as the paper does; `alpha=0` gives Eq. 5 alone. The
-    penalty is differentiated through the gradient, a second derivative; where the gradient vanishes the norm's own is
-    taken as 0.
+    The bracket is Eq. 5: J the batch mean, N the batch size (with weights the effective one, (sum w)^2 / sum w^2), x_adv by
+    FGSM and held constant, the norm the L2 norm of the whole batch's gradient, which an array `eps` multiplies inside. It
+    is mixed with the clean term as the paper does; `alpha=0` gives Eq. 5 alone. The penalty is differentiated through the
+    gradient, a second derivative; where the gradient vanishes the norm's own is taken as 0.
 
     Args:
       logits_fn: images `[N, ...]` to logits `[N, K]`, twice differentiable.
       x: clean images `[N, ...]`, inside `bounds`.
       y: target distributions `[N, K]`, hard or soft; the attack uses them too.
       alpha: weight of the clean term, in [0, 1].
-      eps: l-infinity budget of the attack, at least 0, in the images' own units.
+      eps: budget of the attack in the l-infinity norm, at least 0, in the images' own units.
       bounds: range of valid images, or None.
+      weights: of the images, `[N]`, at least 0; 0 leaves an image out, as in padding. None: all alike.
 
     Returns:
       The loss, a scalar, and its parts by name, before their weights.
@@ -41,16 +44,17 @@ def hamm(
 
     Reference: Hamm, 2018, "Machine vs machine: minimax-optimal defense against adversarial examples"
     """
+    x, eps, _, bounds = core.checks.threat_model("hamm", x, eps=eps, bounds=bounds)
     check_weight("hamm", "alpha", alpha, 1)
-    m = x.shape[0]
+    mean, y = batch_mean("hamm", x, y, weights)
 
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
-        return cross_entropy(logits_fn(z), y) / m
+        return mean.terms(cross_entropy(logits_fn(z), y))
 
     x_adv = attacks.fgsm(weighted(alpha, J), x, eps=eps, bounds=bounds)
     clean = clean_term(alpha, J, x)
     adversarial, gradient = jax.value_and_grad(lambda z: J(z).sum())(x_adv)
-    penalty = eps * m / 2 * optax.safe_norm(gradient.ravel(), 0.0)
+    penalty = mean.size / 2 * optax.safe_norm((eps * gradient).ravel(), 0.0)
     loss = alpha * clean + (1 - alpha) * (adversarial + penalty)
     return loss, {"clean": clean, "adversarial": adversarial, "penalty": penalty}
 

@@ -3,8 +3,9 @@
 import jax
 
 from e2sad_jax import attacks
+from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import ALPHA, ATTACK_STEP_SIZE, ATTACK_STEPS, Defense, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight, clean_term, weighted
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, clean_term, weighted
 from e2sad_jax.losses import cross_entropy
 
 
@@ -14,10 +15,11 @@ def ifgsm(
     y: jax.Array,
     *,
     alpha: float = 0.6,
-    eps: float = 0.3,
+    eps: jax.typing.ArrayLike = 0.3,
     steps: int = 30,
-    step_size: float | None = None,
+    step_size: jax.typing.ArrayLike | None = None,
     bounds: Bounds = (0.0, 1.0),
+    weights: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, Parts]:
     """IFGSM adversarial training: alpha J(theta, x, y) + (1 - alpha) J(theta, x_adv, y) (Eq. 3 with Eq. 2).
 
@@ -26,10 +28,11 @@ def ifgsm(
       x: clean images `[N, ...]`, inside `bounds`.
       y: target distributions `[N, K]`, hard or soft; the attack uses them too.
       alpha: weight of the clean term, in [0, 1].
-      eps: l-infinity budget of the attack, at least 0, in the images' own units.
+      eps: budget of the attack in the l-infinity norm, at least 0, in the images' own units.
       steps: gradient steps of the attack, at least 1.
       step_size: step of the attack; None for the paper's eps / steps.
       bounds: range of valid images, or None.
+      weights: of the images, `[N]`, at least 0; 0 leaves an image out, as in padding. None: all alike.
 
     Returns:
       The loss, a scalar, and its parts by name, before their weights.
@@ -37,11 +40,14 @@ def ifgsm(
     Raises:
       ValueError: if `alpha` or a budget is out of range.
     """
+    x, eps, step_size, bounds = core.checks.threat_model(
+        "ifgsm", x, eps=eps, bounds=bounds, steps=steps, step_size=step_size
+    )
     check_weight("ifgsm", "alpha", alpha, 1)
-    m = x.shape[0]
+    mean, y = batch_mean("ifgsm", x, y, weights)
 
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
-        return cross_entropy(logits_fn(z), y) / m
+        return mean.terms(cross_entropy(logits_fn(z), y))
 
     x_adv = attacks.ifgsm(weighted(alpha, J), x, eps=eps, steps=steps, step_size=step_size, bounds=bounds)
     clean, adversarial = clean_term(alpha, J, x), J(x_adv).sum()

@@ -1,11 +1,10 @@
 """N-FGSM training: one FGSM step from a noisy image, not projected onto the ball; two gradient steps in all."""
 
 import jax
-import jax.numpy as jnp
 
 from e2sad_jax.attacks import core
-from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, Defense, Setting, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts
+from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, NORM, Defense, Setting, register
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean
 from e2sad_jax.losses import cross_entropy
 
 
@@ -18,23 +17,28 @@ def n_fgsm(
     eps: jax.typing.ArrayLike = 0.3,
     noise: jax.typing.ArrayLike = 2.0,
     step_size: jax.typing.ArrayLike | None = None,
+    norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
+    weights: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, Parts]:
     """N-FGSM training: J(theta, x_adv, y) at an FGSM step from a noisy image, without projection onto the ball.
 
     x_adv = clip(x_0 + a sign(grad J(theta, x_0, y))),  x_0 = clip(x + U(-k eps, k eps))
 
-    Both are clipped to the image range alone, so x_adv may lie up to k eps + a from x. No clean term.
+    In the l2 norm the noise is uniform in the ball of k eps, and the step is a g / ||g||_2. Both are clipped to the image
+    range alone, so x_adv may lie up to k eps + a from x. No clean term.
 
     Args:
       logits_fn: images `[N, ...]` to logits `[N, K]`.
       x: clean images `[N, ...]`, inside `bounds`.
       y: target distributions `[N, K]`, hard or soft; the attack uses them too.
       key: random key of the noise.
-      eps: l-infinity budget to defend against, at least 0, in the images' own units.
+      eps: budget to defend against in `norm`, at least 0, in the images' own units.
       noise: k, the noise in multiples of eps, at least 0.
       step_size: a, above 0; None for the paper's eps.
+      norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None.
+      weights: of the images, `[N]`, at least 0; 0 leaves an image out, as in padding. None: all alike.
 
     Returns:
       The loss, a scalar, and its parts by name.
@@ -44,21 +48,24 @@ def n_fgsm(
 
     Reference: de Jorge et al., 2022, https://arxiv.org/abs/2202.01181
     """
-    core.checks.threat_model("n_fgsm", x, eps=eps, bounds=bounds, step_size=step_size)
+    x, eps, step_size, bounds = core.checks.threat_model(
+        "n_fgsm", x, eps=eps, norm=norm, bounds=bounds, step_size=step_size
+    )
     core.checks.number("n_fgsm", "noise", noise)
+    mean, y = batch_mean("n_fgsm", x, y, weights)
     step_size = eps if step_size is None else step_size
 
     def J(z: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(z), y)
 
-    limits = core.linf_ball(x, noise * eps + step_size, bounds)  # which cuts to the range alone: nothing goes farther
+    limits = core.ball(norm, x, noise * eps + step_size, bounds)  # which cuts to the range alone: nothing goes farther
     keys = core.per_image_keys("n_fgsm", key, x.shape[0])
     start = limits.project(core.as_float32(x) + noise * eps * limits.sample(keys, core.as_float32(x)))
     gradient = core.input_gradient(J, start.astype(x.dtype))
-    x_adv = core.project_and_cast(limits, start + step_size * jnp.sign(core.as_float32(gradient)), x.dtype)
-    loss = J(x_adv).mean()
+    x_adv = core.project_and_cast(limits, start + step_size * limits.steepest(core.as_float32(gradient)), x.dtype)
+    loss = mean(J(x_adv))
     return loss, {"adversarial": loss}
 
 
 NOISE = Setting("noise", 2.0, "noise of N-FGSM, in multiples of eps1", lower=0)
-register("n_fgsm", Defense(n_fgsm, "N-FGSM", (NOISE, ATTACK_STEP_SIZE)))
+register("n_fgsm", Defense(n_fgsm, "N-FGSM", (NOISE, ATTACK_STEP_SIZE, NORM)))

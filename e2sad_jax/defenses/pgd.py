@@ -3,8 +3,9 @@
 import jax
 
 from e2sad_jax import attacks
-from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, ATTACK_STEPS, Defense, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts
+from e2sad_jax.attacks import core
+from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, ATTACK_STEPS, NORM, Defense, register
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean
 from e2sad_jax.losses import cross_entropy
 
 
@@ -14,10 +15,12 @@ def pgd(
     y: jax.Array,
     *,
     key: jax.Array,
-    eps: float = 0.3,
+    eps: jax.typing.ArrayLike = 0.3,
     steps: int = 40,
-    step_size: float | None = None,
+    step_size: jax.typing.ArrayLike | None = None,
+    norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
+    weights: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, Parts]:
     """PGD training (Madry's minmax): J(theta, x_adv, y) at images of PGD from a random start (Eq. 4).
 
@@ -28,10 +31,12 @@ def pgd(
       x: clean images `[N, ...]`, inside `bounds`.
       y: target distributions `[N, K]`, hard or soft; the attack uses them too.
       key: random key of the start.
-      eps: l-infinity budget of the attack, at least 0, in the images' own units.
+      eps: budget of the attack in `norm`, at least 0, in the images' own units.
       steps: gradient steps of the attack, at least 1.
       step_size: step of the attack; None for 2.5 eps / steps.
+      norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None.
+      weights: of the images, `[N]`, at least 0; 0 leaves an image out, as in padding. None: all alike.
 
     Returns:
       The loss, a scalar, and its parts by name.
@@ -41,13 +46,17 @@ def pgd(
 
     Reference: Madry et al., 2017, https://arxiv.org/abs/1706.06083
     """
+    x, eps, step_size, bounds = core.checks.threat_model(
+        "pgd", x, eps=eps, norm=norm, bounds=bounds, steps=steps, step_size=step_size
+    )
+    mean, y = batch_mean("pgd", x, y, weights)
 
     def J(z: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(z), y)
 
-    x_adv = attacks.pgd(key, J, x, eps=eps, steps=steps, step_size=step_size, bounds=bounds)
-    loss = J(x_adv).mean()
+    x_adv = attacks.pgd(key, J, x, eps=eps, steps=steps, step_size=step_size, norm=norm, bounds=bounds)
+    loss = mean(J(x_adv))
     return loss, {"adversarial": loss}
 
 
-register("pgd", Defense(pgd, "PGD", (ATTACK_STEPS, ATTACK_STEP_SIZE)))
+register("pgd", Defense(pgd, "PGD", (ATTACK_STEPS, ATTACK_STEP_SIZE, NORM)))

@@ -4,8 +4,8 @@ import jax
 import optax
 
 from e2sad_jax.attacks import core
-from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, ATTACK_STEPS, Defense, Setting, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, check_weight
+from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, ATTACK_STEPS, NORM, Defense, Setting, register
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight
 from e2sad_jax.losses import cross_entropy
 
 START = 1e-3  # standard deviation of the noise that the attack starts from: at the image itself it has no gradient
@@ -21,11 +21,14 @@ def trades(
     eps: jax.typing.ArrayLike = 0.3,
     steps: int = 40,
     step_size: jax.typing.ArrayLike | None = None,
+    norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
+    weights: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, Parts]:
     """TRADES: J(theta, x, y) + beta / m sum_i KL(f(x_i) || f(x_adv_i)).
 
-    x_adv climbs the divergence itself, from x + 0.001 N(0, 1) by sign steps projected onto the ball. It is a
+    x_adv climbs the divergence itself, from x + 0.001 N(0, 1) by steps along the gradient's signs (in the l2 ball along the
+    gradient), projected onto the ball. It is a
     constant; the gradient of the divergence flows through both of its arguments.
 
     Args:
@@ -34,11 +37,13 @@ def trades(
       y: target distributions `[N, K]`, hard or soft; the attack does not see them.
       key: random key of the start.
       beta: weight of the divergence, at least 0; the paper's 1 / lambda.
-      eps: l-infinity budget of the attack, at least 0, in the images' own units.
+      eps: budget of the attack in `norm`, at least 0, in the images' own units.
       steps: gradient steps of the attack, at least 1. The paper takes 40 of 0.01 on MNIST (eps 0.3), 10 of 0.007 on
         CIFAR-10 (eps 0.031).
       step_size: step of the attack; None for 2.5 eps / steps.
+      norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None.
+      weights: of the images, `[N]`, at least 0; 0 leaves an image out, as in padding. None: all alike.
 
     Returns:
       The loss, a scalar, and its parts by name, before their weights.
@@ -48,13 +53,16 @@ def trades(
 
     Reference: Zhang et al., 2019, https://arxiv.org/abs/1901.08573
     """
-    core.checks.threat_model("trades", x, eps=eps, bounds=bounds, steps=steps, step_size=step_size)
+    x, eps, step_size, bounds = core.checks.threat_model(
+        "trades", x, eps=eps, norm=norm, bounds=bounds, steps=steps, step_size=step_size
+    )
+    mean, y = batch_mean("trades", x, y, weights)
     check_weight("trades", "beta", beta)
     if step_size is None:
         step_size = 2.5 * eps / steps
 
     def log_f(z: jax.Array) -> jax.Array:
-        return jax.nn.log_softmax(core.as_float32(logits_fn(z)))
+        return jax.nn.log_softmax(core.as_float32(core.checks.logits("trades", logits_fn(z), len(x))))
 
     f_x = log_f(x)
     constant = jax.lax.stop_gradient(f_x)
@@ -62,17 +70,17 @@ def trades(
     def divergence(z: jax.Array) -> jax.Array:
         return optax.losses.kl_divergence_with_log_targets(log_f(z), constant)
 
-    limits = core.linf_ball(x, eps, bounds)
+    limits = core.ball(norm, x, eps, bounds)
     keys = core.per_image_keys("trades", key, x.shape[0])
     start = core.as_float32(x)
     normal = jax.vmap(lambda k: jax.random.normal(k, start.shape[1:], start.dtype))(keys)
     x_adv = core.ascend(divergence, limits.project(start + START * normal), limits, x.dtype, step_size, steps)
     x_adv = jax.lax.stop_gradient(x_adv)
 
-    clean = cross_entropy(f_x, y).mean()  # log f is f's logits as well as any
-    kl = optax.losses.kl_divergence_with_log_targets(log_f(x_adv), f_x).mean()
+    clean = mean(cross_entropy(f_x, y))  # log f is f's logits as well as any
+    kl = mean(optax.losses.kl_divergence_with_log_targets(log_f(x_adv), f_x))
     return clean + beta * kl, {"clean": clean, "divergence": kl}
 
 
 BETA = Setting("beta", 6.0, "weight of TRADES' divergence", lower=0)
-register("trades", Defense(trades, "TRADES", (BETA, ATTACK_STEPS, ATTACK_STEP_SIZE)))
+register("trades", Defense(trades, "TRADES", (BETA, ATTACK_STEPS, ATTACK_STEP_SIZE, NORM)))

@@ -15,7 +15,13 @@ from e2sad_jax._io import write_bytes
 from e2sad_jax.defenses.e2sad import adversarial_points
 from e2sad_jax.losses import cross_entropy, soft_labels
 
-POINTS = ("second_step", "clip_second", "random_start", "ball_second")  # settings of e2SAD that `examples` takes
+POINTS = (
+    "second_step",
+    "clip_second",
+    "random_start",
+    "ball_second",
+    "norm",
+)  # settings of e2SAD that `examples` takes
 
 
 def examples(
@@ -34,6 +40,7 @@ def examples(
     clip_second: bool = False,
     random_start: bool = False,
     ball_second: bool = False,
+    norm: str = "linf",
     seed: int = 0,
     count: int = 8,
 ) -> None:
@@ -56,6 +63,7 @@ def examples(
       clip_second: whether the second point is clipped to `bounds`.
       random_start: whether the first step starts at a random point of the ball.
       ball_second: whether the second point stays in the ball of `eps1`.
+      norm: "linf" or "l2", of both budgets.
       seed: of the random numbers of both steps.
       count: images to show: the first of each class, up to so many.
     """
@@ -84,6 +92,7 @@ def examples(
             clip_second=clip_second,
             random_start=random_start,
             ball_second=ball_second,
+            norm=norm,
             bounds=bounds,
             key=jax.random.key(seed),
         )

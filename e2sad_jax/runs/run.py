@@ -63,14 +63,28 @@ def train_with_baseline(configs: Sequence[Config], suite: str) -> dict[str, dict
     dataset = data.load(configs[0].data, configs[0].data_dir or None)
     results: dict[str, dict[str, Any]] = {}
     with open_runs(configs, dataset) as runs:
+        attacks = _suite(configs, suite)
         for run in runs:
             with stopping() as stop:
                 state, seconds = train(run, stop)
                 if number := distributed.max_over_processes(stop()):
                     raise _stopped(run, int(state.step), number)
-            if result := _report(run, state, seconds, SUITES[suite], results):
+            if result := _report(run, state, seconds, attacks, results):
                 results[run.config.defense] = result
     return results
+
+
+def _suite(configs: Sequence[Config], suite: str) -> tuple[Attack, ...]:
+    """The attacks of a suite; where a run was trained in the l2 ball, that ball's, at its budget."""
+    for config in configs:
+        if config.norm == "l2":
+            eps, ball = config.eps1, f"l2, {config.eps1:.4g}"
+            return (
+                Attack("clean", "clean"),
+                Attack(f"FGSM {ball}", "fgsm", eps, 1, norm="l2"),
+                Attack(f"PGD-40 {ball}", "pgd", eps, 40, norm="l2"),
+            )
+    return SUITES[suite]
 
 
 def _report(

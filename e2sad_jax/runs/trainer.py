@@ -392,7 +392,7 @@ def validate(run: Run, state: TrainState, stop: Callable[[], int]) -> dict[str, 
     if distributed.max_over_processes(stop()):
         return {"score": UNJUDGED}
     eps, n = run.config.eps1, len(run.validation_set.x_test)
-    suite = [Attack("clean", "clean"), Attack("robust", "pgd", eps, 10, eps / 4 or None)]
+    suite = [Attack("clean", "clean"), Attack("robust", "pgd", eps, 10, eps / 4 or None, norm=run.config.norm)]
     values = {"clean": 0.0, "robust": 0.0, "score": UNJUDGED}
 
     def progress(name: str, gradients: int) -> None:

@@ -104,7 +104,8 @@ class Config:
     )
     eps1: float = setting(
         0.3,
-        "l-infinity budget of the training attack (e2SAD: of its first step), and of the attack that chooses checkpoints",
+        "l-infinity budget (l2 with --norm=l2) of the training attack (e2SAD: of its first step), and of the attack that "
+        "chooses checkpoints",
         lower=0,
         budget=True,
     )
@@ -153,11 +154,16 @@ class Config:
         lower, upper = TRANSFORMS[self.transform].bounds
         for one in (*map(setting_of, COMMON), *entry.settings):
             value = {**values, **self.settings}[one.name]
-            if one.budget and value > upper - lower:
+            if one.budget and self.norm == "linf" and value > upper - lower:
                 raise ConfigError(
                     f"--{one.name}={value}: must be in [0, {upper - lower}], the width of "
                     f"--transform={self.transform} (24 of 255 grey levels are 24/255 = 0.0941)"
                 )
+
+    @property
+    def norm(self) -> str:
+        """The ball that `eps1` is meant in, "linf" or "l2"."""
+        return str(self.settings.get("norm", "linf"))
 
     @property
     def entry(self) -> Defense:
@@ -201,7 +207,10 @@ class Config:
             del values["eps_warmup"]
         if self.stretches:  # then the run's length is a part of it
             values |= {"epochs": self.epochs} if self.epochs else {"steps": self.steps}
-        return {**values, **self.settings}
+        values |= self.settings
+        if self.norm == "linf":  # so that the folders of runs from before there was a choice are found
+            values.pop("norm", None)
+        return values
 
     def digest(self) -> str:
         """The first eight hexadecimal digits of a SHA-256 of the identity, which name the run's folder."""

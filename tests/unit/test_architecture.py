@@ -12,7 +12,7 @@ PACKAGE = ROOT / "e2sad_jax"
 
 # From low to high: a room imports from itself and from those before it.
 ROOMS = (
-    ("errors", "_streams", "_version", "_compile"),
+    ("errors", "_arguments", "_streams", "_version", "_compile"),
     ("_io",),
     ("losses",),
     ("attacks",),

@@ -119,7 +119,7 @@ def test_refuses(name, least, remedy):
         loss(jnp.ones(least), zeros, zeros)
     with pytest.raises(TypeError, match=rf"{name}: labels are float32; .*integer"):
         loss(jnp.ones((2, 5)), jnp.zeros(2), zeros)
-    with pytest.raises(ValueError, match=rf"{name}: labels have shape \(3,\); .*one class per row"):
+    with pytest.raises(ValueError, match=rf"{name}: labels have shape \(3,\); .*one class per image"):
         loss(jnp.ones((2, 5)), jnp.zeros(3, int), zeros)
     if name == "targeted_dlr":
         with pytest.raises(TypeError, match="targets are bool"):

@@ -1,5 +1,7 @@
 """Losses: closed forms, other libraries' values, finite differences, and what is refused."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +92,21 @@ def test_soft_labels_refuse_too_few_classes(num_classes):
 def test_soft_labels_refuse_delta(delta):
     with pytest.raises(ValueError, match=rf"delta={delta}.*\[0, 1\)"):
         losses.soft_labels(jnp.array([0]), 3, delta)
+
+
+@pytest.mark.parametrize("wrong", [-1, 4, 99])
+def test_soft_labels_of_what_is_no_class(wrong):
+    """Refused; NaN where the labels are traced: neither a row of zeros nor the last class."""
+    with pytest.raises(ValueError, match=rf"soft_labels: labels contain {wrong}; each must be a class in \[0, 4\)"):
+        losses.soft_labels([0, wrong], 4)
+    got = jax.jit(lambda y: losses.soft_labels(y, 4))(jnp.array([0, wrong]))
+    np.testing.assert_array_equal(np.isnan(got), [[False] * 4, [True] * 4])
+
+
+def test_soft_labels_refuse_other_shapes():
+    for shape, labels in (((3, 1), jnp.zeros((3, 1), int)), ((), 3)):
+        with pytest.raises(ValueError, match=rf"labels have shape {re.escape(str(shape))}; .*one class per image"):
+            losses.soft_labels(labels, 4)
 
 
 # --- cross-entropy
@@ -200,8 +217,44 @@ def test_integer_labels_of_a_square_batch_are_refused():
 def test_other_shapes_are_refused(logits, shape):
     with pytest.raises(ValueError, match=r"must have one shape \[N, K\]"):
         losses.cross_entropy(logits, jnp.zeros(shape))
-    with pytest.raises(ValueError, match=r"must have one shape \[N, K\]"):
+    with pytest.raises(ValueError, match=r"must have one shape \[N, K\]|logits have shape"):
         losses.dissimilarity(logits, jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(N, 1), (N,), (N, 1, K), (N, 1, 1)])
+def test_a_model_without_two_logits_is_refused(shape):
+    """The cross-entropy of one logit is 0, of `[N]` one softmax over the batch: a defense would train on nothing."""
+    for loss in (losses.cross_entropy, losses.dissimilarity):
+        with pytest.raises(ValueError, match=rf"{loss.__name__}: logits have shape .*at least 2 \(.*binary_logits"):
+            loss(jnp.ones(shape), jnp.ones(shape))
+
+
+@pytest.mark.parametrize("output", [(np.ones((N, K)), None), {"logits": np.ones((N, K))}, None])
+def test_outputs_that_are_no_logits_are_refused(output, logits):
+    y = jnp.arange(N)
+    for call in (
+        lambda: losses.cross_entropy(output, jax.nn.one_hot(y, K)),
+        lambda: losses.dissimilarity(logits, output),
+        lambda: losses.dissimilarity(output, logits),
+        lambda: losses.margin(output, y),
+    ):
+        with pytest.raises(TypeError, match=r"the model returned a (tuple|dict|NoneType); .*lambda x: f\(x\)\[0\]"):
+            call()
+
+
+# --- one logit
+
+
+def test_binary_logits_are_the_binary_cross_entropy():
+    z, y = jnp.asarray(draw(8)[:, 0]), jnp.arange(N) % 2
+    want = optax.sigmoid_binary_cross_entropy(z, y.astype(jnp.float32))
+    for one in (z, z[:, None]):
+        got = losses.cross_entropy(losses.binary_logits(one), losses.soft_labels(y, 2, 0))
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(losses.margin(losses.binary_logits(z), y), np.where(y == 1, -z, z))
+    for wrong in (jnp.ones((N, 2)), jnp.ones(()), jnp.ones((N, 1, 1))):
+        with pytest.raises(ValueError, match=r"binary_logits: logits have shape .*\[N\] or \[N, 1\]"):
+            losses.binary_logits(wrong)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

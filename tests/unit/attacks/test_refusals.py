@@ -1,5 +1,6 @@
 """What attacks refuse: each message has the attack's name, the argument, its value and its bound."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -162,3 +163,41 @@ def test_refuses_losses_that_are_not_per_image(name):
     for loss in (jnp.sum, jnp.mean, itself, lambda z: summed(z)[:1]):
         with pytest.raises(ValueError, match=rf"{argument} returned shape .* for 2 images; .*per-example.*\(2,\)"):
             attack(**{"x": IMAGES, **accepted, argument: loss})
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_refuses_outputs_that_are_no_array(name):
+    """What models with several outputs return."""
+    attack, accepted = ACCEPTED[name]
+    argument = next(a for a in ("margin_fn", "loss_fn", "logits_fn") if a in accepted)
+    for output in ((summed, None), {"loss": summed}):
+        wrong = {argument: lambda z, output=output: jax.tree.map(lambda f: f and f(z), output)}
+        with pytest.raises(TypeError, match=rf"returned a {type(output).__name__}; .*lambda x: f\(x\)\[0\]"):
+            attack(**{"x": IMAGES, **accepted, **wrong})
+
+
+class WithoutHash:
+    """As an Equinox module that holds arrays."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, z):
+        return self.function(z)
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_takes_callables_without_hash_and_empty_batches(name):
+    attack, accepted = ACCEPTED[name]
+    given = {"x": IMAGES, **accepted}
+    argument = next(a for a in ("margin_fn", "loss_fn", "logits_fn") if a in accepted)
+    steps = {n: 2 for n in ("steps", "binary_steps") if n in inspect.signature(attack).parameters}
+    given |= steps
+    want = attack(**given)
+    np.testing.assert_array_equal(attack(**{**given, argument: WithoutHash(given[argument])}), want)
+    nothing = {n: v[:0] for n, v in given.items() if n in ("x", "labels")}
+    got = attack(**{**given, **nothing})
+    assert got.shape == (0, *want.shape[1:])
+    assert got.dtype == want.dtype

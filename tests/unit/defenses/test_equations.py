@@ -219,6 +219,64 @@ def test_e2sad_clips_the_second_point_only_when_asked(clip):
     close(VARIANTS["e2sad"](net(weights), x, y, clip_second=clip), want)
 
 
+# --- the l2 ball
+
+
+def within(x: jax.Array, z: jax.Array, eps: float) -> jax.Array:
+    """The point of the l2 ball that an attack goes to from z, inside the range."""
+    away = jnp.sqrt(((z - x) ** 2).sum((1, 2, 3), keepdims=True))
+    return jnp.clip(x + (z - x) * jnp.minimum(1, eps / jnp.maximum(away, 1e-12)), 0, 1)
+
+
+def slope(function: LogitsFn, z: jax.Array) -> jax.Array:
+    g = jax.grad(lambda v: function(v).sum())(z)
+    return g / jnp.sqrt((g**2).sum((1, 2, 3), keepdims=True))
+
+
+@pytest.mark.parametrize("name", ["pgd", "trades", "rs_fgsm", "n_fgsm", "e2sad", "e2sad ball"])
+def test_l2(name):
+    """Steps along the gradient at length 1, in the l2 ball; the random points by the library, tested elsewhere."""
+    (x, y), weights, eps = batch(), draw(), 0.8
+    f, keys = net(weights), core.per_image_keys("l2", KEY, N)
+
+    def loss(z: jax.Array) -> jax.Array:
+        return J(weights, z, y)
+
+    def changed(z: jax.Array) -> jax.Array:
+        return dissimilarity(weights, z, z)
+
+    attack = functools.partial(attacks.pgd, norm="l2", eps=eps, steps=1)
+    match name:
+        case "pgd":
+            want = loss(attacks.pgd(KEY, loss, x, norm="l2", eps=eps, steps=STEPS))
+        case "rs_fgsm":
+            want = loss(attack(KEY, loss, x, step_size=1.25 * eps))
+        case "n_fgsm":
+            start = jnp.clip(x + 2 * eps * core.ball("l2", x, eps, None).sample(keys, x), 0, 1)
+            want = loss(jnp.clip(start + eps * slope(loss, start), 0, 1))
+        case "trades":
+            p = jax.nn.softmax(f(x))
+
+            def divergence(z: jax.Array) -> jax.Array:
+                return (p * (jnp.log(p) - jax.nn.log_softmax(f(z)))).sum(-1)
+
+            z = within(x, x + 1e-3 * jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(keys), eps)
+            for _ in range(STEPS):
+                z = within(x, z + 2.5 * eps / STEPS * slope(divergence, z), eps)
+            want = loss(x) + 6 * divergence(z)
+        case "e2sad":
+            z = within(x, x + eps * slope(loss, x), eps)
+            want = 0.6 * loss(x) + 0.4 * loss(z) + 0.7 * dissimilarity(weights, z, z + EPS2 * slope(changed, z))
+        case "e2sad ball":
+            z = attack(jax.random.fold_in(KEY, 1), loss, x, step_size=eps)
+            other = within(x, z + EPS2 * slope(changed, z), eps)
+            want = 0.6 * loss(x) + 0.4 * loss(z) + 0.7 * dissimilarity(weights, z, other)
+    budget = {"eps1": eps} if name.startswith("e2sad") else {"eps": eps}
+    got, _ = VARIANTS[name](f, x, y, norm="l2", **budget)
+    close(got, want.mean())
+    assert abs(got - VARIANTS[name](f, x, y, **budget)[0]) > 1e-3  # another ball
+
+
 # --- the second point
 
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from e2sad_jax import losses
 from e2sad_jax.defenses import DEFENSES
-from tests.unit.defenses.toy import VARIANTS, K, N, batch, close, defended, draw, net
+from tests.unit.defenses.toy import DELTA, SHAPE, VARIANTS, K, N, batch, close, defended, draw, net
 
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -80,11 +81,75 @@ def test_random_numbers_repeat_by_key(name):
     assert loss != float(variant(f, x, y, key=jax.random.key(8))[0])
 
 
+# --- weights of images
+
+
+@every_variant
+def test_weights_leave_images_out(name):
+    """Exactly: the loss, its parts and its gradient are those of the batch without them, whatever stands there."""
+    (x, y), weights, kept = batch(), draw(), 5
+    given = {"delta": DELTA[:kept]} if name == "free" else {}
+    mask = jnp.arange(N) < kept
+
+    @jax.jit
+    def run(w, x, y, **kwargs):
+        return jax.value_and_grad(lambda w: VARIANTS[name](net(w), x, y, **kwargs), has_aux=True)(w)
+
+    want = run(weights, x[:kept], y[:kept], **given)
+    for given_weights in (mask.astype(jnp.float32), 3 * mask.astype(jnp.float32)):
+        close(run(weights, x, y.at[kept:].set(jnp.nan), weights=given_weights), want)
+    assert abs(defended(name)(weights, x, y)[0][0] - want[0][0]) > 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in DEFENSES if name != "hamm"])
+def test_weights_weigh(name):
+    """Twice the weight is the image twice; but where a random start is drawn for each."""
+    if DEFENSES[name].takes("key"):
+        return
+    (x, y), weights = batch(), draw()
+    twice = [*range(N), 2]
+    given = {"delta": DELTA[jnp.array(twice)]} if name == "free" else {}
+    want = VARIANTS[name](net(weights), x[jnp.array(twice)], y[jnp.array(twice)], **given)
+    close(VARIANTS[name](net(weights), x, y, weights=np.ones(N) + (np.arange(N) == 2)), want)
+
+
+# --- what a model returns
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_refuses_what_is_no_logits(name):
+    """One logit would train on nothing. A tuple, as of a model that also returns its state, has no shape."""
+    (x, y), f = batch(), net(draw())
+    with pytest.raises(TypeError, match=r"the model returned a tuple; .*lambda x: f\(x\)\[0\]"):
+        VARIANTS[name](lambda z: (f(z), None), x, y)
+    with pytest.raises(ValueError, match=r"logits have shape \(8, 1\); .*binary_logits"):
+        VARIANTS[name](lambda z: f(z)[:, :1], x, y[:, :1])
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_one_logit_as_two(name):
+    """A binary model trains: its loss has a gradient, and its attack raises the loss."""
+    (x, _), weights = batch(), draw()
+    y = losses.soft_labels(jnp.arange(N) % 2, 2, 0)
+    f = lambda w: lambda z: losses.binary_logits(net(w)(z)[:, 0])  # noqa: E731
+    (loss, parts), gradient = jax.value_and_grad(lambda w: VARIANTS[name](f(w), x, y), has_aux=True)(weights)
+    clean = losses.cross_entropy(f(weights)(x), y).mean()
+    assert np.abs(gradient["w1"]).max() > 1e-3
+    assert loss > clean - 1e-6
+    if "adversarial" in parts and name != "free":
+        assert parts["adversarial"] > clean + 0.01
+
+
 # --- what is refused
 
+WRONG_WEIGHTS = [(np.ones(3), r"\(3,\)"), (np.ones((8, 1)), r"\(8, 1\)"), (["a"] * 8, r"\(8,\)")]
 REFUSED = [
     *[(name, {"alpha": a}, rf"alpha={a}; .*\[0, 1\]") for name in TAKING["alpha"] for a in (-0.1, 1.1, NAN)],
-    *[(name, {argument: -0.1}, "eps=-0.1; .*at least 0") for argument in BUDGETS for name in TAKING[argument]],
+    *[
+        (name, {argument: -0.1}, rf"^{name}: {argument}=-0.1; .*at least 0")
+        for argument in BUDGETS
+        for name in TAKING[argument]
+    ],
     *[(name, {"steps": 0}, "steps=0; .*at least 1") for name in TAKING["steps"]],
     *[(name, {"step_size": -1.0}, "step_size=-1.0; .*above 0") for name in TAKING["step_size"]],
     *[(name, {"bounds": (1, 0)}, r"bounds=\(1, 0\); ") for name in TAKING["bounds"]],
@@ -92,6 +157,13 @@ REFUSED = [
     *[("fgsm", {"alpha": kind(2)}, "alpha=2.0; ") for kind in (np.float32, np.float64, jnp.float32)],
     ("fgsm", {"eps": np.float32(-0.5)}, "eps=-0.5; "),
     ("n_fgsm", {"noise": -1.0}, "noise=-1.0; .*at least 0"),
+    *[(name, {"weights": w}, rf"^{name}: weights are .* {s}; ") for name in DEFENSES for w, s in WRONG_WEIGHTS],
+    *[("fgsm", {"weights": np.array(w)}, "weights=.*at least 0") for w in ([-1.0, *[1] * 7], [NAN, *[1] * 7], [0] * 8)],
+    *[
+        (name, {"x": jnp.zeros((0, *SHAPE)), "y": jnp.zeros((0, K))}, f"^{name}: images have shape .*at least one")
+        for name in DEFENSES
+        if name != "free"
+    ],
     ("e2sad", {"second_step": "nonsense"}, "objective='nonsense'; .*total"),
     ("e2sad", {"second_step": "noise", "key": None}, "objective='noise' .*needs key"),
     ("e2sad", {"random_start": True, "key": None}, "e2sad: random_start draws random numbers and needs key"),
@@ -102,7 +174,7 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "kwargs", "message"), REFUSED)
 def test_refuses(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        VARIANTS[name](net(draw()), *batch(), **kwargs)
+        VARIANTS[name](net(draw()), **{**dict(zip("xy", batch(), strict=True)), **kwargs})
 
 
 @pytest.mark.parametrize("name", DEFENSES)

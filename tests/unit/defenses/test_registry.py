@@ -55,7 +55,7 @@ def test_training_gives_a_loss_its_settings_and_what_its_signature_names(name):
 
 def test_called_by_training_a_defense_is_its_function():
     (x, y), f = batch(), net(draw())
-    given = {"beta": 2.0, "attack_steps": 3, "attack_step_size": 0.05}
+    given = {"beta": 2.0, "attack_steps": 3, "attack_step_size": 0.05, "norm": "linf"}
     got = DEFENSES["trades"](f, x, y, settings=given, eps=EPS, bounds=(0.0, 1.0), key=KEY)
     close(got, VARIANTS["trades"](f, x, y, beta=2.0, steps=3, step_size=0.05))
 

@@ -1,0 +1,81 @@
+"""Checks of arguments that losses and attacks share. What is traced has no value yet: only its shape and type are checked."""
+
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ONE_LOGIT = "of a model with one logit, losses.binary_logits makes two"
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is one number with a value now: Python's, NumPy's, or JAX's outside of a transformation."""
+    if isinstance(value, (np.ndarray, jax.Array)):
+        return value.ndim == 0 and not isinstance(value, jax.core.Tracer)
+    return isinstance(value, numbers.Real)
+
+
+def is_readable(values: Any) -> bool:
+    """Whether the values of an array can be read: not traced, and not on another host."""
+    return not isinstance(values, jax.core.Tracer) and getattr(values, "is_fully_addressable", True)
+
+
+def read(values: Any) -> np.ndarray:
+    """The values of an array that `is_readable`."""
+    return np.asarray(jax.device_get(values))
+
+
+def logits(name: str, values: Any, n: int | None = None, *, least: int = 2, remedy: str = ONE_LOGIT) -> jax.Array:
+    """Refuses what is not an array of logits `[N, K]`.
+
+    Args:
+      name: the function's name in the messages.
+      values: what a model returned: an array, or its shape and dtype.
+      n: N, None for any.
+      least: smallest K.
+      remedy: what to do with fewer classes.
+
+    Returns:
+      The logits, as an array of JAX.
+
+    Raises:
+      TypeError: if it is not one array.
+      ValueError: if its shape is another one.
+    """
+    if not isinstance(values, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+        raise TypeError(
+            f"{name}: the model returned a {type(values).__name__}; it must return one array, logits [N, K]: of several "
+            "outputs pass the logits alone, lambda x: f(x)[0]"
+        )
+    if len(values.shape) != 2 or values.shape[1] < least or n not in (None, values.shape[0]):
+        raise ValueError(
+            f"{name}: logits have shape {values.shape}; it must be {'[N, K]' if n is None else f'({n}, K)'}, K at least "
+            f"{least} ({remedy})"
+        )
+    return jnp.asarray(values) if isinstance(values, np.ndarray) else values  # type: ignore[return-value]
+
+
+def classes(name: str, argument: str, values: Any, n: int, num_classes: int) -> jax.Array:
+    """Refuses what is not one class in `[0, num_classes)` for each of `n` images.
+
+    Raises:
+      TypeError: if `values` are not integers.
+      ValueError: if their number is another one, or one of them, where they can be read, is no class.
+    """
+    values = values if isinstance(values, (jax.Array, np.ndarray)) else np.asarray(values)
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise TypeError(f"{name}: {argument} are {values.dtype}; they must be integer classes of shape [N]")
+    if values.shape != (n,):
+        raise ValueError(f"{name}: {argument} have shape {values.shape}; it must be ({n},), one class per image")
+    if is_readable(values):
+        known = read(values)
+        if (wrong := known[(known < 0) | (known >= num_classes)]).size:
+            raise ValueError(f"{name}: {argument} contain {wrong[0]}; each must be a class in [0, {num_classes})")
+    return jnp.asarray(values)
+
+
+def is_class(values: jax.Array, num_classes: int) -> jax.Array:
+    """Whether each of `values` is in `[0, num_classes)`, bool, of the shape of `values`."""
+    return (values >= 0) & (values < num_classes)
