@@ -119,6 +119,7 @@ def _attacked(
             images,
             labels,
             eps=config.eps1,
+            norm=config.norm,
             transform=transform.apply,
             bounds=transform.bounds,
             stages=stages,

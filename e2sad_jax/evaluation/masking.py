@@ -229,8 +229,8 @@ def _gradients(
     """Whether there is no gradient to follow, and the cosine."""
     key = jax.random.fold_in(jax.random.key(seed), _streams.MASKING)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
-    limits = core.ball(norm, x, eps, programs.bounds)
     x = core.as_float32(x)
+    limits = core.ball(norm, x, eps, core.checks.image_range("diagnose", programs.bounds, x))
     near = limits.project(x + eps * limits.sample(keys, x))
     here, there = (
         core.input_gradient(lambda z: _loss(programs, params, z, labels), z).reshape(len(x), -1) for z in (x, near)

@@ -39,8 +39,10 @@ class Request:
     )
     data: str = setting("", "data set whose test images are attacked; empty: that of the run")
     data_dir: str = setting("", "folder of data sets; empty: that of the run")
-    eps: float = setting(0.0, "budget in the network's units, 0: the run's own eps1, of l-infinity", lower=0)
-    norm: str = setting("linf", "of the budget", choices=core.NORMS)
+    eps: float = setting(0.0, "budget in the network's units, 0: the run's own eps1", lower=0)
+    norm: str = setting(
+        "", "of the budget, linf or l2; empty: the run's own, or linf with --predict", choices=("", *core.NORMS)
+    )
     examples: int = setting(500, "test images, the first ones, or all if there are fewer; 0: all", lower=0)
     batch_size: int = setting(250, "images at once", lower=1)
     devices: int = setting(1, "devices to split each batch over, 0: all", lower=0)
@@ -79,8 +81,6 @@ class Request:
             raise ConfigError("--eps=0: must be above 0 with --predict, which has no run's budget")
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
-        if self.norm == "l2" and not self.eps:
-            raise ConfigError("--eps=0: must be above 0 with --norm=l2; a run's own budget is of l-infinity")
         if self.fab and not self.auto:
             raise ConfigError(f"--fab={self.fab}: is a part of the worst case; leave it out, or --noauto")
 
@@ -128,7 +128,7 @@ def run(request: Request) -> dict[str, Any]:
         result = diagnose(
             model,
             eps=eps,
-            norm=request.norm,
+            norm=asked.norm,
             effort=effort,
             substitute=substitute,
             keep=True,
@@ -138,7 +138,7 @@ def run(request: Request) -> dict[str, Any]:
     files = ["evaluation.md", "evaluation.json", "evaluation.png"]
     result["quantized"] = None
     if request.quantize:
-        grey = quantize(worst, model.images, eps=eps, norm=request.norm)
+        grey = quantize(worst, model.images, eps=eps, norm=asked.norm)
         result["quantized"] = float(asked.make(grey, model.labels).clean().mean())
     if request.save_images:
         saved_images.write(folder / WORST, worst, model.labels, model.num_classes, asked.transform)
@@ -163,6 +163,7 @@ class _Asked(NamedTuple):
     Attributes:
       model: the model and its images.
       eps: the budget.
+      norm: its norm.
       folder: where the files go.
       make: the model with other images, as stored, and labels.
       transform: name of the transform that the model's images are behind.
@@ -170,6 +171,7 @@ class _Asked(NamedTuple):
 
     model: Model
     eps: float
+    norm: str
     folder: pathlib.Path
     make: Callable[[Any, Any], Model]
     transform: str
@@ -189,12 +191,18 @@ def _asked(request: Request) -> _Asked:
         name = request.predict.split(":")[1]
         make = functools.partial(of_function, _function(request.predict), name=name, **how)
         transform, eps, folder = "unit", request.eps, results or pathlib.Path("runs/evaluation")
+        norm = request.norm or "linf"
     else:
         classifier = load(request.workdir, request.which)
         workdir = pathlib.Path(request.workdir).expanduser()
         name = f"{classifier.config.defense} ({workdir.name})"
         make = functools.partial(of_classifier, classifier, name=name, **how)
         transform, eps, folder = classifier.config.transform, request.eps, results or workdir / "evaluation"
+        norm = request.norm or classifier.config.norm
+        if not eps and norm != classifier.config.norm:
+            raise ConfigError(
+                f"--eps=0: must be above 0 with --norm={norm}, for that of the run is {classifier.config.norm}"
+            )
         if not eps and not (eps := classifier.config.eps1):
             raise ConfigError("--eps=0: must be above 0, for the run itself has --eps1=0")
     if request.quantize and transform != "unit":
@@ -226,7 +234,7 @@ def _asked(request: Request) -> _Asked:
             model = dataclasses.replace(blank, images=saved.inputs[:n], labels=saved.labels[:n])
         except ValueError as error:
             raise DataError(f"{request.data}: {error}") from error
-    return _Asked(model, eps, folder, make, transform)
+    return _Asked(model, eps, norm, folder, make, transform)
 
 
 def _is_file(name: str) -> bool:
