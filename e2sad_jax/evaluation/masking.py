@@ -227,7 +227,7 @@ def _gradients(
     eps: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """Whether there is no gradient to follow, and the cosine."""
-    key = jax.random.fold_in(jax.random.key(seed), _streams.MASKING)
+    key = _streams.key(seed, _streams.MASKING)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
     x = core.as_float32(x)
     limits = core.ball(norm, x, eps, core.checks.image_range("diagnose", programs.bounds, x))

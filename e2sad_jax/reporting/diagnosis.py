@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from e2sad_jax import attacks
+from e2sad_jax.data.dataset import in_words
 from e2sad_jax.evaluation import nan_logits
 from e2sad_jax.reporting import plots, provenance
 from e2sad_jax.reporting.card import WORST
@@ -113,14 +114,20 @@ def _restarts(count: int) -> str:
     return "1 restart" if count == 1 else f"{count} restarts"
 
 
+def images_of(result: Result) -> str:
+    """The test images of an evaluation in words."""
+    return in_words(result["images"], result["test_images"], result["classes"], result["num_classes"])
+
+
 def text(result: Result) -> str:
-    """The tables, what else is to be said, and the verdict, for a terminal."""
-    return "\n\n".join([*(table.text() for table in tables(result)), *sentences(result), result["verdict"]])
+    """The tables, the images, what else is to be said, and the verdict, for a terminal."""
+    about = [f"Measured on {images_of(result)}.", *sentences(result)]
+    return "\n\n".join([*(table.text() for table in tables(result)), *about, result["verdict"]])
 
 
 def markdown(result: Result) -> str:
     """evaluation.md: the verdict, the tables, the picture, and the provenance."""
-    blocks = [f"# Robustness of {result['name']}", result["verdict"]]
+    blocks = [f"# Robustness of {result['name']}", f"Measured on {images_of(result)}. {result['verdict']}"]
     blocks += [table.markdown(level=2).strip() for table in tables(result)]
     blocks += sentences(result)
     blocks.append("![Accuracy against budget and steps](evaluation.png)")

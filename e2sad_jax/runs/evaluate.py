@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from e2sad_jax import data, distributed
-from e2sad_jax._io import write_json, write_text
+from e2sad_jax._io import make_folder, write_json, write_text
 from e2sad_jax.attacks import core
 from e2sad_jax.errors import ConfigError, DataError
 from e2sad_jax.evaluation import Effort, Model, diagnose, of_classifier, of_function, quantize
@@ -43,7 +43,9 @@ class Request:
     norm: str = setting(
         "", "of the budget, linf or l2; empty: the run's own, or linf with --predict", choices=("", *core.NORMS)
     )
-    examples: int = setting(500, "test images, the first ones, or all if there are fewer; 0: all", lower=0)
+    examples: int = setting(
+        500, "test images, a sample stratified by class, or all if there are fewer; 0: all", lower=0
+    )
     batch_size: int = setting(250, "images at once", lower=1)
     devices: int = setting(1, "devices to split each batch over, 0: all", lower=0)
     seed: int = setting(0, "seed of the attacks", lower=0, upper=2**32 - 1)
@@ -112,10 +114,7 @@ def run(request: Request) -> dict[str, Any]:
         substitute = dataclasses.replace(
             model, name=classifier.config.defense, apply=classifier.apply, params=classifier.params
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--results={folder}: cannot be written ({error.strerror}); choose another folder") from error
+    make_folder(folder, f"--results={folder}")
     effort = Effort(
         queries=request.queries,
         targets=request.targets,
@@ -146,7 +145,13 @@ def run(request: Request) -> dict[str, Any]:
         if request.quantize:
             saved_images.write(folder / WORST_8BIT, grey, model.labels, model.num_classes)
             files.append(WORST_8BIT)
-    result |= {"command": provenance.command(), "environment": provenance.environment()}
+    classes = {"classes": len(np.unique(model.labels)), "num_classes": model.num_classes}
+    result |= {
+        "test_images": asked.test_images,
+        **classes,
+        "command": provenance.command(),
+        "environment": provenance.environment(),
+    }
     write_json(folder / "evaluation.json", result)
     write_text(folder / "evaluation.md", diagnosis.markdown(result))
     diagnosis.plot(folder / "evaluation.png", [result])
@@ -162,6 +167,7 @@ class _Asked(NamedTuple):
 
     Attributes:
       model: the model and its images.
+      test_images: how many there are, of which the model's are a sample.
       eps: the budget.
       norm: its norm.
       folder: where the files go.
@@ -170,6 +176,7 @@ class _Asked(NamedTuple):
     """
 
     model: Model
+    test_images: int
     eps: float
     norm: str
     folder: pathlib.Path
@@ -210,7 +217,6 @@ def _asked(request: Request) -> _Asked:
             f"--quantize: its grey levels are those of images in [0, 1], but the run attacks behind --transform={transform}; "
             "leave it out"
         )
-    n = request.examples or None
     saved = saved_images.read(data.expand(request.data), transform) if _is_file(request.data) else None
     if saved is not None:
         shape, num_classes = saved.inputs.shape[1:], saved.num_classes
@@ -227,14 +233,22 @@ def _asked(request: Request) -> _Asked:
             f"--data={request.data}: has {num_classes} classes, {request.workdir} {classifier.dataset['num_classes']}"
         )
     if saved is None:
-        model = make(dataset.x_test[:n], dataset.y_test[:n])
+        sample, tests = data.sample_tests(dataset, request.examples), len(dataset.x_test)
+        model = make(sample.x_test, sample.y_test)
     else:  # inputs, which no transform may touch again
         blank = make(np.zeros((1, *shape), np.uint8), np.zeros(1, np.int32))
         try:
-            model = dataclasses.replace(blank, images=saved.inputs[:n], labels=saved.labels[:n])
+            model = dataclasses.replace(blank, images=saved.inputs, labels=saved.labels)
+            some, tests = data.sample(model.labels, request.examples or len(model.labels)), len(model.labels)
+            model = dataclasses.replace(model, images=model.images[some], labels=model.labels[some])
         except ValueError as error:
             raise DataError(f"{request.data}: {error}") from error
-    return _Asked(model, eps, norm, folder, make, transform)
+    if request.quantize:
+        try:
+            quantize(model.images, model.images, eps=eps, norm=norm)
+        except ValueError as error:
+            raise ConfigError(f"--quantize: {error}") from error
+    return _Asked(model, tests, eps, norm, folder, make, transform)
 
 
 def _is_file(name: str) -> bool:

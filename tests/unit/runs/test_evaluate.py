@@ -128,6 +128,10 @@ def test_nan_logits_are_said_in_plain_sight(mine, tmp_path, monkeypatch, capsys)
     with np.load(mine) as given:
         np.savez(tmp_path / "test_only.npz", x_test=given["x_test"], y_test=given["y_test"], num_classes=4)
     monkeypatch.setattr(evaluate, "Effort", lambda **given: TINY)
+    between = np.full((3, 4, 4, 1), 0.1234, np.float32)
+    np.savez(tmp_path / "between.npz", x_test=between, y_test=np.arange(3), num_classes=4)
+    with pytest.raises(ConfigError, match=r"--quantize: .* of 3 of 3 images there is no 8-bit image"):
+        evaluate.run(Request(predict="mine:predict", data="between.npz", eps=0.001, quantize=True))
     result = evaluate.run(Request(predict="broken:nan", data="test_only.npz", eps=0.1, results="here"))
     said = "10 of 10 images have NaN logits"
     out = capsys.readouterr().out
