@@ -19,6 +19,7 @@ from absl import app, flags
 
 from e2sad_jax import attacks, data
 from e2sad_jax._compile import jit
+from e2sad_jax.data.dataset import in_words
 from e2sad_jax.errors import Error
 from e2sad_jax.evaluation import Attack, Model, of_classifier
 from e2sad_jax.reporting import provenance
@@ -30,7 +31,7 @@ SLACK = 1e-6  # of a pixel, for the float32 of either side
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("workdir", [], "folders of the runs, several with commas")
-flags.DEFINE_integer("examples", 500, "test images, the first ones; at least 1")
+flags.DEFINE_integer("examples", 500, "test images, a sample stratified by class; at least 1")
 flags.DEFINE_integer("queries", 1000, "queries of Square; at least 1")
 flags.DEFINE_integer("apgd_steps", 50, "steps of both APGD; at least 1")
 flags.DEFINE_string("data_dir", "", "folder of data sets; empty: as the runs had it")
@@ -148,10 +149,12 @@ def main(argv: Sequence[str]) -> None:
     failed = []
     for trained in runs:
         dataset = data.load(trained.config.data, FLAGS.data_dir or trained.config.data_dir or None)
-        model = of_classifier(trained, dataset.x_test[: FLAGS.examples], dataset.y_test[: FLAGS.examples])
+        sample = data.sample_tests(dataset, FLAGS.examples)
+        model = of_classifier(trained, sample.x_test, sample.y_test)
         eps, classifier = trained.config.eps1, art_classifier(trained)
+        shown = in_words(len(sample.y_test), len(dataset.y_test), len(np.unique(sample.y_test)), dataset.num_classes)
         print(
-            f"## {trained.config.defense}, {trained.step:,} steps; {len(model.images)} test images of {dataset.name}, "
+            f"## {trained.config.defense}, {trained.step:,} steps; {shown} of {dataset.name}, "
             f"eps {eps:.4g}, clean {model.clean().mean():.3f}\n"
         )
         print("| attack | ours | ART | our largest change | ART's |\n| --- | ---: | ---: | ---: | ---: |")

@@ -9,13 +9,14 @@ import pathlib
 import secrets
 import socket
 import stat
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
 import filelock
 import numpy as np
 
-from e2sad_jax.errors import BusyError, printable
+from e2sad_jax.errors import BusyError, ConfigError, printable
 
 LOCK = ".lock"
 SEAL = "sha256"
@@ -47,6 +48,24 @@ def atomic_file(path: pathlib.Path) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def make_folder(folder: pathlib.Path, flag: str) -> None:
+    """Makes a folder for results, and finds out that files can be written there before what is to be written is computed.
+
+    Args:
+      folder: the folder.
+      flag: the flag that names it, with its value.
+
+    Raises:
+      ConfigError: if it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{flag}: cannot be written ({error.strerror}); choose another folder") from error
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:

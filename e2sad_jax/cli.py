@@ -5,6 +5,7 @@ import importlib
 import logging as standard_logging
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from absl import app, flags, logging
 
+from e2sad_jax import distributed
 from e2sad_jax._version import __version__
 from e2sad_jax.defenses import DEFENSES, PLUGINS, Setting, readers
 from e2sad_jax.errors import (
@@ -38,6 +40,7 @@ DEFINE: Mapping[type, Callable[..., Any]] = {
     str: flags.DEFINE_string,
     tuple: flags.DEFINE_multi_string,
 }
+KINDS = {"int": "an integer", "float": "a number", "bool": "true or false"}  # by absl's names
 
 
 def train(name: str) -> None:
@@ -47,10 +50,10 @@ def train(name: str) -> None:
 
     def main() -> None:
         configs = read_configs(recipe)
-        from e2sad_jax import distributed  # after the flags are known to be right: this brings Orbax along
-        from e2sad_jax.runs import run
+        from e2sad_jax.runs import run  # after the flags are known to be right: this brings Orbax along
 
         distributed.connect(FLAGS.coordinator, FLAGS.process_id, FLAGS.num_processes)
+        distributed.require_backend()
         if FLAGS.describe:
             print(run.describe(configs[-1]))
         elif results := run.train_with_baseline(configs, name):
@@ -115,34 +118,40 @@ def run_request(name: str) -> None:
     """Runs a command with the values of its flags."""
     module = importlib.import_module(REQUESTS[name].module)
     values = {field.name: FLAGS[field.name].value for field in dataclasses.fields(module.Request)}
-    module.run(module.Request(**{k: tuple(v or ()) if isinstance(v, list) else v for k, v in values.items()}))
+    asked = module.Request(**{k: tuple(v or ()) if isinstance(v, list) else v for k, v in values.items()})
+    distributed.require_backend()
+    module.run(asked)
 
 
-def console() -> None:
-    """The console script `e2sad`: `e2sad train mnist --defense=trades`, `e2sad evaluate RUN`."""
+def console(program: str = "e2sad") -> None:
+    """The console script `e2sad`, and `python -m e2sad_jax`: `e2sad train mnist --defense=trades`, `e2sad evaluate RUN`.
+
+    Args:
+      program: how the user calls it.
+    """
     words = sys.argv[1:]
     match words:
         case [] | ["-h" | "-help" | "--help"] | ["train", "-h" | "-help" | "--help"]:
-            print(_commands())
+            print(_commands(program))
         case ["--version"]:
             print(__version__)
         case ["train", name, *rest] if name in RECIPES:
-            _describe(f"e2sad train {name}", RECIPES[name].about)
-            sys.argv = [f"e2sad train {name}", *rest]
+            _describe(f"{program} train {name}", RECIPES[name].about)
+            sys.argv = [f"{program} train {name}", *rest]
             train(name)
         case [name, *rest] if name in REQUESTS:
             if rest and not rest[0].startswith("-") and name != "compare":
                 rest[0] = f"--workdir={rest[0]}"
-            _describe(_usage(name), REQUESTS[name].about)
-            sys.argv = [f"e2sad {name}", *rest]
+            _describe(_usage(program, name), REQUESTS[name].about)
+            sys.argv = [f"{program} {name}", *rest]
             request(name)
         case ["data", *rest]:
             from e2sad_jax.data.__main__ import main
 
-            sys.exit(main(rest, "e2sad data"))
+            sys.exit(main(rest, f"{program} data"))
         case _:
             given = printable(" ".join(words[:2]))
-            print(f"e2sad: there is no command {given!r}\n\n{_commands()}", file=sys.stderr)
+            print(f"{program}: there is no command {given!r}\n\n{_commands(program)}", file=sys.stderr)
             sys.exit(2)
 
 
@@ -151,15 +160,15 @@ def _describe(usage: str, about: str) -> None:
     sys.modules["__main__"].__doc__ = f"{about}\n\n{usage} [flags]"
 
 
-def _usage(name: str) -> str:
-    return f"e2sad {name}{' RUN' if name != 'compare' else ''}"
+def _usage(program: str, name: str) -> str:
+    return f"{program} {name}{' RUN' if name != 'compare' else ''}"
 
 
-def _commands() -> str:
-    lines = [f"e2sad train {name}\n    {recipe.about}" for name, recipe in RECIPES.items()]
+def _commands(program: str) -> str:
+    lines = [f"{program} train {name}\n    {recipe.about}" for name, recipe in RECIPES.items()]
     for name, command in REQUESTS.items():
-        lines.append(f"{_usage(name)}\n    {command.about}")
-    lines.append("e2sad data mnist --to=PATH.npz\n    a prepared data set as one file")
+        lines.append(f"{_usage(program, name)}\n    {command.about}")
+    lines.append(f"{program} data mnist --to=PATH.npz\n    a prepared data set as one file")
     return "\n".join(["Commands; each has --help:\n", *lines])
 
 
@@ -302,6 +311,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if len(rest) > 1:
             raise flags.Error(f"unexpected argument {rest[1]!r}; settings are given as --name=value")
         return rest
+    except flags.IllegalFlagValueError as error:
+        _fail(_wrong_kind(str(error), error.__context__), 2)
     except flags.Error as error:
         _fail(first_line(error), 2)
     except SystemExit:  # after --help, which is no failure
@@ -309,6 +320,16 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except BrokenPipeError:  # nor is a reader of --help who has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
+
+
+def _wrong_kind(message: str, cause: BaseException | None) -> str:
+    """What absl says of a value that is of another kind than its flag's, with the kind and the range in place of the cause."""
+    given = message.removesuffix(f": {cause}")
+    name = given.removeprefix("flag --").partition("=")[0]
+    if name not in FLAGS or (kind := KINDS.get(FLAGS[name].flag_type())) is None:
+        return first_line(message)
+    bound = re.search(r"; ((?:at least|above|in \[)[^;(]*)", FLAGS[name].help)  # as every help text has it
+    return first_line(f"{given}: must be {kind}{f', {bound[1].strip()}' if bound else ''}")
 
 
 def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from e2sad_jax.errors import ConfigError, first_line
+from e2sad_jax.errors import ConfigError, backend_error, first_line
 
 AXIS = "data"
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
@@ -67,6 +67,18 @@ def connect(coordinator: str = "", process_id: int = -1, num_processes: int = 0)
         ) from error
 
 
+def require_backend() -> None:
+    """Starts JAX on the platform that JAX_PLATFORMS names. Commands call it before they load anything.
+
+    Raises:
+      ConfigError: if there is no such platform or device, or JAX is not installed for it.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        raise backend_error(error, jax.config.jax_platforms or "") from error  # type: ignore[attr-defined]
+
+
 def is_multiprocess() -> bool:
     """Returns whether the run has other processes."""
     return jax.process_count() > 1
@@ -88,8 +100,9 @@ def mesh(devices: int, batch_size: int) -> Mesh | None:
       The mesh; None for one device of one process, where nothing needs to be placed.
 
     Raises:
-      ConfigError: if there are fewer devices, or they do not divide the batch.
+      ConfigError: if there are fewer devices, or they do not divide the batch, or JAX cannot start.
     """
+    require_backend()
     there = jax.devices()
     if devices > len(there):
         kind = there[0].platform

@@ -140,7 +140,36 @@ class Stopped(Error):
 
 
 _OF_DEVICES = ("INTERNAL", "UNAVAILABLE", "UNKNOWN", "ABORTED", "DATA_LOSS", "DEADLINE")  # INVALID_ARGUMENT is a bug's
-_NO_BACKEND = "Unable to initialize backend"
+_CUDA = 'pip install -U "jax[cuda13]" (jax[cuda12] where the driver is older than CUDA 13)'
+_INSTALL = {
+    "cuda": _CUDA,
+    "gpu": _CUDA,
+    "tpu": 'pip install -U "jax[tpu]"',
+    "rocm": 'pip install -U "jax[rocm7-local]"',
+}
+
+
+def backend_error(error: BaseException, platforms: str) -> ConfigError:
+    """Returns the error that says why JAX cannot start on the platforms that were asked for, and what to do.
+
+    Args:
+      error: what JAX raised.
+      platforms: what JAX_PLATFORMS says, "" for nothing.
+    """
+    missing = [name for name in platforms.lower().split(",") if name in _INSTALL]
+    if missing:
+        remedy = f"install the JAX of that device with {_INSTALL[missing[0]]}"
+    elif platforms:
+        remedy = "it must be of cpu, cuda, tpu, rocm, several with commas"
+    else:
+        remedy = "look at the device (nvidia-smi, dmesg), or install the JAX that is made for it"
+    why = (
+        first_line(error)
+        .removesuffix(" (set JAX_PLATFORMS='' to automatically choose an available backend)")
+        .rstrip(".")
+    )
+    why = why if str(error) else "JAX finds no such device, or is not installed for it"  # a bare AssertionError
+    return ConfigError(f"JAX_PLATFORMS={printable(platforms)}: {why}; {remedy}, or take the CPU with JAX_PLATFORMS=cpu")
 
 
 def as_device_error(error: BaseException, doing: str, kept: str, lower: str) -> Error | None:
@@ -157,7 +186,7 @@ def as_device_error(error: BaseException, doing: str, kept: str, lower: str) -> 
         return None
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in words:
         return OutOfMemoryError(f"out of memory {doing} ({first_line(error)}); {kept}. Try a lower {lower}")
-    if isinstance(error, RuntimeError) and (words.startswith(_OF_DEVICES) or _NO_BACKEND in words):
+    if isinstance(error, RuntimeError) and words.startswith(_OF_DEVICES):
         return DeviceError(
             f"the device failed {doing} ({first_line(error)}); {kept}. If it fails again look at the device (nvidia-smi, "
             "dmesg), or run elsewhere: JAX_PLATFORMS=cpu takes the CPU"

@@ -7,7 +7,6 @@ computed in float32 at least, whatever the network computes in.
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from e2sad_jax import _arguments
 
@@ -87,7 +86,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
       targets: distributions `[N, K]`, as `soft_labels` makes them. Integer labels are refused, not read as one-hot.
 
     Returns:
-      `-sum_k targets_k log softmax(logits)_k`, `[N]`.
+      `-sum_k targets_k log softmax(logits)_k`, `[N]`; classes of target 0 may have a logit of -inf.
 
     Raises:
       TypeError: if `targets` are integers, or `logits` are no array.
@@ -101,7 +100,16 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     if logits.shape != targets.shape:
         raise ValueError(f"cross_entropy: logits {logits.shape} and targets {targets.shape} must have one shape [N, K]")
     logits = _at_least_float32(logits)
-    return optax.softmax_cross_entropy(logits, targets.astype(logits.dtype))
+    return -expectation(targets.astype(logits.dtype), jax.nn.log_softmax(logits))
+
+
+def expectation(p: jax.Array, values: jax.Array) -> jax.Array:
+    """sum_k p_k values_k, `[N]`; a class of probability 0 adds 0, and 0 to the gradient, even where its value is infinite.
+
+    So a class that a model masks by a logit of -inf is no class to the losses.
+    """
+    there = p > 0
+    return jnp.where(there, p * jnp.where(there, values, 0), 0).sum(-1)
 
 
 def dissimilarity(logits: jax.Array, other_logits: jax.Array) -> jax.Array:

@@ -39,19 +39,17 @@ def main(steps: int, images: int) -> None:
         record=report,
         checkpoint=lambda step, state: None,  # `python -m experiments.digits` keeps them on disk
     )
-    transform = TRANSFORMS[config.transform]
+    transform, tests = TRANSFORMS[config.transform], data.sample_tests(digits, images)
     outcomes = evaluation.evaluate(
         networks.apply_fn(model),
         state.params,
-        digits.x_test[:images],
-        digits.y_test[:images],
+        tests.x_test,
+        tests.y_test,
         SUITE,
         transform=transform.apply,
         bounds=transform.bounds,
     )
-    print(
-        f"\ndigits, the first {len(digits.x_test[:images])} test images, {steps} steps of {config.batch_size}; attacks at 0.2"
-    )
+    print(f"\ndigits, {len(tests.x_test)} test images, {steps} steps of {config.batch_size}; attacks at 0.2")
     for name, outcome in outcomes.items():
         print(f"{name:10} {outcome.accuracy:.3f}")
     print(f"{'all':10} {outcomes.worst_case().mean():.3f}")

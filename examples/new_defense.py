@@ -40,10 +40,9 @@ defenses.register("logit_pairing", defenses.Defense(logit_pairing, "logit pairin
 def main(steps: int, images: int, names: list[str]) -> None:
     """Trains each defense with the same updates, attacks its model, and prints a line for it."""
     digits = data.load("digits")
-    x, y = digits.x_test[:images], digits.y_test[:images]
-    print(
-        f"digits at {EPS}, {steps} steps of 32, one seed, the first {len(x)} test images; robust: under APGD-CE of 20"
-    )
+    tests = data.sample_tests(digits, images)
+    x, y = tests.x_test, tests.y_test
+    print(f"digits at {EPS}, {steps} steps of 32, one seed, {len(x)} test images; robust: under APGD-CE of 20")
     print(f"steps, one restart; the standard error of an accuracy is up to {0.5 / len(x) ** 0.5:.2f}\n")
     print(f"{'':16} clean  robust  GFLOP a step")
     common = {"model": "digits_cnn", "steps": steps, "batch_size": 32, "eps1": EPS, "soft_label": False}

@@ -69,9 +69,9 @@ def accuracies(model: nn.Module, variables: Any, x: jax.Array, y: jax.Array) -> 
 
 def main(steps: int, images: int) -> None:
     """Prints accuracy without an attack and under one, of the model as it was and of the robust one."""
-    digits, model = data.load("digits"), Network()
-    x, x_test = (transforms.unit(jnp.asarray(part)) for part in (digits.x_train, digits.x_test[:images]))
-    labels, labels_test = jnp.asarray(digits.y_train), jnp.asarray(digits.y_test[:images])
+    digits, model = data.sample_tests(data.load("digits"), images), Network()
+    x, x_test = (transforms.unit(jnp.asarray(part)) for part in (digits.x_train, digits.x_test))
+    labels, labels_test = jnp.asarray(digits.y_train), jnp.asarray(digits.y_test)
     y, y_test = (losses.soft_labels(part, digits.num_classes, delta=0) for part in (labels, labels_test))
     print(f"digits, {len(x_test)} test images, {steps} steps of 64; PGD-40 at {EPS}, steps of 0.02, one random start")
     for name, robust in (("natural", False), ("e2SAD", True)):

@@ -99,7 +99,7 @@ def images(name: str, x: jax.Array) -> jax.Array:
 def number(name: str, argument: str, value: object, *, positive: bool = False) -> None:
     """Refuses what is no number, or is negative, not finite or, if `positive`, 0."""
     if not isinstance(value, (numbers.Real, jax.Array, np.ndarray)) or isinstance(value, bool):
-        raise ValueError(f"{name}: {argument}={value!r}; {_range(positive)}")
+        raise ValueError(f"{name}: {argument}={value!r}; {_range(positive, 'a number, ')}")
     if not is_number(value):
         return
     known = float(value)
@@ -222,8 +222,8 @@ def nan_without_class(x: jax.Array, num_classes: int, *classes: jax.Array | None
     return x
 
 
-def _range(positive: bool) -> str:
-    return f"it must be a number, finite and {'above' if positive else 'at least'} 0"
+def _range(positive: bool, what: str = "") -> str:
+    return f"it must be {what}finite and {'above' if positive else 'at least'} 0"
 
 
 def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:

@@ -85,7 +85,7 @@ def deepfool(
         if wanted is not None:
             reach = wanted
             lead, w = map(as_float32, losses_and_gradient(lambda z: -losses.margin(logits_fn(z), reach), z))
-            return distances(lead[None], w[None], jnp.abs(look(z)).max(-1)[None])[0], w
+            return distances(lead[None], w[None], jnp.abs(look(z).max(-1))[None])[0], w
         logits, w = linearise(logits_fn, z, leave)
         z_own = jnp.take_along_axis(logits, leave[:, None], 1)
         distance = distances((logits - z_own).T, w, jnp.abs(z_own).T)

@@ -25,6 +25,7 @@ ROUNDS = 50  # of the projection at most; it needs about five
 FINAL_STEPS = 3  # along the line from the image to the nearest point found
 SHORT = 0.99  # of each of them: on the boundary itself rounding decides
 ROUNDING = 1e-5  # share of the largest logit by which another must lead, to do so in another program too
+FAR = 1e3  # times the leading logits: so large is that of a class which is masked, and no part of their rounding
 
 
 class _Found(NamedTuple):
@@ -118,24 +119,29 @@ def fab(
 
     def slack(logits: jax.Array) -> jax.Array:
         """Of every boundary, the hyperplanes too: a walk that ended on the true one would never count as a success."""
-        return jax.lax.stop_gradient(ROUNDING * jnp.abs(logits).max(1))
+        size = jnp.abs(jax.lax.stop_gradient(logits))
+        leading = jnp.maximum(jnp.abs(logits.max(1)), pick(size, y))
+        return ROUNDING * jnp.where(size <= FAR * leading[:, None], size, 0).max(1)
+
+    def pick(logits: jax.Array, classes: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(logits, classes[:, None], 1)[:, 0]
 
     def margin(z: jax.Array) -> jax.Array:
         logits = jax.lax.stop_gradient(as_float32(logits_fn(z)))
-        return (success(logits) - slack(logits)).astype(clean.dtype)
+        return success(logits).astype(clean.dtype)
 
     def success(logits: jax.Array) -> jax.Array:
-        """Above 0 where the image counts as found."""
-        return losses.margin(logits, y) if wanted is None or any_wrong else -losses.margin(logits, wanted)
+        """Above 0 where the image counts as found, by more than rounding."""
+        lead = losses.margin(logits, y) if wanted is None or any_wrong else -losses.margin(logits, wanted)
+        return lead - slack(logits)
 
     def ahead(z: jax.Array) -> jax.Array:
         """By how much the target is above the label, or with success at the target alone above all others."""
         assert wanted is not None
         logits = as_float32(logits_fn(z))
         if not any_wrong:
-            return success(logits) - slack(logits)
-        lead = jnp.take_along_axis(logits, wanted[:, None], 1) - jnp.take_along_axis(logits, y[:, None], 1)
-        return lead[:, 0] - slack(logits)
+            return success(logits)
+        return pick(logits, wanted) - pick(logits, y) - slack(logits)
 
     def hyperplane(z: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The network at z as `value + <normal, . - z>`, above 0 beyond the boundary."""
@@ -143,7 +149,7 @@ def fab(
             value, normal = losses_and_gradient(ahead, z)
             return value.astype(clean.dtype), as_float32(normal)
         logits, normals = linearise(logits_fn, z, y)
-        values = logits - jnp.take_along_axis(logits, y[:, None], 1) - slack(logits)[:, None]
+        values = logits - pick(logits, y)[:, None] - slack(logits)[:, None]
         size = norms(normals.reshape(-1, *x.shape[1:]), "l1" if norm == "linf" else norm).reshape(len(normals), n).T
         away = jnp.where(size > 0, jnp.abs(values) / jnp.where(size > 0, size, 1), jnp.inf)
         nearest = jnp.where(jnp.isfinite(away), away, jnp.inf).argmin(1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from e2sad_jax._io import read_sealed, sealed, write_json
 from e2sad_jax.comparison.request import CHECKPOINTS, Request
-from e2sad_jax.data import Dataset
+from e2sad_jax.data import Dataset, sample_tests
 from e2sad_jax.errors import Stopped, first_line
 from e2sad_jax.evaluation import Attack, auto
 from e2sad_jax.reporting.progress import Bar
@@ -46,7 +46,9 @@ def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[s
             raise Stopped(f"stopped in {run.workdir}; the same command resumes", number)
         best = run.best()
         images_of = dataset if request.judge == "test" else run.validation_set
-    images, labels = images_of.x_test[: request.examples], images_of.y_test[: request.examples]
+    there = len(images_of.x_test)
+    images_of = sample_tests(images_of, request.examples)
+    images, labels = images_of.x_test, images_of.y_test
     last = known.get("last") or _attacked(config, "last", images, labels, stages)
     write_json(path, sealed({"asked": asked, "last": last}))  # attacks take long
     outcome = {
@@ -54,6 +56,8 @@ def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[s
         "seed": config.seed,
         "eps": config.eps1,
         "images": len(images),
+        "of": there,
+        "classes": len(np.unique(labels)),
         "last": last,
         "best": _attacked(config, "best", images, labels, stages) if best and best[0] != last["step"] else last,
         "chosen_on": best[1] if best else "no images, for training was stopped before any validation",
@@ -66,7 +70,10 @@ def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[s
 
 def question(request: Request, dataset: Dataset) -> dict[str, Any]:
     """What a model is asked: data, images, checkpoints and attacks; outcomes of other questions do not compare."""
+    there = len(dataset.x_test) if request.judge == "test" else request.validation_examples
+    drawn = {"drawn": "stratified"} if request.examples < there else {}  # once the first ones were taken
     return {
+        **drawn,
         "data": dataset.sha256,
         "judge": request.judge,
         "checkpoints": list(CHECKPOINTS),

@@ -9,7 +9,7 @@ from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.evaluation import Attack, Effort
 from e2sad_jax.networks import NETWORKS
-from e2sad_jax.training.config import SCHEDULE, SCHEDULES, Config, check, configure, preset, setting
+from e2sad_jax.training.config import DATA_DIR, SCHEDULE, SCHEDULES, Config, check, configure, preset, setting
 
 # By name in tables and pictures. eps2 and attack_step_size are in multiples of eps.
 ENTRIES: Mapping[str, Mapping[str, Any]] = {
@@ -81,9 +81,7 @@ class Request:
 
     entry: tuple[str, ...] = setting((), f"what to compare, may be given several times; none: all; of {_quoted()}")
     data: str = setting("mnist", "mnist, svhn, digits, or a file PATH.npz")
-    data_dir: str = setting(
-        "", "folder of data sets, empty: $E2SAD_DATA_DIR, or e2sad_jax in $XDG_CACHE_HOME or ~/.cache"
-    )
+    data_dir: str = setting("", DATA_DIR)
     model: str = setting("digits_cnn", "network; mnist_cnn is the paper's", choices=NETWORKS)
     steps: int = setting(2000, "training steps of each", lower=1)
     batch_size: int = setting(128, "images a step", lower=1)
@@ -106,7 +104,7 @@ class Request:
         "images to attack: the test set, or, to choose settings, those held out of the training set",
         choices=tuple(JUDGES),
     )
-    examples: int = setting(500, "images to attack, the first ones, or all if there are fewer", lower=1)
+    examples: int = setting(500, "images to attack, a sample stratified by class, or all if there are fewer", lower=1)
     queries: int = setting(1000, "queries of Square, 0: leave it out", lower=0)
     apgd_steps: int = setting(50, "steps of APGD-CE and of APGD-T", lower=1)
     targets: int = setting(9, "wrong classes that the targeted APGD tries", lower=1)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from e2sad_jax import data
-from e2sad_jax._io import read_json, write_json, write_text
+from e2sad_jax._io import make_folder, read_json, write_json, write_text
 from e2sad_jax.comparison.evaluate_model import evaluate_model
 from e2sad_jax.comparison.flops import match_flops, step_flops
 from e2sad_jax.comparison.request import CHECKPOINTS, Request, position
@@ -36,7 +36,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
       What compare.json holds.
 
     Raises:
-      ConfigError: if the data is too small for the request.
+      ConfigError: if the data is too small for the request, or the folder of the results cannot be written.
       NonFiniteError: if every run diverged.
       Stopped: after Ctrl-C; what is finished stays.
     """
@@ -44,6 +44,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     folder = pathlib.Path(request.results or request.workdir).expanduser()
     if request.show:
         return _show(folder)
+    make_folder(folder, f"--results={folder}")
     dataset = data.load(request.data, request.data_dir or None)
     shape, num_classes = tuple(dataset.image_shape), dataset.num_classes
     rows: list[dict[str, Any]] = []
@@ -68,7 +69,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
                 "request": dataclasses.asdict(request),
                 "attacks": [dataclasses.asdict(stage) for stage in request.stages(num_classes)],
                 "eps": runs[0]["eps"],
-                "images": runs[0]["images"],
+                **{key: runs[0].get(key) for key in ("images", "of", "classes")},
                 "image_shape": list(shape),
                 "num_classes": num_classes,
                 "chosen_on": runs[0]["chosen_on"],

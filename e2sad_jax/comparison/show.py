@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from e2sad_jax.comparison.request import CHECKPOINTS, JUDGES, REFERENCE
+from e2sad_jax.data.dataset import in_words
 from e2sad_jax.reporting import plots
 from e2sad_jax.reporting.card import PURPOSE, limits
 from e2sad_jax.reporting.table import Table
@@ -31,7 +32,10 @@ def protocol(result: Result) -> list[str]:
 
 
 def _images(result: Result) -> str:
-    return f"{result['images']:,} {JUDGES[result['request']['judge']]}"
+    kind, count = JUDGES[result["request"]["judge"]], result["images"]
+    if result.get("of") is None:  # of an earlier version
+        return f"{count:,} {kind}"
+    return in_words(count, result["of"], result["classes"], result["num_classes"], kind)
 
 
 def _attacks(result: Result) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import pathlib
 
-from e2sad_jax.data.dataset import Dataset, first_test_images, hold_out, subset
+from e2sad_jax.data.dataset import Dataset, hold_out, sample, sample_tests, subset
 from e2sad_jax.data.known import KNOWN, Known
 from e2sad_jax.data.npz import load_npz, write_npz
 from e2sad_jax.errors import DataError, first_line
@@ -20,10 +20,11 @@ __all__ = [
     "Dataset",
     "Known",
     "default_data_dir",
-    "first_test_images",
     "hold_out",
     "load",
     "load_npz",
+    "sample",
+    "sample_tests",
     "subset",
     "write_npz",
 ]

@@ -62,9 +62,60 @@ class Dataset:
         return height, width, channels
 
 
-def first_test_images(dataset: Dataset, count: int) -> Dataset:
-    """Returns the data set with its first `count` test images; with all of them for 0."""
-    return subset(dataset, test=slice(count)) if count else dataset
+def sample(labels: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
+    """Draws `n` images so that each class has its share of them: the places, in order.
+
+    The draw depends on the labels, `n` and `seed` alone, so every model and every command has the same images. A class has
+    its share to within one, the rest by largest remainder. Every class has an image if `n` is at least their number.
+
+    Args:
+      labels: `[N]`, integers.
+      n: how many to draw, at least 0; all of them if there are not more.
+      seed: of the draw within each class.
+
+    Returns:
+      int64 `[min(n, N)]`, increasing.
+
+    Raises:
+      ValueError: if `n` is below 0.
+    """
+    if n < 0:
+        raise ValueError(f"sample: n={n}; it must be at least 0")
+    total = len(labels)
+    if n >= total:
+        return np.arange(total)
+    _, kind, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    taken = n * counts // total
+    if n >= len(counts):
+        taken = np.maximum(taken, 1)
+    while (missing := n - int(taken.sum())) != 0:
+        owed = n * counts - taken * total  # in images, times `total`
+        if missing > 0:
+            taken[np.argmax(owed)] += 1
+        else:  # classes that have the one image that each must have keep it
+            taken[np.argmin(np.where(taken > 1, owed, np.iinfo(np.int64).max))] -= 1
+    order = np.random.default_rng(seed).permutation(total)
+    return np.sort(np.concatenate([order[kind[order] == k][:count] for k, count in enumerate(taken)]))
+
+
+def sample_tests(dataset: Dataset, count: int) -> Dataset:
+    """Returns the data set with a `sample` of `count` of its test images; with all of them for 0."""
+    return subset(dataset, test=sample(dataset.y_test, count)) if count else dataset
+
+
+def in_words(count: int, there: int, classes: int | None, num_classes: int, kind: str = "test images") -> str:
+    """Says which images something was measured on: "all 355 test images", "500 of 10,000 test images, 10 of 10 classes".
+
+    Args:
+      count: how many images.
+      there: how many there are of their kind.
+      classes: how many classes have one among them; None if that is not known.
+      num_classes: number of classes.
+      kind: what the images are.
+    """
+    images = f"all {there:,} {kind}" if count == there else f"{count:,} of {there:,} {kind}"
+    named = classes is not None and (count < there or classes < num_classes)
+    return f"{images}, {classes} of {num_classes} classes" if named else images
 
 
 def hold_out(dataset: Dataset, count: int) -> tuple[Dataset, Dataset]:
@@ -150,9 +201,10 @@ def checked(where: str, arrays: Mapping[str, np.ndarray], num_classes: Any | Non
     for split, values in labels.items():
         index = int(np.argmax(values))
         if values[index] >= count:
+            from_one = values[index] == count and values.min() > 0
             raise DataError(
                 f"{where}: y_{split}[{index}] is {values[index]}; labels must be integers in [0, {count}) "
-                f"({count} is {bound})"
+                f"({count} is {bound}){'; if they count from 1, subtract 1' if from_one else ''}"
             )
     return {"x_train": train, "y_train": labels["train"], "x_test": test, "y_test": labels["test"]}, count
 
@@ -168,6 +220,11 @@ def _checked_images(where: str, member: str, images: np.ndarray) -> np.ndarray:
     if images.ndim == 3:
         images = images[..., np.newaxis]
     if images.dtype == np.uint8:
+        if images.max() == 1 and images.min() == 0:  # in 0..255 both are black: no image is meant so
+            raise DataError(
+                f"{where}: {member} is uint8 and holds 0 and 1 alone, where 255 is white; store 255 * {member}, or floats "
+                f"in [0, 1] ({member}.astype(numpy.float32))"
+            )
         return np.ascontiguousarray(images)
     if not np.issubdtype(images.dtype, np.floating):
         remedy = "store 0..255 as uint8 (images.astype(numpy.uint8)), or floats in [0, 1]"
@@ -219,6 +276,68 @@ def _checked_num_classes(where: str, value: Any) -> int:
     if not 2 <= count <= MAX_CLASSES:
         raise DataError(f"{where}: num_classes is {count}; it must be between 2 and {MAX_CLASSES}")
     return count
+
+
+def doubts(dataset: Dataset, stated: bool) -> list[str]:
+    """What is most likely wrong with a data set that `checked` allows, each with what to do about it.
+
+    Args:
+      dataset: the data set.
+      stated: whether the number of classes was given, not taken from the labels: then classes without images are meant.
+    """
+    found = [*_doubts_of_images(dataset)]
+    classes = dataset.num_classes
+    train, test = (set(np.unique(y).tolist()) for y in (dataset.y_train, dataset.y_test))
+    enough = len(dataset.y_train) >= classes  # fewer images cannot have every class
+    empty = sorted(set(range(classes)) - train) if enough or train == set(range(1, classes)) else []
+    if len(train) == 1 and len(dataset.y_train) > 1:  # one image stands for none, in a file to be attacked
+        found.append(f"every label of y_train is {min(train)}: store training images of all classes")
+    elif empty and not stated:
+        if 0 not in train | test:
+            found.append(
+                f"no label is 0, so class 0 of {classes} is empty: subtract 1 from labels that count from 1, or set "
+                f"num_classes={classes} if it is meant"
+            )
+        elif empty:
+            found.append(
+                f"{_named(empty)} of {classes} {_have(empty)} no training image: renumber the labels without gaps "
+                f"(numpy.unique(y, return_inverse=True)[1]), or set num_classes={classes} if it is meant"
+            )
+    elif len(train) > 1 and (lost := sorted(test.intersection(empty))):
+        found.append(f"{_named(lost)} of {classes} {_have(lost)} test images but no training image: add some")
+    if len(test) == 1 and len(dataset.y_test) >= 10:
+        found.append(f"every label of y_test is {test.pop()}: store test images of all classes")
+    return found
+
+
+def _named(classes: list[int]) -> str:
+    shown = ", ".join(map(str, classes[:10])) + (", ..." if len(classes) > 10 else "")
+    return f"class{'es' if len(classes) > 1 else ''} {shown}"
+
+
+def _have(classes: list[int]) -> str:
+    return "have" if len(classes) > 1 else "has"
+
+
+def _doubts_of_images(dataset: Dataset) -> list[str]:
+    found, dark = [], []
+    white = 255 if dataset.x_train.dtype == np.uint8 else 1
+    for member in ("x_train", "x_test"):
+        largest = getattr(dataset, member).max()
+        if 0 < largest < white / 8:  # black images alone stand for none, in a file to be attacked
+            dark.append(f"the largest pixel of {member} is {largest:.3g}, where {white} is white")
+    if dark:
+        twice = white == 1 and all(getattr(dataset, m).max() <= 1.001 / 255 for m in ("x_train", "x_test"))
+        remedy = "they were divided by 255 twice: multiply them by 255" if twice else "scale them to the whole range"
+        found.append(f"{' and '.join(dark)}: {remedy}")
+    height, *last = dataset.image_shape
+    if height in (1, 3) and (last[0] == last[1] >= 8 or min(last) >= 16):
+        shape = "x".join(map(str, dataset.image_shape))
+        found.append(
+            f"images of {shape} are read as height x width x channels: if channels come first, store "
+            "x.transpose(0, 2, 3, 1)"
+        )
+    return found
 
 
 def check_claim(where: str, dataset: Dataset) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from e2sad_jax import _io
-from e2sad_jax.data.dataset import ARRAYS, Dataset, check_claim, checked
+from e2sad_jax.data.dataset import ARRAYS, Dataset, check_claim, checked, doubts
 from e2sad_jax.data.known import KNOWN
 from e2sad_jax.errors import DataError, first_line, printable, quoted
 
@@ -27,6 +28,7 @@ FORMAT = "e2sad_jax.data/1"
 SMALL = 2**20  # bytes of a member that only describes the others
 INFLATED = 2**28  # bytes that any compressed member may become
 RATIO = 100  # beyond that: how many times its own size in the file
+_warnings: set[str] = set()  # those printed
 
 
 def load_npz(path: str | os.PathLike[str]) -> Dataset:
@@ -51,7 +53,8 @@ def load_npz(path: str | os.PathLike[str]) -> Dataset:
     members = read_members(path, ARRAYS, ("num_classes", "metadata"))
     if "metadata" not in members:
         arrays, count = checked(where, members, members.get("num_classes"))
-        return Dataset(path.name if path.stem.lower() in KNOWN else path.stem, "", **arrays, num_classes=count)
+        name = path.name if path.stem.lower() in KNOWN else path.stem
+        return _warned(where, Dataset(name, "", **arrays, num_classes=count), "num_classes" in members)
     metadata = _parse_metadata(where, members["metadata"])
     for member in ARRAYS:
         expected, found = metadata["arrays"][member], _described(members[member])
@@ -72,6 +75,17 @@ def load_npz(path: str | os.PathLike[str]) -> Dataset:
     sources = dict(metadata["source_sha256"])
     dataset = Dataset(metadata["name"], metadata["version"], **arrays, num_classes=count, source_sha256=sources)
     check_claim(where, dataset)
+    return _warned(where, dataset, True)
+
+
+def _warned(where: str, dataset: Dataset, stated: bool) -> Dataset:
+    """Prints what is most likely wrong with a data set, in one line, once a process and once for all processes of a run."""
+    line = f"warning: {printable(where)}: {'; '.join(found)}" if (found := doubts(dataset, stated)) else ""
+    if line and line not in _warnings:
+        _warnings.add(line)
+        several = "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+        if not several or sys.modules["jax"].process_index() == 0:
+            print(line, file=sys.stderr, flush=True)
     return dataset
 
 

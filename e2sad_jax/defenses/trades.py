@@ -1,12 +1,12 @@
 """TRADES: the clean loss and the divergence between the predictions on clean and adversarial images."""
 
 import jax
-import optax
+import jax.numpy as jnp
 
 from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, ATTACK_STEPS, NORM, Defense, Setting, register
 from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight
-from e2sad_jax.losses import cross_entropy
+from e2sad_jax.losses import cross_entropy, expectation
 
 START = 1e-3  # standard deviation of the noise that the attack starts from: at the image itself it has no gradient
 
@@ -67,8 +67,11 @@ def trades(
     f_x = log_f(x)
     constant = jax.lax.stop_gradient(f_x)
 
+    def divergence_of(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+        return expectation(jnp.exp(log_p), log_p - log_q)
+
     def divergence(z: jax.Array) -> jax.Array:
-        return optax.losses.kl_divergence_with_log_targets(log_f(z), constant)
+        return divergence_of(constant, log_f(z))
 
     limits = core.ball(norm, x, eps, bounds)
     keys = core.per_image_keys("trades", key, x.shape[0])
@@ -78,7 +81,7 @@ def trades(
     x_adv = jax.lax.stop_gradient(x_adv)
 
     clean = mean(cross_entropy(f_x, y))  # log f is f's logits as well as any
-    kl = mean(optax.losses.kl_divergence_with_log_targets(log_f(x_adv), f_x))
+    kl = mean(divergence_of(f_x, log_f(x_adv)))
     return clean + beta * kl, {"clean": clean, "divergence": kl}
 
 

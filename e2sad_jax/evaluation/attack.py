@@ -170,8 +170,7 @@ class Attack:
 
 def _streams_of(seed: jax.typing.ArrayLike, index: jax.Array) -> jax.Array:
     """A key for each image, from its place in the data set."""
-    key = jax.random.fold_in(jax.random.key(seed), _streams.EVALUATION)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+    return jax.vmap(jax.random.fold_in, (None, 0))(_streams.key(seed, _streams.EVALUATION), index)
 
 
 def _needs_steps(method: attacks.Method) -> bool:

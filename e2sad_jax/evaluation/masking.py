@@ -191,7 +191,7 @@ def _gradients(
     programs: Programs, params: Any, x: jax.Array, labels: jax.Array, places: jax.Array, seed: jax.Array, eps: jax.Array
 ) -> tuple[jax.Array, ...]:
     """Whether there is no gradient to follow, and the cosine."""
-    key = jax.random.fold_in(jax.random.key(seed), _streams.MASKING)
+    key = _streams.key(seed, _streams.MASKING)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
     limits = core.linf_ball(x, eps, programs.bounds)
     near = limits.project(x + eps * limits.sample(keys, x))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from e2sad_jax.data.dataset import in_words
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.table import Table
 from e2sad_jax.training.config import Config
@@ -40,8 +41,8 @@ def limits(seeds: int, *images: int) -> list[str]:
 
 def images_of(results: Mapping[str, Any]) -> str:
     """The test images of an evaluation in words."""
-    n, there = results["examples"], results["dataset"]["test_examples"]
-    return f"{f'all {n:,}' if n == there else f'the first {n:,} of {there:,}'} test images"
+    there = results["dataset"]
+    return in_words(results["examples"], there["test_examples"], results.get("classes"), there["num_classes"])
 
 
 def accuracies(measured: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from e2sad_jax import attacks
+from e2sad_jax.data.dataset import in_words
 from e2sad_jax.reporting import plots, provenance
 from e2sad_jax.reporting.card import WORST
 from e2sad_jax.reporting.table import Table
@@ -88,14 +89,20 @@ def _restarts(count: int) -> str:
     return "1 restart" if count == 1 else f"{count} restarts"
 
 
+def images_of(result: Result) -> str:
+    """The test images of an evaluation in words."""
+    return in_words(result["images"], result["test_images"], result["classes"], result["num_classes"])
+
+
 def text(result: Result) -> str:
-    """The tables and the verdict, for a terminal."""
-    return "\n\n".join([*(table.text() for table in tables(result)), result["verdict"]])
+    """The tables, the images and the verdict, for a terminal."""
+    about = f"Measured on {images_of(result)}."
+    return "\n\n".join([*(table.text() for table in tables(result)), about, result["verdict"]])
 
 
 def markdown(result: Result) -> str:
     """evaluation.md: the verdict, the tables, the picture, and the provenance."""
-    blocks = [f"# Robustness of {result['name']}", result["verdict"]]
+    blocks = [f"# Robustness of {result['name']}", f"Measured on {images_of(result)}. {result['verdict']}"]
     blocks += [table.markdown(level=2).strip() for table in tables(result)]
     blocks.append("![Accuracy against budget and steps](evaluation.png)")
     blocks.append(f"Command: `{result['command']}`. {provenance.sentence(result['environment'])}")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from e2sad_jax import _streams
 from e2sad_jax._compile import jit
 from e2sad_jax._io import write_bytes
 from e2sad_jax.defenses.e2sad import adversarial_points
@@ -94,7 +95,7 @@ def examples(
             ball_second=ball_second,
             norm=norm,
             bounds=bounds,
-            key=jax.random.key(seed),
+            key=_streams.key(seed, _streams.PICTURE),
         )
         return [(z, jax.nn.softmax(logits_fn(z))) for z in (x, first, second)]
 

@@ -72,7 +72,7 @@ def commit() -> str | None:
 def command() -> str:
     """The command line of this process as a user types it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if sys.argv[0].startswith("e2sad "):  # the console script's, with its subcommand
+    if sys.argv[0].startswith(("e2sad ", "python -m e2sad_jax ")):  # `cli.console`'s, with its subcommand
         program = sys.argv[0]
     elif spec is not None and spec.name:
         program = f"python -m {spec.name.removesuffix('.__main__')}"

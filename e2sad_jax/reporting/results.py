@@ -37,6 +37,7 @@ def build(
     suite: Sequence[Attack],
     outcomes: Mapping[str, Outcome],
     *,
+    classes: int,
     steps: int,
     parameters: int,
     train_seconds: float,
@@ -50,6 +51,7 @@ def build(
         `num_classes`, `sha256`.
       suite: the attacks.
       outcomes: their outcomes on the last checkpoint, by name.
+      classes: how many classes have an image among those that were attacked.
       steps: training steps of the last checkpoint.
       parameters: number of the network's parameters.
       train_seconds: duration of training.
@@ -69,6 +71,7 @@ def build(
     return {
         "dataset": dict(dataset),
         "examples": examples,
+        "classes": classes,
         "steps": steps,
         **last,
         "best": best and {"step": best.step, "chosen_on": best.chosen_on, **_measured(suite, best.outcomes)},

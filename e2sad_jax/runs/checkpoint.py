@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
-from e2sad_jax import _io, distributed
+from e2sad_jax import _io, _streams, distributed
 from e2sad_jax._io import read_sealed, sealed
 from e2sad_jax.errors import CheckpointError, DamagedError, WorkdirError, as_device_error, first_line, reason
 from e2sad_jax.runs.folder import steps_in
@@ -149,7 +149,7 @@ class Checkpoints:
             raise DamagedError(folder, first_line(error)) from error
         if digest(restored) != self._metrics(step)[STATE]:
             raise DamagedError(folder, "its numbers are not those that were saved")
-        return TrainState(**{**restored, "key": jax.random.wrap_key_data(restored["key"])})
+        return TrainState(**{**restored, "key": jax.random.wrap_key_data(restored["key"], impl=_streams.GENERATOR)})
 
     def _metrics(self, step: int) -> dict[str, Any]:
         return read_metrics(self.folder / str(step))

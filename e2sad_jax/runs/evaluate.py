@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from e2sad_jax import data, distributed
-from e2sad_jax._io import write_json, write_text
+from e2sad_jax._io import make_folder, write_json, write_text
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.evaluation import Effort, Model, diagnose, of_classifier, of_function
 from e2sad_jax.reporting import diagnosis, provenance
@@ -33,7 +35,9 @@ class Request:
     data: str = setting("", "data set whose test images are attacked; empty: that of the run")
     data_dir: str = setting("", "folder of data sets; empty: that of the run")
     eps: float = setting(0.0, "l-infinity budget in the network's units, 0: the run's own eps1", lower=0)
-    examples: int = setting(500, "test images, the first ones, or all if there are fewer; 0: all", lower=0)
+    examples: int = setting(
+        500, "test images, a sample stratified by class, or all if there are fewer; 0: all", lower=0
+    )
     batch_size: int = setting(250, "images at once", lower=1)
     devices: int = setting(1, "devices to split each batch over, 0: all", lower=0)
     seed: int = setting(0, "seed of the attacks", lower=0, upper=2**32 - 1)
@@ -73,7 +77,7 @@ def run(request: Request) -> dict[str, Any]:
     Raises:
       ConfigError, DataError, WorkdirError: before anything is measured.
     """
-    model, eps, folder = _model(request)
+    model, eps, folder, tests = _model(request)
     substitute = None
     if request.transfer_from:
         classifier = load(request.transfer_from)
@@ -93,10 +97,7 @@ def run(request: Request) -> dict[str, Any]:
         substitute = dataclasses.replace(
             model, name=classifier.config.defense, apply=classifier.apply, params=classifier.params
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--results={folder}: cannot be written ({error.strerror}); choose another folder") from error
+    make_folder(folder, f"--results={folder}")
     effort = Effort(
         queries=request.queries,
         targets=request.targets,
@@ -113,7 +114,13 @@ def run(request: Request) -> dict[str, Any]:
             substitute=substitute,
             progress=lambda what, gradients: bar.update(gradients, what),
         )
-    result |= {"command": provenance.command(), "environment": provenance.environment()}
+    classes = {"classes": len(np.unique(model.labels)), "num_classes": model.num_classes}
+    result |= {
+        "test_images": tests,
+        **classes,
+        "command": provenance.command(),
+        "environment": provenance.environment(),
+    }
     write_json(folder / "evaluation.json", result)
     write_text(folder / "evaluation.md", diagnosis.markdown(result))
     diagnosis.plot(folder / "evaluation.png", [result])
@@ -123,21 +130,23 @@ def run(request: Request) -> dict[str, Any]:
     return result
 
 
-def _model(request: Request) -> tuple[Model, float, pathlib.Path]:
-    """The model to be evaluated, the budget, and where the files go."""
-    n, mesh = request.examples or None, distributed.mesh(request.devices, request.batch_size)
+def _model(request: Request) -> tuple[Model, float, pathlib.Path, int]:
+    """The model to be evaluated, the budget, where the files go, and how many test images there are."""
+    mesh = distributed.mesh(request.devices, request.batch_size)
     if request.predict:
         dataset = data.load(request.data, None)
+        sample = data.sample_tests(dataset, request.examples)
         model = of_function(
             _function(request.predict),
-            dataset.x_test[:n],
-            dataset.y_test[:n],
+            sample.x_test,
+            sample.y_test,
             name=request.predict.split(":")[1],
             batch_size=request.batch_size,
             seed=request.seed,
             mesh=mesh,
         )
-        return model, request.eps, pathlib.Path(request.results or "runs/evaluation").expanduser()
+        folder = pathlib.Path(request.results or "runs/evaluation").expanduser()
+        return model, request.eps, folder, len(dataset.x_test)
     classifier = load(request.workdir, request.which)
     dataset = data.load(request.data or classifier.config.data, request.data_dir or classifier.config.data_dir or None)
     if dataset.image_shape != tuple(classifier.dataset["image_shape"]):
@@ -149,11 +158,11 @@ def _model(request: Request) -> tuple[Model, float, pathlib.Path]:
         raise ConfigError(
             f"--data={request.data}: has {dataset.num_classes} classes, {request.workdir} {classifier.dataset['num_classes']}"
         )
-    folder = pathlib.Path(request.workdir).expanduser()
+    folder, sample = pathlib.Path(request.workdir).expanduser(), data.sample_tests(dataset, request.examples)
     model = of_classifier(
         classifier,
-        dataset.x_test[:n],
-        dataset.y_test[:n],
+        sample.x_test,
+        sample.y_test,
         name=f"{classifier.config.defense} ({folder.name})",
         batch_size=request.batch_size,
         seed=request.seed,
@@ -162,7 +171,8 @@ def _model(request: Request) -> tuple[Model, float, pathlib.Path]:
     eps = request.eps or classifier.config.eps1
     if not eps:
         raise ConfigError("--eps=0: must be above 0, for the run itself has --eps1=0")
-    return model, eps, pathlib.Path(request.results).expanduser() if request.results else folder / "evaluation"
+    results = pathlib.Path(request.results).expanduser() if request.results else folder / "evaluation"
+    return model, eps, results, len(dataset.x_test)
 
 
 def _function(name: str) -> Callable[..., Any]:

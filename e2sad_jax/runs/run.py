@@ -103,6 +103,7 @@ def _report(
         describe_dataset(run.dataset),
         suite,
         outcomes,
+        classes=len(np.unique(run.test_set().y_test)),
         steps=run.steps,
         parameters=networks.count_parameters(state.params),
         train_seconds=seconds,

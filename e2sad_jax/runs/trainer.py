@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 
 from e2sad_jax import distributed, networks
 from e2sad_jax._compile import jit
-from e2sad_jax.data import Dataset, first_test_images, hold_out
+from e2sad_jax.data import Dataset, hold_out, sample_tests
 from e2sad_jax.data.transforms import TRANSFORMS, Transform
 from e2sad_jax.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     LostProcessError,
     NonFiniteError,
     WorkdirError,
@@ -87,8 +88,8 @@ class Run:
         return self.checkpoints.restore(shapes, step=step, place=place)
 
     def test_set(self) -> Dataset:
-        """The data set, cut to the test images that the run evaluates."""
-        return first_test_images(self.dataset, self.config.eval_examples)
+        """The data set, cut to the test images that the run evaluates: all, or a sample."""
+        return sample_tests(self.dataset, self.config.eval_examples)
 
     def attack(self, params: Any, dataset: Dataset, suite: Sequence[Attack], **kwargs: Any) -> Outcomes:
         """`evaluation.evaluate` on the test images of `dataset`, by the run's settings, on all of this process's devices.
@@ -149,7 +150,7 @@ def open_runs(configs: Sequence[Config], dataset: Dataset) -> Iterator[list[Run]
     Of several processes the first alone locks and writes; all read.
 
     Raises:
-      ConfigError: if settings do not fit the data or the devices.
+      ConfigError, DataError: if settings do not fit the data or the devices, or the data have one class.
       WorkdirError: if a workdir belongs to another run, is in use, damaged, or cannot be written.
     """
     with contextlib.ExitStack() as stack:
@@ -409,12 +410,17 @@ def validate(run: Run, state: TrainState, stop: Callable[[], int]) -> dict[str, 
 
 
 def _check_sizes(config: Config, train_set: Dataset, steps: int) -> None:
-    """Refuses settings that do not fit the data.
+    """Refuses settings that do not fit the data, and data of one class, from which nothing can be learnt.
 
     Raises:
-      ConfigError: with flag, value and range.
+      ConfigError, DataError: with flag or data, value and range.
     """
     n, tests = len(train_set.x_train), len(train_set.x_test)
+    if len(classes := np.unique(train_set.y_train)) == 1:
+        raise DataError(
+            f"{train_set.name}: every label of the {n:,} training images is {classes[0]}; it must have images of at least two "
+            "classes to train on"
+        )
     if config.batch_size > n:
         raise ConfigError(
             f"--batch_size={config.batch_size}: must be at most the {n:,} training images of {train_set.name}"

@@ -19,6 +19,7 @@ SCHEDULES = ("constant", "cyclic", "piecewise", "cosine")
 PRESETS = ("robust", "paper")
 # Under which cheap defenses hold MNIST's budget of 0.3 (docs/e2sad.md).
 SCHEDULE: Mapping[str, Any] = {"eps_warmup": 0.5, "schedule": "cyclic", "learning_rate": 5e-3}
+DATA_DIR = "folder of data sets, empty: $E2SAD_DATA_DIR, or e2sad_jax in $XDG_CACHE_HOME or ~/.cache"
 
 
 def preset(name: str, eps1: float) -> dict[str, Any]:
@@ -122,15 +123,13 @@ class Config:
     validation_examples: int = setting(
         0, "training images held out to choose the best checkpoint, 0: use 500 of the training images", lower=0
     )
-    eval_examples: int = setting(0, "test images to evaluate, the first ones, 0: all", lower=0, identity=False)
+    eval_examples: int = setting(
+        0, "test images to evaluate, a sample stratified by class, 0: all", lower=0, identity=False
+    )
     eval_batch_size: int = setting(250, "images a batch in evaluation", lower=1, identity=False)
     checkpoint_every: int = setting(500, "steps between checkpoints", lower=1, identity=False)
     log_every: int = setting(50, "steps between lines of metrics", lower=1, identity=False)
-    data_dir: str = setting(
-        "",
-        "folder of data sets, empty: $E2SAD_DATA_DIR, or e2sad_jax in $XDG_CACHE_HOME or ~/.cache",
-        identity=False,
-    )
+    data_dir: str = setting("", DATA_DIR, identity=False)
     workdir: str = setting("", "folder of the run, empty: runs/DATA-DEFENSE-HASH", identity=False)
     resume: bool = setting(True, "resume from the workdir's last checkpoint", identity=False)
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from e2sad_jax import networks
+from e2sad_jax import _streams, networks
 from e2sad_jax._compile import straight_line
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.errors import ConfigError
@@ -49,7 +49,7 @@ def step_counts(config: Config, image_shape: Sequence[int], num_classes: int) ->
                 init_state(config, model, image_shape),
                 jnp.zeros((n, *image_shape), jnp.uint8),
                 jnp.zeros(n, jnp.int32),
-                epoch_order(jax.random.key(0), jnp.zeros((), jnp.uint32), n),
+                epoch_order(_streams.key(0, _streams.ORDER), jnp.zeros((), jnp.uint32), n),
             )
         )
         return _counts(step.lower(*shapes))  # type: ignore[attr-defined]

@@ -70,7 +70,7 @@ def fit(
     put = functools.partial(distributed.replicate, mesh)
     images, labels = put((dataset.x_train, dataset.y_train))
     n = len(dataset.x_train)
-    keys = put([jax.random.fold_in(jax.random.key(c.seed), _streams.ORDER) for c in configs])
+    keys = put([_streams.key(c.seed, _streams.ORDER) for c in configs])
     order_of = functools.partial(epoch_order, keys[0], n=n)
     extra: list[Any] = []
     if population:

@@ -35,7 +35,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 def init_state(config: Config, model: nn.Module, image_shape: Sequence[int]) -> TrainState:
     """Initialises a state from the configuration's seed."""
-    init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), _streams.INITIALIZATION))
+    init_key, key = jax.random.split(_streams.key(config.seed, _streams.INITIALIZATION))
     params = jax.jit(model.init)(init_key, jnp.zeros((1, *image_shape)))
     opt_state = jax.jit(optimizer(config).init)(batch_stats.parameters(params))
     delta = jnp.zeros((config.batch_size, *image_shape)) if config.entry.carries else None

@@ -63,7 +63,7 @@ def epoch_order(key: jax.Array, epoch: jax.Array, n: int) -> jax.Array:
     """
 
     def permutation(e: jax.Array) -> jax.Array:
-        return jax.random.permutation(jax.random.fold_in(key, e), n)
+        return jax.random.permutation(jax.random.fold_in(key, e), n).astype(jnp.int32)
 
     return jnp.concatenate([permutation(epoch), permutation(epoch + 1)])
 

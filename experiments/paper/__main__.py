@@ -8,8 +8,9 @@ from typing import Any
 
 from absl import flags
 
-from e2sad_jax import cli
+from e2sad_jax import cli, distributed
 from e2sad_jax.errors import ConfigError
+from e2sad_jax.training.config import DATA_DIR
 from experiments.paper import plan
 
 FLAGS = flags.FLAGS
@@ -30,7 +31,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("seeds", 0, "seeds of each model; at least 1, or 0: 1 in tables, 3 in studies", **own)
     text = "files to use instead of the data sets: grey images replace MNIST, RGB images SVHN; several with commas"
     flags.DEFINE_list("data", [], text, **own)
-    flags.DEFINE_string("data_dir", "", "folder of data sets, empty: $E2SAD_DATA_DIR or ~/.cache/e2sad_jax", **own)
+    flags.DEFINE_string("data_dir", "", DATA_DIR, **own)
     flags.DEFINE_string("workdir", "runs/paper", "where the runs are kept, in a folder of the scale's name", **own)
     flags.DEFINE_string("results", "results", "where tables and figures go, in a folder of the scale's name", **own)
     text = "stop cleanly before so many minutes have passed; at least 0, 0: no limit"
@@ -73,6 +74,7 @@ def _run() -> None:
         together=FLAGS.together,
         precision=FLAGS.precision,
     )
+    distributed.require_backend()
     for path in runner.Reproduction(request).run():
         print(path)
 

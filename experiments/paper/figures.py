@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e2sad_jax import attacks, losses, networks
+from e2sad_jax import _streams, attacks, losses, networks
 from e2sad_jax._compile import jit, platform
 from e2sad_jax._io import read_json, write_bytes, write_json, write_text
 from e2sad_jax.data.transforms import TRANSFORMS, Transform
@@ -201,7 +201,7 @@ def _surface_of_batch(
         loss_fn = _loss(logits_fn, labels, classes)
         x = transform.apply(images)
         x_adv = attack.perturb(logits_fn, x, labels, bounds=transform.bounds, index=index)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), index)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0, impl=_streams.GENERATOR), index)
         g1, g2 = surfaces.directions(x, x_adv, keys)  # keys of the images' own: no matter what is computed at once
         t = jnp.linspace(0, plan.SURFACE_SPAN, grid)
         return surfaces.loss_surface(loss_fn, x, g1, g2, t, t)

@@ -3,8 +3,8 @@
 import pathlib
 from typing import Any
 
-from e2sad_jax._io import write_json, write_text
-from e2sad_jax.errors import ConfigError, Error
+from e2sad_jax._io import make_folder, write_json, write_text
+from e2sad_jax.errors import Error
 from e2sad_jax.runs.signals import stopping
 from experiments.step_cost import show
 from experiments.step_cost.measure import measure
@@ -24,13 +24,7 @@ def run(request: Request) -> None:
       Stopped: after Ctrl-C or SIGTERM, once what was measured is written.
     """
     folder = pathlib.Path(request.results).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--results={request.results}: cannot be written ({error.strerror}); choose another folder"
-        ) from error
-
+    make_folder(folder, f"--results={request.results}")
     latest: dict[str, Any] = {}
 
     def write(result: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ ROOMS = (
     ("runs",),
     ("comparison", "export"),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 

@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 
 import e2sad_jax
-from e2sad_jax import cli, errors
+from e2sad_jax import cli, distributed, errors
 from e2sad_jax.errors import LostProcessError, OutOfMemoryError, OutOfTimeError, Stopped, WorkdirError
 from e2sad_jax.runs import run
 from e2sad_jax.runs.recipes import RECIPES
@@ -152,6 +152,24 @@ def test_trades_has_its_papers_steps_on_mnist(parsed):
     assert parsed("mnist", "--defense=pgd")[0].settings["attack_steps"] == 30
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--steps=abc", "--steps=abc: must be an integer, at least 1"),
+        ("--delta=x", "--delta=x: must be a number, above 0, at most 0.999"),
+        ("--resume=maybe", "--resume=maybe: must be true or false"),
+        ("--steps=\x1b[2J", "--steps=\\x1b[2J: must be an integer, at least 1"),
+        ("--attack_steps=1.5", "--attack_steps=1.5: must be an integer, at least 1"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_with_the_bound(given, said, parsed, capsys):
+    parsed("mnist")
+    with pytest.raises(SystemExit) as ended:
+        cli._parse(["mnist", given])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f": flag {said}\n")
+
+
 # How a command ends.
 
 
@@ -234,6 +252,20 @@ def test_a_full_disk_is_not_taken_for_memory_and_no_thread_tells_it_twice():
 def test_a_command_that_is_only_asked_about_imports_no_orbax():
     code = "import sys, e2sad_jax.cli; assert not {'orbax', 'matplotlib'} & set(sys.modules), 'slow'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_platform_that_is_not_there_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    def missing():
+        raise AssertionError  # as of JAX without CUDA
+
+    monkeypatch.setattr(jax, "devices", missing)
+    for start in (distributed.require_backend, lambda: distributed.mesh(1, 8)):
+        with pytest.raises(SystemExit) as ended:
+            cli._guarded(start, "all is kept", "it resumes")
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert "JAX_PLATFORMS=cpu: JAX finds no such device" in said
+        assert said.count("\n") == 1
 
 
 def test_recipes_are_settings_that_there_are():

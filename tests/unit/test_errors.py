@@ -67,7 +67,6 @@ def test_every_error_has_an_exit_code_and_a_message():
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), errors.OutOfMemoryError),
         (ValueError("RESOURCE_EXHAUSTED: Out of memory"), errors.OutOfMemoryError),
         (RuntimeError("INTERNAL: ECC error"), errors.DeviceError),
-        (RuntimeError("Unable to initialize backend 'cuda'"), errors.DeviceError),
         (RuntimeError("INVALID_ARGUMENT: shapes"), None),
         (ValueError("INTERNAL: not of a device"), None),
         (OSError("RESOURCE_EXHAUSTED: No space left on device"), None),
@@ -84,3 +83,28 @@ def test_what_jax_raises_for_a_device_is_told_from_a_bug(raised, kind):
 def test_errors_pass_between_processes():
     for error in (errors.DataError("why"), errors.OutOfTimeError("why")):
         assert str(pickle.loads(pickle.dumps(error))) == "why"
+
+
+@pytest.mark.parametrize(
+    ("platforms", "raised", "words"),
+    [
+        ("cuda", AssertionError(), ["JAX_PLATFORMS=cuda: JAX finds no such device", 'pip install -U "jax[cuda13]"']),
+        (
+            "tpu,cpu",
+            RuntimeError("no libtpu.so"),
+            ["JAX_PLATFORMS=tpu,cpu: no libtpu.so; ", 'pip install -U "jax[tpu]"'],
+        ),
+        (
+            "nonsense",
+            RuntimeError("unknown (known: cpu)."),
+            ["unknown (known: cpu); it must be of cpu, cuda, tpu, rocm"],
+        ),
+        ("", RuntimeError("CUDA_ERROR_NO_DEVICE"), ["CUDA_ERROR_NO_DEVICE; look at the device (nvidia-smi, dmesg)"]),
+    ],
+)
+def test_a_platform_that_jax_cannot_start_on_is_a_wrong_setting(platforms, raised, words):
+    error = errors.backend_error(raised, platforms)
+    assert error.exit_code == 2
+    for word in [*words, "or take the CPU with JAX_PLATFORMS=cpu"]:
+        assert word in str(error)
+    assert "\n" not in str(error)

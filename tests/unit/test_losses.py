@@ -242,6 +242,28 @@ def test_outputs_that_are_no_logits_are_refused(output, logits):
             call()
 
 
+@pytest.mark.parametrize("masked", [-np.inf, -1e9])
+def test_a_masked_class_is_no_class(masked, logits, other):
+    """A logit of -inf and probability 0: values and gradients are those of the other classes."""
+    targets = losses.soft_labels(jnp.arange(N) % K, K)
+
+    def widened(z: jax.Array) -> jax.Array:
+        return jnp.concatenate([z, jnp.full((N, 1), masked)], axis=1)
+
+    more = jnp.pad(targets, ((0, 0), (0, 1)))
+    for plain, wide in (
+        (lambda z: losses.cross_entropy(z, targets), lambda z: losses.cross_entropy(widened(z), more)),
+        (lambda z: losses.dissimilarity(z, other), lambda z: losses.dissimilarity(widened(z), widened(other))),
+        (lambda z: losses.dissimilarity(z, z), lambda z: losses.dissimilarity(widened(z), widened(z))),
+    ):
+        want, got = (jax.value_and_grad(lambda z, f=f: f(z).sum())(logits) for f in (plain, wide))
+        np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+        np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-7)
+    assert np.isposinf(losses.cross_entropy(widened(logits), losses.soft_labels(jnp.arange(N) % K, K + 1))).all() == (
+        masked == -np.inf
+    )
+
+
 # --- one logit
 
 

@@ -105,6 +105,22 @@ def test_fab_may_count_any_wrong_class():
     assert loose.sum() < strict.sum()
 
 
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("masked", [-jnp.inf, -1e9])
+def test_a_masked_class_is_no_class(name, masked):
+    """One far logit must not hide the boundary of the others: their rounding is their own."""
+    attack, norm = ATTACKS[name]
+
+    def widened(z: jax.Array) -> jax.Array:
+        return jnp.concatenate([logits(z), jnp.full((len(z), 2), masked)], axis=1)
+
+    run = jax.jit(lambda f, t: attack(f, X, jnp.asarray(LABELS), targets=t, bounds=(-2.0, 3.0)), static_argnums=0)
+    for targets in (None, TARGETS):
+        want, got = run(logits, targets), run(widened, targets)
+        assert (np.asarray(logits(got)).argmax(1) != LABELS).all()
+        np.testing.assert_allclose(size(np.asarray(got) - X, norm), size(np.asarray(want) - X, norm), rtol=0.02)
+
+
 def test_losses_of_what_is_no_class():
     z = jnp.asarray(RS.randn(3, 5), jnp.float32)
     for name in ("margin", "dlr", "targeted_dlr"):

@@ -12,7 +12,7 @@ import pytest
 from e2sad_jax import data
 from e2sad_jax.data import KNOWN
 from e2sad_jax.data.__main__ import main
-from e2sad_jax.data.dataset import VALIDATION_EXAMPLES
+from e2sad_jax.data.dataset import VALIDATION_EXAMPLES, in_words
 from e2sad_jax.errors import ConfigError, DataError
 
 
@@ -178,8 +178,45 @@ def test_parts_keep_images_with_their_labels():
     check_pairs(part)
     assert (part.y_train.tolist(), part.y_test.tolist()) == ([3, 1], [701, 702])
     assert (part.name, part.num_classes) == ("n", 1000)
-    np.testing.assert_array_equal(data.first_test_images(dataset, 2).y_test, [700, 701])
-    assert data.first_test_images(dataset, 0) is dataset
+    check_pairs(data.sample_tests(dataset, 2))
+    assert len(data.sample_tests(dataset, 2).x_test) == 2
+    assert data.sample_tests(dataset, 0) is dataset
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 7, 20, 199, 500, 999, 1000, 2000])
+def test_a_sample_has_every_class_with_its_share(n):
+    """Of a file sorted by class, whose classes have from 10 to 400 images."""
+    counts = np.array([400, 300, 150, 90, 40, 10, 10])
+    labels = np.repeat(np.arange(7), counts)
+    places = data.sample(labels, n)
+    assert len(places) == min(n, 1000)
+    assert (np.diff(places) > 0).all()
+    taken, share = np.bincount(labels[places], minlength=7), min(n, 1000) * counts / 1000
+    if n >= 7:
+        assert taken.min() >= 1
+    if n == 7:
+        assert taken.tolist() == [1] * 7
+    else:
+        assert (np.abs(taken - share) <= 1).all()
+    np.testing.assert_array_equal(places, data.sample(labels.copy(), n))
+    if 20 <= n < 999:
+        assert (places != data.sample(labels, n, seed=1)).any()
+        assert not np.isin(np.arange(20), places).all(), "not simply the first of each class"
+
+
+def test_a_sample_takes_the_rest_by_largest_remainder():
+    """Shares of 10 are 4.6, 3.3 and 2.1: the one that is left goes to the first class."""
+    labels = np.random.default_rng(0).permutation(np.repeat([3, 5, 8], [46, 33, 21]))
+    assert np.unique(labels[data.sample(labels, 10)], return_counts=True)[1].tolist() == [5, 3, 2]
+    with pytest.raises(ValueError, match="n=-1; it must be at least 0"):
+        data.sample(labels, -1)
+
+
+def test_the_images_of_a_measurement_in_words():
+    assert in_words(500, 10_000, 10, 10) == "500 of 10,000 test images, 10 of 10 classes"
+    assert in_words(355, 355, 10, 10) == "all 355 test images"
+    assert in_words(5, 5, 3, 10) == "all 5 test images, 3 of 10 classes"
+    assert in_words(500, 10_000, None, 10) == "500 of 10,000 test images", "of an earlier version"
 
 
 # Command line ---------------------------------------------------------------------------------------------------------

@@ -332,3 +332,112 @@ def test_encrypted_or_unknown_compression(tmp_path):
         archive.writestr("x_train.npy", b"123")
     (tmp_path / "b.npz").write_bytes(buffer.getvalue())
     refusal(tmp_path / "b.npz", "misses y_train")
+
+
+# Files that load, and are most likely not what is meant -----------------------------------------------------------------
+
+
+def images(n, *shape, top=256):
+    return np.random.default_rng(0).integers(0, top, (n, *shape), np.uint8)
+
+
+def cycle(n, classes, start=0):
+    return np.arange(n) % classes + start
+
+
+DIVIDED = {m: arrays()[m].astype(np.float32) / 255**2 for m in ("x_train", "x_test")}
+FIRST = {"x_train": images(12, 3, 32, 32), "x_test": images(5, 3, 32, 32)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"x_train": images(40, 6, 5, 3), "y_train": cycle(40, 10, 1), "y_test": cycle(5, 10, 1)},
+            "no label is 0, so class 0 of 11 is empty: subtract 1 from labels that count from 1, or set num_classes=11",
+        ),
+        (
+            {"y_train": cycle(12, 4) * 2},
+            "classes 1, 3, 5 of 7 have no training image: renumber the labels without gaps",
+        ),
+        (
+            {"y_train": cycle(12, 3), "num_classes": np.array(4)},
+            "class 3 of 4 has test images but no training image: add some",
+        ),
+        (DIVIDED, "where 1 is white: they were divided by 255 twice: multiply them by 255"),
+        (
+            {"x_train": images(12, 6, 5, 3, top=17)},
+            "the largest pixel of x_train is 16, where 255 is white: scale them to the whole range",
+        ),
+        (
+            FIRST,
+            "images of 3x32x32 are read as height x width x channels: if channels come first, store x.transpose(0, 2",
+        ),
+        ({"y_train": np.full(12, 3)}, "every label of y_train is 3: store training images of all classes"),
+        (
+            {"x_test": images(10, 6, 5, 3), "y_test": cycle(10, 1, 2)},
+            "every label of y_test is 2: store test images of",
+        ),
+    ],
+)
+def test_what_is_surely_wrong_is_one_warning(changes, said, tmp_path, capsys):
+    path = save(tmp_path / "mine.npz", **changes)
+    load(str(path))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"warning: {path}: ")
+    assert said in err
+    assert err.count("\n") == 1
+    load(str(path))
+    assert capsys.readouterr().err == "", "once a process"
+
+
+def test_all_that_is_doubtful_is_said_in_one_line(tmp_path, capsys):
+    load(str(save(tmp_path / "mine.npz", **FIRST, y_train=cycle(12, 4) * 2)))
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "height x width x channels" in err
+    assert "; classes 1, 3, 5 of 7" in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"x_train": images(12, 6, 5, 3, top=2)}, ["x_train is uint8 and holds 0 and 1 alone", "store 255 * x_train"]),
+        ({"x_test": images(5, 6, 5, 3, top=2)}, ["x_test is uint8 and holds 0 and 1 alone"]),
+        ({"y_train": cycle(12, 4, 1), "num_classes": np.array(4)}, ["is 4; labels must", "count from 1, subtract 1"]),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(changes, words, tmp_path):
+    refusal(save(tmp_path / "mine.npz", **changes), *words)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"y_test": np.zeros(5, int)},  # few test images may be of one class
+        {"x_train": 255 * images(12, 6, 5, 3, top=2), "x_test": 255 * images(5, 6, 5, 3, top=2)},  # black and white
+        {"x_train": images(12, 6, 5, 3, top=2).astype(np.float32), "x_test": np.ones((5, 6, 5, 3), np.float32)},
+        {"y_train": cycle(12, 2) * 3, "y_test": cycle(5, 2) * 3, "num_classes": np.array(9)},  # a part of nine classes
+        {
+            "x_train": images(4, 6, 5, 3),
+            "y_train": np.array([0, 9, 3, 3]),
+            "num_classes": np.array(10),
+        },  # too few for all
+        {
+            "x_train": np.zeros((1, 6, 5, 3), np.uint8),
+            "y_train": np.array([3]),
+            "num_classes": np.array(4),
+        },  # to attack
+        {"x_train": images(12, 1, 9, 5), "x_test": images(5, 1, 9, 5)},  # sequences of five channels
+    ],
+)
+def test_what_may_be_meant_loads_without_a_word(changes, tmp_path, capsys):
+    load(str(save(tmp_path / "mine.npz", **changes)))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_digits_raise_no_doubt():
+    from e2sad_jax.data.dataset import doubts
+
+    assert doubts(load("digits"), stated=False) == []

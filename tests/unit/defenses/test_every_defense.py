@@ -127,6 +127,19 @@ def test_refuses_what_is_no_logits(name):
 
 
 @pytest.mark.parametrize("name", DEFENSES)
+def test_a_masked_class_is_no_class(name):
+    """A class with a logit of -inf and target 0: neither NaN nor another loss."""
+    (x, y), weights = batch(), draw()
+
+    def widened(w):
+        return lambda z: jnp.concatenate([net(w)(z), jnp.full((len(z), 1), -jnp.inf)], axis=1)
+
+    more = jnp.pad(y, ((0, 0), (0, 1)))
+    got = jax.jit(jax.value_and_grad(lambda w: VARIANTS[name](widened(w), x, more), has_aux=True))(weights)
+    close(got, defended(name)(weights, x, y))
+
+
+@pytest.mark.parametrize("name", DEFENSES)
 def test_one_logit_as_two(name):
     """A binary model trains: its loss has a gradient, and its attack raises the loss."""
     (x, _), weights = batch(), draw()

@@ -98,7 +98,7 @@ def test_an_attack_of_the_users_own_is_a_row(problem, monkeypatch):
         (Attack("a", "mi_fgsm", 0.1, 2, norm="l2"), r"norm='l2'; it must be linf"),
         (Attack("a", "fgsm", 0.1, restarts=2), r"restarts=2; it has no random restarts"),
         (Attack("a", "apgd", 0.1, 2, loss="targeted_dlr", targets=0), r"targets=0; it must be at least 1"),
-        (Attack("a", "deepfool", 0.1, loss="targeted_dlr"), r"deepfool has no targets to walk to"),
+        (Attack("a", "untargeted", 0.1, loss="targeted_dlr"), r"untargeted has no targets to walk to"),
         (Attack("a", "square", 0.1, 2), r"images have 2 axes; it needs 4"),
         (
             Attack("a", "apgd", 0.1, 2, loss="targeted_dlr"),
@@ -107,7 +107,8 @@ def test_an_attack_of_the_users_own_is_a_row(problem, monkeypatch):
         (Attack("a", "apgd", 0.1, 2, loss="dlr"), r"dlr needs at least 3 classes; the model has 2: leave it out"),
     ],
 )
-def test_what_is_not_possible_is_refused(attack, message):
+def test_what_is_not_possible_is_refused(attack, message, monkeypatch):
+    monkeypatch.setitem(attacks.ATTACKS, "untargeted", attacks.Method(lambda logits_fn, x: x, "minimum-norm"))
     with pytest.raises(ValueError, match=message):
         attack.check(2, 2)
 

@@ -311,7 +311,7 @@ def by_diagnose(problem):
 
 
 def by_the_choice_of_checkpoints(problem):
-    config: Any = types.SimpleNamespace(eps1=EPS, eval_batch_size=N, seed=0, transform="unit")
+    config: Any = types.SimpleNamespace(eps1=EPS, norm="linf", eval_batch_size=N, seed=0, transform="unit")
     chosen_on: Any = types.SimpleNamespace(x_test=problem.images, y_test=ALL_ZERO)
     nothing: dict[str, Any] = dict.fromkeys(("dataset", "train_set", "steps", "workdir", "checkpoints", "mesh"))
     run = trainer.Run(config=config, validation_set=chosen_on, model=NanNetwork(), **nothing)

@@ -5,6 +5,9 @@ from e2sad_jax.reporting import diagnosis, provenance
 RESULT = {
     "name": "mine",
     "images": 1_500,
+    "test_images": 2_000,
+    "classes": 9,
+    "num_classes": 10,
     "eps": 0.2,
     "clean": 0.98,
     "over_eps": {"eps": [0.1, 0.2], "accuracy": {"FGSM": [0.9, 0.8], "PGD-40": [0.7, 0.41]}},
@@ -33,7 +36,7 @@ RESULT = {
 
 def test_markdown_has_every_number_and_its_effort():
     text = diagnosis.markdown(RESULT)
-    assert text.startswith("# Robustness of mine\n\nmine: SUSPICIOUS\n\n## Accuracy on 1,500 images against the budget")
+    assert text.startswith("# Robustness of mine\n\nMeasured on 1,500 of 2,000 test images, 9 of 10 classes. mine: SUS")
     assert "| PGD-40 | 0.700 | 0.410 |" in text
     assert "| attack | accuracy | images it fooled |" in text
     assert "| APGD-CE | 0.400 | 870 |" in text

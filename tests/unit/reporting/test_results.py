@@ -47,7 +47,7 @@ def build(suite, correct=9_000, best=None, **changes):
     def outcomes(correct):
         return {attack.name: Made(correct) for attack in SUITES[suite]}
 
-    about = {"steps": 30_000, "parameters": 1, "train_seconds": 1.0}
+    about = {"classes": 10, "steps": 30_000, "parameters": 1, "train_seconds": 1.0}
     about["best"] = best and Best(best[0], "500 training images", outcomes(best[1]))
     return results.build(configure(**changes), MNIST, SUITES[suite], outcomes(correct), **about)
 
@@ -65,7 +65,7 @@ def test_the_papers_numbers_are_shown_for_its_own_attacks_alone(suite, shown):
 def test_the_worst_case_counts_images_correct_under_every_attack():
     suite = SUITES["digits"]
     outcomes = {attack.name: Made(9_000 - 100 * i) for i, attack in enumerate(suite)}
-    made = results.build(configure(), MNIST, suite, outcomes, steps=1, parameters=1, train_seconds=1.0)
+    made = results.build(configure(), MNIST, suite, outcomes, classes=10, steps=1, parameters=1, train_seconds=1.0)
     assert made["worst_case_accuracy"] == pytest.approx(0.9 - 0.01 * (len(suite) - 1))
     assert made["config"]["lam"] == 0.1
     assert not {"workdir", "data_dir", "resume"} & set(made["config"])
@@ -79,9 +79,9 @@ def test_results_md():
     assert "The gradient of its Eq. 7 is zero" in text
     assert "weak; PGD is stronger" in text
     assert f"- Command: `{build('mnist')['command']}`" in text
-    part = {**build("mnist"), "examples": 500, "paper": "the paper has no such model"}
+    part = {**build("mnist"), "examples": 500, "classes": 9, "paper": "the paper has no such model"}
     text = results.markdown({"e2sad": part})
-    assert "the first 500 of 10,000 test images" in text
+    assert "mnist: accuracy on 500 of 10,000 test images, 9 of 10 classes, 30,000 training steps" in text
     assert "- e2sad: not compared with the paper: the paper has no such model.\n" in text
 
 
@@ -132,7 +132,7 @@ def test_a_model_card_holds_what_a_number_needs():
     made = build("mnist", 400, (1_500, 9_500), batch_size=64, soft_label=False, eps_warmup=0.5, clip_second=True)
     text = card.model_card({**made, "examples": 2_500})
     assert text.startswith("# Model card: e2sad on mnist\n")
-    assert "On the first 2,500 of 10,000 test images" in text
+    assert "On 2,500 of 10,000 test images, 10 of 10 classes, with their true labels" in text
     assert "| attack | budget | steps | step size | restarts | accuracy | best checkpoint, step 1,500 |\n" in text
     assert "| PGD-40 | 0.3 | 40 | 0.02 | 1 | 0.0400 | 0.9500 |\n" in text
     assert "| IFGSM-30 | 0.3 | 30 | 0.01 | 1 | 0.0400 | 0.9500 |\n" in text

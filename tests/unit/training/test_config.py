@@ -114,7 +114,7 @@ def test_a_run_has_its_defenses_settings_and_no_others(defense):
 
 def test_a_setting_that_nobody_reads_is_unknown():
     with pytest.raises(
-        ConfigError, match=r"unknown setting 'lambda'; --defense=trades has defense, .*, attack_step_size$"
+        ConfigError, match=r"unknown setting 'lambda'; --defense=trades has defense, .*, attack_step_size, norm$"
     ):
         configure(defense="trades", **{"lambda": 1.0})
 
@@ -219,3 +219,17 @@ def test_a_preset_is_refused_by_name():
     assert configure(**preset("robust", 0.3)).settings["eps2"] == pytest.approx(0.2)
     with pytest.raises(ConfigError, match="--preset=best: must be one of robust, paper"):
         preset("best", 0.3)
+
+
+def test_budgets_of_the_l2_ball_may_be_longer_than_the_range():
+    """And a run in the l-infinity ball keeps the folder that it had before there was a choice."""
+    config = configure(defense="pgd", norm="l2", eps1=2.0)
+    assert config.norm == "l2"
+    assert config.identity()["norm"] == "l2"
+    assert "norm" not in configure(defense="pgd").identity()
+    with pytest.raises(ConfigError, match=r"--eps1=2\.0: must be in \[0, 1\.0\]"):
+        configure(defense="pgd", eps1=2.0)
+    with pytest.raises(ConfigError, match=r"--norm='?l1'?: must be one of linf, l2"):
+        configure(defense="pgd", norm="l1")
+    with pytest.raises(ConfigError, match=r"--norm='?l2'?: --defense=natural does not read it"):
+        configure(defense="natural", norm="l2")
