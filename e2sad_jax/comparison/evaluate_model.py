@@ -12,7 +12,7 @@ from e2sad_jax._io import read_sealed, sealed, write_json
 from e2sad_jax.comparison.request import CHECKPOINTS, Request
 from e2sad_jax.data import Dataset, sample_tests
 from e2sad_jax.errors import Stopped, first_line
-from e2sad_jax.evaluation import Attack, auto
+from e2sad_jax.evaluation import Attack, auto, nan_logits
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs import signals, trainer
 from e2sad_jax.runs.checkpoint import state_digest
@@ -126,6 +126,7 @@ def _attacked(
             images,
             labels,
             eps=config.eps1,
+            norm=config.norm,
             transform=transform.apply,
             bounds=transform.bounds,
             stages=stages,
@@ -138,4 +139,5 @@ def _attacked(
         "clean": outcome.accuracy["clean"],
         "after": outcome.accuracy,
         "robust": robust,
+        "nan": nan_logits(outcome.nan, len(images)),
     }

@@ -90,9 +90,16 @@ def table(result: Result) -> Table:
             "clean, robust: of the last checkpoint. best: of the checkpoint with the highest accuracy under PGD-10 on "
             f"{result['chosen_on']}.",
             f"FLOPs: XLA's count for the CPU, JAX {priced['jax']}, commit {priced['commit']}, {priced['date']}.",
+            *(f"{row['name']}: {sentence}." for row in result["rows"] for sentence in broken(row)),
             *(f"Trained and attacked: {origin}." for origin in _origins(result)),
         ],
     )
+
+
+def broken(row: Mapping[str, Any]) -> list[str]:
+    """What is to be said of NaN logits of an entry's checkpoints, a sentence each; mostly nothing."""
+    said = [(which, run["seed"], run[which].get("nan")) for run in row["runs"] for which in CHECKPOINTS]
+    return list(dict.fromkeys(f"{which} checkpoint, seed {seed}: {nan}" for which, seed, nan in said if nan))
 
 
 def _price(result: Result, row: Mapping[str, Any]) -> float:

@@ -31,13 +31,14 @@ RATIO = 100  # beyond that: how many times its own size in the file
 _warnings: set[str] = set()  # those printed
 
 
-def load_npz(path: str | os.PathLike[str]) -> Dataset:
+def load_npz(path: str | os.PathLike[str], *, test_only: bool = False) -> Dataset:
     """Loads a data set from one npz file: a user's own, or one that `write_npz` wrote.
 
     Args:
       path: file with `x_train`, `y_train`, `x_test`, `y_test` and optionally `num_classes` (one integer) and `metadata`
         (written by `write_npz`). Images are `[N, H, W]` or `[N, H, W, C]`, uint8 or floats in [0, 1]; labels are
         integers `[N]` or `[N, 1]`.
+      test_only: whether `x_test` and `y_test` are enough; of such a file they are the training images too.
 
     Returns:
       The data set. With metadata it has the name, version and source checksums given there, after the checksum of each
@@ -50,7 +51,11 @@ def load_npz(path: str | os.PathLike[str]) -> Dataset:
     """
     path = pathlib.Path(path)
     where = str(path)
-    members = read_members(path, ARRAYS, ("num_classes", "metadata"))
+    if test_only and not has_member(path, "x_train"):
+        members = read_members(path, ARRAYS[2:], ("num_classes",))
+        members |= {"x_train": members["x_test"], "y_train": members["y_test"]}
+    else:
+        members = read_members(path, ARRAYS, ("num_classes", "metadata"))
     if "metadata" not in members:
         arrays, count = checked(where, members, members.get("num_classes"))
         name = path.name if path.stem.lower() in KNOWN else path.stem
@@ -159,6 +164,15 @@ def _parse_metadata(where: str, member: np.ndarray) -> dict[str, Any]:
     if not complete:
         raise DataError(f"{where}: member metadata misses a field, or has one of a wrong type; {remedy}")
     return metadata
+
+
+def has_member(path: pathlib.Path, member: str) -> bool:
+    """Whether a file is an npz with that member; nothing of it is read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return f"{member}.npy" in archive.namelist()
+    except Exception:  # whatever a damaged file raises: `read_members` says what is wrong
+        return False
 
 
 def read_members(path: pathlib.Path, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:

@@ -16,13 +16,16 @@ It takes functions, of any model library:
 * `auto` measures the worst case by AutoAttack's protocol.
 * `transfer` shows the images made for one model to others.
 * `diagnose` measures curves, worst case and transfer of a `Model`, and makes the checks of `masking`.
+* `quantize` rounds adversarial images to 8-bit grey levels inside the ball.
 * `surfaces` computes the loss around images.
 """
 
+from e2sad_jax.evaluation._entrance import Apply
 from e2sad_jax.evaluation.attack import SUITES, Attack
 from e2sad_jax.evaluation.autoattack import FAB, STAGES, AutoResult, auto
 from e2sad_jax.evaluation.diagnosis import Effort, diagnose
-from e2sad_jax.evaluation.evaluator import Apply, Outcome, Outcomes, evaluate, in_batches, predict, transfer
+from e2sad_jax.evaluation.evaluator import Outcome, Outcomes, evaluate, in_batches, nan_logits, predict, transfer
+from e2sad_jax.evaluation.grey import quantize
 from e2sad_jax.evaluation.masking import Check
 from e2sad_jax.evaluation.model import Model, of_classifier, of_function
 
@@ -42,8 +45,10 @@ __all__ = [
     "diagnose",
     "evaluate",
     "in_batches",
+    "nan_logits",
     "of_classifier",
     "of_function",
     "predict",
+    "quantize",
     "transfer",
 ]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from e2sad_jax import _streams, attacks
-from e2sad_jax.attacks import core
+from e2sad_jax.evaluation._entrance import Bounds, as_budget, as_count, classes_in
 from e2sad_jax.losses import cross_entropy, dlr, margin, targeted_dlr
 
 CLEAN = "clean"  # the kind of a row that attacks nothing
@@ -33,6 +33,9 @@ class Attack:
         A minimum-norm attack reads only whether the loss is targeted.
       norm: of the ball, "linf" or "l2".
       targets: with a targeted loss, the number of wrong classes that are tried in turn, the likeliest first.
+
+    Raises:
+      ValueError: if `eps` or `step_size` is no number or out of range; a traced one is not checked.
     """
 
     name: str
@@ -46,9 +49,12 @@ class Attack:
     targets: int = 9
 
     def __post_init__(self) -> None:
-        for field in ("eps", "step_size"):  # NumPy's and JAX's numbers as Python's, which can be hashed and stored
-            if core.is_number(value := getattr(self, field)):
-                object.__setattr__(self, field, float(value))
+        name = f"attack {self.name!r}"  # NumPy's and JAX's numbers become Python's, which can be hashed and stored
+        if not isinstance(self.eps, jax.core.Tracer):
+            object.__setattr__(self, "eps", as_budget(name, self.eps))
+        if self.step_size is not None and not isinstance(self.step_size, jax.core.Tracer):
+            size = as_budget(name, self.step_size, argument="step_size", positive=True)
+            object.__setattr__(self, "step_size", size)
 
     @property
     def targeted(self) -> bool:
@@ -89,13 +95,12 @@ class Attack:
             raise ValueError(f"{name}: kind={self.kind!r}; it must be one of {', '.join((CLEAN, *attacks.ATTACKS))}")
         if self.loss not in LOSSES:
             raise ValueError(f"{name}: loss={self.loss!r}; it must be one of {', '.join(LOSSES)}")
-        core.checks.number(name, "eps", self.eps)
-        if self.targeted and self.targets < 1:
-            raise ValueError(f"{name}: targets={self.targets}; it must be at least 1")
         method = attacks.ATTACKS[self.kind]
+        if self.targeted:
+            as_count(f"{name}: targets", self.targets)
+        as_count(f"{name}: restarts", self.restarts)
+        as_count(f"{name}: steps", self.steps, least=1 if _needs_steps(method) else 0)
         method.check(name, norm=self.norm, restarts=self.restarts, step_size=self.step_size, ndim=ndim)
-        if self.steps < 0 or (not self.steps and _needs_steps(method)):
-            raise ValueError(f"{name}: steps={self.steps}; it must be at least 1")
         if self.targeted and method.family == "minimum-norm" and "targets" not in method.parameters:
             raise ValueError(f"{name}: loss={self.loss!r}; {self.kind} has no targets to walk to, leave the loss out")
         least = 2 if method.family == "minimum-norm" else MIN_CLASSES.get(self.loss, 2)
@@ -110,7 +115,7 @@ class Attack:
         x: jax.Array,
         labels: jax.Array,
         *,
-        bounds: tuple[float, float],
+        bounds: Bounds,
         index: jax.Array,
         seed: jax.typing.ArrayLike = 0,
         rank: jax.typing.ArrayLike = 1,
@@ -121,7 +126,7 @@ class Attack:
           logits_fn: images `[N, ...]` to logits `[N, K]`.
           x: images `[N, ...]` inside `bounds`.
           labels: integer classes, `[N]`.
-          bounds: range of valid images.
+          bounds: range of valid images: two numbers, or arrays that broadcast against one image.
           index: `[N]`, each image's place in the data set: its random numbers depend on nothing else but the seed.
           seed: seed of the random numbers.
           rank: with a targeted loss, the wrong class to walk to, 1 for the likeliest. `evaluate` tries all in turn.
@@ -132,7 +137,7 @@ class Attack:
         Raises:
           ValueError: as `check`.
         """
-        num_classes = jax.eval_shape(logits_fn, x).shape[-1]
+        num_classes = classes_in(jax.eval_shape(lambda z: logits_fn(z), x), len(x))
         self.check(num_classes, x.ndim)
         if self.kind == CLEAN:
             return x

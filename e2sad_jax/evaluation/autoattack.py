@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from e2sad_jax.evaluation import _entrance
+from e2sad_jax.evaluation._entrance import Apply, Bounds, Transform
 from e2sad_jax.evaluation.attack import CLEAN, Attack
-from e2sad_jax.evaluation.evaluator import Apply, Evaluation, Progress, Transform, programs_of
+from e2sad_jax.evaluation.evaluator import Evaluation, Progress, programs_of
 
 # Croce & Hein's standard version but for FAB, which in their Table 2 hardly ever lowers what the other three leave.
 STAGES = (
@@ -26,11 +28,13 @@ class AutoResult:
     Attributes:
       standing: by stage, "clean" first: bool `[N]`, whether the prediction is right after it and all before it.
       alone: by stage: how many of the images that it was run on it fooled.
+      nan: by stage, "clean" first: how many of the images that it was run on have NaN logits then. They count as fooled.
       adversarial: `[N, ...]`, the input that fools the model; where none was found, the clean one. None unless kept.
     """
 
     standing: Mapping[str, np.ndarray]
     alone: Mapping[str, int]
+    nan: Mapping[str, int]
     adversarial: np.ndarray | None
 
     @property
@@ -53,7 +57,7 @@ def auto(
     eps: float,
     norm: str = "linf",
     transform: Transform | None = None,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     stages: Sequence[Attack] = STAGES,
     batch_size: int = 250,
     seed: int = 0,
@@ -69,13 +73,13 @@ def auto(
 
     Args:
       apply: parameters and inputs `[N, ...]` to logits `[N, K]`.
-      params: passed on to `apply`, a pytree of arrays.
+      params: passed on to `apply`, as of `evaluate`.
       images: `[N, ...]`, before `transform`.
       labels: `[N]`, integers in `[0, K)`.
       eps: budget in the units of the inputs, at least 0.
       norm: "linf" or "l2".
       transform: from images to what `apply` takes. None: uint8 is divided by 255, floating point stays as it is.
-      bounds: range of valid inputs.
+      bounds: range of valid inputs, as of `evaluate`.
       stages: attacks in their order; `eps` and `norm` take the place of their own.
       batch_size: images at once.
       seed: seed of the random numbers, which belong to the image's place in `images`.
@@ -92,9 +96,10 @@ def auto(
 
     Reference: Croce & Hein, 2020, https://arxiv.org/abs/2003.01690
     """
-    evaluation = Evaluation(
-        programs_of(apply, transform, bounds), params, images, labels, batch_size, seed, mesh, progress
-    )
+    eps = _entrance.as_budget("auto", eps)
+    apply, params = _entrance.bind(apply, params)
+    programs = programs_of(apply, transform, _entrance.as_bounds(bounds))
+    evaluation = Evaluation(programs, params, images, labels, batch_size, seed, mesh, progress)
     return run_stages(evaluation, stages, eps=eps, norm=norm, keep=keep)
 
 
@@ -102,7 +107,10 @@ def run_stages(
     evaluation: Evaluation, stages: Sequence[Attack], *, eps: float, norm: str = "linf", keep: bool = False
 ) -> AutoResult:
     """Runs the stages of `auto` on an `Evaluation`."""
-    attacks = [Attack("clean", CLEAN), *(dataclasses.replace(stage, eps=float(eps), norm=norm) for stage in stages)]
+    if not stages:
+        raise ValueError("stages is empty; it must hold at least one evaluation.Attack, as evaluation.STAGES does")
+    eps = _entrance.as_budget("auto", eps)
+    attacks = [Attack("clean", CLEAN), *(dataclasses.replace(stage, eps=eps, norm=norm) for stage in stages)]
     kept: list[np.ndarray] = []
 
     def visit(attack: Attack, places: np.ndarray, inputs: np.ndarray, right: np.ndarray) -> None:
@@ -115,4 +123,8 @@ def run_stages(
     standing = {name: outcome.correct for name, outcome in outcomes.items()}
     counts = [int(correct.sum()) for correct in standing.values()]
     alone = {stage.name: counts[i] - counts[i + 1] for i, stage in enumerate(stages)}
-    return AutoResult(standing, alone, kept[0] if keep else None)
+    nan, before = {}, np.ones(len(evaluation.images), bool)
+    for name, outcome in outcomes.items():
+        nan[name] = int(((outcome.prediction == -1) & before).sum())
+        before = outcome.correct
+    return AutoResult(standing, alone, nan, kept[0] if keep else None)

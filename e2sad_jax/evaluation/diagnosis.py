@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from e2sad_jax import attacks
-from e2sad_jax.evaluation import masking
+from e2sad_jax.attacks import core
+from e2sad_jax.evaluation import _entrance, masking
 from e2sad_jax.evaluation.attack import Attack
 from e2sad_jax.evaluation.autoattack import FAB, STAGES
-from e2sad_jax.evaluation.evaluator import Progress
+from e2sad_jax.evaluation.evaluator import Outcome, Progress, nan_logits
 from e2sad_jax.evaluation.model import Model
 
-FORMAT = 1  # of evaluation.json
+FORMAT = 2  # of evaluation.json
 _GRADIENTS = 2  # that the checks take per image: at it and at a point of its ball
 
 
@@ -43,9 +44,10 @@ class Effort:
     fab: int = 0
     worst_case: bool = True
 
-    def stages(self, num_classes: int) -> list[Attack]:
-        """The stages of the worst case: `STAGES` with this effort; the targeted one needs four classes.
+    def stages(self, num_classes: int, ndim: int = 4) -> list[Attack]:
+        """The stages of the worst case: `STAGES` with this effort, without those that cannot run.
 
+        The targeted APGD needs four classes, Square images `[N, H, W, C]`, of `ndim` 4.
         FAB comes before Square: what falls to Square alone is held against all attacks that follow gradients.
         """
         ce, targeted, square = STAGES
@@ -54,22 +56,23 @@ class Effort:
             stages.append(dataclasses.replace(targeted, steps=self.apgd_steps, targets=self.targets))
         if self.fab:
             stages.append(dataclasses.replace(FAB, targets=self.fab))
-        if self.queries:
+        if self.queries and ndim == 4:
             stages.append(dataclasses.replace(square, steps=self.queries))
         return stages
 
-    def work(self, images: int, num_classes: int, transfer: bool) -> int:
+    def work(self, images: int, num_classes: int, transfer: bool, ndim: int = 4) -> int:
         """The total number of gradients that `diagnose` reports as progress.
 
         Args:
           images: number of images.
           num_classes: of the model.
           transfer: whether there is a substitute.
+          ndim: number of axes of a batch of images.
         """
         pgd = self.pgd_steps
         budgets = 1 + 2 * pgd  # FGSM, PGD on two losses
         curves = len({*self.budgets, 1.0}) * budgets + sum(self.steps) + (self.restarts - 1) * pgd
-        worst = [Attack("clean", "clean"), *self.stages(num_classes)] if self.worst_case else []
+        worst = [Attack("clean", "clean"), *self.stages(num_classes, ndim)] if self.worst_case else []
         rest = 1 + _GRADIENTS + pgd + (pgd if transfer else 0)  # clean, checks, the whole range
         return images * (curves + rest + sum(attack.gradients(num_classes) for attack in worst))
 
@@ -78,88 +81,110 @@ def diagnose(
     model: Model,
     *,
     eps: float,
+    norm: str = "linf",
     effort: Effort = Effort(),
     substitute: Model | None = None,
+    keep: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measures a model's robust accuracy in the l-infinity ball and checks for gradient masking.
+    """Measures a model's robust accuracy in the balls of a norm and checks for gradient masking.
 
     Args:
       model: the model and its images.
       eps: the budget, above 0, in the images' own units.
+      norm: "linf" or "l2", of every attack and check.
       effort: how much to compute.
       substitute: a model of the same images, trained without attacks for example. Its adversarial images are shown to
         `model`.
+      keep: whether to return the worst images too.
       progress: called with what is measured and the number of gradients taken since the last call, `effort.work` in all.
 
     Returns:
       What evaluation.json holds: curves, worst case, checks and verdict. Every accuracy has its attack, steps, restarts and
-      number of images with it.
+      number of images with it. `robust` is the accuracy on the worst image of each, of all that were found within `eps`, by
+      the forward pass of the clean accuracy. With `keep`, `worst_images` has them, `[N, ...]`: one that fools the model, or
+      that of the highest margin.
 
     Raises:
-      ValueError: if `eps` is not above 0.
+      ValueError: if `eps` is no number above 0, `norm` is unknown, the model's `bounds` are not finite, or `substitute` has
+        other images.
     """
-    if not eps > 0:
-        raise ValueError(f"diagnose: eps={eps}; it must be above 0")
+    eps = _entrance.as_budget("diagnose", eps, positive=True)
+    if norm not in core.NORMS:
+        raise ValueError(f"diagnose: norm={norm!r}; it must be one of {', '.join(core.NORMS)}")
+    reach = _reach(model, norm)
+    if substitute is not None and not (
+        np.array_equal(substitute.images, model.images) and np.array_equal(substitute.labels, model.labels)
+    ):
+        raise ValueError("diagnose: substitute has other images or labels; it must have those of model")
     model, n = model.compiled(), len(model.images)
+    num_classes = model.num_classes
     report: Progress = progress or (lambda what, gradients: None)
-    fgsm, pgd = Attack("FGSM", "fgsm", steps=1), Attack(f"PGD-{effort.pgd_steps}", "pgd", steps=effort.pgd_steps)
+    fgsm = Attack("FGSM", "fgsm", eps, 1, norm=norm)
+    pgd = Attack(f"PGD-{effort.pgd_steps}", "pgd", eps, effort.pgd_steps, norm=norm)
     margin = dataclasses.replace(pgd, name=f"PGD-{effort.pgd_steps}, margin", loss="margin")
 
-    clean = model.evaluate([Attack("clean", "clean")], progress=report)["clean"].correct
-    gradients = masking.gradients(model, eps)
+    outcome = model.evaluate([Attack("clean", "clean")], progress=report)["clean"]
+    clean, nan, worst = outcome.correct, {"clean": outcome.nan}, _Worst(model)
+    gradients = masking.gradients(model, eps, norm)
     report("gradients", _GRADIENTS * n)
+
+    def attacked(attack: Attack, restart: int = 0) -> tuple[Outcome, np.ndarray]:
+        outcome, images = model.attacked(attack, restart, report)
+        nan[attack.name] = max(outcome.nan, nan.get(attack.name, 0))
+        if attack.eps == eps:
+            worst.offer(images)
+        return outcome, images
 
     def within(attack: Attack, fraction: float) -> Attack:
         return dataclasses.replace(attack, name=f"{attack.name}, eps {fraction * eps:.4g}", eps=fraction * eps)
 
     fractions = dict.fromkeys([*effort.budgets, 1.0])  # in their order, each once
     outcomes = {
-        (attack.name, fraction): model.under(within(attack, fraction), progress=report)
+        (attack.name, fraction): attacked(within(attack, fraction))
         for fraction in fractions
         for attack in (fgsm, pgd, margin)
     }
-    right = {key: correct for key, (correct, _) in outcomes.items()}
-    attacked = outcomes[pgd.name, 1.0][1]
-    loss_decreased = float((masking.losses(model, attacked) < masking.losses(model, model.images)).mean())
+    right = {key: outcome.correct for key, (outcome, _) in outcomes.items()}
+    attacked_images = outcomes[pgd.name, 1.0][1]
+    loss_decreased = float((masking.losses(model, attacked_images) < masking.losses(model, model.images)).mean())
 
-    over_steps = model.evaluate([Attack(f"PGD-{steps}", "pgd", eps, steps) for steps in effort.steps], progress=report)
+    over_steps = [
+        attacked(dataclasses.replace(pgd, name=f"PGD-{steps}", steps=steps))[0].correct for steps in effort.steps
+    ]
 
     worst_of_restarts = [right[pgd.name, 1.0]]
     for restart in range(1, effort.restarts):
-        again = dataclasses.replace(pgd, name="restarts", eps=eps)
-        correct = model.evaluate([again], restart=restart, progress=report)[again.name].correct
-        worst_of_restarts.append(worst_of_restarts[-1] & correct)
+        again = attacked(dataclasses.replace(pgd, name="restarts"), restart)[0].correct
+        worst_of_restarts.append(worst_of_restarts[-1] & again)
 
-    anything = dataclasses.replace(pgd, name="the whole range", eps=model.bounds[1] - model.bounds[0])
-    whole_range = model.evaluate([anything], progress=report)[anything.name].correct
+    whole_range = attacked(dataclasses.replace(pgd, name="the whole range", eps=reach))[0].correct
 
-    white_box = np.all(
-        [
-            worst_of_restarts[-1],
-            right[fgsm.name, 1.0],
-            right[margin.name, 1.0],
-            *(outcome.correct for outcome in over_steps.values()),
-        ],
-        axis=0,
-    )
+    white_box = np.all([worst_of_restarts[-1], right[fgsm.name, 1.0], right[margin.name, 1.0], *over_steps], axis=0)
     black_box: dict[str, np.ndarray] = {}
     transfer = None
     if substitute is not None:
         source = f"transfer from {substitute.name}"
-        left, made = substitute.under(dataclasses.replace(pgd, name=source, eps=eps), progress=report)
-        black_box[source] = model.right_on(made)
+        left, made = substitute.under(dataclasses.replace(pgd, name=source), progress=report)
+        shown = model.predict(made)
+        worst.offer(made)
+        black_box[source], nan[source] = shown == model.labels, int((shown == -1).sum())
         transfer = {
             "from": substitute.name,
             "attack": pgd.name,
             "accuracy": float(black_box[source].mean()),
             "accuracy_of_substitute": float(left.mean()),
         }
-    worst_case = None
+    worst_case, fallen = None, ~clean
     if effort.worst_case:
-        stages = effort.stages(model.num_classes)
-        result = model.auto(stages, eps=eps, progress=report)
-        before = np.ones_like(clean)
+        stages = [
+            dataclasses.replace(stage, eps=eps, norm=norm) for stage in effort.stages(num_classes, model.images.ndim)
+        ]
+        result = model.auto(stages, eps=eps, norm=norm, keep=True, progress=report)
+        assert result.adversarial is not None
+        worst.offer(result.adversarial)
+        nan |= {name: count for name, count in result.nan.items() if name != "clean"}
+        before, fallen = np.ones_like(clean), ~result.robust
         for stage in stages:
             after = result.standing[stage.name] | ~before  # of an image that it was not run on it says nothing
             if attacks.ATTACKS[stage.kind].family == "score-based":
@@ -167,11 +192,14 @@ def diagnose(
             else:
                 white_box = white_box & after
             before = result.standing[stage.name]
+    robust = model.right_on(worst.images)
+    fallen = fallen | ~np.all([white_box, *black_box.values()], axis=0)
+    if effort.worst_case:
         worst_case = {
             "accuracy": result.accuracy,
             "stages": [dataclasses.asdict(stage) for stage in stages],
             "fooled": dict(result.alone),
-            "robust": float(np.all([result.robust, white_box, *black_box.values()], axis=0).mean()),
+            "robust": float(robust.mean()),
         }
     found = masking.run_checks(
         clean=clean,
@@ -188,10 +216,13 @@ def diagnose(
         "name": model.name,
         "images": n,
         "eps": eps,
-        "norm": "linf",
-        "bounds": list(model.bounds),
+        "norm": norm,
+        "bounds": [np.asarray(bound).tolist() for bound in model.bounds],
         "seed": model.seed,
         "clean": float(clean.mean()),
+        "robust": float(robust.mean()),
+        "overturned": int((fallen & robust).sum()),  # fooled within an attack's program, not by the clean forward pass
+        "nan": {name: count for name, count in nan.items() if count or name == "clean"},
         "over_eps": {
             "eps": [fraction * eps for fraction in effort.budgets],
             "restarts": 1,
@@ -204,11 +235,39 @@ def diagnose(
             "attack": "PGD",
             "restarts": 1,
             "steps": list(effort.steps),
-            "accuracy": [outcome.accuracy for outcome in over_steps.values()],
+            "accuracy": [float(correct.mean()) for correct in over_steps],
         },
         "over_restarts": {"attack": pgd.name, "accuracy": [float(correct.mean()) for correct in worst_of_restarts]},
         "transfer": transfer,
         "worst_case": worst_case,
         "checks": [{**dataclasses.asdict(check), "suspicious": check.suspicious} for check in found],
-        "verdict": masking.verdict(model.name, found, n),
+        "verdict": masking.verdict(model.name, found, n, nan_logits(nan, n)),
+        **({"worst_images": worst.images} if keep else {}),
     }
+
+
+class _Worst:
+    """The worst image of each, of all that were offered: one that fools the model, then the highest margin."""
+
+    def __init__(self, model: Model):
+        self.model, self.images = model, np.array(model.images)
+        self.wrong, self.margin = masking.danger(model, self.images)
+
+    def offer(self, images: np.ndarray) -> None:
+        """Takes those of the images `[N, ...]` that are worse."""
+        wrong, margin = masking.danger(self.model, images)
+        worse = (wrong & ~self.wrong) | ((wrong == self.wrong) & (margin > self.margin))
+        self.images[worse], self.wrong[worse], self.margin[worse] = images[worse], wrong[worse], margin[worse]
+
+
+def _reach(model: Model, norm: str) -> float:
+    """The radius of a ball around any image of the range that holds all others.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    low, high = (np.asarray(bound, np.float64) for bound in model.bounds)
+    width = np.broadcast_to(high - low, model.images.shape[1:])
+    if not np.isfinite(width).all():
+        raise ValueError("diagnose: bounds are infinite; they must be finite, for one check attacks in the whole range")
+    return float(width.max() if norm == "linf" else np.sqrt(np.square(width).sum()))

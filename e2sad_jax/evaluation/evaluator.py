@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 
 from e2sad_jax import attacks, distributed
 from e2sad_jax._compile import is_pure, jit
+from e2sad_jax.attacks import core
+from e2sad_jax.evaluation import _entrance
+from e2sad_jax.evaluation._entrance import Apply, Bounds, Transform
 from e2sad_jax.evaluation.attack import CLEAN, Attack
 
-Apply = Callable[[Any, jax.Array], jax.Array]  # (params, inputs [N, ...]) -> logits [N, K]
-Transform = Callable[[jax.Array], jax.Array]  # images as stored [N, ...] -> inputs [N, ...]
 Progress = Callable[[str, int], None]  # name of an attack, gradients since the last call
 Visit = Callable[[Attack, np.ndarray, np.ndarray, np.ndarray], None]  # attack, places, inputs, whether they are right
 T = TypeVar("T")
@@ -41,6 +42,25 @@ class Outcome:
     def accuracy(self) -> float:
         """The fraction of images that are classified correctly."""
         return float(self.correct.mean())
+
+    @property
+    def nan(self) -> int:
+        """The number of images whose logits hold NaN; they count as misclassified."""
+        return int((self.prediction == -1).sum())
+
+
+def nan_logits(counts: Mapping[str, int], images: int) -> str:
+    """Says how many images have NaN logits, and under what; empty if none has.
+
+    Args:
+      counts: by the names of attacks, "clean" among them: the number of images whose logits hold NaN.
+      images: the number of images.
+    """
+    clean, attack = counts.get(CLEAN, 0), max(counts, key=lambda name: counts[name], default=CLEAN)
+    found = [f"{clean:,} of {images:,} images have NaN logits"] if clean else []
+    if counts.get(attack, 0) > clean:
+        found.append(f"{counts[attack]:,} of {images:,} images have NaN logits under {attack}")
+    return f"{', '.join(found)}: they count as misclassified" if found else ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,7 +102,7 @@ def evaluate(
     attacks: Sequence[Attack],
     *,
     transform: Transform | None = None,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     batch_size: int = 250,
     seed: int = 0,
     mesh: Mesh | None = None,
@@ -99,14 +119,15 @@ def evaluate(
     it still computes the same.
 
     Args:
-      apply: parameters and inputs `[N, ...]` to logits `[N, K]`.
-      params: passed on to `apply`, a pytree of arrays.
-      images: `[N, ...]`, before `transform`.
-      labels: `[N]`, integers in `[0, K)`.
+      apply: parameters and inputs `[N, ...]` to logits `[N, K]`, K at least 2. It needs no hash.
+      params: passed on to `apply`: a pytree. Its arrays are traced, other leaves stay as they are.
+      images: `[N, ...]`, before `transform`; NumPy's or JAX's, or a list. float64 becomes float32 unless JAX computes in 64
+        bits.
+      labels: `[N]`, integers of any type in `[0, K)`.
       attacks: what to run, as in `SUITES`.
       transform: from images as stored to what `apply` takes and attacks change. None: uint8 is divided by 255, floating
         point stays as it is.
-      bounds: range of valid inputs.
+      bounds: range of valid inputs: two numbers, or arrays that broadcast against one image. All inputs lie inside.
       batch_size: images at once, at least 1. The last batch is filled up, and its padding left out of the result.
       seed: seed of the random numbers.
       mesh: devices to split batches over, if they divide them.
@@ -122,9 +143,9 @@ def evaluate(
     Raises:
       ValueError: if the arguments do not fit together or an attack is not possible; before anything is attacked.
     """
-    evaluation = Evaluation(
-        programs_of(apply, transform, bounds), params, images, labels, batch_size, seed, mesh, progress
-    )
+    apply, params = _entrance.bind(apply, params)
+    programs = programs_of(apply, transform, _entrance.as_bounds(bounds))
+    evaluation = Evaluation(programs, params, images, labels, batch_size, seed, mesh, progress)
     return evaluation.outcomes(attacks, cascade=cascade)
 
 
@@ -134,14 +155,19 @@ def predict(
     images: np.ndarray,
     *,
     transform: Transform | None = None,
+    bounds: Bounds | None = None,
     batch_size: int = 250,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Predicts the class of each image, int32 `[N]`, -1 where a logit is NaN; arguments as of `evaluate`."""
+    """Predicts the class of each image, int32 `[N]`, -1 where a logit is NaN.
+
+    Arguments are those of `evaluate`; without `bounds` the images may have any range.
+    """
+    apply, params = _entrance.bind(apply, params)
+    programs = programs_of(apply, transform, None if bounds is None else _entrance.as_bounds(bounds))
+    images = _entrance.as_images(images, stored=transform is not None)
     labels = np.zeros(len(images), np.int32)
-    return evaluate(
-        apply, params, images, labels, [_CLEAN], transform=transform, batch_size=batch_size, mesh=mesh
-    ).prediction[0]
+    return Evaluation(programs, params, images, labels, batch_size, 0, mesh).outcomes([_CLEAN]).prediction[0]
 
 
 def transfer(
@@ -152,7 +178,7 @@ def transfer(
     attack: Attack,
     *,
     transform: Transform | None = None,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     batch_size: int = 250,
     seed: int = 0,
     mesh: Mesh | None = None,
@@ -167,7 +193,7 @@ def transfer(
       labels: `[N]`, integers in `[0, K)`.
       attack: how the images are made.
       transform: as of `evaluate`, the same for all.
-      bounds: range of valid inputs.
+      bounds: range of valid inputs, as of `evaluate`.
       batch_size: images at once.
       seed: seed of the random numbers.
       mesh: as of `evaluate`.
@@ -179,20 +205,28 @@ def transfer(
     Raises:
       ValueError: as `evaluate`.
     """
-    apply, params = substitute
-    evaluation = Evaluation(
-        programs_of(apply, transform, bounds), params, images, labels, batch_size, seed, mesh, progress
-    )
-    asked = [(programs_of(apply, None, bounds).attack(_CLEAN), _placed(params, mesh)) for apply, params in targets]
+    apply, params = _entrance.bind(*substitute)
+    bounds = _entrance.as_bounds(bounds)
+    programs = programs_of(apply, transform, bounds)
+    evaluation = Evaluation(programs, params, images, labels, batch_size, seed, mesh, progress)
+    evaluation.check([attack])
+    asked = []
+    for target in targets:
+        apply, params = _entrance.bind(*target)
+        classes = _entrance.classes_of(apply, params, evaluation.inputs)
+        _entrance.check_labels(evaluation.labels, classes)
+        asked.append((programs_of(apply, None, bounds).attack(_CLEAN), placed(params, mesh)))
+    zeros = on_device(
+        (np.uint32(0), np.float32(0), np.int32(1))
+    )  # seed, eps and rank, which a clean pass does not read
 
     def show(inputs: jax.Array, batch: Any) -> list[jax.Array]:
-        return [ask(variables, inputs, *batch[1:], np.uint32(0), np.float32(0), 1)[1] for ask, variables in asked]
+        return [ask(variables, inputs, *batch[1:], *zeros)[1] for ask, variables in asked]
 
     predictions = np.zeros((len(asked), len(evaluation.images)), np.int32)
-    evaluation.check([attack])
     for batch in evaluation.run(attack, np.arange(len(evaluation.images)), show):
         for row, shown in zip(predictions, batch.shown, strict=True):
-            row[batch.places] = np.asarray(shown)[: len(batch.places)]
+            row[batch.places] = jax.device_get(shown)[: len(batch.places)]
     return [Outcome(row == evaluation.labels, row) for row in predictions]
 
 
@@ -219,13 +253,29 @@ def in_batches(run: Callable[[np.ndarray], T], places: np.ndarray, batch_size: i
         yield behind
 
 
+class _Same:
+    """A key of a dictionary that equals itself alone; what it holds needs no hash."""
+
+    def __init__(self, held: Any):
+        self.held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.held is self.held
+
+    def __hash__(self) -> int:
+        return id(self.held)
+
+
 class Programs:
     """The compiled programs of one function, each compiled when it is first asked for, and once for all budgets."""
 
-    def __init__(self, apply: Apply, transform: Transform | None, bounds: tuple[float, float]):
+    def __init__(self, apply: Apply, transform: Transform | None, bounds: Bounds | None):
         self.apply = apply
-        self.transform = transform or _as_inputs
-        self.bounds = bounds
+        self.own_transform = transform is not None
+        self.known_inside = transform is not None and is_pure(transform)  # the library's own keep their range
+        self.transform: Transform = transform or _as_inputs
+        self.checked = bounds is not None
+        self.bounds: Bounds = bounds or (-np.inf, np.inf)
         self._kept: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -237,7 +287,7 @@ class Programs:
     def attack(self, attack: Attack) -> Callable[..., tuple[jax.Array, jax.Array]]:
         """The jitted `(params, images, labels, index, seed, eps, rank) -> (adversarial inputs, predicted classes)`."""
         alike = dataclasses.replace(attack, name="", eps=0.0, targets=1)  # what the program does not depend on
-        return self.once((alike, attacks.ATTACKS.get(attack.kind)), lambda: self._attack(alike))
+        return self.once((alike, _Same(attacks.ATTACKS.get(attack.kind))), lambda: self._attack(alike))
 
     def _attack(self, attack: Attack) -> Callable[..., tuple[jax.Array, jax.Array]]:
         @jit
@@ -259,27 +309,55 @@ class Programs:
 
         return run  # type: ignore[no-any-return]
 
-    def num_classes(self, params: Any, images: np.ndarray) -> int:
-        """The number of classes K.
+    def shapes(self, params: Any, images: np.ndarray) -> tuple[jax.ShapeDtypeStruct, int]:
+        """Shape and dtype of two inputs, and the number of classes K.
 
         Raises:
-          ValueError: if the function does not return logits `[N, K]`.
+          ValueError: if the function does not return logits `[N, K]` of such images.
         """
 
-        def ask() -> int:
-            shape = jax.eval_shape(lambda p, x: self.apply(p, self.transform(x)), params, images[:1]).shape
-            if len(shape) != 2 or shape[0] != 1:
-                raise ValueError(f"the model returns shape {shape} for 1 image; it must return logits (1, K)")
-            return int(shape[1])
+        def ask() -> tuple[jax.ShapeDtypeStruct, int]:
+            inputs = _entrance.shape_of_inputs(self.transform, images)
+            return inputs, _entrance.classes_of(self.apply, params, inputs)
 
-        shapes = tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(params))
-        return self.once((shapes, images.shape[1:], images.dtype), ask)
+        leaves, tree = jax.tree.flatten(params)
+        shapes = tuple((np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
+        return self.once(("shapes", tree, shapes, images.shape[1:], images.dtype), ask)
+
+    def check_inputs(self, images: np.ndarray, batch_size: int) -> None:
+        """Refuses images that are outside of the bounds behind the transform.
+
+        Raises:
+          ValueError: if there are some.
+        """
+        if not self.own_transform:
+            _entrance.check_inputs(images, self.bounds)
+        elif not self.known_inside:
+            shape = _entrance.shape_of_inputs(self.transform, images).shape[1:]
+            low, high = (bound if np.ndim(bound) == 0 else np.broadcast_to(bound, shape)[None] for bound in self.bounds)
+
+            @jit
+            def outside(images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+                inputs = core.as_float32(self.transform(images))
+                return _entrance.outside_of(inputs, low, high), inputs.min(), inputs.max()
+
+            batches = in_batches(lambda some: outside(on_device(images[some])), np.arange(len(images)), batch_size)
+            parts = [(len(places), jax.device_get(result)) for places, result in batches]
+            if count := sum(int(found[:n].sum()) for n, (found, _, _) in parts):
+                lowest, highest = min(low for _, (_, low, _) in parts), max(high for _, (_, _, high) in parts)
+                _entrance.refuse_outside(count, len(images), float(lowest), float(highest), self.bounds)
 
 
-def programs_of(apply: Apply, transform: Transform | None, bounds: tuple[float, float]) -> Programs:
-    """The programs of a function: new ones, or, of functions marked as pure, those of earlier calls."""
-    bounds = (float(bounds[0]), float(bounds[1]))
-    if is_pure(apply) and (transform is None or is_pure(transform)):
+def programs_of(apply: Apply, transform: Transform | None, bounds: Bounds | None) -> Programs:
+    """The programs of a function: new ones, or, of functions marked as pure, those of earlier calls.
+
+    Args:
+      apply: the function, as `_entrance.bind` returns it.
+      transform: from images as stored to inputs, or None.
+      bounds: range of valid inputs, as `_entrance.as_bounds` returns it; None for any, for what attacks nothing.
+    """
+    hashable = bounds is None or all(isinstance(bound, float) for bound in bounds)  # arrays are not
+    if hashable and is_pure(apply) and (transform is None or is_pure(transform)):
         return _kept_programs(apply, transform, bounds)
     return Programs(apply, transform, bounds)
 
@@ -317,24 +395,17 @@ class Evaluation:
         mesh: Mesh | None = None,
         progress: Progress | None = None,
     ):
-        self.images, self.labels = np.asarray(images), np.asarray(labels)
+        self.images = _entrance.as_images(images, stored=programs.own_transform)
         n = len(self.images)
-        if n == 0 or self.labels.shape != (n,) or not np.issubdtype(self.labels.dtype, np.integer):
-            raise ValueError(
-                f"labels {self.labels.shape} {self.labels.dtype} must be one integer for each of {n} images, of which "
-                "there must be some"
-            )
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}; it must be at least 1")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed={seed}; it must be in [0, {2**32 - 1}]")
-        self.num_classes = programs.num_classes(params, self.images)
-        if self.labels.min() < 0 or self.labels.max() >= self.num_classes:
-            raise ValueError(
-                f"labels reach from {self.labels.min()} to {self.labels.max()}; the model has {self.num_classes} classes"
-            )
-        self.programs, self.params = programs, _placed(params, mesh)
-        self.batch_size, self.seed, self.mesh = min(batch_size, n), seed, mesh
+        self.labels = _entrance.as_labels(labels, n)
+        self.batch_size = min(_entrance.as_count("batch_size", batch_size), n)
+        self.seed = _entrance.as_count("seed", seed, least=0, most=2**32 - 1)
+        self.inputs, self.num_classes = programs.shapes(params, self.images)
+        _entrance.check_labels(self.labels, self.num_classes)
+        _entrance.check_bounds_fit(self.inputs.shape[1:], programs.bounds)
+        if programs.checked:
+            programs.check_inputs(self.images, self.batch_size)
+        self.programs, self.params, self.mesh = programs, placed(params, mesh), mesh
         self.progress: Progress = progress or (lambda name, gradients: None)
 
     def check(self, attacks: Sequence[Attack]) -> None:
@@ -343,6 +414,8 @@ class Evaluation:
         Raises:
           ValueError: if there is one.
         """
+        if not attacks:
+            raise ValueError("attacks is empty; it must hold at least one evaluation.Attack")
         for attack in attacks:
             attack.check(self.num_classes, self.images.ndim)
         names = [attack.name for attack in attacks]
@@ -351,6 +424,7 @@ class Evaluation:
 
     def outcomes(self, attacks: Sequence[Attack], *, cascade: bool = False, visit: Visit | None = None) -> Outcomes:
         """`evaluate`; `visit`, if given, is called with the adversarial inputs of each batch."""
+        attacks = list(attacks)
         self.check(attacks)
         n = len(self.images)
         correct, prediction = np.zeros((len(attacks), n), bool), np.zeros((len(attacks), n), np.int32)
@@ -362,7 +436,7 @@ class Evaluation:
                 prediction[row, batch.places] = batch.prediction
                 if visit is not None:
                     right = batch.prediction == self.labels[batch.places]
-                    visit(attack, batch.places, np.asarray(batch.inputs)[: len(batch.places)], right)
+                    visit(attack, batch.places, jax.device_get(batch.inputs)[: len(batch.places)], right)
             correct[row] = prediction[row] == self.labels
         return Outcomes(tuple(attack.name for attack in attacks), correct, prediction)
 
@@ -385,17 +459,18 @@ class Evaluation:
         fallen_before = len(self.images) - len(places)
         self.progress(attack.name, fallen_before * of_rank * len(ranks))
         program = self.programs.attack(attack)
+        wide = np.float64 if self.inputs.dtype == np.float64 else np.float32
         for rank in ranks:
 
             def dispatch(full: np.ndarray, rank: int = rank) -> tuple[jax.Array, jax.Array, Any]:
-                batch = distributed.split_batch(self.mesh, (self.images[full], self.labels[full], full))
-                seed, eps = np.uint32(self.seed), np.float32(attack.eps)
-                inputs, prediction = program(self.params, *batch, seed, eps, np.int32(rank))
+                batch = on_devices(self.mesh, (self.images[full], self.labels[full], np.int32(full)))
+                numbers = np.uint32(self.seed), np.asarray(attack.eps, wide), np.int32(rank)
+                inputs, prediction = program(self.params, *batch, *on_device(numbers))
                 return inputs, prediction, None if show is None else show(inputs, batch)
 
             left = []
             for some, (inputs, predicted, shown) in in_batches(dispatch, places, self.batch_size):
-                prediction = np.asarray(predicted)[: len(some)]
+                prediction = jax.device_get(predicted)[: len(some)]
                 right = prediction == self.labels[some]
                 yield Batch(some, prediction, inputs, shown)
                 left.append(some[right])
@@ -413,14 +488,20 @@ def _classes(logits: jax.Array) -> jax.Array:
 
 
 def _as_inputs(images: jax.Array) -> jax.Array:
-    if images.dtype == jnp.uint8:
-        return images.astype(jnp.float32) / 255
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"images are {images.dtype}; they must be uint8 or floating point, or need a transform")
-    return images
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
-def _placed(params: Any, mesh: Mesh | None) -> Any:
+def on_devices(mesh: Mesh | None, batch: Any) -> Any:
+    """The arrays of a batch, split over the mesh; on the default device without one."""
+    return on_device(batch) if mesh is None else distributed.split_batch(mesh, batch)
+
+
+def on_device(tree: Any) -> Any:
+    """Arrays and numbers on the default device. Said in so many words, for `jax.transfer_guard` may forbid the rest."""
+    return jax.device_put(tree)
+
+
+def placed(params: Any, mesh: Mesh | None) -> Any:
     """Parameters bound to the devices that they lie on, or to all of the mesh: else one program is compiled for either."""
     if mesh is not None:
         return distributed.replicate(mesh, params)

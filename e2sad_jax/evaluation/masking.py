@@ -5,6 +5,7 @@ for catastrophic overfitting, Andriushchenko & Flammarion, 2020 (https://arxiv.o
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from e2sad_jax import _streams
 from e2sad_jax.attacks import core
 from e2sad_jax.evaluation.evaluator import Programs
 from e2sad_jax.evaluation.model import Model
-from e2sad_jax.losses import cross_entropy
+from e2sad_jax.losses import cross_entropy, margin
 
 MAX_SHARE = 0.02  # of the images: what a few of them may do by chance
 MAX_GAP = 0.2  # of FGSM above PGD: honest models of the papers differ by about a tenth
@@ -144,14 +145,18 @@ def run_checks(
     ]
 
 
-def verdict(name: str, found: Sequence[Check], images: int) -> str:
-    """The conclusion of the checks, in one or two sentences.
+def verdict(name: str, found: Sequence[Check], images: int, nan: str = "") -> str:
+    """The conclusion of the checks, in one to three sentences.
 
     Args:
       name: of the model.
       found: the checks.
       images: the number of images that they were made on.
+      nan: what `nan_logits` says of them.
     """
+    if nan:
+        remedy = 'jax.config.update("jax_debug_nans", True) finds where NaN arises. Do not trust any number before'
+        return f"{name}: {nan}. {remedy}. {verdict(name, found, images)}"
     breaches = [check for check in found if check.suspicious]
     if not breaches:
         return (
@@ -165,15 +170,30 @@ def verdict(name: str, found: Sequence[Check], images: int) -> str:
     )
 
 
-def gradients(model: Model, eps: float) -> Gradients:
-    """Measures input gradients at the clean images and at uniform random points of their l-infinity balls."""
-    zero, cosine = model.per_image(_gradients, np.uint32(model.seed), np.float32(eps))
+def gradients(model: Model, eps: float, norm: str = "linf") -> Gradients:
+    """Measures input gradients at the clean images and at uniform random points of their balls in `norm`."""
+    radius = np.asarray(eps, np.float64 if model.images.dtype == np.float64 else np.float32)
+    zero, cosine = model.per_image(_GRADIENTS[norm], np.uint32(model.seed), radius)
     return Gradients(float(zero.mean()), float(cosine.mean()))
 
 
 def losses(model: Model, images: np.ndarray) -> np.ndarray:
     """Cross-entropy of each image with its label, `[N]`."""
     return model.per_image(_losses, images=images)[0]
+
+
+def danger(model: Model, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How bad images are for the model.
+
+    Args:
+      model: the model.
+      images: `[N, ...]`, with the labels of the model's own.
+
+    Returns:
+      Whether each is misclassified, bool `[N]`; and the `losses.margin`, `[N]`, the largest number where a logit is NaN.
+    """
+    wrong, lead = model.per_image(_danger, images=images)
+    return wrong, lead
 
 
 def _loss(programs: Programs, params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
@@ -187,13 +207,30 @@ def _losses(
     return (_loss(programs, params, x, labels),)
 
 
+def _danger(
+    programs: Programs, params: Any, x: jax.Array, labels: jax.Array, places: jax.Array
+) -> tuple[jax.Array, ...]:
+    logits = programs.apply(params, x)
+    lead, broken = margin(logits, labels), jnp.isnan(logits).any(-1)
+    worst = jnp.finfo(lead.dtype).max
+    return (logits.argmax(-1) != labels) | broken, jnp.where(broken, worst, jnp.clip(lead, -worst, worst))
+
+
 def _gradients(
-    programs: Programs, params: Any, x: jax.Array, labels: jax.Array, places: jax.Array, seed: jax.Array, eps: jax.Array
+    norm: str,
+    programs: Programs,
+    params: Any,
+    x: jax.Array,
+    labels: jax.Array,
+    places: jax.Array,
+    seed: jax.Array,
+    eps: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """Whether there is no gradient to follow, and the cosine."""
     key = _streams.key(seed, _streams.MASKING)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
-    limits = core.linf_ball(x, eps, programs.bounds)
+    x = core.as_float32(x)
+    limits = core.ball(norm, x, eps, core.checks.image_range("diagnose", programs.bounds, x))
     near = limits.project(x + eps * limits.sample(keys, x))
     here, there = (
         core.input_gradient(lambda z: _loss(programs, params, z, labels), z).reshape(len(x), -1) for z in (x, near)
@@ -201,3 +238,6 @@ def _gradients(
     broken = ~jnp.isfinite(here).all(1)
     cosine = (core.unit(core.finite(here)) * core.unit(core.finite(there))).sum(1)
     return (core.finite(here) == 0).all(1) | broken, cosine
+
+
+_GRADIENTS = {norm: functools.partial(_gradients, norm) for norm in core.NORMS}

@@ -1,22 +1,34 @@
 """A model to be evaluated: a function from images to logits, with the images and labels to evaluate it on."""
 
+import contextlib
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from e2sad_jax import distributed
 from e2sad_jax._compile import jit
-from e2sad_jax.errors import DataError, first_line
+from e2sad_jax.errors import DataError
+from e2sad_jax.evaluation import _entrance
+from e2sad_jax.evaluation._entrance import Apply, Bounds
 from e2sad_jax.evaluation.attack import CLEAN, Attack
 from e2sad_jax.evaluation.autoattack import AutoResult, run_stages
-from e2sad_jax.evaluation.evaluator import Apply, Evaluation, Outcomes, Programs, Progress, in_batches, programs_of
+from e2sad_jax.evaluation.evaluator import (
+    Evaluation,
+    Outcome,
+    Outcomes,
+    Programs,
+    Progress,
+    in_batches,
+    on_device,
+    on_devices,
+    programs_of,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,14 +37,18 @@ class Model:
 
     Attributes:
       name: its name in tables.
-      apply: parameters and inputs `[N, ...]` to logits `[N, K]`.
-      params: passed on to `apply`.
-      images: inputs as `apply` takes them, `[N, ...]`, float32, inside `bounds`.
-      labels: `[N]`, integers in `[0, K)`.
-      bounds: range of valid inputs.
+      apply: parameters and inputs `[N, ...]` to logits `[N, K]`, K at least 2. It needs no hash.
+      params: passed on to `apply`: a pytree. Its arrays are traced, other leaves stay as they are.
+      images: inputs as `apply` takes them, `[N, ...]`, inside `bounds`. They become float32, or float64 where JAX computes in
+        64 bits; uint8 is divided by 255.
+      labels: `[N]`, integers in `[0, K)`; they become int32.
+      bounds: range of valid inputs: two numbers, or arrays that broadcast against one image.
       batch_size: images at once.
       seed: seed of all random numbers.
       mesh: devices to split batches over, if they divide them; None for one device.
+
+    Raises:
+      ValueError: if the images, labels or numbers do not fit together; of the function only when it is asked.
     """
 
     name: str
@@ -40,18 +56,37 @@ class Model:
     params: Any
     images: np.ndarray
     labels: np.ndarray
-    bounds: tuple[float, float] = (0.0, 1.0)
+    bounds: Bounds = (0.0, 1.0)
     batch_size: int = 250
     seed: int = 0
     mesh: Mesh | None = None
-    _programs: Programs | None = dataclasses.field(default=None, init=False, repr=False)
+    _kept: tuple[Programs, Any] | None = dataclasses.field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        images = _entrance.as_images(self.images)
+        if images.dtype == np.uint8:
+            images = images.astype(np.float32) / 255
+        own: dict[str, Any] = {"images": images, "labels": _entrance.as_labels(self.labels, len(images))}
+        own["bounds"] = _entrance.as_bounds(self.bounds)
+        _entrance.check_inputs(images, own["bounds"])
+        own["batch_size"] = _entrance.as_count("batch_size", self.batch_size)
+        own["seed"] = _entrance.as_count("seed", self.seed, least=0, most=2**32 - 1)
+        for field, value in own.items():
+            object.__setattr__(self, field, value)
 
     @property
     def num_classes(self) -> int:
         """The number of classes K."""
-        return self._compiled().num_classes(self.params, self.images)
+        programs, params = self._compiled()
+        return programs.shapes(params, self.images)[1]
 
-    def evaluate(self, attacks: Sequence[Attack], *, restart: int = 0, progress: Progress | None = None) -> Outcomes:
+    def evaluate(
+        self,
+        attacks: Sequence[Attack],
+        *,
+        restart: int = 0,
+        progress: Progress | None = None,
+    ) -> Outcomes:
         """`evaluate` of this model.
 
         Args:
@@ -66,7 +101,7 @@ class Model:
         return self.right_on(self.images)
 
     def predict(self, images: np.ndarray) -> np.ndarray:
-        """The predicted classes of images `[N, ...]`, others or these, int32 `[N]`; -1 where a logit is NaN."""
+        """The predicted classes of N images inside `bounds`, others or these, int32 `[N]`; -1 where a logit is NaN."""
         return self._evaluation(0, None, images).outcomes([Attack("clean", CLEAN)]).prediction[0]
 
     def right_on(self, images: np.ndarray) -> np.ndarray:
@@ -83,19 +118,32 @@ class Model:
           restart: another number draws other random numbers.
           progress: as of `evaluate`.
         """
-        attacked = np.array(self.images)
+        outcome, attacked = self.attacked(attack, restart, progress)
+        return outcome.correct, attacked
+
+    def attacked(
+        self, attack: Attack, restart: int = 0, progress: Progress | None = None
+    ) -> tuple[Outcome, np.ndarray]:
+        """As `under`, but returns the whole outcome, and the images `[N, ...]`."""
+        images = np.array(self.images)
 
         def visit(attack: Attack, places: np.ndarray, inputs: np.ndarray, right: np.ndarray) -> None:
-            attacked[places] = inputs
+            images[places] = inputs
 
         outcomes = self._evaluation(restart, progress).outcomes([attack], visit=visit)
-        return outcomes.correct[0], attacked
+        return outcomes[attack.name], images
 
     def auto(
-        self, stages: Sequence[Attack], *, eps: float, norm: str = "linf", progress: Progress | None = None
+        self,
+        stages: Sequence[Attack],
+        *,
+        eps: float,
+        norm: str = "linf",
+        keep: bool = False,
+        progress: Progress | None = None,
     ) -> AutoResult:
         """`auto` of this model."""
-        return run_stages(self._evaluation(0, progress), stages, eps=eps, norm=norm)
+        return run_stages(self._evaluation(0, progress), stages, eps=eps, norm=norm, keep=keep)
 
     def per_image(
         self, function: Callable[..., tuple[jax.Array, ...]], *arguments: Any, images: np.ndarray | None = None
@@ -111,16 +159,17 @@ class Model:
         Returns:
           The arrays, `[N]`.
         """
-        programs, images = self._compiled(), self.images if images is None else images
+        programs, bound = self._compiled()
+        images = self.images if images is None else images
         program = programs.once(function, lambda: jit(functools.partial(function, programs)))
-        params = distributed.replicate(self.mesh, self.params)
+        params, numbers = distributed.replicate(self.mesh, bound), on_device(arguments)
 
         def run(full: np.ndarray) -> Any:
-            batch = distributed.split_batch(self.mesh, (images[full], self.labels[full], full))
-            return program(params, *batch, *arguments)
+            batch = on_devices(self.mesh, (images[full], self.labels[full], np.int32(full)))
+            return program(params, *batch, *numbers)
 
         parts = [
-            [np.asarray(column)[: len(places)] for column in result]
+            [column[: len(places)] for column in jax.device_get(result)]
             for places, result in in_batches(run, np.arange(len(images)), min(self.batch_size, len(images)))
         ]
         return [np.concatenate(column) for column in zip(*parts, strict=True)]
@@ -128,18 +177,21 @@ class Model:
     def compiled(self) -> "Model":
         """A copy that compiles each program once and keeps it for several measurements."""
         model = dataclasses.replace(self)
-        object.__setattr__(model, "_programs", self._compiled())
+        object.__setattr__(model, "_kept", self._compiled())
         return model
 
-    def _compiled(self) -> Programs:
-        return self._programs or programs_of(self.apply, None, self.bounds)
+    def _compiled(self) -> tuple[Programs, Any]:
+        """The model's programs, and the arrays to call them with."""
+        if self._kept is not None:
+            return self._kept
+        apply, params = _entrance.bind(self.apply, self.params)
+        return programs_of(apply, None, self.bounds), params
 
     def _evaluation(self, restart: int, progress: Progress | None, images: Any = None) -> Evaluation:
         seed = zlib.crc32(f"{self.seed} {restart}".encode()) if restart else self.seed
         images = self.images if images is None else images
-        return Evaluation(
-            self._compiled(), self.params, images, self.labels, self.batch_size, seed, self.mesh, progress
-        )
+        programs, params = self._compiled()
+        return Evaluation(programs, params, images, self.labels, self.batch_size, seed, self.mesh, progress)
 
 
 class Classifier(Protocol):
@@ -175,19 +227,20 @@ def of_classifier(
       batch_size: images at once.
       seed: seed of all random numbers.
       mesh: devices to split batches over.
+
+    Raises:
+      DataError: if images or labels do not fit the classifier.
     """
-    transform = classifier.transform
-    return Model(
-        name or classifier.config.defense,
-        classifier.apply,
-        classifier.params,
-        np.asarray(transform.apply(jnp.asarray(images)), np.float32),
-        np.asarray(labels),
-        transform.bounds,
-        batch_size,
-        seed,
-        mesh,
-    )
+    transform, name = classifier.transform, name or classifier.config.defense
+    with _as_data_errors(name):
+        stored = _entrance.as_images(images)
+        _entrance.check_inputs(stored, (0.0, 1.0))
+        inputs = jax.device_get(transform.apply(on_device(stored)))
+        model = Model(
+            name, classifier.apply, classifier.params, inputs, labels, transform.bounds, batch_size, seed, mesh
+        )
+        _entrance.check_labels(model.labels, model.num_classes)
+    return model
 
 
 def of_function(
@@ -196,6 +249,7 @@ def of_function(
     labels: np.ndarray,
     *,
     params: Any = None,
+    bounds: Bounds = (0.0, 1.0),
     name: str = "model",
     batch_size: int = 250,
     seed: int = 0,
@@ -204,10 +258,11 @@ def of_function(
     """Makes a `Model` of any function that JAX can differentiate and the images to evaluate it on.
 
     Args:
-      logits_fn: images `[N, ...]`, float32 in [0, 1], to logits `[N, K]`; with `params`, of those and images.
-      images: `[N, ...]`, uint8, or floating point in [0, 1].
+      logits_fn: images `[N, ...]`, float32 inside `bounds`, to logits `[N, K]`; with `params`, of those and images.
+      images: `[N, ...]`, uint8, which is divided by 255, or floating point inside `bounds`.
       labels: `[N]`, integers in `[0, K)`.
-      params: the model's arrays. Arrays that a function holds itself become a part of each program that is compiled.
+      bounds: range of valid images, as of `evaluate`.
+      params: the model's parameters. Arrays that a function holds itself become a part of each program that is compiled.
       name: its name in tables.
       batch_size: images at once.
       seed: seed of all random numbers.
@@ -216,33 +271,22 @@ def of_function(
     Raises:
       DataError: if images or labels are not that, or the function does not return logits for them.
     """
-    images, labels = np.asarray(images), np.asarray(labels)
-    if images.dtype == np.uint8:
-        images = images.astype(np.float32) / 255
-    if (
-        images.size == 0
-        or not np.issubdtype(images.dtype, np.floating)
-        or not (np.min(images) >= 0 and np.max(images) <= 1)
-    ):
-        raise DataError(
-            f"{name}: images are {images.dtype} {images.shape}; they must be some, uint8 or floating point in [0, 1]"
-        )
-    apply: Apply = logits_fn
-    if params is None:
+    with _as_data_errors(name):
+        apply: Apply = logits_fn
+        if params is None and callable(logits_fn):
 
-        def apply(params: Any, x: jax.Array) -> jax.Array:
-            return logits_fn(x)
+            def apply(params: Any, x: jax.Array) -> jax.Array:
+                return logits_fn(x)
 
+        model = Model(name, apply, params, images, labels, bounds, batch_size, seed, mesh)
+        _entrance.check_labels(model.labels, model.num_classes)
+    return model
+
+
+@contextlib.contextmanager
+def _as_data_errors(name: str) -> Iterator[None]:
+    """What is refused inside is refused as a `DataError` that names the model."""
     try:
-        shape = jax.eval_shape(apply, params, jax.ShapeDtypeStruct((2, *images.shape[1:]), jnp.float32)).shape
-    except Exception as error:  # whatever the function raises
-        raise DataError(
-            f"{name}: fails on images of shape {(2, *images.shape[1:])}, traced by JAX: {first_line(error)}"
-        ) from error
-    if len(shape) != 2 or shape[0] != 2:
-        raise DataError(f"{name}: returns shape {shape} for 2 images; it must return logits (2, K)")
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{name}: labels are {labels.dtype} {labels.shape}; they must be integers ({len(images)},)")
-    if labels.min() < 0 or labels.max() >= shape[1]:
-        raise DataError(f"{name}: labels reach from {labels.min()} to {labels.max()}; the model has {shape[1]} classes")
-    return Model(name, apply, params, images.astype(np.float32), labels, (0.0, 1.0), batch_size, seed, mesh)
+        yield
+    except ValueError as error:
+        raise DataError(f"{name}: {error}") from error

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from e2sad_jax.data.dataset import in_words
+from e2sad_jax.evaluation import nan_logits
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.table import Table
 from e2sad_jax.training.config import Config
@@ -97,6 +98,8 @@ def model_card(results: Mapping[str, Any]) -> str:
         "",
         *limits(1, n),
     ]
+    if nan := nan_logits({row["name"]: row.get("nan", 0) for row in results["attacks"]}, n):
+        lines.append(f"- {nan}.")
     if results["worst_case_accuracy"] < 0.5:
         lines.append(
             "- All attacks combined fool the model on more than half of the images: not robust at these budgets."

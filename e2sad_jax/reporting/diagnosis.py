@@ -6,11 +6,13 @@ from typing import Any
 
 from e2sad_jax import attacks
 from e2sad_jax.data.dataset import in_words
+from e2sad_jax.evaluation import nan_logits
 from e2sad_jax.reporting import plots, provenance
 from e2sad_jax.reporting.card import WORST
 from e2sad_jax.reporting.table import Table
 
 Result = Mapping[str, Any]
+NORMS = {"linf": "l-inf", "l2": "l2"}
 
 
 def tables(result: Result) -> list[Table]:
@@ -19,12 +21,12 @@ def tables(result: Result) -> list[Table]:
     Args:
       result: what evaluation.json holds.
     """
-    eps, n = f"eps {result['eps']:.4g}", result["images"]
+    eps, n = f"{_budget(result)} {result['eps']:.4g}", result["images"]
     budget, steps, restarts = result["over_eps"], result["over_steps"], result["over_restarts"]
     found = [
         Table(
             title=f"Accuracy on {n:,} images against the budget (1 restart; clean accuracy {result['clean']:.3f})",
-            columns=["eps", *(f"{e:.4g}" for e in budget["eps"])],
+            columns=[_budget(result), *(f"{e:.4g}" for e in budget["eps"])],
             rows=[[name, *map(_accuracy, values)] for name, values in budget["accuracy"].items()],
         ),
         Table(
@@ -73,6 +75,29 @@ def tables(result: Result) -> list[Table]:
     return [*found, Table(title="Checks for gradient masking", columns=columns, rows=rows)]
 
 
+def _budget(result: Result) -> str:
+    """What a budget is called: "eps", with the norm where it is not l-infinity."""
+    return "eps" if result["norm"] == "linf" else f"{NORMS[result['norm']]} eps"
+
+
+def sentences(result: Result) -> list[str]:
+    """What the tables do not say: NaN, images whose fall is rounding, and the accuracy of 8-bit images."""
+    said, n = [], result["images"]
+    if nan := nan_logits(result["nan"], n):
+        said.append(f"NaN: {nan}.")
+    if count := result["overturned"]:
+        said.append(
+            f"{count:,} of {n:,} images fool the model within an attack's program but not in the forward pass of the clean "
+            "accuracy: they count as correct."
+        )
+    if (quantized := result.get("quantized")) is not None:
+        said.append(
+            f"8 bits: the worst image of each, rounded to grey levels inside the ball: accuracy {quantized:.4f} "
+            f"({result['robust']:.4f} before rounding)."
+        )
+    return said
+
+
 def _accuracy(value: float) -> str:
     return f"{value:.3f}"
 
@@ -95,15 +120,16 @@ def images_of(result: Result) -> str:
 
 
 def text(result: Result) -> str:
-    """The tables, the images and the verdict, for a terminal."""
+    """The tables, the images, what else is to be said, and the verdict, for a terminal."""
     about = f"Measured on {images_of(result)}."
-    return "\n\n".join([*(table.text() for table in tables(result)), about, result["verdict"]])
+    return "\n\n".join([*(table.text() for table in tables(result)), about, *sentences(result), result["verdict"]])
 
 
 def markdown(result: Result) -> str:
     """evaluation.md: the verdict, the tables, the picture, and the provenance."""
     blocks = [f"# Robustness of {result['name']}", f"Measured on {images_of(result)}. {result['verdict']}"]
     blocks += [table.markdown(level=2).strip() for table in tables(result)]
+    blocks += sentences(result)
     blocks.append("![Accuracy against budget and steps](evaluation.png)")
     blocks.append(f"Command: `{result['command']}`. {provenance.sentence(result['environment'])}")
     return "\n\n".join(blocks) + "\n"
@@ -115,7 +141,7 @@ def plot(path: pathlib.Path, results: Sequence[Result]) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    styles = ["--", "-", ":"]
+    styles, norm = ["--", "-", ":"], NORMS[results[0]["norm"]]
     for i, result in enumerate(results):
         colour = f"C{i}"
         curve = result["over_eps"]
@@ -126,9 +152,9 @@ def plot(path: pathlib.Path, results: Sequence[Result]) -> None:
             left.plot(result["eps"], worst["robust"], "*", color=colour, markersize=12, label="worst case")
         steps = result["over_steps"]
         right.plot(steps["steps"], steps["accuracy"], "-", color=colour, marker=".", label=result["name"])
-    left.set(xlabel="eps (l-inf)", ylabel="accuracy", ylim=(0, 1.02))
-    right.set(xlabel=f"PGD steps (eps {results[0]['eps']:.4g})", xscale="log", ylim=(0, 1.02))
+    left.set(xlabel=f"eps ({norm})", ylabel="accuracy", ylim=(0, 1.02))
+    right.set(xlabel=f"PGD steps (eps {results[0]['eps']:.4g}, {norm})", xscale="log", ylim=(0, 1.02))
     left.legend(fontsize="small")
     right.legend(fontsize="small")
-    figure.suptitle(f"Accuracy under attack, {results[0]['images']:,} images")
+    figure.suptitle(f"Accuracy under {norm} attack, {results[0]['images']:,} images")
     plots.save(path, figure, dpi=120)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from e2sad_jax._io import write_bytes, write_json, write_text
-from e2sad_jax.evaluation import SUITES, Attack, Outcome
+from e2sad_jax.evaluation import SUITES, Attack, Outcome, nan_logits
 from e2sad_jax.reporting import card, paper_numbers, provenance
 from e2sad_jax.reporting.card import WORST, images_of
 from e2sad_jax.reporting.table import Table
@@ -89,7 +89,7 @@ def _measured(suite: Sequence[Attack], outcomes: Mapping[str, Outcome]) -> dict[
     rows = []
     for attack in suite:
         outcome = outcomes[attack.name]
-        counts = {"accuracy": outcome.accuracy, "correct": int(outcome.correct.sum())}
+        counts = {"accuracy": outcome.accuracy, "correct": int(outcome.correct.sum()), "nan": outcome.nan}
         rows.append({**dataclasses.asdict(attack), **counts})
     worst = np.all([outcome.correct for outcome in outcomes.values()], axis=0)
     return {"attacks": rows, "worst_case_accuracy": float(worst.mean())}
@@ -133,6 +133,17 @@ def about_best(all_results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return sentences
 
 
+def about_nan(all_results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence for each model some of whose images have NaN logits; mostly none."""
+    sentences = []
+    for name, results in all_results.items():
+        for which, measured in ((name, results), (f"{name}, best checkpoint", results.get("best"))):
+            counts = {row["name"]: row.get("nan", 0) for row in measured["attacks"]} if measured else {}
+            if nan := nan_logits(counts, results["examples"]):
+                sentences.append(f"{which}: {nan}.")
+    return sentences
+
+
 def _attack_name(row: Mapping[str, Any]) -> str:
     if row["kind"] == "pgd":
         step = "" if row["step_size"] is None else f"step {row['step_size']:.2g}, "
@@ -144,7 +155,7 @@ def _attack_name(row: Mapping[str, Any]) -> str:
 
 def summary(all_results: Mapping[str, Mapping[str, Any]]) -> str:
     """The table and the choice of checkpoints, for a terminal."""
-    return table(all_results, about_best(all_results)).text()
+    return table(all_results, [*about_nan(all_results), *about_best(all_results)]).text()
 
 
 def markdown(all_results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -160,6 +171,7 @@ def markdown(all_results: Mapping[str, Mapping[str, Any]]) -> str:
         else:
             notes.append(f"{name}: not compared with the paper: {results['paper']}.")
     notes += [
+        *about_nan(all_results),
         *about_best(all_results),
         f"`{WORST}`: images classified correctly under every attack of the table. IFGSM is the paper's attack and weak; "
         "PGD is stronger.",

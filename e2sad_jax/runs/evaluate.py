@@ -1,22 +1,27 @@
 """Evaluates one trained model and writes tables and files; `experiments.evaluate` calls it."""
 
 import dataclasses
+import functools
 import importlib
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from e2sad_jax import data, distributed
-from e2sad_jax._io import make_folder, write_json, write_text
-from e2sad_jax.errors import ConfigError
-from e2sad_jax.evaluation import Effort, Model, diagnose, of_classifier, of_function
+from e2sad_jax._io import check_folder, write_json, write_text
+from e2sad_jax.attacks import core
+from e2sad_jax.errors import ConfigError, DataError
+from e2sad_jax.evaluation import Effort, Model, diagnose, of_classifier, of_function, quantize
 from e2sad_jax.reporting import diagnosis, provenance
 from e2sad_jax.reporting.progress import Bar
+from e2sad_jax.runs import saved_images
 from e2sad_jax.runs.classifier import load
-from e2sad_jax.training.config import check, setting
+from e2sad_jax.training.config import Config, check, setting
+
+WORST, WORST_8BIT = "worst_images.npz", "worst_images_8bit.npz"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,10 @@ class Request:
     )
     data: str = setting("", "data set whose test images are attacked; empty: that of the run")
     data_dir: str = setting("", "folder of data sets; empty: that of the run")
-    eps: float = setting(0.0, "l-infinity budget in the network's units, 0: the run's own eps1", lower=0)
+    eps: float = setting(0.0, "budget in the network's units, 0: the run's own eps1", lower=0)
+    norm: str = setting(
+        "", "of the budget, linf or l2; empty: the run's own, or linf with --predict", choices=("", *core.NORMS)
+    )
     examples: int = setting(
         500, "test images, a sample stratified by class, or all if there are fewer; 0: all", lower=0
     )
@@ -50,6 +58,14 @@ class Request:
     targets: int = setting(9, "wrong classes that the targeted APGD tries", lower=1)
     fab: int = setting(0, "wrong classes that FAB tries, before Square, 0: leave it out", lower=0)
     restarts: int = setting(5, "random starts of PGD-40", lower=1)
+    save_images: bool = setting(
+        False,
+        f"write {WORST}: the worst image of each test image, which --data reads back",
+    )
+    quantize: bool = setting(
+        False,
+        f"measure the worst images rounded to 8-bit grey levels in the ball too; with --save_images, write {WORST_8BIT}",
+    )
     results: str = setting(
         "", "folder for evaluation.md, .json and .png; empty: WORKDIR/evaluation, or runs/evaluation for --predict"
     )
@@ -77,7 +93,8 @@ def run(request: Request) -> dict[str, Any]:
     Raises:
       ConfigError, DataError, WorkdirError: before anything is measured.
     """
-    model, eps, folder, tests = _model(request)
+    asked = _asked(request)
+    model, eps, folder = asked.model, asked.eps, asked.folder
     substitute = None
     if request.transfer_from:
         classifier = load(request.transfer_from)
@@ -97,7 +114,7 @@ def run(request: Request) -> dict[str, Any]:
         substitute = dataclasses.replace(
             model, name=classifier.config.defense, apply=classifier.apply, params=classifier.params
         )
-    make_folder(folder, f"--results={folder}")
+    check_folder(folder, f"--results={folder}", make=True)
     effort = Effort(
         queries=request.queries,
         targets=request.targets,
@@ -105,19 +122,33 @@ def run(request: Request) -> dict[str, Any]:
         restarts=request.restarts,
         worst_case=request.auto,
     )
-    total = effort.work(len(model.images), model.num_classes, substitute is not None)
+    total = effort.work(len(model.images), model.num_classes, substitute is not None, model.images.ndim)
     with Bar(f"evaluate {model.name}", total, "gradients") as bar:
         result = diagnose(
             model,
             eps=eps,
+            norm=asked.norm,
             effort=effort,
             substitute=substitute,
+            keep=True,
             progress=lambda what, gradients: bar.update(gradients, what),
         )
-    classes = {"classes": len(np.unique(model.labels)), "num_classes": model.num_classes}
+    worst = result.pop("worst_images")
+    files = ["evaluation.md", "evaluation.json", "evaluation.png"]
+    result["quantized"] = None
+    if request.quantize:
+        grey = quantize(worst, model.images, eps=eps, norm=asked.norm)
+        result["quantized"] = float(asked.make(grey, model.labels).clean().mean())
+    if request.save_images:
+        saved_images.write(folder / WORST, worst, model.labels, model.num_classes, asked.transform)
+        files.append(WORST)
+        if request.quantize:
+            saved_images.write(folder / WORST_8BIT, grey, model.labels, model.num_classes)
+            files.append(WORST_8BIT)
     result |= {
-        "test_images": tests,
-        **classes,
+        "test_images": asked.tests,
+        "classes": len(np.unique(model.labels)),
+        "num_classes": model.num_classes,
         "command": provenance.command(),
         "environment": provenance.environment(),
     }
@@ -125,54 +156,106 @@ def run(request: Request) -> dict[str, Any]:
     write_text(folder / "evaluation.md", diagnosis.markdown(result))
     diagnosis.plot(folder / "evaluation.png", [result])
     print(f"\n{diagnosis.text(result)}\n")
-    for name in ("evaluation.md", "evaluation.json", "evaluation.png"):
-        print(folder / name)
+    for name in files:
+        accuracy = {WORST: result["robust"], WORST_8BIT: result["quantized"]}.get(name)
+        print(folder / name, "" if accuracy is None else f"(--data reads it back: clean accuracy {accuracy:.4f})")
     return result
 
 
-def _model(request: Request) -> tuple[Model, float, pathlib.Path, int]:
-    """The model to be evaluated, the budget, where the files go, and how many test images there are."""
+class _Asked(NamedTuple):
+    """What a request asks about.
+
+    Attributes:
+      model: the model and its images.
+      eps: the budget.
+      norm: its norm.
+      folder: where the files go.
+      make: the model with other images, as stored, and labels.
+      tests: how many test images there are.
+      transform: name of the transform that the model's images are behind.
+    """
+
+    model: Model
+    eps: float
+    norm: str
+    folder: pathlib.Path
+    make: Callable[[Any, Any], Model]
+    tests: int
+    transform: str
+
+
+def _asked(request: Request) -> _Asked:
+    """Loads what a request asks about.
+
+    Raises:
+      ConfigError, DataError, WorkdirError: if it cannot be, or the images are none of the model's.
+    """
     mesh = distributed.mesh(request.devices, request.batch_size)
+    how: dict[str, Any] = {"batch_size": request.batch_size, "seed": request.seed, "mesh": mesh}
+    results = pathlib.Path(request.results).expanduser() if request.results else None
+    make: Callable[..., Model]
     if request.predict:
-        dataset = data.load(request.data, None)
-        sample = data.sample_tests(dataset, request.examples)
-        model = of_function(
-            _function(request.predict),
-            sample.x_test,
-            sample.y_test,
-            name=request.predict.split(":")[1],
-            batch_size=request.batch_size,
-            seed=request.seed,
-            mesh=mesh,
-        )
-        folder = pathlib.Path(request.results or "runs/evaluation").expanduser()
-        return model, request.eps, folder, len(dataset.x_test)
-    classifier = load(request.workdir, request.which)
-    dataset = data.load(request.data or classifier.config.data, request.data_dir or classifier.config.data_dir or None)
-    if dataset.image_shape != tuple(classifier.dataset["image_shape"]):
+        name = request.predict.split(":")[1]
+        make = functools.partial(of_function, _function(request.predict), name=name, **how)
+        transform, eps, folder = "unit", request.eps, results or pathlib.Path("runs/evaluation")
+        norm = request.norm or "linf"
+    else:
+        classifier = load(request.workdir, request.which)
+        workdir = pathlib.Path(request.workdir).expanduser()
+        name = f"{classifier.config.defense} ({workdir.name})"
+        make = functools.partial(of_classifier, classifier, name=name, **how)
+        transform, eps, folder = classifier.config.transform, request.eps, results or workdir / "evaluation"
+        norm = request.norm or classifier.config.norm
+        if not eps and norm != classifier.config.norm:
+            raise ConfigError(
+                f"--eps=0: must be above 0 with --norm={norm}, for that of the run is {classifier.config.norm}"
+            )
+        if not eps and not (eps := classifier.config.eps1):
+            raise ConfigError("--eps=0: must be above 0, for the run itself has --eps1=0")
+    if request.quantize and transform != "unit":
         raise ConfigError(
-            f"--data={request.data}: its images are {dataset.image_shape}, those of {request.workdir} "
+            f"--quantize: its grey levels are those of images in [0, 1], but the run attacks behind --transform={transform}; "
+            "leave it out"
+        )
+    saved = saved_images.read(data.expand(request.data), transform) if _is_file(request.data) else None
+    if saved is not None:
+        shape, num_classes = saved.inputs.shape[1:], saved.num_classes
+    else:
+        dataset = _dataset(request, None if request.predict else classifier.config)
+        shape, num_classes = dataset.image_shape, dataset.num_classes
+    if not request.predict and tuple(shape) != tuple(classifier.dataset["image_shape"]):
+        raise ConfigError(
+            f"--data={request.data}: its images are {tuple(shape)}, those of {request.workdir} "
             f"{tuple(classifier.dataset['image_shape'])}"
         )
-    if dataset.num_classes > classifier.dataset["num_classes"]:
+    if not request.predict and num_classes > classifier.dataset["num_classes"]:
         raise ConfigError(
-            f"--data={request.data}: has {dataset.num_classes} classes, {request.workdir} {classifier.dataset['num_classes']}"
+            f"--data={request.data}: has {num_classes} classes, {request.workdir} {classifier.dataset['num_classes']}"
         )
-    folder, sample = pathlib.Path(request.workdir).expanduser(), data.sample_tests(dataset, request.examples)
-    model = of_classifier(
-        classifier,
-        sample.x_test,
-        sample.y_test,
-        name=f"{classifier.config.defense} ({folder.name})",
-        batch_size=request.batch_size,
-        seed=request.seed,
-        mesh=mesh,
-    )
-    eps = request.eps or classifier.config.eps1
-    if not eps:
-        raise ConfigError("--eps=0: must be above 0, for the run itself has --eps1=0")
-    results = pathlib.Path(request.results).expanduser() if request.results else folder / "evaluation"
-    return model, eps, results, len(dataset.x_test)
+    if saved is None:
+        sample, tests = data.sample_tests(dataset, request.examples), len(dataset.x_test)
+        model = make(sample.x_test, sample.y_test)
+    else:  # inputs, which no transform may touch again
+        blank = make(np.zeros((1, *shape), np.uint8), np.zeros(1, np.int32))
+        tests = len(saved.labels)
+        rows = data.sample(saved.labels, request.examples or tests)
+        try:
+            model = dataclasses.replace(blank, images=saved.inputs[rows], labels=saved.labels[rows])
+        except ValueError as error:
+            raise DataError(f"{request.data}: {error}") from error
+    return _Asked(model, eps, norm, folder, make, tests, transform)
+
+
+def _is_file(name: str) -> bool:
+    return name.lower().endswith(".npz")
+
+
+def _dataset(request: Request, config: Config | None) -> data.Dataset:
+    """The data set that is asked for, or that of the run; of a file the test images are enough."""
+    if _is_file(request.data):
+        return data.load_npz(data.expand(request.data), test_only=True)
+    folder = request.data_dir or (config.data_dir if config else "")
+    return data.load(request.data or (config.data if config else ""), folder or None)
 
 
 def _function(name: str) -> Callable[..., Any]:

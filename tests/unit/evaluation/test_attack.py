@@ -89,12 +89,8 @@ def test_an_attack_of_the_users_own_is_a_row(problem, monkeypatch):
     [
         (Attack("a", "nothing"), "attack 'a': kind='nothing'; it must be one of clean, fgsm, "),
         (Attack("a", "pgd", 0.1, 2, loss="mse"), "loss='mse'; it must be one of ce, margin, dlr, targeted_dlr"),
-        (Attack("a", "pgd", -0.1, 2), r"eps=-0.1; it must be finite and at least 0"),
-        (Attack("a", "pgd", float("nan"), 2), r"eps=nan; it must be finite"),
-        (Attack("a", "pgd", np.float32(-1), 2), r"eps=-1.0; it must be finite and at least 0"),
-        (Attack("a", "pgd", jnp.float32(np.nan), 2), r"eps=nan; it must be finite"),
         (Attack("a", "pgd", 0.1), r"steps=0; it must be at least 1"),
-        (Attack("a", "fab", 0.1, -1), r"steps=-1; it must be at least 1"),
+        (Attack("a", "fab", 0.1, -1), r"steps=-1; it must be at least 0"),
         (Attack("a", "mi_fgsm", 0.1, 2, norm="l2"), r"norm='l2'; it must be linf"),
         (Attack("a", "fgsm", 0.1, restarts=2), r"restarts=2; it has no random restarts"),
         (Attack("a", "apgd", 0.1, 2, loss="targeted_dlr", targets=0), r"targets=0; it must be at least 1"),
@@ -111,6 +107,45 @@ def test_what_is_not_possible_is_refused(attack, message, monkeypatch):
     monkeypatch.setitem(attacks.ATTACKS, "untargeted", attacks.Method(lambda logits_fn, x: x, "minimum-norm"))
     with pytest.raises(ValueError, match=message):
         attack.check(2, 2)
+
+
+def test_an_attack_without_targets_has_no_targeted_loss(monkeypatch):
+    own = attacks.Method(lambda x, *, eps: x, "minimum-norm")
+    monkeypatch.setattr(attacks, "ATTACKS", {**attacks.ATTACKS, "own": own})
+    with pytest.raises(ValueError, match="own has no targets to walk to, leave the loss out"):
+        Attack("a", "own", 0.1, loss="targeted_dlr").check(K, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eps": -0.1}, "eps=-0.1; it must be a number, finite and at least 0"),
+        ({"eps": float("nan")}, "eps=nan; it must be a number, finite"),
+        ({"eps": float("inf")}, "eps=inf; it must be a number, finite"),
+        ({"eps": 1e39}, r"eps=1e\+39; it must be a number, finite"),
+        ({"eps": None}, "eps=None; it must be a number"),
+        ({"eps": "0.1"}, "eps='0.1'; it must be a number"),
+        ({"eps": np.float32(-1)}, r"eps=.*-1.0.*; it must be a number, finite and at least 0"),
+        ({"eps": jnp.float32(np.nan)}, "eps=.*nan.*; it must be a number, finite"),
+        ({"eps": np.full(3, 0.1)}, "eps=.*; it must be a number, finite"),
+        ({"eps": 0.1, "step_size": 0}, "step_size=0; it must be a number, finite and above 0"),
+    ],
+)
+def test_a_budget_is_refused_before_it_is_traced(settings, message):
+    with pytest.raises(ValueError, match=f"attack 'a': {message}"):
+        Attack("a", "pgd", steps=2, **settings)
+
+
+def test_a_traced_budget_is_taken_as_it_is(problem):
+    x, row = jnp.asarray(problem.images[:2]), Attack("a", "fgsm")
+
+    @jax.jit
+    def made(eps):
+        return dataclasses.replace(row, eps=eps).perturb(
+            lambda z: linear(problem.w, z), x, problem.labels[:2], bounds=(0.0, 1.0), index=jnp.arange(2)
+        )
+
+    np.testing.assert_allclose(np.abs(made(jnp.float32(0.1)) - x).max(), 0.1, atol=1e-6)
 
 
 def test_gradients_of_a_row():

@@ -74,8 +74,8 @@ def test_square_finds_what_gradients_do_not_show(problem):
         ({"norm": "l2", "stages": [Attack("MI", "mi_fgsm", steps=2)]}, r"'MI': norm='l2'; it must be linf"),
         ({"stages": STAGES[:1] * 2}, "each needs a name of its own"),
         ({"stages": [Attack("clean", "pgd", steps=1)]}, "each needs a name of its own"),
-        ({"eps": float("nan")}, "'APGD-CE': eps=nan; it must be finite and at least 0"),
-        ({"eps": -0.1}, "'APGD-CE': eps=-0.1"),
+        ({"eps": float("nan")}, "auto: eps=nan; it must be a number, finite and at least 0"),
+        ({"eps": -0.1}, "auto: eps=-0.1"),
         ({"params": np.zeros((16, 3), np.float32), "labels": np.zeros(N, int)}, r"at least 4 classes; .* has 3: leave"),
     ],
 )

@@ -135,6 +135,60 @@ def test_gradient_alignment_against_its_definition(problem):
     assert np.isfinite(masking.gradients(sure, EPS).alignment)
 
 
+def test_the_l2_ball_throughout(problem):
+    """Images in the middle of the range, so that the worst case is the distance to the nearest other class."""
+    w, images, _ = problem
+    images, w = 0.4 + 0.2 * images, np.float64(w)
+    logits = np.float64(images.reshape(N, -1) @ w)
+    labels, eps = logits.argmax(1), 0.1
+    distance = np.array(
+        [
+            min((f[y] - f[k]) / np.linalg.norm(w[:, y] - w[:, k]) for k in range(K) if k != y)
+            for f, y in zip(logits, labels, strict=True)
+        ]
+    )
+    model = of_function(lambda x: x.reshape(len(x), -1) @ jnp.float32(w), images, labels, batch_size=25)
+    effort = Effort(budgets=(1.0,), steps=(20,), restarts=1, pgd_steps=20, worst_case=False)
+    result = diagnose(model, eps=eps, norm="l2", effort=effort, keep=True)
+    assert result["norm"] == "l2"
+    change = np.linalg.norm((result["worst_images"] - model.images).reshape(N, -1), axis=1)
+    assert 0.9 * eps < change.max() <= eps
+    near = np.abs(distance / eps - 1) < 0.05
+    wrong = ~model.right_on(result["worst_images"])
+    np.testing.assert_array_equal(wrong[~near], (distance < eps)[~near])
+    assert result["robust"] == 1 - wrong.mean()
+    assert 0 < wrong.sum() < N
+    assert result["overturned"] == 0
+    assert value(result, "correct in the whole range")["value"] == 0
+    assert value(result, "gradient alignment")["value"] > 0.9
+
+
+def test_gradient_alignment_is_measured_in_the_ball_of_the_norm(problem):
+    w, images, labels = problem
+    points = {}
+
+    def gradients(norm, x, eps):
+        model = Model("m", lambda w, z: jnp.sin(30 * z).reshape(len(z), -1) @ w, w, x, labels)
+        return masking.gradients(model, eps, norm).alignment
+
+    for norm in ("linf", "l2"):
+        points[norm] = gradients(norm, 0.4 + 0.2 * images, 0.05)
+    assert points["l2"] > points["linf"] + 0.2, "an l2 ball of that radius is smaller"
+
+
+def test_the_worst_images_are_those_that_fool(honest, problem):
+    w, images, labels = problem
+    model = of_function(lambda x: x.reshape(len(x), -1) @ w, images, labels, batch_size=25)
+    effort = Effort(budgets=(1.0,), steps=(5,), restarts=1, pgd_steps=5, worst_case=False)
+    result = diagnose(model, eps=EPS, effort=effort, keep=True)
+    worst = result["worst_images"]
+    assert np.abs(worst - images).max() <= EPS + 1e-6
+    assert (np.abs(worst - images).max((1, 2, 3)) > EPS / 2).all(), "of those that nothing fools the most dangerous"
+    assert model.right_on(worst).mean() == result["robust"] <= min(result["over_steps"]["accuracy"])
+    assert honest["robust"] == honest["worst_case"]["robust"]
+    assert "worst_images" not in honest
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
@@ -175,7 +229,7 @@ def test_each_check_finds_its_weakness_and_no_other(changes, name):
             lambda x: x[:, 0, 0],
             np.full((2, 3, 3, 2), 2.0),
             np.zeros(2, int),
-            "must be some, uint8 or floating point in",
+            "reach outside bounds=",
         ),
         (
             lambda x: x[:, 0, 0],
@@ -183,13 +237,13 @@ def test_each_check_finds_its_weakness_and_no_other(changes, name):
             np.full(2, 2),
             "labels reach from 2 to 2; the model has 2 classes",
         ),
-        (lambda x: x[:, 0, 0], np.zeros((2, 3, 3, 2)), np.zeros(3, int), r"they must be integers \(2,\)"),
+        (lambda x: x[:, 0, 0], np.zeros((2, 3, 3, 2)), np.zeros(3, int), "must be one integer for each of 2 images"),
     ],
 )
 def test_functions_and_images_that_do_not_fit_are_refused(function, images, labels, message):
     with pytest.raises(DataError, match=message):
         of_function(function, images, labels)
-    with pytest.raises(ValueError, match="eps=0; it must be above 0"):
+    with pytest.raises(ValueError, match="eps=0; it must be a number, finite and above 0"):
         diagnose(None, eps=0)
 
 

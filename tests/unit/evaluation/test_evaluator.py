@@ -239,12 +239,12 @@ def test_programs_of_pure_functions_serve_later_calls(problem):
         ({"labels": np.zeros(N)}, r"labels \(40,\) float64 must be one integer"),
         ({"labels": np.full(N, K)}, r"labels reach from 5 to 5; the model has 5 classes"),
         ({"labels": np.full(N, -1)}, r"labels reach from -1 to -1"),
-        ({"images": np.zeros((0, 4, 4, 1))}, r"must be one integer for each of 0 images"),
+        ({"images": np.zeros((0, 4, 4, 1))}, r"images have shape \(0, 4, 4, 1\).*there must be some"),
         ({"images": np.zeros((N, 4, 4, 1), int)}, r"images are int.*; they must be uint8 or floating point"),
         ({"batch_size": 0}, r"batch_size=0; it must be at least 1"),
         ({"attacks": SUITE[:1] * 2}, r"attacks are named clean, clean; each needs a name of its own"),
         ({"attacks": (Attack("x", "pgd", 0.1),)}, r"attack 'x': steps=0"),
-        ({"apply": lambda params, x: x}, r"returns shape \(1, 4, 4, 1\) for 1 image; it must return logits"),
+        ({"apply": lambda params, x: x}, r"returns shape \(2, 4, 4, 1\) for 2 images; it must return logits"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_before_an_attack(problem, changes, message):
@@ -332,7 +332,7 @@ def by_comparison(problem):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate_model, "load", lambda workdir, which: loaded)
-        config = types.SimpleNamespace(workdir="", eps1=EPS, defense="natural")
+        config = types.SimpleNamespace(workdir="", eps1=EPS, norm="linf", defense="natural")
         found = evaluate_model._attacked(config, "last", problem.images, ALL_ZERO, [Attack("APGD", "apgd", steps=1)])
     return [found["clean"], found["robust"], *found["after"].values()]
 

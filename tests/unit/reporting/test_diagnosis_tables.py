@@ -9,7 +9,11 @@ RESULT = {
     "classes": 9,
     "num_classes": 10,
     "eps": 0.2,
+    "norm": "linf",
     "clean": 0.98,
+    "robust": 0.34,
+    "overturned": 0,
+    "nan": {"clean": 0},
     "over_eps": {"eps": [0.1, 0.2], "accuracy": {"FGSM": [0.9, 0.8], "PGD-40": [0.7, 0.41]}},
     "over_steps": {"attack": "PGD", "steps": [1, 10], "accuracy": [0.8, 0.5]},
     "over_restarts": {"attack": "PGD-40", "accuracy": [0.41, 0.4]},
@@ -54,6 +58,18 @@ def test_text_has_the_verdict_last_and_leaves_out_what_was_not_measured():
     assert "Worst case" not in text
     assert "Transfer" not in text
     assert "Checks for gradient masking" in text
+
+
+def test_what_no_table_holds_is_said_in_sentences():
+    nan = {"clean": 3, "PGD-40": 1_200, "FGSM": 7}
+    text = diagnosis.text({**RESULT, "nan": nan, "overturned": 2, "quantized": 0.3456, "norm": "l2"})
+    assert (
+        "NaN: 3 of 1,500 images have NaN logits, 1,200 of 1,500 images have NaN logits under PGD-40: they count" in text
+    )
+    assert "2 of 1,500 images fool the model within an attack's program but not in the forward pass" in text
+    assert "rounded to grey levels inside the ball: accuracy 0.3456 (0.3400 before rounding)" in text
+    assert "Worst case: accuracy after each attack in turn (l2 eps 0.2, 1,500 images)" in text
+    assert "NaN" not in diagnosis.text(RESULT)
 
 
 def test_the_picture_is_written(tmp_path):

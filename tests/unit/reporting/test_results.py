@@ -1,12 +1,11 @@
 """What results.json, results.md and a model card say, on made-up outcomes."""
 
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from e2sad_jax.evaluation import SUITES
+from e2sad_jax.evaluation import SUITES, Outcome
 from e2sad_jax.reporting import card, results
 from e2sad_jax.reporting.results import Best
 from e2sad_jax.training import configure
@@ -22,30 +21,17 @@ MNIST = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """An outcome with the first `count` images correct."""
-
-    count: int
-
-    @property
-    def correct(self):
-        return np.arange(10_000) < self.count
-
-    @property
-    def prediction(self):
-        return np.zeros(10_000, np.int32)
-
-    @property
-    def accuracy(self):
-        return self.count / 10_000
+def made(count):
+    """An outcome with the first `count` images correct, all of class 0."""
+    correct = np.arange(10_000) < count
+    return Outcome(correct, np.where(correct, 0, 1).astype(np.int32))
 
 
 def build(suite, correct=9_000, best=None, **changes):
     """Results of a run that classifies the first `correct` images correctly; `best`: step and that number of the best."""
 
     def outcomes(correct):
-        return {attack.name: Made(correct) for attack in SUITES[suite]}
+        return {attack.name: made(correct) for attack in SUITES[suite]}
 
     about = {"classes": 10, "steps": 30_000, "parameters": 1, "train_seconds": 1.0}
     about["best"] = best and Best(best[0], "500 training images", outcomes(best[1]))
@@ -64,11 +50,23 @@ def test_the_papers_numbers_are_shown_for_its_own_attacks_alone(suite, shown):
 
 def test_the_worst_case_counts_images_correct_under_every_attack():
     suite = SUITES["digits"]
-    outcomes = {attack.name: Made(9_000 - 100 * i) for i, attack in enumerate(suite)}
-    made = results.build(configure(), MNIST, suite, outcomes, classes=10, steps=1, parameters=1, train_seconds=1.0)
-    assert made["worst_case_accuracy"] == pytest.approx(0.9 - 0.01 * (len(suite) - 1))
-    assert made["config"]["lam"] == 0.1
-    assert not {"workdir", "data_dir", "resume"} & set(made["config"])
+    outcomes = {attack.name: made(9_000 - 100 * i) for i, attack in enumerate(suite)}
+    built = results.build(configure(), MNIST, suite, outcomes, classes=10, steps=1, parameters=1, train_seconds=1.0)
+    assert built["worst_case_accuracy"] == pytest.approx(0.9 - 0.01 * (len(suite) - 1))
+    assert built["config"]["lam"] == 0.1
+    assert not {"workdir", "data_dir", "resume"} & set(built["config"])
+
+
+def test_nan_logits_are_said_in_every_report():
+    fine = build("mnist")
+    broken = {**fine, "attacks": [{**row, "nan": 2 * (row["kind"] == "pgd")} for row in fine["attacks"]]}
+    said = "2 of 10,000 images have NaN logits under PGD-40: they count as misclassified."
+    assert f"e2sad: {said}" in results.summary({"e2sad": broken})
+    assert f"- e2sad: {said}" in results.markdown({"e2sad": broken})
+    assert f"- {said}" in card.model_card(broken)
+    assert "NaN" not in results.markdown({"e2sad": fine}) + card.model_card(fine)
+    outcome = Outcome(np.array([True, False]), np.array([0, -1], np.int32))
+    assert results._measured(SUITES["mnist"][:1], {"clean": outcome})["attacks"][0]["nan"] == 1
 
 
 def test_results_md():
@@ -110,8 +108,8 @@ def test_a_run_without_a_best_checkpoint_says_nothing_of_one():
 
 def test_the_files_of_a_workdir(tmp_path):
     before, own = build("mnist", 5_000, defense="natural"), build("mnist", 9_000, (1_500, 9_500))
-    outcomes = {attack.name: Made(9_000) for attack in SUITES["mnist"]}
-    best = Best(1_500, "500 training images", {name: Made(9_500) for name in outcomes})
+    outcomes = {attack.name: made(9_000) for attack in SUITES["mnist"]}
+    best = Best(1_500, "500 training images", {name: made(9_500) for name in outcomes})
     results.write(tmp_path, own, outcomes, best, before={"natural": before})
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(own))
     assert (tmp_path / "results.md").read_text() == results.markdown({"natural": before, "e2sad": own})

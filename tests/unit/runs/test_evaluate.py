@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from e2sad_jax.errors import ConfigError, WorkdirError
+from e2sad_jax.errors import ConfigError, DataError, WorkdirError
 from e2sad_jax.evaluation import Effort
-from e2sad_jax.runs import evaluate
+from e2sad_jax.runs import evaluate, folder
 from e2sad_jax.runs.evaluate import Request
 
 LITTLE = Effort(budgets=(0.5, 1.0), steps=(1, 5), restarts=2, pgd_steps=5, apgd_steps=5, queries=50, targets=1)
@@ -54,11 +54,27 @@ def mine(tmp_path, monkeypatch):
     return str(tmp_path / "test.npz")
 
 
-def test_anyones_function_is_evaluated_by_its_name(mine, tmp_path, capsys):
-    result = evaluate.run(Request(predict="mine:predict", data=mine, eps=0.1, results="here"))
+TINY = Effort(budgets=(1.0,), steps=(1,), restarts=1, pgd_steps=1, worst_case=False)
+
+
+def read_back(monkeypatch, **flags):
+    monkeypatch.setattr(evaluate, "Effort", lambda **given: TINY)
+    return evaluate.run(Request(**flags))["clean"]
+
+
+@pytest.fixture
+def evaluated(mine, capsys):
+    """The result of a whole evaluation, and what it printed."""
+    flags = {"predict": "mine:predict", "eps": 0.05, "results": "here"}
+    return evaluate.run(Request(**flags, data=mine, save_images=True, quantize=True)), capsys.readouterr()
+
+
+def test_anyones_function_is_evaluated_by_its_name(mine, evaluated, tmp_path, monkeypatch):
+    result, printed = evaluated
     assert (result["name"], result["clean"], result["images"]) == ("predict", 1.0, 10)
+    assert (result["test_images"], result["num_classes"]) == (10, 4)
     assert (tmp_path / "here" / "evaluation.png").exists()
-    assert capsys.readouterr().err.count("took") == 1
+    assert printed.err.count("took") == 1
     for name, words in {
         "mine:nothing": "module 'mine' has no attribute 'nothing'",
         "mine:number": "is a int; it must be a function of images",
@@ -66,6 +82,69 @@ def test_anyones_function_is_evaluated_by_its_name(mine, tmp_path, capsys):
     }.items():
         with pytest.raises(ConfigError, match=f"--predict={name}: {words}"):
             evaluate.run(Request(predict=name, data=mine, eps=0.1))
+
+    # The worst images are saved, and read back bit for bit.
+    assert 0 < result["robust"] == result["worst_case"]["robust"] < 1
+    assert f"worst_images.npz (--data reads it back: clean accuracy {result['robust']:.4f})" in printed.out
+    assert f"rounded to grey levels inside the ball: accuracy {result['quantized']:.4f}" in printed.out
+    with np.load(mine) as given:
+        clean, labels = given["x_test"] / np.float32(255), given["y_test"]
+    for name, accuracy in (("worst_images", result["robust"]), ("worst_images_8bit", result["quantized"])):
+        with np.load(path := tmp_path / "here" / f"{name}.npz") as saved:
+            images = saved["x_test"] if name == "worst_images" else saved["x_test"] / np.float32(255)
+            np.testing.assert_array_equal(saved["y_test"], labels)
+        assert images.dtype == np.float32
+        assert 0.04 < np.abs(images - clean).max() <= 0.05 + 1e-6
+        flags = {"predict": "mine:predict", "eps": 0.05, "data": str(path), "results": "again"}
+        assert read_back(monkeypatch, **flags) == accuracy
+
+
+def test_inputs_behind_a_transform_are_saved_as_they_are(trained, tiny, tmp_path, monkeypatch):
+    """No pixels become the adversarial inputs of a network whose transform standardizes."""
+    monkeypatch.setattr("e2sad_jax.data.load", lambda name, data_dir: tiny)
+    shutil.copytree(trained, workdir := tmp_path / "w")
+    config, _ = folder.read_config(workdir)
+    folder.write_config(workdir, config.replace(transform="standardize"), tiny)
+    monkeypatch.setattr(evaluate, "Effort", lambda **given: TINY)
+    flags = {"workdir": str(workdir), "eps": 0.1, "examples": 20}
+    result = evaluate.run(Request(**flags, save_images=True))
+    file = workdir / "evaluation" / "worst_images.npz"
+    with np.load(file) as saved:
+        assert saved["x_test"].min() < 0
+        assert str(saved["transform"]) == "standardize"
+    assert 0 < result["robust"] < result["clean"]
+    assert read_back(monkeypatch, **flags, data=str(file), results=str(tmp_path / "again")) == result["robust"]
+    with pytest.raises(
+        ConfigError, match=r"--quantize: .* the run attacks behind --transform=standardize; leave it out"
+    ):
+        evaluate.run(Request(**flags, quantize=True))
+    with pytest.raises(DataError, match="behind the transform 'standardize', those of this model behind 'unit'"):
+        evaluate.run(Request(workdir=str(trained), eps=0.1, data=str(file)))
+
+
+def test_nan_logits_are_said_in_plain_sight(mine, tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken.py").write_text(
+        "from mine import predict\n\n\ndef nan(x):\n    return predict(x) * float('nan')\n"
+    )
+    with np.load(mine) as given:
+        np.savez(tmp_path / "test_only.npz", x_test=given["x_test"], y_test=given["y_test"], num_classes=4)
+    monkeypatch.setattr(evaluate, "Effort", lambda **given: TINY)
+    result = evaluate.run(Request(predict="broken:nan", data="test_only.npz", eps=0.1, results="here"))
+    said = "10 of 10 images have NaN logits"
+    out = capsys.readouterr().out
+    assert f"NaN: {said}: they count as misclassified." in out
+    assert f"nan: {said}" in out.splitlines()[-5], "the verdict begins with it"
+    assert said in (tmp_path / "here" / "evaluation.md").read_text()
+    assert json.loads((tmp_path / "here" / "evaluation.json").read_text())["nan"]["clean"] == 10
+    assert result["robust"] == result["clean"] == 0
+
+
+def test_a_sample_of_a_file_sorted_by_class_has_every_class(mine, tmp_path):
+    images = np.random.default_rng(2).integers(0, 256, (40, 4, 4, 1)).astype(np.uint8)
+    order = np.repeat(np.arange(4), 10)
+    np.savez(tmp_path / "sorted.npz", x_train=images, y_train=order, x_test=images, y_test=order)
+    model, *_, there = evaluate._model(Request(predict="mine:predict", data="sorted.npz", eps=0.1, examples=8))
+    assert (np.bincount(model.labels).tolist(), there) == ([2, 2, 2, 2], 40)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +158,7 @@ def test_anyones_function_is_evaluated_by_its_name(mine, tmp_path, capsys):
         ({"workdir": "a", "examples": -1}, r"--examples=-1: must be at least 0"),
         ({"workdir": "a", "fab": -1}, r"--fab=-1: must be at least 0"),
         ({"workdir": "a", "eps": float("nan")}, r"--eps=nan: must be at least 0"),
+        ({"workdir": "a", "norm": "l1"}, r"--norm=l1: must be one of .*linf, l2"),
         ({"workdir": "a", "which": "first"}, r"--which=first: must be one of last, best"),
         ({"workdir": "a", "fab": 3, "auto": False}, r"--fab=3: is a part of the worst case; leave it out, or --noauto"),
     ],
@@ -93,5 +173,7 @@ def test_what_cannot_be_written_or_is_no_run_is_refused(trained, tiny, tmp_path,
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--results=.*file: cannot be written"):
         evaluate.run(Request(workdir=str(trained), results=str(tmp_path / "file")))
+    with pytest.raises(ConfigError, match="--eps=0: must be above 0 with --norm=l2, for that of the run is linf"):
+        evaluate.run(Request(workdir=str(trained), norm="l2"))
     with pytest.raises(WorkdirError, match="is not the workdir of a run"):
         evaluate.run(Request(workdir=str(tmp_path)))
