@@ -76,6 +76,12 @@ def classes(name: str, argument: str, values: Any, n: int, num_classes: int) -> 
     return jnp.asarray(values)
 
 
-def is_class(values: jax.Array, num_classes: int) -> jax.Array:
-    """Whether each of `values` is in `[0, num_classes)`, bool, of the shape of `values`."""
-    return (values >= 0) & (values < num_classes)
+def nan_without_class(values: jax.Array, classes: jax.Array, num_classes: int) -> jax.Array:
+    """`values` `[N, ...]`, NaN where one of the `classes` `[N]` is outside `[0, num_classes)`, which nobody could refuse.
+
+    There is a NaN only then, 0 / 0: a constant would stop every program under `jax_debug_nans`.
+    """
+    if is_readable(classes):  # and so refused
+        return values
+    ok = ((classes >= 0) & (classes < num_classes)).reshape(-1, *[1] * (values.ndim - 1))
+    return jnp.where(ok, values, 0) / ok.astype(values.dtype)

@@ -50,19 +50,22 @@ def atomic_file(path: pathlib.Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def make_folder(folder: pathlib.Path, flag: str) -> None:
-    """Makes a folder for results, and finds out that files can be written there before what is to be written is computed.
+def check_folder(folder: pathlib.Path, flag: str, make: bool = False) -> None:
+    """Finds out whether files can be written in a folder, before what is to be written there is computed.
 
     Args:
-      folder: the folder.
+      folder: the folder; where there is none, the nearest above it counts.
       flag: the flag that names it, with its value.
+      make: whether to make it.
 
     Raises:
-      ConfigError: if it cannot be made or written.
+      ConfigError: if it cannot be written or made.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise ConfigError(f"{flag}: cannot be written ({error.strerror}); choose another folder") from error

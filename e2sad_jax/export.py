@@ -23,7 +23,7 @@ from flax import traverse_util
 
 from e2sad_jax import networks
 from e2sad_jax._compile import jit
-from e2sad_jax._io import make_folder, write_bytes, write_json
+from e2sad_jax._io import check_folder, write_bytes, write_json
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.errors import ConfigError, Error, WorkdirError, first_line
 from e2sad_jax.reporting import provenance
@@ -92,7 +92,7 @@ def run(request: Request) -> dict[str, Any]:
     contents = {name: WRITERS[name](classifier) for name in request.formats}
     differences = {name: _read_back(name, content, classifier) for name, content in contents.items()}
     card = _card(classifier, request, contents, differences)
-    make_folder(folder, f"--to={folder}")
+    check_folder(folder, f"--to={folder}", make=True)
     for name in there:  # of another export perhaps: a card describes every file of its folder
         (folder / name).unlink()
     for name, content in contents.items():

@@ -42,7 +42,7 @@ def soft_labels(labels: jax.Array, num_classes: int, delta: float = 0.25) -> jax
     labels = _arguments.classes("soft_labels", "labels", labels, n, num_classes)
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.result_type(float))
     rows = one_hot * (1 - delta) + (1 - one_hot) * (delta / (num_classes - 1))
-    return jnp.where(_arguments.is_class(labels, num_classes)[:, None], rows, jnp.nan)
+    return _arguments.nan_without_class(rows, labels, num_classes)
 
 
 def binary_logits(logits: jax.Array) -> jax.Array:
@@ -218,8 +218,8 @@ def _checked(name: str, logits: jax.Array, least: int, remedy: str, **integers: 
 
 def _pick(logits: jax.Array, classes: jax.Array) -> jax.Array:
     """The logit of each row's class; NaN for what is no class, where JAX would count from the end."""
-    picked = jnp.take_along_axis(logits, classes[:, None], axis=1)[:, 0]
-    return jnp.where(_arguments.is_class(classes, logits.shape[1]), picked, jnp.nan)
+    picked = jnp.take_along_axis(logits, classes[:, None], axis=1, mode="clip")[:, 0]
+    return _arguments.nan_without_class(picked, classes, logits.shape[1])
 
 
 def _ratio(lead: jax.Array, spread: jax.Array, logits: jax.Array) -> jax.Array:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e2sad_jax._arguments import classes, is_class, is_number, is_readable, logits, read
+from e2sad_jax import _arguments
+from e2sad_jax._arguments import classes, is_number, is_readable, logits, read
 from e2sad_jax.attacks._ball import NORMS
-from e2sad_jax.attacks._numerics import select
 from e2sad_jax.attacks._types import Bounds
 
 __all__ = [
@@ -218,7 +218,7 @@ def nan_without_class(x: jax.Array, num_classes: int, *classes: jax.Array | None
     """`x` `[N, ...]`, NaN where one of the `classes` `[N]` is none: that of a traced one nobody could refuse."""
     for values in classes:
         if values is not None:
-            x = select(is_class(values, num_classes), x, jnp.full_like(x, jnp.nan))
+            x = _arguments.nan_without_class(x, values, num_classes)
     return x
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from e2sad_jax import data
-from e2sad_jax._io import make_folder, read_json, write_json, write_text
+from e2sad_jax._io import check_folder, read_json, write_json, write_text
 from e2sad_jax.comparison.evaluate_model import evaluate_model
 from e2sad_jax.comparison.flops import match_flops, step_flops
 from e2sad_jax.comparison.request import CHECKPOINTS, Request, position
@@ -44,7 +44,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     folder = pathlib.Path(request.results or request.workdir).expanduser()
     if request.show:
         return _show(folder)
-    make_folder(folder, f"--results={folder}")
+    check_folder(folder, f"--results={folder}")
     dataset = data.load(request.data, request.data_dir or None)
     shape, num_classes = tuple(dataset.image_shape), dataset.num_classes
     rows: list[dict[str, Any]] = []

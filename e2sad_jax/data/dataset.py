@@ -109,13 +109,14 @@ def in_words(count: int, there: int, classes: int | None, num_classes: int, kind
     Args:
       count: how many images.
       there: how many there are of their kind.
-      classes: how many classes have one among them; None if that is not known.
+      classes: how many classes have one among them; None of results from before there was a `sample`.
       num_classes: number of classes.
       kind: what the images are.
     """
     images = f"all {there:,} {kind}" if count == there else f"{count:,} of {there:,} {kind}"
-    named = classes is not None and (count < there or classes < num_classes)
-    return f"{images}, {classes} of {num_classes} classes" if named else images
+    if classes is None:
+        return images if count == there else f"the first {images}"
+    return f"{images}, {classes} of {num_classes} classes" if count < there or classes < num_classes else images
 
 
 def hold_out(dataset: Dataset, count: int) -> tuple[Dataset, Dataset]:

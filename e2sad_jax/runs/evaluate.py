@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from e2sad_jax import data, distributed
-from e2sad_jax._io import make_folder, write_json, write_text
+from e2sad_jax._io import check_folder, write_json, write_text
 from e2sad_jax.attacks import core
 from e2sad_jax.errors import ConfigError, DataError
 from e2sad_jax.evaluation import Effort, Model, diagnose, of_classifier, of_function, quantize
@@ -114,7 +114,7 @@ def run(request: Request) -> dict[str, Any]:
         substitute = dataclasses.replace(
             model, name=classifier.config.defense, apply=classifier.apply, params=classifier.params
         )
-    make_folder(folder, f"--results={folder}")
+    check_folder(folder, f"--results={folder}", make=True)
     effort = Effort(
         queries=request.queries,
         targets=request.targets,

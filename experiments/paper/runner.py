@@ -11,7 +11,7 @@ from typing import Any
 
 from e2sad_jax import data
 from e2sad_jax._compile import platform
-from e2sad_jax._io import locked, make_folder
+from e2sad_jax._io import check_folder, locked
 from e2sad_jax.data import KNOWN, Dataset
 from e2sad_jax.errors import BusyError, ConfigError, NonFiniteError, OutOfTimeError, Stopped
 from e2sad_jax.evaluation import Attack, transfer
@@ -244,8 +244,8 @@ class Reproduction:
           ConfigError: if a folder cannot be written, before anything is trained.
           WorkdirError, CheckpointError, OSError: a full disk, say; finished runs stay.
         """
-        make_folder(self.results, f"--results={self.request.results}")
-        make_folder(self.root, f"--workdir={self.request.workdir}")
+        check_folder(self.results, f"--results={self.request.results}")
+        check_folder(self.root, f"--workdir={self.request.workdir}")
         with stopping() as stop:
             self._clock = Clock(stop, self.request.time_budget_minutes, self._began)
             try:

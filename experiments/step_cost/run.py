@@ -3,7 +3,7 @@
 import pathlib
 from typing import Any
 
-from e2sad_jax._io import make_folder, write_json, write_text
+from e2sad_jax._io import check_folder, write_json, write_text
 from e2sad_jax.errors import Error
 from e2sad_jax.runs.signals import stopping
 from experiments.step_cost import show
@@ -24,7 +24,7 @@ def run(request: Request) -> None:
       Stopped: after Ctrl-C or SIGTERM, once what was measured is written.
     """
     folder = pathlib.Path(request.results).expanduser()
-    make_folder(folder, f"--results={request.results}")
+    check_folder(folder, f"--results={request.results}", make=True)
     latest: dict[str, Any] = {}
 
     def write(result: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Real processes on real disks: kill -9, a full disk, two runs in one folder."""
 
+import shutil
 import subprocess
 
 import pytest
@@ -67,3 +68,38 @@ def test_on_a_full_disk_a_run_ends_with_one_line_and_resumes_with_room(started, 
             assert runs.differing(runs.left(disk / "w"), runs.left(whole)) == ""
         finally:
             subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_on_a_read_only_disk_a_command_ends_with_one_line_and_changes_nothing(started, whole, tmp_path):
+    """A mounted one, which takes the right to mount; else a folder that cannot be written."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = not subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], check=False).returncode
+    try:
+        shutil.copytree(whole, disk / "w")
+        before = runs.left(disk / "w")
+        if mounted:
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        else:
+            disk.chmod(0o500)
+            (disk / "w").chmod(0o500)
+        why = "Read-only file system" if mounted else "Permission denied"
+        for words in (
+            (*runs.TRAIN, *FLAGS, f"--workdir={disk / 'w'}"),
+            (*runs.TRAIN, *FLAGS, f"--workdir={disk / 'new'}"),
+            (*runs.EVALUATE, f"--workdir={disk / 'w'}"),
+            (*runs.EVALUATE, f"--workdir={disk / 'w'}", f"--results={disk}"),
+            (*runs.COMPARE, f"--workdir={tmp_path / 'compare'}", f"--results={disk}"),
+        ):
+            ended = started.call(*words)
+            assert ended.code == 2, ended.err
+            assert why in ended.last
+            assert len(ended.err.strip().splitlines()) == 1
+        assert not (tmp_path / "compare").exists()
+        assert runs.differing(runs.left(disk / "w"), before) == ""
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(disk)], check=True)
+        else:
+            disk.chmod(0o700)
+            (disk / "w").chmod(0o700)

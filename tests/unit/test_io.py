@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from e2sad_jax import _io
-from e2sad_jax.errors import BusyError
+from e2sad_jax.errors import BusyError, ConfigError
 
 # JSON ------------------------------------------------------------------------------------------------------------------
 
@@ -208,3 +208,20 @@ def test_a_digest_is_of_names_dtypes_shapes_and_bytes():
     assert all(len(digest) == 64 for digest in digests)
     assert _io.digest({"x": x.reshape(2, 3).T}) == _io.digest({"x": np.ascontiguousarray(x.reshape(2, 3).T)})
     assert _io.digest({"x": x}, "header") != digests[0]
+
+
+def test_a_folder_for_results_is_made_or_refused(tmp_path, monkeypatch):
+    _io.check_folder(tmp_path / "a" / "b", "--results=a/b")
+    assert list(tmp_path.iterdir()) == []
+    _io.check_folder(tmp_path / "a" / "b", "--results=a/b", make=True)
+    assert list((tmp_path / "a" / "b").iterdir()) == [], "nothing is left of what was tried"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--to=x: cannot be written \(Not a directory\); choose another folder"):
+        _io.check_folder(tmp_path / "file" / "c", "--to=x")
+
+    def read_only(dir):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
+
+    monkeypatch.setattr(_io.tempfile, "TemporaryFile", read_only)
+    with pytest.raises(ConfigError, match=r"--results=a: cannot be written \(Read-only file system\)"):
+        _io.check_folder(tmp_path / "a", "--results=a")

@@ -216,7 +216,7 @@ def test_the_images_of_a_measurement_in_words():
     assert in_words(500, 10_000, 10, 10) == "500 of 10,000 test images, 10 of 10 classes"
     assert in_words(355, 355, 10, 10) == "all 355 test images"
     assert in_words(5, 5, 3, 10) == "all 5 test images, 3 of 10 classes"
-    assert in_words(500, 10_000, None, 10) == "500 of 10,000 test images", "of an earlier version"
+    assert in_words(500, 10_000, None, 10) == "the first 500 of 10,000 test images"
 
 
 # Command line ---------------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """The comparison of defenses: one small one from training to picture, the rest on made-up outcomes."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import random
+import types
 
 import jax
 import numpy as np
@@ -208,6 +210,46 @@ def test_held_out_images_are_attacked_to_choose_settings(tiny_data, tmp_path, pr
     np.testing.assert_array_equal(seen[0], validation_set.x_test)
     assert not any((image == train_set.x_train).all((1, 2, 3)).any() for image in seen[0])
     assert "10 images held out of the training set" in (tmp_path / "runs" / "compare.md").read_text()
+
+
+def test_a_sample_is_the_same_for_every_model_and_has_every_class(tiny, tmp_path, monkeypatch):
+    """Of a file sorted by class; an outcome on the first images, as they once were taken, counts for nothing."""
+    order = np.argsort(tiny.y_test, kind="stable")
+    in_order = dataclasses.replace(tiny, x_test=tiny.x_test[order], y_test=tiny.y_test[order])
+    seen = []
+
+    def attacked(config, which, images, labels, stages):
+        seen.append(labels)
+        return {"step": 3, "state": None, "clean": 1.0, "after": {}, "robust": 0.5}
+
+    @contextlib.contextmanager
+    def opened(config, dataset):
+        pathlib.Path(config.workdir).mkdir(parents=True)
+        yield types.SimpleNamespace(best=lambda: None, validation_set=dataset)
+
+    monkeypatch.setattr(evaluate_model, "_attacked", attacked)
+    monkeypatch.setattr(trainer, "open_run", opened)
+    monkeypatch.setattr(trainer, "train", lambda run, stop: (None, 1.0))
+    request = Request(entry=("natural", "RS-FGSM"), data="tiny.npz", workdir=str(tmp_path), **LITTLE)
+    for name in request.entry:
+        outcome = evaluate_model.evaluate_model(request, request.configs(name)[0], in_order)
+        assert (outcome["images"], outcome["of"], outcome["classes"]) == (10, 50, 3)
+    np.testing.assert_array_equal(*seen)
+    assert (np.abs(np.bincount(seen[0]) - 10 * np.bincount(tiny.y_test) / 50) < 1).all()
+    part, whole = (evaluate_model.question(dataclasses.replace(request, examples=n), tiny) for n in (10, 50))
+    assert {key for key in part if key not in whole} == {"drawn"}
+    about = {"request": {"judge": "test"}, "num_classes": 3}
+    assert show._images({**about, **outcome}) == "10 of 50 test images, 3 of 3 classes"
+
+
+def test_a_folder_of_results_that_is_none_is_refused_before_anything_is_trained(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "evaluate_model", no_more)
+    (tmp_path / "file").write_text("")
+    request = Request(entry=("natural",), data="tiny.npz", results=str(tmp_path / "file"), **LITTLE)
+    with pytest.raises(
+        ConfigError, match=r"--results=.*file: cannot be written \(Not a directory\); choose another folder"
+    ):
+        run(request, quiet)
 
 
 def test_rows_not_asked_for_again_stay_with_their_origin(tiny_data, tmp_path, made_up, monkeypatch):

@@ -86,6 +86,25 @@ def test_a_checkpoint_holds_the_same_parts_in_later_versions():
     assert set(jax.eval_shape(lambda: checkpoint._storable(state_of(free)))) == {*parts, "delta"}
 
 
+def test_a_checkpoint_is_numbers_by_names_that_no_version_of_jax_makes_up():
+    """So one version of JAX reads what another wrote: the random key is two integers, and digests name parts as here."""
+    stored = checkpoint._storable(state_at())
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(stored)]
+    layer = [f"['params']['Dense_0']['{name}']" for name in ("bias", "kernel")]
+    moments = [f"['opt_state'][0].{moment}{name}" for moment in ("mu", "nu") for name in layer]
+    assert names == [
+        "['key']",
+        "['opt_state'][0].count",
+        *moments,
+        *(f"['params']{name}" for name in layer),
+        "['step']",
+    ]
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(stored)} == {"uint32", "int32", "float32"}
+    assert stored["key"].shape == (2,)
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(checkpoint._storable(state_at())["key"], stored["key"])
+
+
 def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     """The write goes on in the background: it must not see what the next steps make of the buffers."""
     state = state_at(1)

@@ -72,6 +72,7 @@ def evaluated(mine, capsys):
 def test_anyones_function_is_evaluated_by_its_name(mine, evaluated, tmp_path, monkeypatch):
     result, printed = evaluated
     assert (result["name"], result["clean"], result["images"]) == ("predict", 1.0, 10)
+    assert (result["test_images"], result["num_classes"]) == (10, 4)
     assert (tmp_path / "here" / "evaluation.png").exists()
     assert printed.err.count("took") == 1
     for name, words in {
@@ -140,6 +141,14 @@ def test_nan_logits_are_said_in_plain_sight(mine, tmp_path, monkeypatch, capsys)
     assert said in (tmp_path / "here" / "evaluation.md").read_text()
     assert json.loads((tmp_path / "here" / "evaluation.json").read_text())["nan"]["clean"] == 10
     assert result["robust"] == result["clean"] == 0
+
+
+def test_a_sample_of_a_file_sorted_by_class_has_every_class(mine, tmp_path):
+    images = np.random.default_rng(2).integers(0, 256, (40, 4, 4, 1)).astype(np.uint8)
+    order = np.repeat(np.arange(4), 10)
+    np.savez(tmp_path / "sorted.npz", x_train=images, y_train=order, x_test=images, y_test=order)
+    asked = evaluate._asked(Request(predict="mine:predict", data="sorted.npz", eps=0.1, examples=8))
+    assert (np.bincount(asked.model.labels).tolist(), asked.test_images) == ([2, 2, 2, 2], 40)
 
 
 @pytest.mark.parametrize(

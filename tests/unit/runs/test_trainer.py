@@ -21,6 +21,7 @@ from e2sad_jax.errors import (
     BusyError,
     CheckpointError,
     ConfigError,
+    DataError,
     DeviceError,
     Error,
     GoneError,
@@ -72,6 +73,24 @@ def test_a_run_is_opened_with_everything_that_fits_together(tiny, tmp_path):
             pass
     with trainer.open_run(dataclasses.replace(config, workdir=str(tmp_path / "v"), validation_examples=0), tiny) as run:
         assert run.chosen_on == "50 training images"
+
+
+def test_of_a_file_sorted_by_class_every_class_is_evaluated(tiny, tmp_path):
+    order = np.argsort(tiny.y_test, kind="stable")
+    in_order = dataclasses.replace(tiny, x_test=tiny.x_test[order], y_test=tiny.y_test[order])
+    with trainer.open_run(config_of(tmp_path / "w", eval_examples=6), in_order) as run:
+        counts, share = np.bincount(run.test_set().y_test), 6 * np.bincount(tiny.y_test) / 50
+        assert (np.abs(counts - share) < 1).all()
+        same = [tiny.x_test[i].tobytes() for i in range(50)]
+        assert all(image.tobytes() in same for image in run.test_set().x_test)
+
+
+def test_images_of_one_class_are_refused_before_the_workdir_is_made(tiny, tmp_path):
+    one = dataclasses.replace(tiny, y_train=np.full(50, 2, np.int32))
+    words = "tiny: every label of the 50 training images is 2; it must have images of at least two classes"
+    with pytest.raises(DataError, match=words), trainer.open_run(config_of(tmp_path / "w"), one):
+        pass
+    assert not (tmp_path / "w").exists()
 
 
 def test_of_several_runs_all_are_found_possible_before_any_folder_is_taken(tiny, tmp_path):
