@@ -27,6 +27,12 @@ def read(values: Any) -> np.ndarray:
     return np.asarray(jax.device_get(values))
 
 
+def wide(dtype: Any) -> Any:
+    """float32, or `dtype` where that is wider; `jnp.promote_types` does not say under strict promotion."""
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    return dtype if floating and jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
 def logits(name: str, values: Any, n: int | None = None, *, least: int = 2, remedy: str = ONE_LOGIT) -> jax.Array:
     """Refuses what is not an array of logits `[N, K]`.
 

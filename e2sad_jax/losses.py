@@ -75,7 +75,7 @@ def binary_logits(logits: jax.Array) -> jax.Array:
 
 
 def _at_least_float32(logits: jax.Array) -> jax.Array:
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return logits.astype(_arguments.wide(logits.dtype))
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -236,7 +236,7 @@ def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 def _wide(value: Any, x: jax.Array) -> jax.Array:
     """In the dtype of the attack's iterates, which a wider one would change, and with as many axes."""
-    value = jnp.asarray(value).astype(jnp.promote_types(x.dtype, jnp.float32))
+    value = jnp.asarray(value).astype(_arguments.wide(x.dtype))
     return value.reshape(*(1,) * (x.ndim - value.ndim), *value.shape) if value.ndim else value
 
 

@@ -18,7 +18,7 @@ def as_float32(x: jax.Array) -> jax.Array:
 
     Attacks keep their iterates so: in bfloat16 a step below 0.002 is lost to rounding near 1.
     """
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(_arguments.wide(x.dtype))
 
 
 def finite(gradient: jax.Array) -> jax.Array:

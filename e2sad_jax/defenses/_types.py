@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from e2sad_jax import _arguments
 from e2sad_jax.attacks.core import Bounds, LogitsFn, checks, is_number
 
 __all__ = [
@@ -75,7 +76,7 @@ def batch_mean(
         known = checks.read(weights).astype(float)
         if not (np.isfinite(known) & (known >= 0)).all() or not known.sum() > 0:
             raise ValueError(f"{name}: weights={known}; each must be finite and at least 0, and one of them above 0")
-    w = jnp.asarray(weights).astype(jnp.promote_types(x.dtype, jnp.float32))
+    w = jnp.asarray(weights).astype(_arguments.wide(x.dtype))
     total, squares = w.sum(), jnp.square(w).sum()
     share = w / jnp.where(total > 0, total, 1)
     mean = BatchMean(jnp.square(total) / jnp.where(squares > 0, squares, 1), share)

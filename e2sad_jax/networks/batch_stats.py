@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from e2sad_jax import _arguments
+
 Y = TypeVar("Y")
 NOTED = "noted"  # the collection of slots
 MOMENTUM, EPSILON = 0.9, 1e-5
@@ -49,7 +51,7 @@ class BatchNorm(nn.Module):
         }
         scale = self.param("scale", nn.initializers.ones_init(), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), shape)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(_arguments.wide(x.dtype))
         if train:
             mean = wide.mean(axes, keepdims=True)
             stats = {"mean": mean.reshape(shape), "var": ((wide - mean) ** 2).mean(axes)}

@@ -10,8 +10,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
+from e2sad_jax import _arguments
 from e2sad_jax.networks import cpu_conv
 
 Conv = functools.partial(nn.Conv, conv_general_dilated=cpu_conv.conv_general_dilated)
@@ -76,4 +76,4 @@ class SvhnCNN(nn.Module):
 
 
 def _logits(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(_arguments.wide(x.dtype))

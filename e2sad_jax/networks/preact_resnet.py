@@ -5,8 +5,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
+from e2sad_jax import _arguments
 from e2sad_jax.networks import cpu_conv
 from e2sad_jax.networks.batch_stats import BatchNorm
 
@@ -79,4 +79,4 @@ class PreActResNet18(nn.Module):
                 x = PreActBlock(self.width * 2**stage, stride, **kwargs)(x, train)
         x = nn.relu(BatchNorm(self.dtype)(x, train)).mean((1, 2))
         x = nn.Dense(self.num_classes, **kwargs)(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return x.astype(_arguments.wide(x.dtype))

@@ -195,3 +195,12 @@ def test_keys_of_every_generator():
     for wrong in (0, 3.0, None, jnp.ones(2), jnp.uint32(3)):
         with pytest.raises(TypeError, match=r"pgd: key is .*; it must be a random key, jax\.random\.key\(seed\)"):
             attacks.pgd(wrong, summed, x, eps=0.1, steps=1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_strict_promotion_of_every_dtype(dtype):
+    with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("strict"):
+        x = jnp.full((2, 3), 0.5, dtype)
+        moved = attacks.fgsm(summed, x, eps=0.25)
+        assert moved.dtype == dtype
+        assert (moved == 0.75).all()
