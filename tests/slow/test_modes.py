@@ -89,14 +89,16 @@ def test_an_attack_leaks_no_tracer(name):
 
 @every_attack
 def test_an_attack_in_64_bits(name):
-    """Images in float64 give float64, near the attack in float32."""
+    """Images of float64 give float64, those of float32 float32; where both draw alike, near the same images."""
+    plain(name)  # in 32 bits
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         for dtype in (jnp.float64, jnp.float32):
             network, keys, x, y, eps = given(dtype)
             got = jax.jit(functools.partial(attack, name))(network, keys, x, y, eps)
             assert got.dtype == dtype
-            if dtype == jnp.float64 and CASES[name].random and "fab" not in name:  # drawn in float64: other numbers
-                assert (size(got - x, CASES[name].norm) <= 0.3 + 1e-12).all()
+            drawn_anew = CASES[name].random and "fab" not in name and (dtype == jnp.float64 or "square" in name)
+            if drawn_anew:
+                assert (size(got - x, CASES[name].norm) <= 0.3 + (1e-12 if dtype == jnp.float64 else 1e-6)).all()
                 assert name == "second_noise" or (margins(got, y) > margins(x, y)).all()
             else:
                 same(name, got, close=20)
