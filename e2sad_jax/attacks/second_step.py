@@ -1,6 +1,7 @@
 """The second step of e2SAD: one step to where the prediction changes most."""
 
 import jax
+import jax.numpy as jnp
 
 from e2sad_jax import losses
 from e2sad_jax.attacks import _checks
@@ -94,5 +95,6 @@ def second_step(
             direction = input_gradient(change, x_adv)
         case "random":
             assert key is not None
-            direction = jax.random.rademacher(key, x_adv.shape, x_adv.dtype)
+            positive = jax.random.bernoulli(key, jnp.float32(0.5), x_adv.shape)  # the same in 64 bits
+            direction = jnp.where(positive, 1, -1).astype(x_adv.dtype)
     return project_and_cast(limits, as_float32(x_adv) + eps * limits.steepest(as_float32(direction)), x_adv.dtype)

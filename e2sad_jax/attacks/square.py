@@ -137,12 +137,14 @@ Further = Callable[[int | jax.Array, jax.Array, jax.Array], jax.Array]  # number
 
 
 def _signs(keys: jax.Array, shape: tuple[int, ...], like: jax.Array) -> jax.Array:
-    return jax.vmap(lambda k: jax.random.rademacher(k, shape, like.dtype))(keys)
+    """-1 or 1, the same whether JAX is set to 32 or 64 bits, as `jax.random.rademacher` is not."""
+    positive = jax.vmap(lambda k: jax.random.bernoulli(k, jnp.float32(0.5), shape))(keys)
+    return jnp.where(positive, 1, -1).astype(like.dtype)
 
 
 def _places(keys: jax.Array, size: jax.Array, length: int) -> jax.Array:
     """Where along `length` rows or columns a square of `size` begins, `[N]`."""
-    return jax.vmap(lambda k: jax.random.randint(k, (), 0, length + 1 - size))(keys)
+    return jax.vmap(lambda k: jax.random.randint(k, (), 0, length + 1 - size, jnp.int32))(keys)
 
 
 def _covered(top: jax.Array, left: jax.Array, size: jax.Array, like: jax.Array) -> jax.Array:
@@ -209,7 +211,7 @@ def _hills(clean: jax.Array, eps: jax.typing.ArrayLike, size: list[int]) -> Furt
         draws = jax.vmap(lambda k: jax.random.split(k, 6))(keys)
         tops, lefts = ([_places(draws[:, j + k], edge, m) for j in (0, 1)] for k, m in ((0, height), (2, width)))
         to, source = (_covered(top, left, edge, clean) for top, left in zip(tops, lefts, strict=True))
-        lying = jax.vmap(lambda k: jax.random.randint(k, (), 0, 2))(draws[:, 4])
+        lying = jax.vmap(lambda k: jax.random.randint(k, (), 0, 2, jnp.int32))(draws[:, 4])
         hill = jax.vmap(lambda kind, *place: jnp.roll(windows[which[i], kind], place, (0, 1)))(lying, tops[0], lefts[0])
         towards = unit_by_channel(
             _signs(draws[:, 5], (1, 1, channels), clean) * hill[..., None] + unit_by_channel(now * to)
