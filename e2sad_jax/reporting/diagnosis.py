@@ -121,8 +121,8 @@ def images_of(result: Result) -> str:
 
 def text(result: Result) -> str:
     """The tables, the images, what else is to be said, and the verdict, for a terminal."""
-    about = f"Measured on {images_of(result)}."
-    return "\n\n".join([*(table.text() for table in tables(result)), about, *sentences(result), result["verdict"]])
+    about = [f"Measured on {images_of(result)}.", *sentences(result)]
+    return "\n\n".join([*(table.text() for table in tables(result)), *about, result["verdict"]])
 
 
 def markdown(result: Result) -> str:

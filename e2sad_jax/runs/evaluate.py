@@ -145,10 +145,10 @@ def run(request: Request) -> dict[str, Any]:
         if request.quantize:
             saved_images.write(folder / WORST_8BIT, grey, model.labels, model.num_classes)
             files.append(WORST_8BIT)
+    classes = {"classes": len(np.unique(model.labels)), "num_classes": model.num_classes}
     result |= {
-        "test_images": asked.tests,
-        "classes": len(np.unique(model.labels)),
-        "num_classes": model.num_classes,
+        "test_images": asked.test_images,
+        **classes,
         "command": provenance.command(),
         "environment": provenance.environment(),
     }
@@ -167,20 +167,20 @@ class _Asked(NamedTuple):
 
     Attributes:
       model: the model and its images.
+      test_images: how many there are, of which the model's are a sample.
       eps: the budget.
       norm: its norm.
       folder: where the files go.
       make: the model with other images, as stored, and labels.
-      tests: how many test images there are.
       transform: name of the transform that the model's images are behind.
     """
 
     model: Model
+    test_images: int
     eps: float
     norm: str
     folder: pathlib.Path
     make: Callable[[Any, Any], Model]
-    tests: int
     transform: str
 
 
@@ -237,13 +237,18 @@ def _asked(request: Request) -> _Asked:
         model = make(sample.x_test, sample.y_test)
     else:  # inputs, which no transform may touch again
         blank = make(np.zeros((1, *shape), np.uint8), np.zeros(1, np.int32))
-        tests = len(saved.labels)
-        rows = data.sample(saved.labels, request.examples or tests)
         try:
-            model = dataclasses.replace(blank, images=saved.inputs[rows], labels=saved.labels[rows])
+            model = dataclasses.replace(blank, images=saved.inputs, labels=saved.labels)
+            some, tests = data.sample(model.labels, request.examples or len(model.labels)), len(model.labels)
+            model = dataclasses.replace(model, images=model.images[some], labels=model.labels[some])
         except ValueError as error:
             raise DataError(f"{request.data}: {error}") from error
-    return _Asked(model, eps, norm, folder, make, tests, transform)
+    if request.quantize:
+        try:
+            quantize(model.images, model.images, eps=eps, norm=norm)
+        except ValueError as error:
+            raise ConfigError(f"--quantize: {error}") from error
+    return _Asked(model, tests, eps, norm, folder, make, transform)
 
 
 def _is_file(name: str) -> bool:

@@ -72,4 +72,6 @@ def read(path: pathlib.Path, transform: str) -> Saved | None:
         )
     if count.dtype.kind not in "iu" or count.ndim:
         raise DataError(f"{path}: num_classes is {count.dtype} {count.shape}; it must be one integer")
+    if members["x_test"].dtype.kind != "f":
+        raise DataError(f"{path}: x_test is {members['x_test'].dtype}; inputs behind a transform are floating point")
     return Saved(members["x_test"], members["y_test"], int(count), transform)

@@ -109,13 +109,6 @@ def test_what_is_not_possible_is_refused(attack, message, monkeypatch):
         attack.check(2, 2)
 
 
-def test_an_attack_without_targets_has_no_targeted_loss(monkeypatch):
-    own = attacks.Method(lambda x, *, eps: x, "minimum-norm")
-    monkeypatch.setattr(attacks, "ATTACKS", {**attacks.ATTACKS, "own": own})
-    with pytest.raises(ValueError, match="own has no targets to walk to, leave the loss out"):
-        Attack("a", "own", 0.1, loss="targeted_dlr").check(K, 4)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

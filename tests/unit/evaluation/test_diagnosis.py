@@ -156,7 +156,7 @@ def test_the_l2_ball_throughout(problem):
     near = np.abs(distance / eps - 1) < 0.05
     wrong = ~model.right_on(result["worst_images"])
     np.testing.assert_array_equal(wrong[~near], (distance < eps)[~near])
-    assert result["robust"] == 1 - wrong.mean()
+    assert result["robust"] == (~wrong).mean()
     assert 0 < wrong.sum() < N
     assert result["overturned"] == 0
     assert value(result, "correct in the whole range")["value"] == 0

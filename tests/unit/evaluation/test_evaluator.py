@@ -277,7 +277,9 @@ def by_predict(problem):
 
 def by_auto(problem):
     stages = (Attack("APGD", "apgd", steps=2), Attack("Square", "square", steps=3))
-    return evaluation.auto(nan, problem.w, problem.images, ALL_ZERO, eps=EPS, stages=stages).accuracy.values()
+    result = evaluation.auto(nan, problem.w, problem.images, ALL_ZERO, eps=EPS, stages=stages)
+    assert result.nan == {"clean": N, "APGD": 0, "Square": 0}, "the stages have nothing left to attack"
+    return result.accuracy.values()
 
 
 def by_transfer(problem):
@@ -298,6 +300,8 @@ def by_diagnose(problem):
     result = evaluation.diagnose(model, eps=EPS, effort=effort, substitute=model)
     suspicious = {check["name"] for check in result["checks"] if check["suspicious"]}
     assert "zero gradients" in suspicious, "NaN is nothing to follow"
+    assert result["verdict"].startswith("model: 40 of 40 images have NaN logits: they count as misclassified")
+    assert result["nan"]["clean"] == N
     return [
         result["clean"],
         *(accuracy for curve in result["over_eps"]["accuracy"].values() for accuracy in curve),
@@ -334,6 +338,7 @@ def by_comparison(problem):
         patch.setattr(evaluate_model, "load", lambda workdir, which: loaded)
         config = types.SimpleNamespace(workdir="", eps1=EPS, norm="linf", defense="natural")
         found = evaluate_model._attacked(config, "last", problem.images, ALL_ZERO, [Attack("APGD", "apgd", steps=1)])
+    assert found["nan"] == "40 of 40 images have NaN logits: they count as misclassified"
     return [found["clean"], found["robust"], *found["after"].values()]
 
 
@@ -363,5 +368,8 @@ def test_what_turns_to_nan_under_attack_alone_has_fallen(problem):
 
     images = np.round(problem.images, 1)
     outcomes = evaluation.evaluate(brittle, problem.w, images, ALL_ZERO, [SUITE[0], Attack("pgd", "pgd", 0.03, 1)])
+    counts = {name: outcome.nan for name, outcome in outcomes.items()}
+    assert counts == {"clean": 0, "pgd": N}
+    assert evaluation.nan_logits(counts, N) == "40 of 40 images have NaN logits under pgd: they count as misclassified"
     assert outcomes["clean"].accuracy == 1
     assert outcomes["pgd"].accuracy == 0

@@ -166,6 +166,21 @@ def test_an_outcome_counts_for_its_own_question_alone(tiny, tmp_path, capsys):
         assert evaluate_model.known_outcome(path, asked, 3) == {}
 
 
+def test_nan_logits_are_said_in_the_table_and_its_lines(tiny_data, made_up, monkeypatch, tmp_path):
+    said, lines, made = "2 of 10 images have NaN logits: they count as misclassified", [], comparison.evaluate_model
+
+    def broken(request, config, dataset):
+        outcome = made(request, config, dataset)
+        return {**outcome, "last": {**outcome["last"], "nan": said if config.defense == "natural" else ""}}
+
+    monkeypatch.setattr(comparison, "evaluate_model", broken)
+    paths = {"workdir": str(tmp_path / "runs"), "results": str(tmp_path)}
+    run(Request(entry=("natural", "RS-FGSM"), data="tiny.npz", **paths, **LITTLE), lines.append)
+    assert f"natural: last checkpoint, seed 0: {said}" in lines
+    assert f"- natural: last checkpoint, seed 0: {said}." in (tmp_path / "compare.md").read_text()
+    assert sum("NaN" in line for line in lines) == 1
+
+
 def test_other_data_makes_other_runs(tmp_path):
     request = Request(entry=("natural",), data="a.npz", workdir=str(tmp_path), **LITTLE)
     (a,), (b,) = (dataclasses.replace(request, data=name).configs("natural") for name in ("a.npz", "b.npz"))

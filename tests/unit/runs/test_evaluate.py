@@ -129,6 +129,10 @@ def test_nan_logits_are_said_in_plain_sight(mine, tmp_path, monkeypatch, capsys)
     with np.load(mine) as given:
         np.savez(tmp_path / "test_only.npz", x_test=given["x_test"], y_test=given["y_test"], num_classes=4)
     monkeypatch.setattr(evaluate, "Effort", lambda **given: TINY)
+    between = np.full((3, 4, 4, 1), 0.1234, np.float32)
+    np.savez(tmp_path / "between.npz", x_test=between, y_test=np.arange(3), num_classes=4)
+    with pytest.raises(ConfigError, match=r"--quantize: .* of 3 of 3 images there is no 8-bit image"):
+        evaluate.run(Request(predict="mine:predict", data="between.npz", eps=0.001, quantize=True))
     result = evaluate.run(Request(predict="broken:nan", data="test_only.npz", eps=0.1, results="here"))
     said = "10 of 10 images have NaN logits"
     out = capsys.readouterr().out
@@ -143,8 +147,8 @@ def test_a_sample_of_a_file_sorted_by_class_has_every_class(mine, tmp_path):
     images = np.random.default_rng(2).integers(0, 256, (40, 4, 4, 1)).astype(np.uint8)
     order = np.repeat(np.arange(4), 10)
     np.savez(tmp_path / "sorted.npz", x_train=images, y_train=order, x_test=images, y_test=order)
-    model, *_, there = evaluate._model(Request(predict="mine:predict", data="sorted.npz", eps=0.1, examples=8))
-    assert (np.bincount(model.labels).tolist(), there) == ([2, 2, 2, 2], 40)
+    asked = evaluate._asked(Request(predict="mine:predict", data="sorted.npz", eps=0.1, examples=8))
+    assert (np.bincount(asked.model.labels).tolist(), asked.test_images) == ([2, 2, 2, 2], 40)
 
 
 @pytest.mark.parametrize(
