@@ -28,7 +28,9 @@ __all__ = [
     "read",
     "threat_model",
 ]
-ROUNDING = 1e-4  # share of the image range by which images may be beyond it: they are clipped
+ROUNDING = (
+    1e-6  # share of the image range by which images may be beyond it, and one rounding of their dtype: they are clipped
+)
 
 
 class Checked(NamedTuple):
@@ -192,7 +194,8 @@ def image_range(name: str, bounds: Any, x: jax.Array) -> Bounds:
         raise ValueError(f"{name}: {shown}; the lower must be below the upper one")
     if x.size and is_readable(x):
         values = read(x)
-        slack = ROUNDING * np.minimum(known[1] - known[0], 1e30)
+        largest = np.maximum(abs(known[0]), abs(known[1]))
+        slack = np.nan_to_num(ROUNDING * (known[1] - known[0]) + float(jnp.finfo(x.dtype).eps) * largest, posinf=0)
         if ((values < known[0] - slack) | (values > known[1] + slack)).any():
             least, most = float(np.min(values)), float(np.max(values))
             raise ValueError(

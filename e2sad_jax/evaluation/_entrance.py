@@ -271,7 +271,7 @@ def classes_in(logits: Any, n: int) -> int:
     """
     count = f"{n} image{'s' if n > 1 else ''}"
     must = f"it must return logits ({n}, K), K at least 2"
-    one = "two logits of one: losses.binary_logits(logit)"
+    one = "losses.binary_logits makes two logits of one"
     if not _is_shaped(logits):
         key = next(iter(logits), "") if isinstance(logits, dict) else 0
         how = f": take them out of it, as lambda x: f(x)[{key!r}]" if isinstance(logits, (tuple, list, dict)) else ""

@@ -155,8 +155,11 @@ def verdict(name: str, found: Sequence[Check], images: int, nan: str = "") -> st
       nan: what `nan_logits` says of them.
     """
     if nan:
-        remedy = 'jax.config.update("jax_debug_nans", True) finds where NaN arises. Do not trust any number before'
-        return f"{name}: {nan}. {remedy}. {verdict(name, found, images)}"
+        advice = (
+            "Do not trust any number before it is mended: JAX's setting jax_debug_nans shows where the model makes NaN"
+        )
+        rest = verdict(name, found, images).removeprefix(f"{name}: ")
+        return f"{name}: {nan}. {advice}. {rest[:1].upper()}{rest[1:]}"
     breaches = [check for check in found if check.suspicious]
     if not breaches:
         return (

@@ -158,7 +158,7 @@ def run(request: Request) -> dict[str, Any]:
     print(f"\n{diagnosis.text(result)}\n")
     for name in files:
         accuracy = {WORST: result["robust"], WORST_8BIT: result["quantized"]}.get(name)
-        print(folder / name, "" if accuracy is None else f"(--data reads it back: clean accuracy {accuracy:.4f})")
+        print(f"{folder / name}{'' if accuracy is None else f' (--data reads it back: clean accuracy {accuracy:.4f})'}")
     return result
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from e2sad_jax._io import write_json, write_text
 from e2sad_jax.errors import WorkdirError
+from e2sad_jax.evaluation import Outcome, nan_logits
 from e2sad_jax.reporting import paper_numbers
 from e2sad_jax.reporting.card import PURPOSE, limits
 from e2sad_jax.reporting.table import Table
@@ -145,6 +146,18 @@ def save(
     return paths
 
 
+def nan_notes(model: str, attack: str, outcomes: Sequence[Outcome]) -> list[str]:
+    """A note for each outcome of which some images have NaN logits; mostly none.
+
+    Args:
+      model: its name and labels.
+      attack: what the images were attacked by, or made for.
+      outcomes: one for each seed.
+    """
+    said = [nan_logits({attack: outcome.nan}, len(outcome.correct)) for outcome in outcomes]
+    return [f"{model}, seed {seed}: {nan}." for seed, nan in enumerate(said) if nan]
+
+
 def _white_box(r: Reproduction, item: Item) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A row for each model, a column for each attack, then the cost of training."""
     entries, suite = r.entries(item), item.suite(r.scale)
@@ -153,6 +166,7 @@ def _white_box(r: Reproduction, item: Item) -> tuple[dict[str, Any], list[dict[s
     rows: list[list[Any]] = []
     records: list[dict[str, Any]] = []
     attacked = []
+    broken: list[str] = []
     for entry in entries:
         step = costs["steps"][cost.key(entry.config)]
         row: list[Any] = [entry.name, entry.label]
@@ -160,6 +174,7 @@ def _white_box(r: Reproduction, item: Item) -> tuple[dict[str, Any], list[dict[s
             found = [_there(r.known(c, attack)) for c in r.configs(entry, item)]
             attacked += [known.provenance for known in found]
             accuracies = [known.outcomes[0].accuracy for known in found]
+            broken += nan_notes(f"{entry.name}, {entry.label}", attack.name, [known.outcomes[0] for known in found])
             cell = Cell(accuracies, entry.paper.get(attack.name), comparable).values()
             row.append(cell)
             records.append(
@@ -179,6 +194,7 @@ def _white_box(r: Reproduction, item: Item) -> tuple[dict[str, Any], list[dict[s
     last = suite[-1]
     start = "a random start" if last.restarts == 1 else f"random starts, the worst of {last.restarts} for each image"
     notes = [
+        *broken,
         *_compared(r, entries, comparable),
         f"{last.name}: eps {last.eps:.3g}, {last.steps} steps of {last.step_size:.3g} from {start}. The paper does not "
         "have it. Its own IFGSM takes steps of eps/k from the clean image and is weak: it never turns back at the edge of "
@@ -208,6 +224,7 @@ def _black_box(r: Reproduction, item: Item) -> tuple[dict[str, Any], list[dict[s
     rows: list[list[Any]] = []
     records: list[dict[str, Any]] = []
     attacked = []
+    broken: list[str] = []
     for i, substitute in enumerate(entries):
         row: list[Any] = [substitute.name, substitute.label]
         found = [_there(r.known(configs[i], plan.TRANSFER, configs)) for configs in by_seed]
@@ -215,6 +232,8 @@ def _black_box(r: Reproduction, item: Item) -> tuple[dict[str, Any], list[dict[s
         for k, target in enumerate(entries):
             in_paper = paper_numbers.transfer(substitute.key, target.key)
             accuracies = [known.outcomes[k].accuracy for known in found]
+            made_for = f"images made for {substitute.name}, {substitute.label}"
+            broken += nan_notes(f"{target.name}, {target.label}", made_for, [known.outcomes[k] for known in found])
             cell = Cell(accuracies, in_paper, comparable, white_box=i == k).values()
             row.append(cell)
             records.append(
@@ -235,6 +254,7 @@ def _black_box(r: Reproduction, item: Item) -> tuple[dict[str, Any], list[dict[s
         rows.append([f"{title}, target", "", *(_times(step[name]) for step in steps)])
     header = ["substitute", "labels", *(f"{e.name}, {e.label}" for e in entries)]
     notes = [
+        *broken,
         "Rows: the model for which IFGSM (eps 0.3, 30 steps of 0.01) made the images; columns: the model that met them. "
         "Bold: white-box, the two are the same.",
         *_compared(r, entries, comparable),

@@ -157,6 +157,17 @@ def test_defenses_name_their_own_budgets():
             defenses.e2sad(logits, X, jnp.full((2, 12), 1 / 12), **{budget: [0.1, -1]})
 
 
+def test_images_may_be_beyond_their_range_by_rounding():
+    """2.64 is 2.640625 in bfloat16."""
+    bounds = (-1.98, 2.64)
+    for dtype, beyond in (("float32", 2.6400003), ("bfloat16", 2.640625), ("float16", 2.641)):
+        with jax.numpy_dtype_promotion("standard"):
+            attacks.fgsm(summed, jnp.full((2, 3), beyond, dtype), eps=0.1, bounds=bounds)
+    with pytest.raises(ValueError, match="images reach from"):
+        attacks.fgsm(summed, jnp.full((2, 3), 2.6401), eps=0.1, bounds=bounds)
+    attacks.fgsm(summed, jnp.full((2, 3), 1e9), eps=0.1, bounds=(0.0, np.inf))
+
+
 def test_bounds_may_be_a_list_and_traced():
     want = attacks.fgsm(summed, X, eps=0.7)
     for bounds in ([0, 1], np.array([0.0, 1.0]), jnp.array([0.0, 1.0])):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from e2sad_jax._io import read_sealed, sealed, write_json
-from e2sad_jax.evaluation import Attack, transfer
+from e2sad_jax.evaluation import Attack, Outcome, transfer
 from experiments.paper import cost, figure2_problem, page, plan, runner, tables
 from tests.unit.paper.html_page import Shown, is_whole
 
@@ -240,3 +240,10 @@ def test_what_is_shown_is_escaped(tmp_path):
     seen = Shown()
     seen.feed(text)
     assert [text.strip() for text in seen.texts].count(HOSTILE.replace("`", "")) == 8, "all of them in full"
+
+
+def test_nan_logits_become_a_note_of_the_table():
+    fine = Outcome(np.ones(2, bool), np.zeros(2, np.int32))
+    broken = Outcome(np.array([True, False]), np.array([0, -1], np.int32))
+    said = ["e2SAD, soft, seed 1: 1 of 2 images have NaN logits under PGD-40: they count as misclassified."]
+    assert tables.nan_notes("e2SAD, soft", "PGD-40", [fine, broken]) == said
