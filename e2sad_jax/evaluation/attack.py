@@ -101,7 +101,7 @@ class Attack:
         as_count(f"{name}: restarts", self.restarts)
         as_count(f"{name}: steps", self.steps, least=1 if _needs_steps(method) else 0)
         method.check(name, norm=self.norm, restarts=self.restarts, step_size=self.step_size, ndim=ndim)
-        if self.targeted and method.family == "minimum-norm" and "targets" not in method.parameters:
+        if self.targeted and method.family != "gradient" and "targets" not in method.parameters:
             raise ValueError(f"{name}: loss={self.loss!r}; {self.kind} has no targets to walk to, leave the loss out")
         least = 2 if method.family == "minimum-norm" else MIN_CLASSES.get(self.loss, 2)
         if num_classes < least:
@@ -145,7 +145,9 @@ class Attack:
         of_logits: Callable[[jax.Array], jax.Array]
         if self.targeted:
             true = jax.nn.one_hot(labels, num_classes, dtype=bool)
-            order = jnp.argsort(jnp.where(true, -jnp.inf, logits_fn(x)), axis=-1)  # the label first, the likeliest last
+            logits = logits_fn(x)
+            masked = jnp.maximum(logits, jnp.finfo(logits.dtype).min)  # classes that cannot be, still after the label
+            order = jnp.argsort(jnp.where(true, -jnp.inf, masked), axis=-1)  # the label first, the likeliest last
             targets = chosen = jnp.take(order, -jnp.asarray(rank), axis=-1)
 
             def of_logits(logits: jax.Array) -> jax.Array:

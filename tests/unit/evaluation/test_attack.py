@@ -109,6 +109,33 @@ def test_what_is_not_possible_is_refused(attack, message, monkeypatch):
         attack.check(2, 2)
 
 
+def test_an_attack_without_targets_is_not_run_once_for_each_of_them():
+    """Square sees the margin alone: towards nine classes it would make the same images nine times."""
+    with pytest.raises(ValueError, match="loss='targeted_dlr'; square has no targets to walk to, leave the loss out"):
+        Attack("a", "square", 0.1, 2, loss="targeted_dlr").check(4, 4)
+
+
+def test_a_class_of_infinitely_low_logit_is_a_target_and_the_label_never(monkeypatch):
+    aims = []
+
+    def walk(logits_fn, x, labels, *, targets):
+        aims.append(np.asarray(targets))
+        return x
+
+    monkeypatch.setitem(attacks.ATTACKS, "walk", attacks.Method(walk, "minimum-norm"))
+    labels = jnp.asarray([3, 1])
+    for rank in (1, 2, 3):
+        Attack("a", "walk", 1.0, loss="targeted_dlr").perturb(
+            lambda z: jnp.asarray([[-jnp.inf, 1, 2, 3], [-jnp.inf, 3, 2, 1]], jnp.float32) + 0 * z[:, :1],
+            jnp.zeros((2, 1)),
+            labels,
+            bounds=(0.0, 1.0),
+            index=jnp.arange(2),
+            rank=rank,
+        )
+    np.testing.assert_array_equal(np.stack(aims), [[2, 2], [1, 3], [0, 0]])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
