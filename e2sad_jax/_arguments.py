@@ -69,6 +69,9 @@ def classes(name: str, argument: str, values: Any, n: int, num_classes: int) -> 
     Raises:
       TypeError: if `values` are not integers.
       ValueError: if their number is another one, or one of them, where they can be read, is no class.
+
+    Returns:
+      The classes, int32.
     """
     values = values if isinstance(values, (jax.Array, np.ndarray)) else np.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.integer):
@@ -79,7 +82,11 @@ def classes(name: str, argument: str, values: Any, n: int, num_classes: int) -> 
         known = read(values)
         if (wrong := known[(known < 0) | (known >= num_classes)]).size:
             raise ValueError(f"{name}: {argument} contain {wrong[0]}; each must be a class in [0, {num_classes})")
-    return jnp.asarray(values)
+    values = jnp.asarray(values)
+    if values.dtype.itemsize >= 4 and values.dtype != jnp.int32:  # what int32 does not hold is no class, and stays none
+        least = -1 if jnp.issubdtype(values.dtype, jnp.signedinteger) else 0
+        values = jnp.clip(values, least, jnp.iinfo(jnp.int32).max)
+    return values.astype(jnp.int32)  # in a narrow type the number of classes would wrap around
 
 
 def nan_without_class(values: jax.Array, classes: jax.Array, num_classes: int) -> jax.Array:

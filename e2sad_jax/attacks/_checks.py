@@ -1,6 +1,5 @@
 """Argument checks of attacks and defenses. A traced number has no value yet and passes."""
 
-import math
 import numbers
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from e2sad_jax import _arguments
 from e2sad_jax._arguments import classes, is_number, is_readable, logits, read
 from e2sad_jax.attacks._ball import NORMS
 from e2sad_jax.attacks._types import Bounds
+from e2sad_jax.errors import quoted
 
 __all__ = [
     "Checked",
@@ -28,6 +28,7 @@ __all__ = [
     "read",
     "threat_model",
 ]
+LARGEST = float(np.finfo(np.float32).max)  # budget: attacks compute in float32
 ROUNDING = (
     1e-6  # share of the image range by which images may be beyond it, and one rounding of their dtype: they are clipped
 )
@@ -100,13 +101,14 @@ def images(name: str, x: jax.Array) -> jax.Array:
 
 def number(name: str, argument: str, value: object, *, positive: bool = False) -> None:
     """Refuses what is no number, or is negative, not finite or, if `positive`, 0."""
-    if not isinstance(value, (numbers.Real, jax.Array, np.ndarray)) or isinstance(value, bool):
-        raise ValueError(f"{name}: {argument}={value!r}; {_range(positive, 'a number, ')}")
+    array = isinstance(value, (jax.Array, np.ndarray))
+    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or (array and _numeric(value))):
+        raise ValueError(f"{name}: {argument}={quoted(value)}; {_range(positive, 'a number, ')}")
     if not is_number(value):
         return
-    known = float(value)
-    if not math.isfinite(known) or known < 0 or (positive and known == 0):
-        raise ValueError(f"{name}: {argument}={value}; {_range(positive)}")
+    known = float(read(value)) if array else float(min(value, 2 * LARGEST))  # type: ignore[call-overload]
+    if not 0 <= known <= LARGEST or (positive and known == 0):
+        raise ValueError(f"{name}: {argument}={quoted(value) if isinstance(value, int) else value}; {_range(positive)}")
 
 
 def budget(name: str, argument: str, value: object, x: jax.Array, *, norm: str = "linf", positive: bool = False) -> Any:
@@ -134,7 +136,7 @@ def budget(name: str, argument: str, value: object, x: jax.Array, *, norm: str =
         number(name, argument, value, positive=positive)
         return float(value) if isinstance(value, numbers.Real) else _wide(value, x)
     n, image, shape = x.shape[0], x.shape[1:], value.shape
-    if value.dtype == bool or not jnp.issubdtype(value.dtype, jnp.number):
+    if not _numeric(value):
         raise ValueError(f"{name}: {argument} is {value.dtype}; it must be of numbers")
     if shape == (n,):
         if norm == "linf" and n > 1 and image[-1:] == (n,):
@@ -154,7 +156,7 @@ def budget(name: str, argument: str, value: object, x: jax.Array, *, norm: str =
         )
     if is_readable(value):
         known = read(value)
-        if (wrong := ~np.isfinite(known.astype(float)) | (known < 0)).any():
+        if (wrong := ~((known >= 0) & (known <= LARGEST))).any():
             place = tuple(int(i) for i in np.argwhere(wrong)[0])
             entry = place[: len(shape)] if known.shape == shape else place[:1]
             raise ValueError(
@@ -189,25 +191,44 @@ def image_range(name: str, bounds: Any, x: jax.Array) -> Bounds:
     if not all(map(is_readable, ends)):
         return ends
     known = read(ends[0]), read(ends[1])
-    shown = f"bounds={bounds}" if known[0].ndim == known[1].ndim == 0 else "bounds, which are arrays"
-    if not (known[0] < known[1]).all():  # NaN is not
-        raise ValueError(f"{name}: {shown}; the lower must be below the upper one")
+    numbers_alone = known[0].ndim == known[1].ndim == 0
+    if not (right := np.asarray(known[0] < known[1])).all():  # NaN is not
+        shown = f"={bounds}" if numbers_alone else f" are {_entries(~right, *known)}"
+        raise ValueError(f"{name}: bounds{shown}; the lower must be below the upper one")
     if x.size and is_readable(x):
         values = read(x)
         largest = np.maximum(abs(known[0]), abs(known[1]))
         slack = np.nan_to_num(ROUNDING * (known[1] - known[0]) + float(jnp.finfo(x.dtype).eps) * largest, posinf=0)
-        if ((values < known[0] - slack) | (values > known[1] + slack)).any():
-            least, most = float(np.min(values)), float(np.max(values))
-            raise ValueError(
-                f"{name}: images reach from {least:.4g} to {most:.4g}, beyond {shown}; give the range that they have, or "
-                "None, or let the model normalise images in [0, 1] itself"
+        outside = ~((values >= known[0] - slack) & (values <= known[1] + slack))  # NaN is
+        if outside.any():
+            found = values[outside].astype(float)
+            if numbers_alone:
+                where = f"reach from {np.min(values):.4g} to {np.max(values):.4g}, beyond bounds={bounds}"
+            else:
+                where = f"have {found[0]:.4g} where bounds are {_entries(outside, *known)}"
+            remedy = (
+                "give the range that they have, or None, or let the model normalise images in [0, 1] itself"
+                if np.isfinite(found).all()
+                else "remove NaN and infinity"
             )
+            raise ValueError(f"{name}: images {where}; {remedy}")
     return ends
 
 
-def aims(name: str, labels: Any, targets: Any, n: int, num_classes: int) -> tuple[jax.Array | None, jax.Array | None]:
-    """Refuses labels and targets, each None or `[n]`, that are no classes, or are the same where both can be read."""
-    if labels is not None:
+def aims(
+    name: str, labels: Any, targets: Any, n: int, num_classes: int, *, predicted: bool = False
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Refuses labels and targets `[n]` that are no classes, or are the same where both can be read.
+
+    Args:
+      name: the attack's name in the messages.
+      labels: classes to leave; None where `predicted` ones take their place.
+      targets: classes to reach, or None.
+      n: number of images.
+      num_classes: of the model.
+      predicted: whether labels may be None.
+    """
+    if not (labels is None and predicted):
         labels = classes(name, "labels", labels, n, num_classes)
     if targets is not None:
         targets = classes(name, "targets", targets, n, num_classes)
@@ -225,8 +246,19 @@ def nan_without_class(x: jax.Array, num_classes: int, *classes: jax.Array | None
     return x
 
 
+def _numeric(value: Any) -> bool:
+    return jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+
+
 def _range(positive: bool, what: str = "") -> str:
     return f"it must be {what}finite and {'above' if positive else 'at least'} 0"
+
+
+def _entries(wrong: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> str:
+    """Both ends of the range at the first place that is wrong, and that place in an image."""
+    lower, upper, wrong = np.broadcast_arrays(lower, upper, wrong)
+    place = tuple(int(i) for i in np.argwhere(wrong)[0])
+    return f"({lower[place]:g}, {upper[place]:g}), at {list(place[1:])} of an image"
 
 
 def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
@@ -244,7 +276,7 @@ def _end(name: str, bounds: Any, value: Any, x: jax.Array) -> Any:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value)
     value = value if isinstance(value, (jax.Array, np.ndarray)) else np.asarray(value)
-    if value.dtype == bool or not jnp.issubdtype(value.dtype, jnp.number):
+    if not _numeric(value):
         raise ValueError(f"{name}: bounds={bounds}; it must be of numbers, or None")
     if not _fits(value.shape, x.shape[1:]):
         raise ValueError(

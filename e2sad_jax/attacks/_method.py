@@ -121,7 +121,7 @@ class Method:
         Args:
           logits_fn: images `[N, ...]` to logits `[N, K]`.
           x: images `[N, ...]`, floating point, inside `bounds`.
-          labels: integer classes, `[N]`.
+          labels: integer classes, `[N]`. Where they are traced, one out of range makes its image NaN.
           key: one random key, or keys `[N]`, one per image.
           eps: budget in `norm`, at least 0; it may be traced.
           steps: number of gradient steps, or queries of a score-based attack; None for the attack's default.
@@ -140,6 +140,11 @@ class Method:
           ValueError: if the attack does not support a setting, or refuses it.
         """
         name = getattr(self.function, "__name__", repr(self.function))
+        x, shape = _checks.images(name, x), jax.eval_shape(lambda z: logits_fn(z), x)
+        num_classes = _checks.logits(name, shape, len(x)).shape[1]
+        leave, targets = _checks.aims(name, labels, targets, len(x), num_classes)
+        assert leave is not None
+        labels = leave
         self.check(name, norm=norm, restarts=restarts, step_size=step_size, ndim=x.ndim)
 
         def margin(z: jax.Array) -> jax.Array:
@@ -171,7 +176,8 @@ class Method:
             arguments["bounds"] = bounds
         found = self.function(**arguments)
         if self.family != "minimum-norm":
-            return found
+            return _checks.nan_without_class(found, num_classes, labels, targets)
         x, eps, _, bounds = _checks.threat_model(name, x, eps=eps, norm=norm, bounds=bounds)
         inside = ball(norm, x, eps, bounds).contains(as_float32(found))
-        return jax.lax.stop_gradient(select(inside, found, x))
+        kept = _checks.nan_without_class(select(inside, found, x), num_classes, labels, targets)
+        return jax.lax.stop_gradient(kept)

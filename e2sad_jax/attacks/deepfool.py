@@ -106,7 +106,7 @@ def deepfool(
         return jnp.not_equal(found, leave) if wanted is None else jnp.equal(found, wanted)
 
     logits = look(x)
-    y, wanted = _checks.aims("deepfool", labels, targets, *logits.shape)
+    y, wanted = _checks.aims("deepfool", labels, targets, *logits.shape, predicted=True)
     leave = logits.argmax(-1) if y is None else y
     end, _ = _loops.repeat_while(lambda state: ~state[1].all(), steps, step, (clean, succeeded(logits)))
     return jax.lax.stop_gradient(_checks.nan_without_class(beyond(end), logits.shape[1], leave, wanted))

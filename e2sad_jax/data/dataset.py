@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,7 +67,7 @@ def sample(labels: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
     """Draws `n` images so that each class has its share of them: the places, in order.
 
     The draw depends on the labels, `n` and `seed` alone, so every model and every command has the same images. A class has
-    its share to within one, the rest by largest remainder. Every class has an image if `n` is at least their number.
+    its share to within one, the rest by largest remainder; but every class has an image if `n` is at least their number.
 
     Args:
       labels: `[N]`, integers.
@@ -77,10 +78,10 @@ def sample(labels: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
       int64 `[min(n, N)]`, increasing.
 
     Raises:
-      ValueError: if `n` is below 0.
+      ValueError: if `n` is no whole number, or below 0.
     """
-    if n < 0:
-        raise ValueError(f"sample: n={n}; it must be at least 0")
+    if not isinstance(n, numbers.Integral) or n < 0:
+        raise ValueError(f"sample: n={n}; it must be a whole number, at least 0")
     total = len(labels)
     if n >= total:
         return np.arange(total)
@@ -321,16 +322,20 @@ def _have(classes: list[int]) -> str:
 
 
 def _doubts_of_images(dataset: Dataset) -> list[str]:
-    found, dark = [], []
+    found: list[str] = []
+    dark: dict[str, list[str]] = {}
     white = 255 if dataset.x_train.dtype == np.uint8 else 1
     for member in ("x_train", "x_test"):
         largest = getattr(dataset, member).max()
         if 0 < largest < white / 8:  # black images alone stand for none, in a file to be attacked
-            dark.append(f"the largest pixel of {member} is {largest:.3g}, where {white} is white")
-    if dark:
-        twice = white == 1 and all(getattr(dataset, m).max() <= 1.001 / 255 for m in ("x_train", "x_test"))
-        remedy = "they were divided by 255 twice: multiply them by 255" if twice else "scale them to the whole range"
-        found.append(f"{' and '.join(dark)}: {remedy}")
+            twice = white == 1 and largest <= 1.001 / 255
+            remedy = (
+                "they were divided by 255 twice: multiply them by 255" if twice else "scale them to the whole range"
+            )
+            dark.setdefault(remedy, []).append(
+                f"the largest pixel of {member} is {largest:.3g}, where {white} is white"
+            )
+    found += [f"{' and '.join(said)}: {remedy}" for remedy, said in dark.items()]
     height, *last = dataset.image_shape
     if height in (1, 3) and (last[0] == last[1] >= 8 or min(last) >= 16):
         shape = "x".join(map(str, dataset.image_shape))

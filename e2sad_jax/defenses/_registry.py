@@ -99,7 +99,7 @@ class Defense:
     """A defense as training, flags and tables know it.
 
     The loss is called as `loss(logits_fn, x, y, **arguments)` and returns the loss, a scalar, and its parts by name. Its
-    arguments are the settings, and those of the following that its signature names: `eps` or `eps1`, the l-infinity
+    arguments are the settings, and those of the following that its signature names: `eps` or `eps1`, the
     budget; `bounds`, the range of the images; `key`, a random key of the step; `delta`, a perturbation `[N, ...]`
     that is kept from step to step.
 
@@ -175,7 +175,7 @@ class Defense:
           x: clean images `[N, ...]`.
           y: target distributions `[N, K]`.
           settings: values of all its settings by name; budgets may be traced.
-          eps: l-infinity budget, in the images' own units.
+          eps: budget, in the images' own units.
           bounds: range of the images, or None.
           key: random key of the step.
           delta: the perturbation kept so far, of a defense that `carries` one.

@@ -52,7 +52,8 @@ def e2sad(
       norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None.
       key: random key; needed by `random_start` and by the objectives "noise" and "random" alone.
-      weights: of the images, `[N]`, at least 0; 0 leaves an image out, as in padding. None: all alike.
+      weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
+        as zeros are. None: all alike.
 
     Returns:
       The loss, a scalar, and its parts by name, before their weights; without `dissimilarity` where `lam` is 0.

@@ -35,7 +35,8 @@ def grad_align(
       weight: lambda, at least 0. 0.2 is the paper's on CIFAR-10 at eps 8/255; it grows with eps.
       eps: budget of attack and noise in the l-infinity norm, at least 0, in the images' own units.
       bounds: range of valid images, or None.
-      weights: of the images, `[N]`, at least 0; 0 leaves an image out, as in padding. None: all alike.
+      weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
+        as zeros are. None: all alike.
 
     Returns:
       The loss, a scalar, and its parts by name, before their weights.

@@ -34,7 +34,8 @@ def hamm(
       alpha: weight of the clean term, in [0, 1].
       eps: budget of the attack in the l-infinity norm, at least 0, in the images' own units.
       bounds: range of valid images, or None.
-      weights: of the images, `[N]`, at least 0; 0 leaves an image out, as in padding. None: all alike.
+      weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
+        as zeros are. None: all alike.
 
     Returns:
       The loss, a scalar, and its parts by name, before their weights.

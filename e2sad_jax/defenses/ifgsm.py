@@ -32,7 +32,8 @@ def ifgsm(
       steps: gradient steps of the attack, at least 1.
       step_size: step of the attack; None for the paper's eps / steps.
       bounds: range of valid images, or None.
-      weights: of the images, `[N]`, at least 0; 0 leaves an image out, as in padding. None: all alike.
+      weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
+        as zeros are. None: all alike.
 
     Returns:
       The loss, a scalar, and its parts by name, before their weights.

@@ -26,7 +26,8 @@ def input_gradient(
       x: clean images `[N, ...]`.
       y: target distributions `[N, K]`, hard or soft.
       weight: lambda, at least 0, in squared units of the images; the paper tunes it for each data set.
-      weights: of the images, `[N]`, at least 0; 0 leaves an image out, as in padding. None: all alike.
+      weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
+        as zeros are. None: all alike.
 
     Returns:
       The loss, a scalar, and its parts by name, before their weights.

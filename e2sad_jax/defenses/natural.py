@@ -17,7 +17,8 @@ def natural(
       logits_fn: images `[N, ...]` to logits `[N, K]`.
       x: clean images `[N, ...]`.
       y: target distributions `[N, K]`, hard or soft.
-      weights: of the images, `[N]`, at least 0; 0 leaves an image out, as in padding. None: all alike.
+      weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
+        as zeros are. None: all alike.
 
     Returns:
       The loss, a scalar, and its parts by name.

@@ -37,7 +37,8 @@ def rs_fgsm(
       step_size: a, above 0; None for the paper's 1.25 eps.
       norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None.
-      weights: of the images, `[N]`, at least 0; 0 leaves an image out, as in padding. None: all alike.
+      weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
+        as zeros are. None: all alike.
 
     Returns:
       The loss, a scalar, and its parts by name.

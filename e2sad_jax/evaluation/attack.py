@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from e2sad_jax import _streams, attacks
 from e2sad_jax.evaluation._entrance import Bounds, as_budget, as_count, classes_in
-from e2sad_jax.losses import cross_entropy, dlr, margin, targeted_dlr
+from e2sad_jax.losses import cross_entropy, dlr, margin, soft_labels, targeted_dlr
 
 CLEAN = "clean"  # the kind of a row that attacks nothing
 LOSSES = ("ce", "margin", "dlr", "targeted_dlr")  # cross-entropy, Carlini-Wagner's margin, difference of logits ratio
@@ -155,7 +155,7 @@ class Attack:
 
         else:
             of_logits = {
-                "ce": lambda logits: cross_entropy(logits, jax.nn.one_hot(labels, num_classes)),
+                "ce": lambda logits: cross_entropy(logits, soft_labels(labels, num_classes, 0)),
                 "margin": lambda logits: margin(logits, labels),
                 "dlr": lambda logits: dlr(logits, labels),
             }[self.loss]

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from e2sad_jax.attacks import core
+from e2sad_jax.evaluation import _entrance
 
 _LEVELS = np.arange(256, dtype=np.float32) / 255  # as they are read back
 
@@ -26,10 +27,11 @@ def quantize(images: Any, clean: Any, *, eps: float, norm: str = "linf") -> np.n
       uint8 `[N, ...]`; divided by 255 in float32 they lie inside the ball.
 
     Raises:
-      ValueError: if shapes differ, `norm` is unknown, or no 8-bit image lies in the ball of an image; of 8-bit clean images
-        one always does.
+      ValueError: if images are not floating point in [0, 1], shapes differ, `eps` is out of range, `norm` is unknown, or no
+        8-bit image lies in the ball of an image; of 8-bit clean images one always does.
     """
-    images, clean = np.asarray(images, np.float32), np.asarray(clean, np.float32)
+    eps = _entrance.as_budget("quantize", eps)
+    images, clean = (_in_range(name, values) for name, values in (("images", images), ("clean", clean)))
     if images.shape != clean.shape:
         raise ValueError(f"quantize: images have shape {images.shape}; it must be that of clean, {clean.shape}")
     if norm not in core.NORMS:
@@ -41,6 +43,15 @@ def quantize(images: Any, clean: Any, *, eps: float, norm: str = "linf") -> np.n
             "take clean images of 8 bits, or a larger eps"
         )
     return grey
+
+
+def _in_range(name: str, values: Any) -> np.ndarray:
+    array = np.asarray(values)
+    if not np.issubdtype(array.dtype, np.floating) or not (array.size and np.min(array) >= 0 and np.max(array) <= 1):
+        raise ValueError(
+            f"quantize: {name} are {array.dtype} {array.shape}; they must be some, floating point in [0, 1] (uint8: x / 255)"
+        )
+    return array.astype(np.float32)
 
 
 def _nearest(values: np.ndarray) -> np.ndarray:

@@ -102,7 +102,9 @@ class Model:
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """The predicted classes of N images inside `bounds`, others or these, int32 `[N]`; -1 where a logit is NaN."""
-        return self._evaluation(0, None, images).outcomes([Attack("clean", CLEAN)]).prediction[0]
+        images = np.asarray(images)
+        unknown = np.zeros(len(images), np.int32)
+        return self._evaluation(0, None, images, unknown).outcomes([Attack("clean", CLEAN)]).prediction[0]
 
     def right_on(self, images: np.ndarray) -> np.ndarray:
         """Whether other images `[N, ...]` with the same labels are classified correctly, bool `[N]`."""
@@ -187,11 +189,13 @@ class Model:
         apply, params = _entrance.bind(self.apply, self.params)
         return programs_of(apply, None, self.bounds), params
 
-    def _evaluation(self, restart: int, progress: Progress | None, images: Any = None) -> Evaluation:
+    def _evaluation(
+        self, restart: int, progress: Progress | None, images: Any = None, labels: Any = None
+    ) -> Evaluation:
         seed = zlib.crc32(f"{self.seed} {restart}".encode()) if restart else self.seed
-        images = self.images if images is None else images
+        images, labels = (self.images if images is None else images), (self.labels if labels is None else labels)
         programs, params = self._compiled()
-        return Evaluation(programs, params, images, self.labels, self.batch_size, seed, self.mesh, progress)
+        return Evaluation(programs, params, images, labels, self.batch_size, seed, self.mesh, progress)
 
 
 class Classifier(Protocol):

@@ -44,7 +44,9 @@ class Request:
         "", "of the budget, linf or l2; empty: the run's own, or linf with --predict", choices=("", *core.NORMS)
     )
     examples: int = setting(
-        500, "test images, a sample stratified by class, or all if there are fewer; 0: all", lower=0
+        500,
+        "test images, a sample stratified by class, or all if there are fewer; 0: all; saved ones are read whole",
+        lower=0,
     )
     batch_size: int = setting(250, "images at once", lower=1)
     devices: int = setting(1, "devices to split each batch over, 0: all", lower=0)
@@ -239,8 +241,7 @@ def _asked(request: Request) -> _Asked:
         blank = make(np.zeros((1, *shape), np.uint8), np.zeros(1, np.int32))
         try:
             model = dataclasses.replace(blank, images=saved.inputs, labels=saved.labels)
-            some, tests = data.sample(model.labels, request.examples or len(model.labels)), len(model.labels)
-            model = dataclasses.replace(model, images=model.images[some], labels=model.labels[some])
+            tests = len(model.labels)  # whole, so that the accuracy is the one that was printed
         except ValueError as error:
             raise DataError(f"{request.data}: {error}") from error
     if request.quantize:

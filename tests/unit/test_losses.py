@@ -103,6 +103,16 @@ def test_soft_labels_of_what_is_no_class(wrong):
     np.testing.assert_array_equal(np.isnan(got), [[False] * 4, [True] * 4])
 
 
+@pytest.mark.parametrize(("dtype", "classes"), [("uint8", 256), ("uint8", 300), ("int8", 200), ("uint32", 5)])
+def test_narrow_labels_do_not_wrap(dtype, classes):
+    """`10 < 256` is False in uint8, and class 266 is 10."""
+    y, z = np.array([3, 4], dtype), np.zeros((2, classes), np.float32)
+    z[:, -1], z[:, 3] = 5, 3
+    for f in (lambda f: f, jax.jit):
+        np.testing.assert_array_equal(f(lambda y: losses.soft_labels(y, classes, 0))(y), np.eye(classes)[np.int64(y)])
+        np.testing.assert_allclose(f(losses.margin)(jnp.asarray(z), y), [2, 5] if classes > 5 else [2, -2])
+
+
 def test_soft_labels_refuse_other_shapes():
     for shape, labels in (((3, 1), jnp.zeros((3, 1), int)), ((), 3)):
         with pytest.raises(ValueError, match=rf"labels have shape {re.escape(str(shape))}; .*one class per image"):

@@ -26,6 +26,8 @@ from tests.unit.attacks.helpers import (
     size,
 )
 
+pytestmark = pytest.mark.usefixtures("all_unoptimized")
+
 NAN = float("nan")
 
 
@@ -103,7 +105,7 @@ def test_tabular_ranges():
     np.testing.assert_allclose(got, [[0.6, 100, 5], [0.3, 80, 2]], rtol=1e-6)
     for lower, upper in (((0, 0, 0), (1, 100, 4)), ((0, 0, 3), (1, 100, 10))):
         with pytest.raises(
-            ValueError, match=r"images reach from 0\.2 to 50, beyond bounds, which are arrays; .*normalise"
+            ValueError, match=r"images have [52] where bounds are \([03], (4|10)\), at \[2\] .*normalise"
         ):
             attacks.fgsm(summed, TABULAR, eps=0.1, bounds=(np.array(lower), np.array(upper)))
 
@@ -127,12 +129,20 @@ WRONG = [
     ({"eps": np.ones((3, 4, 3, 1))}, r"eps has shape \(3, 4, 3, 1\)"),
     ({"eps": np.array(["a", "b"])}, "eps is <U1"),
     ({"eps": None}, "eps=None"),
+    ({"eps": 10**400}, "eps=an integer of 1,329 bits; it must be finite"),
+    ({"eps": 1e39}, r"eps=1e\+39; it must be finite"),
+    ({"eps": np.array([1e39, 0.1])}, r"eps\[0\]=1e\+39"),
+    ({"eps": np.array(1j)}, "eps=.*it must be a number"),
     ({"eps": "0.1"}, "eps='0.1'"),
     ({"eps": np.ones((4, 3, 1)), "norm": "l2"}, r"eps has shape \(4, 3, 1\); the l2 ball"),
     ({"bounds": 1.0}, r"bounds=1\.0; it must be two"),
     ({"bounds": (0.0, 0.5, 1.0)}, ".*it must be two"),
     ({"bounds": (np.zeros(2), 1.0)}, r"bounds have shape \(2,\)"),
-    ({"bounds": (np.zeros((4, 3, 1)), np.eye(4, 3)[..., None])}, ".*the lower must be below"),
+    (
+        {"bounds": (np.zeros((4, 3, 1)), np.eye(4, 3)[..., None])},
+        r"bounds are \(0, 0\), at \[0, 1, 0\] of an image; the lower must be below",
+    ),
+    ({"x": X.at[1, 2, 1, 0].set(NAN)}, r"images reach from nan to nan, .*remove NaN"),
     ({"bounds": ("0", "1")}, ".*it must be of numbers"),
     ({"bounds": (-1.0, 0.0)}, r"images reach from 0\.5 to 0\.5, beyond bounds"),
 ]
@@ -140,12 +150,12 @@ WRONG = [
 
 @pytest.mark.parametrize(("wrong", "message"), WRONG)
 def test_refuses_arrays(wrong, message):
-    given = {"eps": 0.1, **wrong}
+    given = {"x": X, "eps": 0.1, **wrong}
     with pytest.raises(ValueError, match=f"^fgsm: {message}"):
-        attacks.fgsm(summed, X, **given)
+        attacks.fgsm(summed, **given)
     if "norm" not in given:  # the same rule, said with the defense's name
         with pytest.raises(ValueError, match=f"^ifgsm: {message}"):
-            defenses.ifgsm(lambda z: z.reshape(2, -1), X, jnp.full((2, 12), 1 / 12), steps=2, **given)
+            defenses.ifgsm(lambda z: z.reshape(2, -1), y=jnp.full((2, 12), 1 / 12), steps=2, **given)
 
 
 def test_defenses_name_their_own_budgets():

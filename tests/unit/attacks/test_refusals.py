@@ -11,6 +11,8 @@ import pytest
 
 from e2sad_jax import attacks
 
+pytestmark = pytest.mark.usefixtures("all_unoptimized")
+
 KEY, NAN = jax.random.key(7), float("nan")
 IMAGES, LABELS = jnp.full((2, 3), 0.5), jnp.zeros(2, int)
 
@@ -132,6 +134,7 @@ OWN: dict[str, list[Case]] = {
         *WRONG_LABELS,
         ({"restarts": 2, "eps": 0.1}, ValueError, "restarts=2 .*need key and eps"),
         ({"restarts": 2, "key": KEY}, ValueError, "restarts=2 .*need key and eps"),
+        ({"labels": None}, TypeError, "labels are object"),
         ({"alpha_max": 1.5}, ValueError, r"alpha_max=1.5; it must lie in \[0, 1\]"),
         ({"overshoot": 0.9}, ValueError, "overshoot=0.9; it must be at least 1"),
         ({"beta": 0}, ValueError, r"beta=0; it must lie in \(0, 1\]"),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from e2sad_jax import attacks, losses
+from e2sad_jax import attacks, evaluation, losses
 from e2sad_jax.attacks import ATTACKS, Method
 from tests.unit.attacks.helpers import KEYS, N, draw, images, logits_of, predicted, size
 
@@ -70,7 +70,7 @@ def test_run_passes_what_the_attack_takes_and_returns_what_it_returns(name):
     if "restarts" in method.parameters:
         assert seen(name, made, restarts=3)[1]["restarts"] == 3
     if "targets" in method.parameters:
-        assert seen(name, made, targets=labels())[1]["targets"] is not None
+        assert seen(name, made, targets=(labels() + 1) % 3)[1]["targets"] is not None
     if "loss_fn" in method.parameters:
         assert seen(name, made, loss_fn=jnp.ravel)[1]["loss_fn"] is jnp.ravel
 
@@ -161,3 +161,21 @@ def test_a_method_that_no_suite_could_run_is_refused():
         Method(corners, "white-box")
     with pytest.raises(ValueError, match=r"norms=\('l1',\); it must be some of linf, l2"):
         Method(corners, "gradient", ("l1",))
+
+
+@pytest.mark.parametrize("name", attacks.ATTACKS)
+def test_a_suite_takes_no_label_that_is_no_class(name):
+    """Refused where it can be seen; under jit that image becomes NaN, and never one that was attacked as another class."""
+    x = jnp.full((3, 4, 4, 1), 0.5) + jnp.arange(3).reshape(3, 1, 1, 1) / 10
+    w = jnp.asarray(np.random.RandomState(0).randn(16, 4), jnp.float32)
+
+    def perturbed(y):
+        attack = evaluation.Attack("a", name, 0.1, 2, norm=ATTACKS[name].norms[-1])
+        return attack.perturb(lambda z: z.reshape(len(z), -1) @ w, x, y, bounds=(0.0, 1.0), index=jnp.arange(3))
+
+    for wrong in (-1, 4):
+        y = jnp.array([0, wrong, 2])
+        with pytest.raises(ValueError, match=rf"labels contain {wrong}; each must be a class in \[0, 4\)"):
+            perturbed(y)
+        got = np.asarray(jax.jit(perturbed)(y))
+        np.testing.assert_array_equal(np.isnan(got).all((1, 2, 3)), [False, True, False])

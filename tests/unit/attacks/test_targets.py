@@ -11,6 +11,8 @@ import scipy.optimize
 from e2sad_jax import attacks, losses
 from tests.unit.attacks.helpers import size
 
+pytestmark = pytest.mark.usefixtures("all_unoptimized")
+
 D, K, N = 6, 4, 5
 RS = np.random.RandomState(3)
 W = RS.randn(D, K).astype(np.float32)

@@ -51,3 +51,18 @@ def test_what_has_no_grey_level_is_refused():
         quantize(clean, clean, eps=0.1, norm="l1")
     with pytest.raises(ValueError, match=r"shape \(2, 2\); it must be that of clean, \(2, 3\)"):
         quantize(clean[:, :2], clean, eps=0.1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"eps": float("nan")}, "eps=nan; it must be a number, finite and at least 0"),
+        ({"eps": None}, "eps=None; it must be a number"),
+        ({"images": np.zeros((1, 2), np.uint8)}, r"images are uint8 \(1, 2\); .*x / 255"),
+        ({"images": np.full((1, 2), np.nan)}, r"images are float64 \(1, 2\); .*in \[0, 1\]"),
+        ({"clean": np.full((1, 2), 1.5)}, r"clean are float64"),
+    ],
+)
+def test_quantize_refuses(wrong, message):
+    with pytest.raises(ValueError, match=f"quantize: {message}"):
+        quantize(**{"images": np.zeros((1, 2)), "clean": np.zeros((1, 2)), "eps": 0.1, **wrong})
