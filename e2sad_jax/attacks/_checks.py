@@ -106,7 +106,10 @@ def number(name: str, argument: str, value: object, *, positive: bool = False) -
         raise ValueError(f"{name}: {argument}={quoted(value)}; {_range(positive, 'a number, ')}")
     if not is_number(value):
         return
-    known = float(read(value)) if array else float(min(value, 2 * LARGEST))  # type: ignore[call-overload]
+    try:
+        known = float(read(value) if array else value)  # type: ignore[arg-type]
+    except OverflowError:  # a Python integer has no end
+        known = float("inf")
     if not 0 <= known <= LARGEST or (positive and known == 0):
         raise ValueError(f"{name}: {argument}={quoted(value) if isinstance(value, int) else value}; {_range(positive)}")
 

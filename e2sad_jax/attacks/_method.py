@@ -98,7 +98,7 @@ class Method:
         if step_size is not None and "step_size" not in self.parameters:
             raise ValueError(f"{name}: step_size={step_size}; it has no step size to choose, leave it out")
         if ndim is not None and self.ndim not in (None, ndim):
-            raise ValueError(f"{name}: images have {ndim} axes; it needs {self.ndim}, leave it out for others")
+            raise ValueError(f"{name}: images have {ndim} axes; it needs {self.ndim}: leave it out (auto: stages=)")
 
     def run(
         self,

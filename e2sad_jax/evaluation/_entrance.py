@@ -35,6 +35,11 @@ def as_budget(name: str, eps: Any, *, argument: str = "eps", positive: bool = Fa
     value = float(eps) if core.is_number(eps) else math.nan
     if not 0 <= value <= _FLOAT32 or (positive and value == 0):
         least = "above" if positive else "at least"
+        if np.ndim(eps):
+            raise ValueError(
+                f"{name}: {argument} has shape {np.shape(eps)}; it must be one number, {least} 0: scale the inputs inside the "
+                "model so that one serves them all"
+            )
         raise ValueError(f"{name}: {argument}={quoted(eps)}; it must be a number, finite and {least} 0")
     return value
 

@@ -106,7 +106,8 @@ class Attack:
         least = 2 if method.family == "minimum-norm" else MIN_CLASSES.get(self.loss, 2)
         if num_classes < least:
             raise ValueError(
-                f"{name}: its loss {self.loss} needs at least {least} classes; the model has {num_classes}: leave it out"
+                f"{name}: its loss {self.loss} needs at least {least} classes; the model has {num_classes}: leave it out "
+                "(auto: stages=)"
             )
 
     def perturb(

@@ -146,20 +146,19 @@ def run_checks(
 
 
 def verdict(name: str, found: Sequence[Check], images: int, nan: str = "") -> str:
-    """The conclusion of the checks, in one to three sentences.
+    """The conclusion of the checks, in one or two sentences.
 
     Args:
       name: of the model.
       found: the checks.
       images: the number of images that they were made on.
-      nan: what `nan_logits` says of them.
+      nan: what `nan_logits` says of them; then the checks mean nothing.
     """
     if nan:
         advice = (
             "Do not trust any number before it is mended: JAX's setting jax_debug_nans shows where the model makes NaN"
         )
-        rest = verdict(name, found, images).removeprefix(f"{name}: ")
-        return f"{name}: {nan}. {advice}. {rest[:1].upper()}{rest[1:]}"
+        return f"{name}: {nan}. {advice}."
     breaches = [check for check in found if check.suspicious]
     if not breaches:
         return (

@@ -244,6 +244,11 @@ def _asked(request: Request) -> _Asked:
             tests = len(model.labels)  # whole, so that the accuracy is the one that was printed
         except ValueError as error:
             raise DataError(f"{request.data}: {error}") from error
+    width = float(np.max(np.subtract(*model.bounds[::-1])))
+    if norm == "linf" and eps > width:
+        raise ConfigError(
+            f"--eps={eps:g}: must be at most {width:g}, the width of the images' range (8 of 255: {8 / 255:.4f})"
+        )
     if request.quantize:
         try:
             quantize(model.images, model.images, eps=eps, norm=norm)

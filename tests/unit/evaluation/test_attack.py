@@ -147,7 +147,7 @@ def test_a_class_of_infinitely_low_logit_is_a_target_and_the_label_never(monkeyp
         ({"eps": "0.1"}, "eps='0.1'; it must be a number"),
         ({"eps": np.float32(-1)}, r"eps=.*-1.0.*; it must be a number, finite and at least 0"),
         ({"eps": jnp.float32(np.nan)}, "eps=.*nan.*; it must be a number, finite"),
-        ({"eps": np.full(3, 0.1)}, "eps=.*; it must be a number, finite"),
+        ({"eps": np.full(3, 0.1)}, r"eps has shape \(3,\); it must be one number, .*scale the inputs"),
         ({"eps": 0.1, "step_size": 0}, "step_size=0; it must be a number, finite and above 0"),
     ],
 )

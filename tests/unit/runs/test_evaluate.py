@@ -181,3 +181,8 @@ def test_what_cannot_be_written_or_is_no_run_is_refused(trained, tiny, tmp_path,
         evaluate.run(Request(workdir=str(trained), norm="l2"))
     with pytest.raises(WorkdirError, match="is not the workdir of a run"):
         evaluate.run(Request(workdir=str(tmp_path)))
+
+
+def test_a_budget_in_grey_levels_is_refused(mine):
+    with pytest.raises(ConfigError, match=r"--eps=8: must be at most 1, .*8 of 255: 0\.0314"):
+        evaluate._asked(Request(predict="mine:predict", data=mine, eps=8.0))
