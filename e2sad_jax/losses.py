@@ -107,6 +107,13 @@ def expectation(p: jax.Array, values: jax.Array) -> jax.Array:
     """sum_k p_k values_k, `[N]`; a class of probability 0 adds 0, and 0 to the gradient, even where its value is infinite.
 
     So a class that a model masks by a logit of -inf is no class to the losses.
+
+    Args:
+      p: probabilities, `[N, K]`.
+      values: one for each class, `[N, K]`.
+
+    Returns:
+      `[N]`.
     """
     there = p > 0
     return jnp.where(there, p * jnp.where(there, values, 0), 0).sum(-1)
