@@ -20,9 +20,9 @@ SMALL = (
 digits, load = data.load("digits"), data.load
 
 
-def short(name: str, kind: str, eps: float = 0.0, steps: int = 0, *rest: Any) -> Attack:
+def short(name: str, kind: str, eps: float = 0.0, steps: int = 0, *rest: Any, **more: Any) -> Attack:
     """An attack of two steps at most."""
-    return Attack(name, kind, eps, min(steps, 2), *rest)
+    return Attack(name, kind, eps, min(steps, 2), *rest, **more)
 
 
 def load_once(name: str, data_dir: str | None = None) -> data.Dataset:

@@ -38,14 +38,14 @@ def test_mnist_from_the_original_files_to_a_defended_classifier(shared, tmp_path
         f"--workdir={workdir}",
         "--model=digits_cnn",
         "--preset=paper",
-        "--steps=120",
+        "--steps=160",
         "--batch_size=64",
         "--learning_rate=3e-3",
         "--validation_examples=50",
-        "--eval_examples=100",
+        "--eval_examples=200",
         "--baseline=natural",
     )
-    assert "mnist: accuracy on 100 of 10,000 test images, 10 of 10 classes, 120 training steps" in out
+    assert "mnist: accuracy on 200 of 10,000 test images, 10 of 10 classes, 160 training steps" in out
     results, accuracy = results_of(workdir)
     assert (results["dataset"]["name"], results["dataset"]["train_examples"]) == ("mnist", 60_000)
     assert accuracy["clean"] > 0.9
@@ -56,7 +56,7 @@ def test_mnist_from_the_original_files_to_a_defended_classifier(shared, tmp_path
     assert accuracy["PGD-40"] < accuracy["clean"] - 0.3, "the attack does something"
     # What the run says of these images, the loaded classifier says too.
     mnist = data.load("mnist", tmp_path / "data")
-    places = data.sample(mnist.y_test, 100)
+    places = data.sample(mnist.y_test, 200)
     probabilities = np.asarray(e2sad_jax.load(workdir)(mnist.x_test[places]))
     assert (probabilities.argmax(-1) == mnist.y_test[places]).mean() == accuracy["clean"]
 
