@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from e2sad_jax.errors import quoted
+
 ONE_LOGIT = "of a model with one logit, losses.binary_logits makes two"
 
 
@@ -25,6 +27,25 @@ def is_readable(values: Any) -> bool:
 def read(values: Any) -> np.ndarray:
     """The values of an array that `is_readable`."""
     return np.asarray(jax.device_get(values))
+
+
+def count(argument: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
+    """A whole number in [least, most] as a Python integer.
+
+    Args:
+      argument: whose value it is, as the message names it.
+      value: the number.
+      least: the lowest one allowed.
+      most: the highest one allowed, None for no bound.
+
+    Raises:
+      ValueError: if it is none.
+    """
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        bound = f"at least {least}" if most is None else f"in [{least}, {most}]"
+        raise ValueError(f"{argument}={quoted(value)}; it must be {bound}, a whole number")
+    return int(value)
 
 
 def wide(dtype: Any) -> Any:

@@ -154,9 +154,13 @@ def _everywhere(place: NamedSharding, array: Any) -> jax.Array:
 
 
 def split_batch(mesh: Mesh | None, batch: Any) -> Any:
-    """Splits the arrays of a batch over the mesh; replicates them if the devices do not divide their length."""
+    """Splits the arrays of a batch over the mesh; replicates them if the devices do not divide their length.
+
+    Without a mesh it puts them on the default device. It says so in so many words, for `jax.transfer_guard` may forbid
+    what is not said.
+    """
     if mesh is None:
-        return batch
+        return jax.device_put(batch)
     fits = len(jax.tree.leaves(batch)[0]) % mesh.size == 0
     return jax.device_put(batch, split(mesh) if fits else whole(mesh))
 

@@ -193,9 +193,9 @@ def accuracies(apply: Callable[..., jax.Array], params: Any, x: jax.Array, y: ja
 
 def main(steps: int, images: int) -> None:
     """Prints accuracy without an attack and under one, of one model of each library."""
-    digits = data.load("digits")
-    x, x_test = (transforms.unit(jnp.asarray(part)) for part in (digits.x_train, digits.x_test[:images]))
-    labels, labels_test = jnp.asarray(digits.y_train), jnp.asarray(digits.y_test[:images])
+    digits = data.sample_tests(data.load("digits"), images)
+    x, x_test = (transforms.unit(jnp.asarray(part)) for part in (digits.x_train, digits.x_test))
+    labels, labels_test = jnp.asarray(digits.y_train), jnp.asarray(digits.y_test)
     y, y_test = (losses.soft_labels(part, digits.num_classes, delta=0) for part in (labels, labels_test))
     print(f"digits, {len(x_test)} test images, {steps} steps of 64; PGD-40 at {EPS}, steps of 0.02, one random start")
     for name, library in LIBRARIES.items():

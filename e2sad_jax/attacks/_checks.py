@@ -18,6 +18,7 @@ __all__ = [
     "aims",
     "budget",
     "classes",
+    "fits",
     "image_range",
     "images",
     "is_number",
@@ -79,9 +80,8 @@ def threat_model(
     if norm not in NORMS:
         raise ValueError(f"{name}: norm={norm!r}; it must be one of {', '.join(NORMS)}")
     eps = budget(name, "eps", eps, x, norm=norm)
-    for argument, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
-            raise ValueError(f"{name}: {argument}={count}; it must be a whole number, at least 1")
+    for argument, value in counts.items():
+        _arguments.count(f"{name}: {argument}", value)
     if step_size is not None:
         step_size = budget(name, "step_size", step_size, x, norm=norm, positive=True)
     return Checked(x, eps, step_size, image_range(name, bounds, x))
@@ -101,9 +101,10 @@ def images(name: str, x: jax.Array) -> jax.Array:
 
 def number(name: str, argument: str, value: object, *, positive: bool = False) -> None:
     """Refuses what is no number, or is negative, not finite or, if `positive`, 0."""
+    must = f"it must be a number, finite and {'above' if positive else 'at least'} 0"
     array = isinstance(value, (jax.Array, np.ndarray))
     if isinstance(value, bool) or not (isinstance(value, numbers.Real) or (array and _numeric(value))):
-        raise ValueError(f"{name}: {argument}={quoted(value)}; {_range(positive, 'a number, ')}")
+        raise ValueError(f"{name}: {argument}={quoted(value)}; {must}")
     if not is_number(value):
         return
     try:
@@ -111,7 +112,7 @@ def number(name: str, argument: str, value: object, *, positive: bool = False) -
     except OverflowError:  # a Python integer has no end
         known = float("inf")
     if not 0 <= known <= LARGEST or (positive and known == 0):
-        raise ValueError(f"{name}: {argument}={quoted(value) if isinstance(value, int) else value}; {_range(positive)}")
+        raise ValueError(f"{name}: {argument}={quoted(value) if isinstance(value, int) else value}; {must}")
 
 
 def budget(name: str, argument: str, value: object, x: jax.Array, *, norm: str = "linf", positive: bool = False) -> Any:
@@ -148,7 +149,7 @@ def budget(name: str, argument: str, value: object, x: jax.Array, *, norm: str =
                 f"{(n, *[1] * len(image))} for one per image, {(1,) * len(image) + (n,)} for one per entry of that axis"
             )
         value = value.reshape(n, *[1] * len(image))
-    elif not (_fits(shape, image) or (value.ndim == x.ndim and _fits(shape, x.shape))):
+    elif not (fits(shape, image) or (value.ndim == x.ndim and fits(shape, x.shape))):
         raise ValueError(
             f"{name}: {argument} has shape {shape}; it must be a number, have one for each of the {n} images, ({n},), or "
             f"broadcast against one image, {image}"
@@ -253,10 +254,6 @@ def _numeric(value: Any) -> bool:
     return jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
 
 
-def _range(positive: bool, what: str = "") -> str:
-    return f"it must be {what}finite and {'above' if positive else 'at least'} 0"
-
-
 def _entries(wrong: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> str:
     """Both ends of the range at the first place that is wrong, and that place in an image."""
     lower, upper, wrong = np.broadcast_arrays(lower, upper, wrong)
@@ -264,7 +261,7 @@ def _entries(wrong: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> str:
     return f"({lower[place]:g}, {upper[place]:g}), at {list(place[1:])} of an image"
 
 
-def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     """Whether `shape` broadcasts to `target` without making it larger."""
     return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(shape[::-1], target[::-1], strict=False))
 
@@ -281,7 +278,7 @@ def _end(name: str, bounds: Any, value: Any, x: jax.Array) -> Any:
     value = value if isinstance(value, (jax.Array, np.ndarray)) else np.asarray(value)
     if not _numeric(value):
         raise ValueError(f"{name}: bounds={bounds}; it must be of numbers, or None")
-    if not _fits(value.shape, x.shape[1:]):
+    if not fits(value.shape, x.shape[1:]):
         raise ValueError(
             f"{name}: bounds have shape {value.shape}; they must be numbers, or broadcast against one image, {x.shape[1:]}"
         )

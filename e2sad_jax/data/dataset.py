@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from e2sad_jax import _io
+from e2sad_jax import _arguments, _io
 from e2sad_jax.data.known import KNOWN, Known
 from e2sad_jax.errors import ConfigError, DataError
 
@@ -80,8 +79,7 @@ def sample(labels: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
     Raises:
       ValueError: if `n` is no whole number, or below 0.
     """
-    if not isinstance(n, numbers.Integral) or n < 0:
-        raise ValueError(f"sample: n={n}; it must be a whole number, at least 0")
+    _arguments.count("sample: n", n, least=0)
     total = len(labels)
     if n >= total:
         return np.arange(total)

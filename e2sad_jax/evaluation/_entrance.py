@@ -1,7 +1,6 @@
 """What every entrance of `evaluation` does with its arguments: one form for all, one line where that cannot be."""
 
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ Transform = Callable[[jax.Array], jax.Array]  # images as stored [N, ...] -> inp
 Bounds = tuple[Any, Any]  # lowest and highest valid input: numbers, or arrays that broadcast against one image
 
 _ROUNDING = 1e-6  # of the range: what float32 may lie outside
-_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def as_budget(name: str, eps: Any, *, argument: str = "eps", positive: bool = False) -> float:
@@ -32,29 +30,14 @@ def as_budget(name: str, eps: Any, *, argument: str = "eps", positive: bool = Fa
     Raises:
       ValueError: if it is not one number, finite in float32, and at least (or above) 0.
     """
-    value = float(eps) if core.is_number(eps) else math.nan
-    if not 0 <= value <= _FLOAT32 or (positive and value == 0):
+    if np.ndim(eps):
         least = "above" if positive else "at least"
-        if np.ndim(eps):
-            raise ValueError(
-                f"{name}: {argument} has shape {np.shape(eps)}; it must be one number, {least} 0: scale the inputs inside the "
-                "model so that one serves them all"
-            )
-        raise ValueError(f"{name}: {argument}={quoted(eps)}; it must be a number, finite and {least} 0")
-    return value
-
-
-def as_count(argument: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
-    """A whole number in [least, most] as a Python integer.
-
-    Raises:
-      ValueError: if it is none.
-    """
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        bound = f"at least {least}" if most is None else f"in [{least}, {most}]"
-        raise ValueError(f"{argument}={quoted(value)}; it must be {bound}, a whole number")
-    return int(value)
+        raise ValueError(
+            f"{name}: {argument} has shape {np.shape(eps)}; it must be one number, {least} 0: scale the inputs inside the "
+            "model so that one serves them all"
+        )
+    core.checks.number(name, argument, eps, positive=positive)
+    return float(jax.device_get(eps))
 
 
 def as_images(images: Any, *, stored: bool = False) -> np.ndarray:
@@ -163,11 +146,7 @@ def outside_of(inputs: Any, low: Any, high: Any) -> Any:
 def check_bounds_fit(shape: tuple[int, ...], bounds: Bounds) -> None:
     """Refuses bounds that do not broadcast against one image of that shape."""
     for bound in bounds:
-        try:
-            fits = np.broadcast_shapes(np.shape(bound), shape) == shape
-        except ValueError:
-            fits = False
-        if not fits:
+        if not core.checks.fits(np.shape(bound), shape):
             raise ValueError(
                 f"bounds have shape {np.shape(bound)}; it must be a number, or broadcast against one image {shape}"
             )

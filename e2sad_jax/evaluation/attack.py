@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from e2sad_jax import _streams, attacks
-from e2sad_jax.evaluation._entrance import Bounds, as_budget, as_count, classes_in
+from e2sad_jax import _arguments, _streams, attacks
+from e2sad_jax.evaluation._entrance import Bounds, as_budget, classes_in
 from e2sad_jax.losses import cross_entropy, dlr, margin, soft_labels, targeted_dlr
 
 CLEAN = "clean"  # the kind of a row that attacks nothing
@@ -97,9 +97,9 @@ class Attack:
             raise ValueError(f"{name}: loss={self.loss!r}; it must be one of {', '.join(LOSSES)}")
         method = attacks.ATTACKS[self.kind]
         if self.targeted:
-            as_count(f"{name}: targets", self.targets)
-        as_count(f"{name}: restarts", self.restarts)
-        as_count(f"{name}: steps", self.steps, least=1 if _needs_steps(method) else 0)
+            _arguments.count(f"{name}: targets", self.targets)
+        _arguments.count(f"{name}: restarts", self.restarts)
+        _arguments.count(f"{name}: steps", self.steps, least=1 if _needs_steps(method) else 0)
         method.check(name, norm=self.norm, restarts=self.restarts, step_size=self.step_size, ndim=ndim)
         if self.targeted and method.family != "gradient" and "targets" not in method.parameters:
             raise ValueError(f"{name}: loss={self.loss!r}; {self.kind} has no targets to walk to, leave the loss out")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from e2sad_jax import attacks, distributed
+from e2sad_jax import _arguments, attacks, distributed
 from e2sad_jax._compile import is_pure, jit
 from e2sad_jax.attacks import core
 from e2sad_jax.evaluation import _entrance
@@ -216,7 +216,7 @@ def transfer(
         classes = _entrance.classes_of(apply, params, evaluation.inputs)
         _entrance.check_labels(evaluation.labels, classes)
         asked.append((programs_of(apply, None, bounds).attack(_CLEAN), placed(params, mesh)))
-    zeros = on_device(
+    zeros = jax.device_put(
         (np.uint32(0), np.float32(0), np.int32(1))
     )  # seed, eps and rank, which a clean pass does not read
 
@@ -341,7 +341,7 @@ class Programs:
                 inputs = core.as_float32(self.transform(images))
                 return _entrance.outside_of(inputs, low, high), inputs.min(), inputs.max()
 
-            batches = in_batches(lambda some: outside(on_device(images[some])), np.arange(len(images)), batch_size)
+            batches = in_batches(lambda some: outside(jax.device_put(images[some])), np.arange(len(images)), batch_size)
             parts = [(len(places), jax.device_get(result)) for places, result in batches]
             if count := sum(int(found[:n].sum()) for n, (found, _, _) in parts):
                 lowest, highest = min(low for _, (_, low, _) in parts), max(high for _, (_, _, high) in parts)
@@ -398,8 +398,8 @@ class Evaluation:
         self.images = _entrance.as_images(images, stored=programs.own_transform)
         n = len(self.images)
         self.labels = _entrance.as_labels(labels, n)
-        self.batch_size = min(_entrance.as_count("batch_size", batch_size), n)
-        self.seed = _entrance.as_count("seed", seed, least=0, most=2**32 - 1)
+        self.batch_size = min(_arguments.count("batch_size", batch_size), n)
+        self.seed = _arguments.count("seed", seed, least=0, most=2**32 - 1)
         self.inputs, self.num_classes = programs.shapes(params, self.images)
         _entrance.check_labels(self.labels, self.num_classes)
         _entrance.check_bounds_fit(self.inputs.shape[1:], programs.bounds)
@@ -463,9 +463,9 @@ class Evaluation:
         for rank in ranks:
 
             def dispatch(full: np.ndarray, rank: int = rank) -> tuple[jax.Array, jax.Array, Any]:
-                batch = on_devices(self.mesh, (self.images[full], self.labels[full], np.int32(full)))
+                batch = distributed.split_batch(self.mesh, (self.images[full], self.labels[full], np.int32(full)))
                 numbers = np.uint32(self.seed), np.asarray(attack.eps, wide), np.int32(rank)
-                inputs, prediction = program(self.params, *batch, *on_device(numbers))
+                inputs, prediction = program(self.params, *batch, *jax.device_put(numbers))
                 return inputs, prediction, None if show is None else show(inputs, batch)
 
             left = []
@@ -489,16 +489,6 @@ def _classes(logits: jax.Array) -> jax.Array:
 
 def _as_inputs(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
-
-
-def on_devices(mesh: Mesh | None, batch: Any) -> Any:
-    """The arrays of a batch, split over the mesh; on the default device without one."""
-    return on_device(batch) if mesh is None else distributed.split_batch(mesh, batch)
-
-
-def on_device(tree: Any) -> Any:
-    """Arrays and numbers on the default device. Said in so many words, for `jax.transfer_guard` may forbid the rest."""
-    return jax.device_put(tree)
 
 
 def placed(params: Any, mesh: Mesh | None) -> Any:

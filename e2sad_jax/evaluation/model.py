@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from e2sad_jax import distributed
+from e2sad_jax import _arguments, distributed
 from e2sad_jax._compile import jit
 from e2sad_jax.errors import DataError
 from e2sad_jax.evaluation import _entrance
@@ -25,8 +25,6 @@ from e2sad_jax.evaluation.evaluator import (
     Programs,
     Progress,
     in_batches,
-    on_device,
-    on_devices,
     programs_of,
 )
 
@@ -69,8 +67,8 @@ class Model:
         own: dict[str, Any] = {"images": images, "labels": _entrance.as_labels(self.labels, len(images))}
         own["bounds"] = _entrance.as_bounds(self.bounds)
         _entrance.check_inputs(images, own["bounds"])
-        own["batch_size"] = _entrance.as_count("batch_size", self.batch_size)
-        own["seed"] = _entrance.as_count("seed", self.seed, least=0, most=2**32 - 1)
+        own["batch_size"] = _arguments.count("batch_size", self.batch_size)
+        own["seed"] = _arguments.count("seed", self.seed, least=0, most=2**32 - 1)
         for field, value in own.items():
             object.__setattr__(self, field, value)
 
@@ -80,13 +78,7 @@ class Model:
         programs, params = self._compiled()
         return programs.shapes(params, self.images)[1]
 
-    def evaluate(
-        self,
-        attacks: Sequence[Attack],
-        *,
-        restart: int = 0,
-        progress: Progress | None = None,
-    ) -> Outcomes:
+    def evaluate(self, attacks: Sequence[Attack], *, restart: int = 0, progress: Progress | None = None) -> Outcomes:
         """`evaluate` of this model.
 
         Args:
@@ -164,10 +156,10 @@ class Model:
         programs, bound = self._compiled()
         images = self.images if images is None else images
         program = programs.once(function, lambda: jit(functools.partial(function, programs)))
-        params, numbers = distributed.replicate(self.mesh, bound), on_device(arguments)
+        params, numbers = distributed.replicate(self.mesh, bound), jax.device_put(arguments)
 
         def run(full: np.ndarray) -> Any:
-            batch = on_devices(self.mesh, (images[full], self.labels[full], np.int32(full)))
+            batch = distributed.split_batch(self.mesh, (images[full], self.labels[full], np.int32(full)))
             return program(params, *batch, *numbers)
 
         parts = [
@@ -239,7 +231,7 @@ def of_classifier(
     with _as_data_errors(name):
         stored = _entrance.as_images(images)
         _entrance.check_inputs(stored, (0.0, 1.0))
-        inputs = jax.device_get(transform.apply(on_device(stored)))
+        inputs = jax.device_get(transform.apply(jax.device_put(stored)))
         model = Model(
             name, classifier.apply, classifier.params, inputs, labels, transform.bounds, batch_size, seed, mesh
         )

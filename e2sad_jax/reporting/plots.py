@@ -16,13 +16,8 @@ from e2sad_jax._io import write_bytes
 from e2sad_jax.defenses.e2sad import adversarial_points
 from e2sad_jax.losses import cross_entropy, soft_labels
 
-POINTS = (
-    "second_step",
-    "clip_second",
-    "random_start",
-    "ball_second",
-    "norm",
-)  # settings of e2SAD that `examples` takes
+# The settings of e2SAD that `examples` takes.
+POINTS = ("second_step", "clip_second", "random_start", "ball_second", "norm")
 
 
 def examples(

@@ -12,8 +12,8 @@ PACKAGE = ROOT / "e2sad_jax"
 
 # From low to high: a room imports from itself and from those before it.
 ROOMS = (
-    ("errors", "_arguments", "_streams", "_version", "_compile"),
-    ("_io",),
+    ("errors", "_streams", "_version", "_compile"),
+    ("_io", "_arguments"),
     ("losses",),
     ("attacks",),
     ("defenses",),

@@ -208,7 +208,7 @@ def test_a_sample_takes_the_rest_by_largest_remainder():
     """Shares of 10 are 4.6, 3.3 and 2.1: the one that is left goes to the first class."""
     labels = np.random.default_rng(0).permutation(np.repeat([3, 5, 8], [46, 33, 21]))
     assert np.unique(labels[data.sample(labels, 10)], return_counts=True)[1].tolist() == [5, 3, 2]
-    with pytest.raises(ValueError, match="n=-1; it must be a whole number, at least 0"):
+    with pytest.raises(ValueError, match="n=-1; it must be at least 0, a whole number"):
         data.sample(labels, -1)
 
 

@@ -143,6 +143,7 @@ def test_a_class_of_infinitely_low_logit_is_a_target_and_the_label_never(monkeyp
         ({"eps": float("nan")}, "eps=nan; it must be a number, finite"),
         ({"eps": float("inf")}, "eps=inf; it must be a number, finite"),
         ({"eps": 1e39}, r"eps=1e\+39; it must be a number, finite"),
+        ({"eps": 10**400}, "eps=an integer of 1,329 bits; it must be a number, finite"),
         ({"eps": None}, "eps=None; it must be a number"),
         ({"eps": "0.1"}, "eps='0.1'; it must be a number"),
         ({"eps": np.float32(-1)}, r"eps=.*-1.0.*; it must be a number, finite and at least 0"),
