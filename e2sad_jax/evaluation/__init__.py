@@ -24,10 +24,11 @@ from e2sad_jax.evaluation._entrance import Apply
 from e2sad_jax.evaluation.attack import SUITES, Attack
 from e2sad_jax.evaluation.autoattack import FAB, STAGES, AutoResult, auto
 from e2sad_jax.evaluation.diagnosis import Effort, diagnose
-from e2sad_jax.evaluation.evaluator import Outcome, Outcomes, evaluate, in_batches, nan_logits, predict, transfer
+from e2sad_jax.evaluation.evaluator import Outcome, Outcomes, evaluate, nan_logits, predict, transfer
 from e2sad_jax.evaluation.grey import quantize
 from e2sad_jax.evaluation.masking import Check
 from e2sad_jax.evaluation.model import Model, of_classifier, of_function
+from e2sad_jax.evaluation.programs import in_batches
 
 __all__ = [
     "FAB",

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from e2sad_jax.evaluation import _entrance
 from e2sad_jax.evaluation._entrance import Apply, Bounds, Transform
 from e2sad_jax.evaluation.attack import CLEAN, Attack
-from e2sad_jax.evaluation.evaluator import Evaluation, Progress, programs_of
+from e2sad_jax.evaluation.evaluator import Evaluation, Progress
+from e2sad_jax.evaluation.programs import programs_of
 
 # Croce & Hein's standard version but for FAB, which in their Table 2 hardly ever lowers what the other three leave.
 STAGES = (

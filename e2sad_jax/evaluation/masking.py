@@ -15,8 +15,8 @@ import numpy as np
 
 from e2sad_jax import _streams
 from e2sad_jax.attacks import core
-from e2sad_jax.evaluation.evaluator import Programs
 from e2sad_jax.evaluation.model import Model
+from e2sad_jax.evaluation.programs import Programs
 from e2sad_jax.losses import cross_entropy, margin
 
 MAX_SHARE = 0.02  # of the images: what a few of them may do by chance

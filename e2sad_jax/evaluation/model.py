@@ -18,15 +18,8 @@ from e2sad_jax.evaluation import _entrance
 from e2sad_jax.evaluation._entrance import Apply, Bounds
 from e2sad_jax.evaluation.attack import CLEAN, Attack
 from e2sad_jax.evaluation.autoattack import AutoResult, run_stages
-from e2sad_jax.evaluation.evaluator import (
-    Evaluation,
-    Outcome,
-    Outcomes,
-    Programs,
-    Progress,
-    in_batches,
-    programs_of,
-)
+from e2sad_jax.evaluation.evaluator import Evaluation, Outcome, Outcomes, Progress
+from e2sad_jax.evaluation.programs import Programs, in_batches, programs_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

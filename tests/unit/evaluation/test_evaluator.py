@@ -15,7 +15,8 @@ from e2sad_jax._compile import pure
 from e2sad_jax.comparison import evaluate_model
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.evaluation import Attack, in_batches
-from e2sad_jax.evaluation.evaluator import Evaluation, programs_of
+from e2sad_jax.evaluation.evaluator import Evaluation
+from e2sad_jax.evaluation.programs import programs_of
 from e2sad_jax.runs import trainer
 from tests.unit.evaluation.conftest import K, N, linear
 
