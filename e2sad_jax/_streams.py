@@ -7,6 +7,7 @@ ORDER = 1  # of the images in each epoch
 EVALUATION = 2  # random starts and proposals of attacks
 MASKING = 3  # points of the checks for gradient masking
 PICTURE = 4  # points of a run's picture
+MEMORY = 5  # first perturbations of the training images
 GENERATOR = "threefry2x32"  # whatever `jax_default_prng_impl` says: a seed gives the same numbers in every program
 
 

@@ -27,7 +27,7 @@ from e2sad_jax._io import check_folder, write_bytes, write_json
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.errors import ConfigError, Error, WorkdirError, first_line
 from e2sad_jax.reporting import provenance
-from e2sad_jax.runs.classifier import Classifier, load
+from e2sad_jax.runs.classifier import CHOICES, Classifier, load
 from e2sad_jax.training import init_state
 from e2sad_jax.training.config import Config, check, setting
 
@@ -52,7 +52,7 @@ class Request:
     """
 
     workdir: str = setting("", "folder of the run to export")
-    which: str = setting("last", "checkpoint of the run", choices=("last", "best"))
+    which: str = setting("last", "weights of the run", choices=CHOICES)
     to: str = setting("", "folder for the files; empty: WORKDIR/export")
     format: str = setting(",".join(FILES), f"what to write; of {', '.join(FILES)}, several with commas")
     overwrite: bool = setting(False, "replace what an earlier export left in the folder")
@@ -171,7 +171,7 @@ def _described(about: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
     if len(shape) != 3 or min(shape) < 1 or classes < 2:
         raise ValueError(f"its metadata has images of shape {shape} and {classes} classes")
     model = networks.create(config.model, classes, shape, config.precision)
-    like = jax.eval_shape(lambda: init_state(config, model, shape)).params
+    like = jax.eval_shape(lambda: init_state(config, model, shape, config.batch_size)).params
     rest = {"config": config, "dataset": dataset, "step": int(values["step"]), "model": model}
     return like, {**rest, "transform": TRANSFORMS[config.transform]}
 

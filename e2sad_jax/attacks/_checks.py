@@ -10,6 +10,7 @@ import numpy as np
 from e2sad_jax import _arguments
 from e2sad_jax._arguments import classes, is_number, is_readable, logits, read
 from e2sad_jax.attacks._ball import NORMS
+from e2sad_jax.attacks._numerics import as_float32
 from e2sad_jax.attacks._types import Bounds
 from e2sad_jax.errors import quoted
 
@@ -167,6 +168,22 @@ def budget(name: str, argument: str, value: object, x: jax.Array, *, norm: str =
                 f"{name}: {argument}[{', '.join(map(str, entry))}]={known[place]}; it must be finite and at least 0"
             )
     return _wide(value, x)
+
+
+def perturbation(name: str, argument: str, value: object, x: jax.Array) -> jax.Array:
+    """Refuses perturbations that do not have the images' shape, are not floating point, or, where read, not finite.
+
+    Returns:
+      `[N, ...]`, float32 or wider.
+    """
+    value = value if isinstance(value, jax.Array) else jnp.asarray(value)
+    if value.shape != x.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(
+            f"{name}: {argument} is {value.dtype} {value.shape}; it must be floating point of the images' shape, {x.shape}"
+        )
+    if is_readable(value) and not np.isfinite(read(value)).all():
+        raise ValueError(f"{name}: {argument} has entries that are NaN or infinite; a perturbation must be finite")
+    return as_float32(value)
 
 
 def image_range(name: str, bounds: Any, x: jax.Array) -> Bounds:

@@ -123,7 +123,7 @@ def linearise(logits_fn: LogitsFn, z: jax.Array, labels: jax.Array) -> tuple[jax
     return logits, gradients - jnp.take_along_axis(gradients, labels.reshape(1, -1, *[1] * (z.ndim - 1)), 0)
 
 
-def per_image_keys(name: str, key: jax.Array, n: int) -> jax.Array:
+def per_image_keys(name: str, key: jax.Array | None, n: int) -> jax.Array:
     """Keys `[n]`, one per image, from one key or from `n` keys.
 
     They are of the generator threefry. Keys of another one, such as `rbg`, are turned into keys of it: what those draw
@@ -146,7 +146,7 @@ def per_image_keys(name: str, key: jax.Array, n: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(n))
 
 
-def threefry(name: str, key: jax.Array) -> jax.Array:
+def threefry(name: str, key: jax.Array | None) -> jax.Array:
     """`key` itself if it is of the generator threefry, else a key of threefry made of all of its words.
 
     Args:
@@ -157,7 +157,11 @@ def threefry(name: str, key: jax.Array) -> jax.Array:
       TypeError: if `key` is no random key.
     """
     dtype = getattr(key, "dtype", None)
-    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == jnp.uint32 and key.ndim)):
+    if (
+        key is None
+        or dtype is None
+        or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == jnp.uint32 and key.ndim))
+    ):
         raise TypeError(f"{name}: key is {dtype or type(key).__name__}; it must be a random key, jax.random.key(seed)")
     if dtype != jnp.uint32 and str(jax.random.key_impl(key)) == THREEFRY:
         return key

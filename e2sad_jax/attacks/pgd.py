@@ -11,7 +11,7 @@ from e2sad_jax.attacks._types import Bounds, LossFn
 
 
 def pgd(
-    key: jax.Array,
+    key: jax.Array | None,
     loss_fn: LossFn,
     x: jax.Array,
     *,
@@ -20,6 +20,7 @@ def pgd(
     step_size: jax.typing.ArrayLike | None = None,
     restarts: int = 1,
     random_start: bool = True,
+    start: jax.Array | None = None,
     misclassified_fn: LossFn | None = None,
     norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
@@ -38,7 +39,7 @@ def pgd(
 
     Args:
       key: one random key, or keys `[N]`, one per image. With keys per image the result of an image does not depend on
-        its place in the batch nor on the batch around it.
+        its place in the batch nor on the batch around it. None where nothing is random.
       loss_fn: images `[N, ...]` to per-example losses `[N]`, to be maximised.
       x: images `[N, ...]`, floating point, inside `bounds`.
       eps: budget in `norm`, at least 0, in the images' own units.
@@ -46,6 +47,8 @@ def pgd(
       step_size: above 0; None for 2.5 eps / steps (Madry et al.), which can cross the ball from any start.
       restarts: number of random starts, at least 1.
       random_start: False starts at `x` itself; then more than one restart is refused, they would all be equal.
+      start: perturbations `[N, ...]` to start from in place of random ones, in the images' own units: the attack begins at
+        x + start, brought into the ball. Likewise with one restart alone.
       misclassified_fn: images `[N, ...]` to bool `[N]`, True where the attack has succeeded; without it restarts are
         compared by loss alone.
       norm: "linf" or "l2", of each image's perturbation.
@@ -64,21 +67,26 @@ def pgd(
     x, eps, step_size, bounds = _checks.threat_model(
         "pgd", x, eps=eps, norm=norm, bounds=bounds, steps=steps, restarts=restarts, step_size=step_size
     )
+    random_start &= start is None
     if restarts > 1 and not random_start:
         raise ValueError(f"pgd: restarts={restarts} without random_start would all be equal; use restarts=1")
+    if start is not None:
+        start = _checks.perturbation("pgd", "start", start, x)
     if not len(x):  # nothing that a model could be asked
         return x
     if step_size is None:
         step_size = 2.5 * eps / steps
-    keys = per_image_keys("pgd", key, x.shape[0])
+    keys = per_image_keys("pgd", key, x.shape[0]) if random_start else None
     limits = ball(norm, x, eps, bounds)
 
     def attempt(restart: int | jax.Array) -> jax.Array:
-        start = as_float32(x)
-        if random_start:
+        first = as_float32(x)
+        if keys is not None:
             own = jax.vmap(jax.random.fold_in, (0, None))(keys, restart)
-            start = limits.project(start + eps * limits.sample(own, start))
-        return ascend(loss_fn, start, limits, x.dtype, step_size, steps)
+            first = limits.project(first + eps * limits.sample(own, first))
+        elif start is not None:
+            first = limits.project(first + start)
+        return ascend(loss_fn, first, limits, x.dtype, step_size, steps)
 
     if restarts == 1:  # nothing to compare: two forward passes saved
         return jax.lax.stop_gradient(attempt(0))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from e2sad_jax._io import read_sealed, sealed, write_json
-from e2sad_jax.comparison.request import CHECKPOINTS, Request
+from e2sad_jax.comparison.request import Request
 from e2sad_jax.data import Dataset, sample_tests
 from e2sad_jax.errors import Stopped, first_line
 from e2sad_jax.evaluation import Attack, auto, nan_logits
@@ -21,7 +21,7 @@ from e2sad_jax.training import Config
 
 
 def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[str, Any]:
-    """Trains one model and attacks its last and its best checkpoint; what was done before is not done again.
+    """Trains one model and attacks its last and its best checkpoint, and averaged weights; what is done is not done again.
 
     Args:
       request: the comparison.
@@ -49,8 +49,15 @@ def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[s
     there = len(images_of.x_test)
     images_of = sample_tests(images_of, request.examples)
     images, labels = images_of.x_test, images_of.y_test
-    last = known.get("last") or _attacked(config, "last", images, labels, stages)
-    write_json(path, sealed({"asked": asked, "last": last}))  # attacks take long
+    done = {which: known[which] for which in request.checkpoints if which in known}
+    for which in request.checkpoints:
+        if which in done:
+            continue
+        if which == "best" and (twin := _twin(run, best, request.ema)):
+            done[which] = done[twin]
+        else:
+            done[which] = _attacked(config, which, images, labels, stages)
+        write_json(path, sealed({"asked": asked, **{w: done[w] for w in done if w != "best"}}))  # attacks take long
     outcome = {
         "asked": asked,
         "seed": config.seed,
@@ -58,14 +65,22 @@ def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[s
         "images": len(images),
         "of": there,
         "classes": len(np.unique(labels)),
-        "last": last,
-        "best": _attacked(config, "best", images, labels, stages) if best and best[0] != last["step"] else last,
+        **done,
         "chosen_on": best[1] if best else "no images, for training was stopped before any validation",
         "train_seconds": round(seconds, 1),
         "workdir": config.workdir,
     }
     write_json(path, sealed(outcome))
     return outcome
+
+
+def _twin(run: trainer.Run, best: tuple[int, str] | None, ema: float) -> str:
+    """Which of the last checkpoint's weights the best ones are; empty if neither."""
+    if best is None:
+        return "last"
+    if best[0] != run.steps:
+        return ""
+    return "average" if ema and run.checkpoints.averaged(best[0]) else "last"
 
 
 def question(request: Request, dataset: Dataset) -> dict[str, Any]:
@@ -76,7 +91,7 @@ def question(request: Request, dataset: Dataset) -> dict[str, Any]:
         **drawn,
         "data": dataset.sha256,
         "judge": request.judge,
-        "checkpoints": list(CHECKPOINTS),
+        "checkpoints": list(request.checkpoints),
         "examples": request.examples,
         "stages": [dataclasses.asdict(stage) for stage in request.stages(dataset.num_classes)],
     }
@@ -97,7 +112,8 @@ def known_outcome(path: pathlib.Path, asked: Mapping[str, Any], steps: int) -> d
     try:
         known = read_sealed(path)
         right = known["asked"] == asked and known["last"]["step"] == steps
-        for which in CHECKPOINTS if "best" in known else ("last",):
+        there = [which for which in asked["checkpoints"] if which in known]
+        for which in there if "best" in known else ["last", *there]:
             right &= type(known[which]["step"]) is int and all(number(known[which][k]) for k in ("clean", "robust"))
             # Of these very weights: the run may have been trained again since.
             right &= known[which].get("state") == state_digest(path.parent, known[which]["step"])

@@ -47,7 +47,6 @@ _PARTS: Mapping[str, Mapping[str, Any]] = {
 }
 REFERENCE = "e2SAD, robust"  # its steps are the budget where all spend the same FLOPs
 PARTS = {f"{REFERENCE}, {name}": {"defense": "e2sad", "preset": "robust", **own} for name, own in _PARTS.items()}
-CHECKPOINTS = ("last", "best")
 JUDGES = {"test": "test images", "held_out": "images held out of the training set"}
 
 
@@ -60,6 +59,11 @@ def entries() -> dict[str, Mapping[str, Any]]:
 def known() -> dict[str, Mapping[str, Any]]:
     """All that can be compared, by name: the entries, e2SAD's parts, and each registered defense at its defaults."""
     return {**entries(), **PARTS, **{name: {"defense": name} for name in DEFENSES}}
+
+
+def checkpoints(ema: float) -> tuple[str, ...]:
+    """What is attacked of each run: its last weights, their average where there is one, and the best checkpoint."""
+    return ("last", *(["average"] if ema else []), "best")
 
 
 def position(name: str) -> int:
@@ -91,6 +95,9 @@ class Request:
     )
     schedule: str = setting(SCHEDULE["schedule"], "learning rate over all steps", choices=SCHEDULES)
     learning_rate: float = setting(SCHEDULE["learning_rate"], "peak learning rate of Adam", above=0)
+    ema: float = setting(
+        0.0, "decay of averaged weights, evaluated beside the raw ones; 0: none", lower=0, upper=0.999999
+    )
     equal_flops: bool = setting(
         False, f"train each as many steps as cost what --steps of {REFERENCE} do, instead of the same number"
     )
@@ -139,6 +146,11 @@ class Request:
         values = dataclasses.asdict(self)
         return {k: v for k, v in values.items() if k not in ("entry", "data_dir", "workdir", "results", "show")}
 
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """What is attacked of each run."""
+        return checkpoints(self.ema)
+
     def stages(self, num_classes: int) -> list[Attack]:
         """The attacks; robust accuracy counts the images that all of them leave correct."""
         return Effort(apgd_steps=self.apgd_steps, queries=self.queries, targets=self.targets).stages(num_classes)
@@ -154,7 +166,7 @@ class Request:
             entry[budget] *= self.eps
         if entry["defense"] == "e2sad":
             points = {"eps2": self.eps / 3, **points}  # the paper's ratio
-        shared = ("data", "data_dir", "model", "steps", "batch_size", "validation_examples", *SCHEDULE)
+        shared = ("data", "data_dir", "model", "steps", "batch_size", "validation_examples", "ema", *SCHEDULE)
         common: dict[str, Any] = {key: getattr(self, key) for key in shared}
         common["checkpoint_every"] = min(500, max(1, self.steps // 4))  # the best is one of at least four
         found = []

@@ -12,7 +12,7 @@ from e2sad_jax import data
 from e2sad_jax._io import check_folder, read_json, write_json, write_text
 from e2sad_jax.comparison.evaluate_model import evaluate_model
 from e2sad_jax.comparison.flops import match_flops, step_flops
-from e2sad_jax.comparison.request import CHECKPOINTS, Request, position
+from e2sad_jax.comparison.request import Request, checkpoints, position
 from e2sad_jax.comparison.show import broken, card, markdown, plot
 from e2sad_jax.errors import ConfigError, NonFiniteError, first_line
 from e2sad_jax.reporting import provenance
@@ -80,8 +80,8 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
         )
         _write(folder, result)
         own = next(row for row in result["rows"] if row["name"] == name)
-        last, best = (f"clean {own[c]['clean']:.3f}, robust {own[c]['robust']:.3f}" for c in CHECKPOINTS)
-        apart = own["best"]["steps"] != own["last"]["steps"]
+        last, best = (f"clean {own[c]['clean']:.3f}, robust {own[c]['robust']:.3f}" for c in ("last", "best"))
+        apart = own["best"] != own["last"]
         say(f"{name}: {last}{f' (best checkpoint: {best})' if apart else ''}, {own['flops']:.3g} FLOPs")
         for sentence in broken(own):
             say(f"{name}: {sentence}")
@@ -187,7 +187,7 @@ def _same_question(
 def row_of(name: str, config: Config, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What is shown of an entry: means over its runs, its settings, and the runs themselves."""
     row: dict[str, Any] = {"name": name, "settings": settings_of(config)}
-    for which in CHECKPOINTS:
+    for which in checkpoints(config.ema):
         clean, robust = ([run[which][key] for run in runs] for key in ("clean", "robust"))
         spread = {"lowest": min(robust), "highest": max(robust), "steps": [run[which]["step"] for run in runs]}
         row[which] = {"clean": float(np.mean(clean)), "robust": float(np.mean(robust)), **spread}

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from e2sad_jax.comparison.request import CHECKPOINTS, JUDGES, REFERENCE
+from e2sad_jax.comparison.request import JUDGES, REFERENCE, checkpoints
 from e2sad_jax.data.dataset import in_words
 from e2sad_jax.reporting import plots
 from e2sad_jax.reporting.card import PURPOSE, limits
@@ -68,27 +68,43 @@ def table(result: Result) -> Table:
     """
     several = result["request"]["seeds"] > 1
     robust = "robust (lowest .. highest)" if several else "robust"
-    rows = []
+    rows, attacked = [], _attacked(result)
     for row in result["rows"]:
         lost = result["request"]["seeds"] - len(row["runs"])
         cells = [row["name"] + (f" ({lost} of the seeds diverged)" if lost else "")]
-        for which in CHECKPOINTS:
+        for which in attacked:
             own = row[which]
             cells += [f"{own['clean']:.3f}", f"{own['robust']:.3f}"]
             if several:
                 cells[-1] += f" ({own['lowest']:.3f} .. {own['highest']:.3f})"
-            cells.append(", ".join(f"{step:,}" for step in sorted(set(own["steps"]))))
+            if which != "average":
+                cells.append(", ".join(f"{step:,}" for step in sorted(set(own["steps"]))))
         rows.append([*cells, f"{row['flops']:.3g}", f"{_price(result, row):.2f}"])
     priced = result["priced"]
+    average = ["average: clean", f"average: {robust}"] if "average" in attacked else []
     best = ["best: clean", f"best: {robust}", "best: step"]
     return Table(
         title=TITLE,
-        columns=["defense", "clean", robust, "steps", *best, "training FLOPs", "FLOPs of a step, natural = 1"],
+        columns=[
+            "defense",
+            "clean",
+            robust,
+            "steps",
+            *average,
+            *best,
+            "training FLOPs",
+            "FLOPs of a step, natural = 1",
+        ],
         rows=rows,
         notes=[
             *protocol(result),
             "clean, robust: of the last checkpoint. best: of the checkpoint with the highest accuracy under PGD-10 on "
             f"{result['chosen_on']}.",
+            *(
+                [f"average: averaged weights (`--ema={result['request']['ema']:g}`) of the last checkpoint."]
+                if average
+                else []
+            ),
             f"FLOPs: XLA's count for the CPU, JAX {priced['jax']}, commit {priced['commit']}, {priced['date']}.",
             *(f"{row['name']}: {sentence}." for row in result["rows"] for sentence in broken(row)),
             *(f"Trained and attacked: {origin}." for origin in _origins(result)),
@@ -96,9 +112,13 @@ def table(result: Result) -> Table:
     )
 
 
+def _attacked(result: Result) -> tuple[str, ...]:
+    return checkpoints(result["request"].get("ema", 0))
+
+
 def broken(row: Mapping[str, Any]) -> list[str]:
     """What is to be said of NaN logits of an entry's checkpoints, a sentence each; mostly nothing."""
-    said = [(which, run["seed"], run[which].get("nan")) for run in row["runs"] for which in CHECKPOINTS]
+    said = [(which, run["seed"], run[which].get("nan")) for run in row["runs"] for which in run["asked"]["checkpoints"]]
     return list(dict.fromkeys(f"{which} checkpoint, seed {seed}: {nan}" for which, seed, nan in said if nan))
 
 

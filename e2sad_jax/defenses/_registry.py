@@ -101,7 +101,8 @@ class Defense:
     The loss is called as `loss(logits_fn, x, y, **arguments)` and returns the loss, a scalar, and its parts by name. Its
     arguments are the settings, and those of the following that its signature names: `eps` or `eps1`, the
     budget; `bounds`, the range of the images; `key`, a random key of the step; `delta`, a perturbation `[N, ...]`
-    that is kept from step to step.
+    that is kept from step to step; with the setting `memory` also `start`, the perturbation `[N, ...]` with which each
+    image's attack ended last time. A loss that is given `start` returns the new one among its parts, as `delta`.
 
     Attributes:
       loss: the function.
@@ -109,6 +110,9 @@ class Defense:
       settings: those that it alone reads, in addition to those of every run.
       ascent: `(delta, gradient, *, eps) -> delta`, the perturbation of the next step from that of this one and from the
         loss's gradient in it; of a loss that takes `delta`, else None.
+      remembers: of a loss with the setting `memory`, the names of what is kept of each image, `[N, ...]` each. The loss
+        returns it among its parts and takes it the next time: "delta" as `start`, in the images' units; any other, with
+        entries in [-1, 1], under its own name.
       replays: name of the setting that says how many steps in a row train on the same batch; empty: one.
 
     Raises:
@@ -120,6 +124,7 @@ class Defense:
     settings: tuple[Setting, ...] = ()
     _: dataclasses.KW_ONLY
     ascent: Callable[..., jax.Array] | None = None
+    remembers: tuple[str, ...] = ("delta",)
     replays: str = ""
 
     def __post_init__(self) -> None:
@@ -131,6 +136,9 @@ class Defense:
                 )
             setting.check(setting.default)
         given = {setting.argument or setting.name for setting in self.settings} | set(OFFERED)
+        missing = [_argument(name) for name in self.remembers if not self.takes(_argument(name))]
+        if MEMORY.name in self.defaults() and missing:
+            raise ValueError(f"{self.label}: has the setting memory, and its loss takes no {missing[0]!r}")
         for parameter in list(inspect.signature(self.loss).parameters.values())[3:]:
             needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
             if needed and parameter.name not in given:
@@ -167,6 +175,7 @@ class Defense:
         bounds: Bounds,
         key: jax.Array,
         delta: jax.Array | None = None,
+        memory: Mapping[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, Parts]:
         """The loss of one batch, as training computes it.
 
@@ -179,11 +188,13 @@ class Defense:
           bounds: range of the images, or None.
           key: random key of the step.
           delta: the perturbation kept so far, of a defense that `carries` one.
+          memory: what is remembered of the images, by the names in `remembers`; None where nothing is.
 
         Returns:
-          The loss, a scalar, and its parts by name.
+          The loss, a scalar, and its parts by name; with a memory the new one is among them.
         """
         offered = {"eps": eps, "eps1": eps, "bounds": bounds, "key": key, "delta": delta}
+        offered |= {_argument(name): value for name, value in (memory or {}).items()}
         arguments = {name: value for name, value in offered.items() if self.takes(name)}
         for setting in self.settings:
             if setting.argument is not None:
@@ -191,6 +202,11 @@ class Defense:
                 unset = setting.zero_is_none and isinstance(value, (int, float)) and value == 0
                 arguments[setting.argument or setting.name] = None if unset else value
         return self.loss(logits_fn, x, y, **arguments)
+
+
+def _argument(remembered: str) -> str:
+    """The loss's keyword for what is remembered under a name."""
+    return "start" if remembered == "delta" else remembered
 
 
 DEFENSES: dict[str, Defense] = {}
@@ -223,6 +239,14 @@ def readers(setting: str) -> tuple[str, ...]:
 
 
 # What several defenses read.
+MEMORIES = ("none", "int8", "bf16")
+MEMORY = Setting(
+    "memory",
+    "none",
+    "start each image's attack where its last one ended: the type in which a perturbation per training image is kept",
+    choices=MEMORIES,
+    argument=None,
+)
 ALPHA = Setting("alpha", 0.6, "weight of the clean loss", lower=0, upper=1)
 NORM = Setting("norm", "linf", "ball of the training attack, in which eps1 is meant", choices=core.NORMS)
 ATTACK_STEPS = Setting("attack_steps", 30, "gradient steps of the training attack", lower=1, argument="steps")

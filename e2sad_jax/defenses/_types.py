@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax import _arguments
-from e2sad_jax.attacks.core import Bounds, LogitsFn, checks, is_number
+from e2sad_jax.attacks.core import Bounds, LogitsFn, as_float32, checks, is_number
 
 __all__ = [
     "BatchMean",
@@ -18,11 +18,13 @@ __all__ = [
     "batch_mean",
     "check_weight",
     "clean_term",
+    "ended",
     "is_zero",
     "weighted",
 ]
 
-Parts = dict[str, jax.Array]  # the terms of a loss by name: batch means, before their weights
+# The terms of a loss by name: batch means, before their weights. And what is kept for an image's next time, `[N, ...]`.
+Parts = dict[str, jax.Array]
 
 
 class BatchMean(NamedTuple):
@@ -81,6 +83,13 @@ def batch_mean(
     share = w / jnp.where(total > 0, total, 1)
     mean = BatchMean(jnp.square(total) / jnp.where(squares > 0, squares, 1), share)
     return mean, jnp.where(w[:, None] > 0, y, jnp.zeros_like(y))
+
+
+def ended(parts: Parts, x_adv: jax.Array, x: jax.Array, start: jax.Array | None) -> Parts:
+    """The parts of a loss whose attack ended at `x_adv`, with that perturbation as `delta` where a `start` was given."""
+    if start is None:
+        return parts
+    return {**parts, "delta": jax.lax.stop_gradient(as_float32(x_adv) - as_float32(x))}
 
 
 def check_weight(name: str, argument: str, value: object, upper: float = float("inf")) -> None:

@@ -5,8 +5,18 @@ import jax
 from e2sad_jax import attacks
 from e2sad_jax.attacks import core
 from e2sad_jax.attacks.core import LossFn
-from e2sad_jax.defenses._registry import ALPHA, NORM, Defense, Setting, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, clean_term, is_zero, weighted
+from e2sad_jax.defenses._registry import ALPHA, MEMORY, NORM, Defense, Setting, register
+from e2sad_jax.defenses._types import (
+    Bounds,
+    LogitsFn,
+    Parts,
+    batch_mean,
+    check_weight,
+    clean_term,
+    ended,
+    is_zero,
+    weighted,
+)
 from e2sad_jax.losses import cross_entropy, dissimilarity
 
 
@@ -23,9 +33,11 @@ def e2sad(
     clip_second: bool = False,
     random_start: bool = False,
     ball_second: bool = False,
+    step_size: jax.typing.ArrayLike | None = None,
     norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
     key: jax.Array | None = None,
+    start: jax.Array | None = None,
     weights: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, Parts]:
     """e2SAD: the training loss of Algorithm 1 on two adversarial points per image (Eq. 8).
@@ -49,9 +61,12 @@ def e2sad(
       clip_second: clip the second point to `bounds` too; the paper does not.
       random_start: take the first step from a random point of the ball, and stay in the ball, as Fast AT does.
       ball_second: bring the second point back into the ball of `eps1` around `x`, and into `bounds`.
+      step_size: length of the first step from a random or a given start; None for `eps1`.
       norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None.
       key: random key; needed by `random_start` and by the objectives "noise" and "random" alone.
+      start: perturbations `[N, ...]` that the first step starts from, in the images' own units; `parts` then has `delta`,
+        that of the second point with `ball_second`, else that of the first, to be the images' next start (docs/e2sad.md).
       weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
         as zeros are. None: all alike.
 
@@ -81,17 +96,20 @@ def e2sad(
         clip_second=clip_second,
         random_start=random_start,
         ball_second=ball_second,
+        step_size=step_size,
         norm=norm,
         bounds=bounds,
         key=key,
+        start=start,
     )
     f_adv, f_adv2 = logits_fn(x_adv), logits_fn(x_adv2)
     # Line 6.
     adversarial = mean(cross_entropy(f_adv, y))
     parts, L_adv = {"adversarial": adversarial}, (1 - alpha) * adversarial
-    if not (random_start and is_zero(alpha)):  # no step has looked at x: a pass for nothing
+    if not ((random_start or start is not None) and is_zero(alpha)):  # no step has looked at x: a pass for nothing
         parts["clean"] = clean_term(alpha, J, x)
         L_adv += alpha * parts["clean"]
+    parts = ended(parts, x_adv2 if ball_second else x_adv, x, start)
     if is_zero(lam):  # so that the compiler drops the second point
         return L_adv, parts
     # Line 7.
@@ -113,9 +131,11 @@ def adversarial_points(
     clip_second: bool = False,
     random_start: bool = False,
     ball_second: bool = False,
+    step_size: jax.typing.ArrayLike | None = None,
     norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
     key: jax.Array | None = None,
+    start: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The two points of Algorithm 1, `[N, ...]` each: constants.
 
@@ -130,23 +150,26 @@ def adversarial_points(
       clip_second: clip the second point to `bounds`.
       random_start: take the first step from a random point of the ball.
       ball_second: bring the second point back into the ball of `eps1`.
+      step_size: length of the first step from a random or a given start; None for `eps1`.
       norm: "linf" or "l2".
       bounds: range of valid images, or None.
       key: random key, as of `e2sad`.
+      start: perturbations `[N, ...]` that the first step starts from; None: the images, or random ones.
 
     Raises:
       ValueError: if a budget or `second_step` is out of range, or `key` is missing where it is needed.
     """
-    x, _, _, bounds = core.checks.threat_model("e2sad", x, norm=norm, bounds=bounds)
+    x, _, step_size, bounds = core.checks.threat_model("e2sad", x, norm=norm, bounds=bounds, step_size=step_size)
     eps1, eps2 = (core.checks.budget("e2sad", n, v, x, norm=norm) for n, v in (("eps1", eps1), ("eps2", eps2)))
     if key is not None:
         key = core.threefry("e2sad", key)
     # Line 3 (Eq. 6): the first point, by FGSM.
-    if random_start and not (core.is_number(eps1) and eps1 == 0):
-        if key is None:
+    if (random_start or start is not None) and not (core.is_number(eps1) and eps1 == 0):
+        if key is None and start is None:
             raise ValueError("e2sad: random_start draws random numbers and needs key")
-        start = jax.random.fold_in(key, 1)
-        x_adv = attacks.pgd(start, loss_fn, x, eps=eps1, steps=1, step_size=eps1, norm=norm, bounds=bounds)
+        own = None if key is None else jax.random.fold_in(key, 1)
+        size = eps1 if step_size is None else step_size
+        x_adv = attacks.pgd(own, loss_fn, x, eps=eps1, steps=1, step_size=size, start=start, norm=norm, bounds=bounds)
     else:
         x_adv = attacks.fgsm(weighted(alpha, loss_fn), x, eps=eps1, norm=norm, bounds=bounds)
     # Line 4 (Eq. 7): the second point, where the prediction changes most.
@@ -174,6 +197,16 @@ SETTINGS = (
     Setting("clip_second", False, "clip the second point to the image range"),
     Setting("random_start", False, "the first step starts at a random point of the ball"),
     Setting("ball_second", False, "keep the second point in the ball of eps1"),
+    Setting(
+        "first_step_size",
+        0.0,
+        "first step from a random or remembered start, 0: eps1",
+        lower=0,
+        argument="step_size",
+        budget=True,
+        zero_is_none=True,
+    ),
+    MEMORY,
     NORM,
 )
 register("e2sad", Defense(e2sad, "e2SAD", SETTINGS))

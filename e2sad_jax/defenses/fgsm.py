@@ -4,8 +4,8 @@ import jax
 
 from e2sad_jax import attacks
 from e2sad_jax.attacks import core
-from e2sad_jax.defenses._registry import ALPHA, Defense, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, clean_term, weighted
+from e2sad_jax.defenses._registry import ALPHA, MEMORY, Defense, register
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, clean_term, ended, weighted
 from e2sad_jax.losses import cross_entropy
 
 
@@ -17,6 +17,7 @@ def fgsm(
     alpha: float = 0.6,
     eps: jax.typing.ArrayLike = 0.3,
     bounds: Bounds = (0.0, 1.0),
+    start: jax.Array | None = None,
     weights: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, Parts]:
     """FGSM adversarial training: alpha J(theta, x, y) + (1 - alpha) J(theta, x_adv, y) (Eq. 3 with Eq. 1).
@@ -28,6 +29,8 @@ def fgsm(
       alpha: weight of the clean term, in [0, 1].
       eps: budget of the attack in the l-infinity norm, at least 0, in the images' own units.
       bounds: range of valid images, or None.
+      start: perturbations `[N, ...]` that the attack starts from, in the images' own units; `parts` then has
+        `delta`, where it ended, to be the images' next start (docs/e2sad.md). None: the images.
       weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
         as zeros are. None: all alike.
 
@@ -44,9 +47,14 @@ def fgsm(
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
         return mean.terms(cross_entropy(logits_fn(z), y))
 
-    x_adv = attacks.fgsm(weighted(alpha, J), x, eps=eps, bounds=bounds)
+    if start is None:  # at the images, where the clean term's backward pass is the attack's
+        x_adv = attacks.fgsm(weighted(alpha, J), x, eps=eps, bounds=bounds)
+    else:
+        x_adv = attacks.pgd(None, J, x, eps=eps, steps=1, step_size=eps, start=start, bounds=bounds)
     clean, adversarial = clean_term(alpha, J, x), J(x_adv).sum()
-    return alpha * clean + (1 - alpha) * adversarial, {"clean": clean, "adversarial": adversarial}
+    return alpha * clean + (1 - alpha) * adversarial, ended(
+        {"clean": clean, "adversarial": adversarial}, x_adv, x, start
+    )
 
 
-register("fgsm", Defense(fgsm, "FGSM", (ALPHA,)))
+register("fgsm", Defense(fgsm, "FGSM", (ALPHA, MEMORY)))

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from e2sad_jax.attacks import core, fgsm
-from e2sad_jax.defenses._registry import Defense, Setting, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight
+from e2sad_jax.attacks import core, fgsm, pgd
+from e2sad_jax.defenses._registry import MEMORY, Defense, Setting, register
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, ended
 from e2sad_jax.losses import cross_entropy
 
 
@@ -18,6 +18,7 @@ def grad_align(
     weight: jax.typing.ArrayLike = 0.2,
     eps: jax.typing.ArrayLike = 0.3,
     bounds: Bounds = (0.0, 1.0),
+    start: jax.Array | None = None,
     weights: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, Parts]:
     """FGSM + GradAlign: J(theta, x_adv, y) + lambda / m sum_i [1 - cos(g(x_i), g(x_i + U(-eps, eps)))].
@@ -35,6 +36,8 @@ def grad_align(
       weight: lambda, at least 0. 0.2 is the paper's on CIFAR-10 at eps 8/255; it grows with eps.
       eps: budget of attack and noise in the l-infinity norm, at least 0, in the images' own units.
       bounds: range of valid images, or None.
+      start: perturbations `[N, ...]` that the attack starts from, in the images' own units; `parts` then has
+        `delta`, where it ended, to be the images' next start (docs/e2sad.md). None: the images.
       weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
         as zeros are. None: all alike.
 
@@ -53,14 +56,18 @@ def grad_align(
     def J(z: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(z), y)
 
-    x_adv = fgsm(J, x, eps=eps, bounds=bounds)
+    if start is None:  # at the images, where the penalty differentiates too
+        x_adv = fgsm(J, x, eps=eps, bounds=bounds)
+    else:
+        x_adv = pgd(None, J, x, eps=eps, steps=1, step_size=eps, start=start, bounds=bounds)
     wide = core.as_float32(x)
     keys = core.per_image_keys("grad_align", key, x.shape[0])
     noise = eps * core.linf_ball(x, eps, None).sample(keys, wide)
     noisy = jax.lax.stop_gradient((wide + noise).astype(x.dtype))
     adversarial = mean(J(x_adv))
     misalignment = mean(_misalignment(core.input_gradient(J, x), core.input_gradient(J, noisy)))
-    return adversarial + weight * misalignment, {"adversarial": adversarial, "misalignment": misalignment}
+    parts = {"adversarial": adversarial, "misalignment": misalignment}
+    return adversarial + weight * misalignment, ended(parts, x_adv, x, start)
 
 
 def _misalignment(first: jax.Array, second: jax.Array) -> jax.Array:
@@ -79,4 +86,4 @@ def _scaled(g: jax.Array) -> jax.Array:
 
 
 WEIGHT = Setting("align_weight", 0.2, "weight of GradAlign's misalignment", lower=0, argument="weight")
-register("grad_align", Defense(grad_align, "GradAlign", (WEIGHT,)))
+register("grad_align", Defense(grad_align, "GradAlign", (WEIGHT, MEMORY)))

@@ -5,8 +5,8 @@ import optax
 
 from e2sad_jax import attacks
 from e2sad_jax.attacks import core
-from e2sad_jax.defenses._registry import ALPHA, Defense, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, clean_term, weighted
+from e2sad_jax.defenses._registry import ALPHA, MEMORY, Defense, register
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, clean_term, ended, weighted
 from e2sad_jax.losses import cross_entropy
 
 
@@ -18,6 +18,7 @@ def hamm(
     alpha: float = 0.6,
     eps: jax.typing.ArrayLike = 0.3,
     bounds: Bounds = (0.0, 1.0),
+    start: jax.Array | None = None,
     weights: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, Parts]:
     """Hamm's defense: alpha J(theta, x, y) + (1 - alpha) [J(theta, x_adv, y) + eps N / 2 ||dJ(theta, x_adv, y) / dx_adv||].
@@ -34,6 +35,8 @@ def hamm(
       alpha: weight of the clean term, in [0, 1].
       eps: budget of the attack in the l-infinity norm, at least 0, in the images' own units.
       bounds: range of valid images, or None.
+      start: perturbations `[N, ...]` that the attack starts from, in the images' own units; `parts` then has
+        `delta`, where it ended, to be the images' next start (docs/e2sad.md). None: the images.
       weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
         as zeros are. None: all alike.
 
@@ -52,12 +55,15 @@ def hamm(
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
         return mean.terms(cross_entropy(logits_fn(z), y))
 
-    x_adv = attacks.fgsm(weighted(alpha, J), x, eps=eps, bounds=bounds)
+    if start is None:  # at the images, where the clean term's backward pass is the attack's
+        x_adv = attacks.fgsm(weighted(alpha, J), x, eps=eps, bounds=bounds)
+    else:
+        x_adv = attacks.pgd(None, J, x, eps=eps, steps=1, step_size=eps, start=start, bounds=bounds)
     clean = clean_term(alpha, J, x)
     adversarial, gradient = jax.value_and_grad(lambda z: J(z).sum())(x_adv)
     penalty = mean.size / 2 * optax.safe_norm((eps * gradient).ravel(), 0.0)
     loss = alpha * clean + (1 - alpha) * (adversarial + penalty)
-    return loss, {"clean": clean, "adversarial": adversarial, "penalty": penalty}
+    return loss, ended({"clean": clean, "adversarial": adversarial, "penalty": penalty}, x_adv, x, start)
 
 
-register("hamm", Defense(hamm, "Hamm", (ALPHA,)))
+register("hamm", Defense(hamm, "Hamm", (ALPHA, MEMORY)))

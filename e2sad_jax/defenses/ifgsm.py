@@ -4,8 +4,8 @@ import jax
 
 from e2sad_jax import attacks
 from e2sad_jax.attacks import core
-from e2sad_jax.defenses._registry import ALPHA, ATTACK_STEP_SIZE, ATTACK_STEPS, Defense, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, clean_term, weighted
+from e2sad_jax.defenses._registry import ALPHA, ATTACK_STEP_SIZE, ATTACK_STEPS, MEMORY, Defense, register
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, clean_term, ended, weighted
 from e2sad_jax.losses import cross_entropy
 
 
@@ -19,6 +19,7 @@ def ifgsm(
     steps: int = 30,
     step_size: jax.typing.ArrayLike | None = None,
     bounds: Bounds = (0.0, 1.0),
+    start: jax.Array | None = None,
     weights: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, Parts]:
     """IFGSM adversarial training: alpha J(theta, x, y) + (1 - alpha) J(theta, x_adv, y) (Eq. 3 with Eq. 2).
@@ -32,6 +33,8 @@ def ifgsm(
       steps: gradient steps of the attack, at least 1.
       step_size: step of the attack; None for the paper's eps / steps.
       bounds: range of valid images, or None.
+      start: perturbations `[N, ...]` that the attack starts from, in the images' own units; `parts` then has
+        `delta`, where it ended, to be the images' next start (docs/e2sad.md). None: the images.
       weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
         as zeros are. None: all alike.
 
@@ -50,9 +53,15 @@ def ifgsm(
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
         return mean.terms(cross_entropy(logits_fn(z), y))
 
-    x_adv = attacks.ifgsm(weighted(alpha, J), x, eps=eps, steps=steps, step_size=step_size, bounds=bounds)
+    if start is None:  # at the images, where the clean term's backward pass is the attack's first
+        x_adv = attacks.ifgsm(weighted(alpha, J), x, eps=eps, steps=steps, step_size=step_size, bounds=bounds)
+    else:
+        size = eps / steps if step_size is None else step_size
+        x_adv = attacks.pgd(None, J, x, eps=eps, steps=steps, step_size=size, start=start, bounds=bounds)
     clean, adversarial = clean_term(alpha, J, x), J(x_adv).sum()
-    return alpha * clean + (1 - alpha) * adversarial, {"clean": clean, "adversarial": adversarial}
+    return alpha * clean + (1 - alpha) * adversarial, ended(
+        {"clean": clean, "adversarial": adversarial}, x_adv, x, start
+    )
 
 
-register("ifgsm", Defense(ifgsm, "IFGSM", (ALPHA, ATTACK_STEPS, ATTACK_STEP_SIZE)))
+register("ifgsm", Defense(ifgsm, "IFGSM", (ALPHA, ATTACK_STEPS, ATTACK_STEP_SIZE, MEMORY)))

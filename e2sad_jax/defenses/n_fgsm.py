@@ -3,8 +3,8 @@
 import jax
 
 from e2sad_jax.attacks import core
-from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, NORM, Defense, Setting, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean
+from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, MEMORY, NORM, Defense, Setting, register
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, ended
 from e2sad_jax.losses import cross_entropy
 
 
@@ -13,12 +13,13 @@ def n_fgsm(
     x: jax.Array,
     y: jax.Array,
     *,
-    key: jax.Array,
+    key: jax.Array | None = None,
     eps: jax.typing.ArrayLike = 0.3,
     noise: jax.typing.ArrayLike = 2.0,
     step_size: jax.typing.ArrayLike | None = None,
     norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
+    start: jax.Array | None = None,
     weights: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, Parts]:
     """N-FGSM training: J(theta, x_adv, y) at an FGSM step from a noisy image, without projection onto the ball.
@@ -32,12 +33,14 @@ def n_fgsm(
       logits_fn: images `[N, ...]` to logits `[N, K]`.
       x: clean images `[N, ...]`, inside `bounds`.
       y: target distributions `[N, K]`, hard or soft; the attack uses them too.
-      key: random key of the noise.
+      key: random key of the noise; needed without `start`.
       eps: budget to defend against in `norm`, at least 0, in the images' own units.
       noise: k, the noise in multiples of eps, at least 0.
       step_size: a, above 0; None for the paper's eps.
       norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None.
+      start: perturbations `[N, ...]` that the attack starts from, in the images' own units; `parts` then has
+        `delta`, where it ended, to be the images' next start (docs/e2sad.md). None: a noisy image.
       weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
         as zeros are. None: all alike.
 
@@ -60,13 +63,21 @@ def n_fgsm(
         return cross_entropy(logits_fn(z), y)
 
     limits = core.ball(norm, x, noise * eps + step_size, bounds)  # which cuts to the range alone: nothing goes farther
-    keys = core.per_image_keys("n_fgsm", key, x.shape[0])
-    start = limits.project(core.as_float32(x) + noise * eps * limits.sample(keys, core.as_float32(x)))
-    gradient = core.input_gradient(J, start.astype(x.dtype))
-    x_adv = core.project_and_cast(limits, start + step_size * limits.steepest(core.as_float32(gradient)), x.dtype)
+    if start is None:
+        keys = core.per_image_keys("n_fgsm", key, x.shape[0])
+        offset = noise * eps * limits.sample(keys, core.as_float32(x))
+    else:  # in the ball: with no projection after it, it would grow with each turn
+        wide = core.as_float32(x)
+        offset = (
+            core.ball(norm, wide, eps, None).project(wide + core.checks.perturbation("n_fgsm", "start", start, x))
+            - wide
+        )
+    noisy = limits.project(core.as_float32(x) + offset)
+    gradient = core.input_gradient(J, noisy.astype(x.dtype))
+    x_adv = core.project_and_cast(limits, noisy + step_size * limits.steepest(core.as_float32(gradient)), x.dtype)
     loss = mean(J(x_adv))
-    return loss, {"adversarial": loss}
+    return loss, ended({"adversarial": loss}, x_adv, x, start)
 
 
 NOISE = Setting("noise", 2.0, "noise of N-FGSM, in multiples of eps1", lower=0)
-register("n_fgsm", Defense(n_fgsm, "N-FGSM", (NOISE, ATTACK_STEP_SIZE, NORM)))
+register("n_fgsm", Defense(n_fgsm, "N-FGSM", (NOISE, ATTACK_STEP_SIZE, MEMORY, NORM)))

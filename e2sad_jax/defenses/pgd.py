@@ -4,8 +4,8 @@ import jax
 
 from e2sad_jax import attacks
 from e2sad_jax.attacks import core
-from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, ATTACK_STEPS, NORM, Defense, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean
+from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, ATTACK_STEPS, MEMORY, NORM, Defense, register
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, ended
 from e2sad_jax.losses import cross_entropy
 
 
@@ -14,12 +14,13 @@ def pgd(
     x: jax.Array,
     y: jax.Array,
     *,
-    key: jax.Array,
+    key: jax.Array | None = None,
     eps: jax.typing.ArrayLike = 0.3,
     steps: int = 40,
     step_size: jax.typing.ArrayLike | None = None,
     norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
+    start: jax.Array | None = None,
     weights: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, Parts]:
     """PGD training (Madry's minmax): J(theta, x_adv, y) at images of PGD from a random start (Eq. 4).
@@ -30,12 +31,14 @@ def pgd(
       logits_fn: images `[N, ...]` to logits `[N, K]`.
       x: clean images `[N, ...]`, inside `bounds`.
       y: target distributions `[N, K]`, hard or soft; the attack uses them too.
-      key: random key of the start.
+      key: random key of the start; needed without `start`.
       eps: budget of the attack in `norm`, at least 0, in the images' own units.
       steps: gradient steps of the attack, at least 1.
       step_size: step of the attack; None for 2.5 eps / steps.
       norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None.
+      start: perturbations `[N, ...]` that the attack starts from, in the images' own units; `parts` then has
+        `delta`, where it ended, to be the images' next start (docs/e2sad.md). None: a random point.
       weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
         as zeros are. None: all alike.
 
@@ -55,9 +58,9 @@ def pgd(
     def J(z: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(z), y)
 
-    x_adv = attacks.pgd(key, J, x, eps=eps, steps=steps, step_size=step_size, norm=norm, bounds=bounds)
+    x_adv = attacks.pgd(key, J, x, eps=eps, steps=steps, step_size=step_size, start=start, norm=norm, bounds=bounds)
     loss = mean(J(x_adv))
-    return loss, {"adversarial": loss}
+    return loss, ended({"adversarial": loss}, x_adv, x, start)
 
 
-register("pgd", Defense(pgd, "PGD", (ATTACK_STEPS, ATTACK_STEP_SIZE, NORM)))
+register("pgd", Defense(pgd, "PGD", (ATTACK_STEPS, ATTACK_STEP_SIZE, MEMORY, NORM)))

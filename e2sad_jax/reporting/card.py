@@ -55,7 +55,12 @@ def accuracies(measured: Mapping[str, Any]) -> list[str]:
 def apart(results: Mapping[str, Any]) -> bool:
     """Whether the best checkpoint exists and differs from the last."""
     best = results.get("best")
-    return best is not None and best["step"] != results["steps"]
+    return best is not None and (best["step"] != results["steps"] or best.get("averaged", False))
+
+
+def which(best: Mapping[str, Any]) -> str:
+    """The step of a best checkpoint, and whether its averaged weights are meant."""
+    return f"step {best['step']:,}" + (", averaged weights" if best.get("averaged") else "")
 
 
 def model_card(results: Mapping[str, Any]) -> str:
@@ -69,7 +74,7 @@ def model_card(results: Mapping[str, Any]) -> str:
     columns = {"accuracy": accuracies(results)}
     if apart(results):
         best = results["best"]
-        columns[f"best checkpoint, step {best['step']:,}"] = accuracies(best)
+        columns[f"best checkpoint, {which(best)}"] = accuracies(best)
     efforts = [*map(_effort, results["attacks"]), [WORST, "", "", "", ""]]
     table = Table(
         columns=["attack", "budget", "steps", "step size", "restarts", *columns],

@@ -24,11 +24,13 @@ class Best:
       step: training step of the checkpoint.
       chosen_on: the images that chose it, in words.
       outcomes: outcomes of the evaluation's attacks on it, by name.
+      averaged: whether its averaged weights were better than the raw ones, and are meant.
     """
 
     step: int
     chosen_on: str
     outcomes: Mapping[str, Outcome]
+    averaged: bool = False
 
 
 def build(
@@ -74,7 +76,13 @@ def build(
         "classes": classes,
         "steps": steps,
         **last,
-        "best": best and {"step": best.step, "chosen_on": best.chosen_on, **_measured(suite, best.outcomes)},
+        "best": best
+        and {
+            "step": best.step,
+            "averaged": best.averaged,
+            "chosen_on": best.chosen_on,
+            **_measured(suite, best.outcomes),
+        },
         "paper": column.table if column else why_not,
         "parameters": parameters,
         "train_seconds": round(train_seconds, 1),
@@ -115,7 +123,7 @@ def table(all_results: Mapping[str, Mapping[str, Any]], notes: Sequence[str] = (
         if any(value is not None for value in printed):
             columns[f"{name}, paper"] = ["" if value is None else f"{value:.4f}" for value in printed] + [""]
         if card.apart(results):
-            columns[f"{name}, best (step {results['best']['step']:,})"] = card.accuracies(results["best"])
+            columns[f"{name}, best ({card.which(results['best'])})"] = card.accuracies(results["best"])
     rows = list(zip(*columns.values(), strict=True))
     return Table(title=heading(first), columns=list(columns), rows=rows, notes=notes, footer=1)
 
@@ -127,7 +135,7 @@ def about_best(all_results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if best := results.get("best"):
             chosen = f"best by PGD-10 on {best['chosen_on']}"
             if card.apart(results):
-                sentences.append(f"{name}: the checkpoint of step {best['step']:,} is the {chosen}.")
+                sentences.append(f"{name}: the checkpoint of {card.which(best)} is the {chosen}.")
             else:
                 sentences.append(f"{name}: the last checkpoint is also the {chosen}.")
     return sentences

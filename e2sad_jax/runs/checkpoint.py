@@ -85,6 +85,10 @@ class Checkpoints:
         """Seconds of training up to the checkpoint of `step`."""
         return float(self._metrics(step)["seconds"])
 
+    def averaged(self, step: int) -> bool:
+        """Whether the averaged weights of the checkpoint of `step` were better in validation than the raw ones."""
+        return bool(self._metrics(step).get("averaged", 0))
+
     def score(self, step: int) -> float:
         """The score of the checkpoint of `step`; the best checkpoint has the highest."""
         return _score(self._metrics(step))

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from e2sad_jax import networks
 from e2sad_jax._compile import jit
 from e2sad_jax.data.transforms import TRANSFORMS, Transform
-from e2sad_jax.errors import DataError, WorkdirError
+from e2sad_jax.errors import ConfigError, DataError, WorkdirError
 from e2sad_jax.runs.checkpoint import Checkpoints
 from e2sad_jax.runs.folder import read_config, steps_in
 from e2sad_jax.training import init_state
 from e2sad_jax.training.config import Config
+
+CHOICES = ("last", "best", "average")  # of the weights of a run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,32 +98,40 @@ def load(workdir: str | os.PathLike[str], which: str = "last") -> Classifier:
 
     Args:
       workdir: folder of the run.
-      which: "last" for the newest checkpoint, "best" for the one of the highest robust accuracy in validation.
+      which: "last" for the newest checkpoint; "average" for its averaged weights; "best" for the weights, raw or averaged,
+        of the highest robust accuracy in validation.
 
     Returns:
       A function from images to probabilities, see `Classifier`.
 
     Raises:
       WorkdirError: if `workdir` holds no run, or no readable checkpoint.
-      ValueError: if `which` is neither.
+      ValueError: if `which` is none of them.
+      ConfigError: if the run has no averaged weights.
     """
-    if which not in ("last", "best"):
-        raise ValueError(f"load: which={which!r}; it must be 'last' or 'best'")
+    if which not in CHOICES:
+        raise ValueError(f"load: which={which!r}; it must be one of {', '.join(CHOICES)}")
     workdir = pathlib.Path(workdir).expanduser()
     config, dataset = read_config(workdir)
+    if which == "average" and not config.ema:
+        raise ConfigError(f"which=average: {workdir} was trained without averaged weights; train with --ema=0.999")
     shape = tuple(dataset["image_shape"])
     model = networks.create(config.model, dataset["num_classes"], shape, config.precision)
     if not (workdir / "checkpoints").is_dir():
         raise WorkdirError(f"{workdir} holds no checkpoint yet")
-    like = jax.eval_shape(lambda: init_state(config, model, shape))
+    trained_on = dataset["train_examples"] - config.validation_examples
+    like = jax.eval_shape(lambda: init_state(config, model, shape, trained_on))
     for attempt in range(3):
         steps = steps_in(workdir)
         try:
             with Checkpoints(workdir, read_only=True) as checkpoints:
-                state = checkpoints.restore(like, checkpoints.best_step if which == "best" else checkpoints.last_step)
+                step = checkpoints.best_step if which == "best" else checkpoints.last_step
+                state = checkpoints.restore(like, step)
+                averaged = which == "average" or (which == "best" and checkpoints.averaged(int(state.step)))
             break
         except WorkdirError:
             time.sleep(0.5 if steps else 0)  # a run under way may be about to replace the checkpoint
             if attempt == 2 or steps == steps_in(workdir):
                 raise
-    return Classifier(config, dataset, int(state.step), model, state.params, TRANSFORMS[config.transform])
+    params = state.average if averaged else state.params
+    return Classifier(config, dataset, int(state.step), model, params, TRANSFORMS[config.transform])

@@ -18,7 +18,7 @@ from e2sad_jax.evaluation import Effort, Model, diagnose, of_classifier, of_func
 from e2sad_jax.reporting import diagnosis, provenance
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs import saved_images
-from e2sad_jax.runs.classifier import load
+from e2sad_jax.runs.classifier import CHOICES, load
 from e2sad_jax.training.config import Config, check, setting
 
 WORST, WORST_8BIT = "worst_images.npz", "worst_images_8bit.npz"
@@ -33,7 +33,7 @@ class Request:
     """
 
     workdir: str = setting("", "folder of the run to evaluate")
-    which: str = setting("last", "checkpoint of the run", choices=("last", "best"))
+    which: str = setting("last", "weights of the run", choices=CHOICES)
     predict: str = setting(
         "", "instead of a run: MODULE:FUNCTION, from images in [0, 1] to logits, in JAX; needs --data and --eps"
     )

@@ -92,12 +92,15 @@ def _report(
 ) -> dict[str, Any]:
     """Attacks the last and the best checkpoint, and writes results.json, results.md, the model card and the picture."""
     chosen = run.best()
-    other = run.restore(chosen[0]) if chosen and chosen[0] != run.steps else None  # by all processes
+    averaged = bool(chosen and run.checkpoints.averaged(chosen[0]))
+    other = run.restore(chosen[0]) if chosen and (averaged or chosen[0] != run.steps) else None  # by all processes
+    if other is not None and averaged:
+        other = other.replace(params=other.average)
     if not distributed.is_main():
         distributed.barrier()  # the first evaluates
         return {}
     outcomes = _evaluate(run, state, suite)
-    best = chosen and reported.Best(*chosen, _evaluate(run, other, suite) if other else outcomes)
+    best = chosen and reported.Best(*chosen, _evaluate(run, other, suite) if other else outcomes, averaged)
     results = reported.build(
         run.config,
         describe_dataset(run.dataset),

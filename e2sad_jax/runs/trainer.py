@@ -35,7 +35,7 @@ from e2sad_jax.runs.checkpoint import Checkpoints, quarantine_damaged
 from e2sad_jax.runs.folder import ensure_exists, note_training, open_workdir, steps_in, workdir_of, write_config
 from e2sad_jax.runs.metrics import Recorder
 from e2sad_jax.runs.signals import Interrupted
-from e2sad_jax.training import TrainState, fit, init_state, stack, unstack
+from e2sad_jax.training import TrainState, fit, gather, init_state, nbytes, place, stack, unstack
 from e2sad_jax.training.config import Config
 
 UNJUDGED = -1.0  # score of a checkpoint that was not validated, because the run was stopped: below all others
@@ -78,12 +78,18 @@ class Run:
         return self.checkpoints.last_step or 0
 
     def init_state(self) -> TrainState:
-        """Initialises a state on the run's devices."""
-        return distributed.replicate(self.mesh, init_state(self.config, self.model, self.dataset.image_shape))
+        """Initialises a state; all of it lies on each of the run's devices."""
+        return distributed.replicate(self.mesh, self._new_state())
+
+    def _new_state(self) -> TrainState:
+        return init_state(self.config, self.model, self.dataset.image_shape, len(self.train_set.x_train))
 
     def restore(self, step: int | None = None) -> TrainState:
-        """Restores the checkpoint of `step`, by default the last one; another number of devices may have written it."""
-        shapes = jax.eval_shape(lambda: init_state(self.config, self.model, self.dataset.image_shape))
+        """Restores the checkpoint of `step`, by default the last one; another number of devices may have written it.
+
+        All of it lies on each of the run's devices.
+        """
+        shapes = jax.eval_shape(self._new_state)
         place = None if self.mesh is None else distributed.whole(self.mesh)
         return self.checkpoints.restore(shapes, step=step, place=place)
 
@@ -190,7 +196,8 @@ def _opened(config: Config, dataset: Dataset) -> Iterator[Run]:
                 "--workdir"
             )
         if not distributed.is_multiprocess():  # else all would have to find the same
-            quarantine_damaged(workdir, jax.eval_shape(lambda: init_state(config, model, dataset.image_shape)))
+            shapes = jax.eval_shape(lambda: init_state(config, model, dataset.image_shape, len(train_set.x_train)))
+            quarantine_damaged(workdir, shapes)
         checkpoints = stack.enter_context(Checkpoints(workdir))
         yield Run(config, dataset, train_set, validation_set, model, steps, workdir, checkpoints, mesh)
 
@@ -264,6 +271,11 @@ class _Trainer:
         title = f"train {first.config.defense} on {first.train_set.name}"
         if len(runs) > 1:
             title += f", {len(runs)} together"
+        if (
+            size := len(runs) * nbytes(first.config, len(first.train_set.x_train), first.dataset.image_shape)
+        ) and not silent:
+            share = f", {size / first.mesh.size / 1e6:,.1f} MB on each device" if first.mesh is not None else ""
+            print(f"Memory of perturbations ({first.config.memory}): {size / 1e6:,.1f} MB{share}", file=sys.stderr)
         with Bar(title, steps, "steps", initial=self._start, silent=silent) as bar:
             self._record = Recorder(
                 [run.workdir for run in runs],
@@ -287,12 +299,13 @@ class _Trainer:
                 )
             for run in runs:
                 run.checkpoints.wait()
-        return self._separate(state)
+        return self._separate(gather(state, first.mesh))
 
     def _states(self) -> TrainState:
         """Where to begin: the one run's state, or all runs' as a population's."""
         states = [run.restore() if self._start else run.init_state() for run in self._runs]
-        return states[0] if len(states) == 1 else stack(states)
+        population = len(states) > 1
+        return place(stack(states) if population else states[0], self._first.mesh, population=population)
 
     def _separate(self, state: TrainState) -> list[TrainState]:
         return [state] if len(self._runs) == 1 else unstack(state)
@@ -303,7 +316,7 @@ class _Trainer:
         for run in self._runs if distributed.is_main() else ():
             ensure_exists(run.workdir)
         with jax.transfer_guard("allow"):
-            states = self._separate(state)
+            states = self._separate(gather(state, self._first.mesh))
             self._refuse_broken(step, states)
             for member, (run, own) in enumerate(zip(self._runs, states, strict=True)):
                 metrics = validate(run, own, self._stop)
@@ -388,8 +401,25 @@ def validate(run: Run, state: TrainState, stop: Callable[[], int]) -> dict[str, 
 
     Returns:
       `clean` and `robust`, in [0, 1], and `score`: images that are classified right under attack, equal numbers ordered
-      by clean accuracy. If the run is stopped meanwhile only `score`, `UNJUDGED`.
+      by clean accuracy. With averaged weights also theirs, `average_clean` and `average_robust`; `averaged`, 1 where they
+      are better than the raw ones, else 0; and the score of the better. If the run is stopped meanwhile only `score`,
+      `UNJUDGED`.
     """
+    raw = _validated(run, state.params, stop)
+    if state.average is None or raw["score"] == UNJUDGED:
+        return raw
+    average = _validated(run, state.average, stop)
+    if average["score"] == UNJUDGED:
+        return average
+    return {
+        **raw,
+        **{f"average_{name}": average[name] for name in ("clean", "robust")},
+        "averaged": float(average["score"] > raw["score"]),
+        "score": max(average["score"], raw["score"]),
+    }
+
+
+def _validated(run: Run, params: Any, stop: Callable[[], int]) -> dict[str, float]:
     if distributed.max_over_processes(stop()):
         return {"score": UNJUDGED}
     eps, n = run.config.eps1, len(run.validation_set.x_test)
@@ -402,7 +432,7 @@ def validate(run: Run, state: TrainState, stop: Callable[[], int]) -> dict[str, 
 
     if distributed.is_main():
         with contextlib.suppress(Interrupted):
-            outcomes = run.attack(state.params, run.validation_set, suite, progress=progress)
+            outcomes = run.attack(params, run.validation_set, suite, progress=progress)
             clean, robust = (int(outcomes[name].correct.sum()) for name in ("clean", "robust"))
             values = {"clean": clean / n, "robust": robust / n, "score": robust + clean / (n + 1)}
     values = distributed.broadcast_from_main(values)

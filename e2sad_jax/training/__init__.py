@@ -3,8 +3,18 @@
 from e2sad_jax.training.config import PRESETS, SCHEDULE, SCHEDULES, Config, configure, preset
 from e2sad_jax.training.flops import function_counts, step_counts, step_flops
 from e2sad_jax.training.loop import STEPS_PER_DISPATCH, fit, steps_at_once
+from e2sad_jax.training.memory import nbytes
 from e2sad_jax.training.optimizer import learning_rate, optimizer
-from e2sad_jax.training.state import TrainState, init_state, population_key, stack, unstack, varied_settings
+from e2sad_jax.training.state import (
+    TrainState,
+    gather,
+    init_state,
+    place,
+    population_key,
+    stack,
+    unstack,
+    varied_settings,
+)
 from e2sad_jax.training.step import TrainStep, epoch_order, make_train_step, settings_at
 
 __all__ = [
@@ -19,10 +29,13 @@ __all__ = [
     "epoch_order",
     "fit",
     "function_counts",
+    "gather",
     "init_state",
     "learning_rate",
     "make_train_step",
+    "nbytes",
     "optimizer",
+    "place",
     "population_key",
     "preset",
     "settings_at",

@@ -19,6 +19,12 @@ SCHEDULES = ("constant", "cyclic", "piecewise", "cosine")
 PRESETS = ("robust", "paper")
 # Under which cheap defenses hold MNIST's budget of 0.3 (docs/e2sad.md).
 SCHEDULE: Mapping[str, Any] = {"eps_warmup": 0.5, "schedule": "cyclic", "learning_rate": 5e-3}
+LATER = {
+    "norm": "linf",
+    "memory": "none",
+    "ema": 0.0,
+    "first_step_size": 0.0,
+}  # settings of later versions, without effect
 DATA_DIR = "folder of data sets, empty: $E2SAD_DATA_DIR, or e2sad_jax in $XDG_CACHE_HOME or ~/.cache"
 
 
@@ -117,6 +123,13 @@ class Config:
     )
     soft_label: bool = setting(True, "train on soft labels, 1 - delta for the true class")
     delta: float = setting(0.25, "mass that soft labels give to the wrong classes", above=0, upper=0.999)
+    ema: float = setting(
+        0.0,
+        "decay of averaged weights, min(ema, (1 + t) / (10 + t)) at step t; validated beside the raw ones, and the best "
+        "checkpoint has the better of the two; 0: none",
+        lower=0,
+        upper=0.999999,
+    )
     seed: int = setting(0, "seed of initialisation, order and attacks", lower=0, upper=2**32 - 1)
     precision: str = setting("float32", "what the layers compute in", choices=("float32", "tf32", "bf16"))
     devices: int = setting(1, "devices to split each batch over, 0: all", lower=0, identity=False)
@@ -165,6 +178,11 @@ class Config:
         return str(self.settings.get("norm", "linf"))
 
     @property
+    def memory(self) -> str:
+        """The type in which a perturbation per training image is kept, or "none"."""
+        return str(self.settings.get("memory", "none"))
+
+    @property
     def entry(self) -> Defense:
         """The defense's entry in `DEFENSES`."""
         return DEFENSES[self.defense]
@@ -207,8 +225,9 @@ class Config:
         if self.stretches:  # then the run's length is a part of it
             values |= {"epochs": self.epochs} if self.epochs else {"steps": self.steps}
         values |= self.settings
-        if self.norm == "linf":  # so that the folders of runs from before there was a choice are found
-            values.pop("norm", None)
+        for name, neutral in LATER.items():  # so that the folders of runs from before there was a choice are found
+            if values.get(name) == neutral:
+                del values[name]
         return values
 
     def digest(self) -> str:

@@ -46,7 +46,7 @@ def step_counts(config: Config, image_shape: Sequence[int], num_classes: int) ->
         step = make_train_step(config, model, num_classes, TRANSFORMS[config.transform])
         shapes = jax.eval_shape(
             lambda: (
-                init_state(config, model, image_shape),
+                init_state(config, model, image_shape, n),
                 jnp.zeros((n, *image_shape), jnp.uint8),
                 jnp.zeros(n, jnp.int32),
                 epoch_order(_streams.key(0, _streams.ORDER), jnp.zeros((), jnp.uint32), n),

@@ -55,7 +55,7 @@ def fit(
       stop: asked after every dispatch; True ends the loop, after a last checkpoint.
       steps_per_dispatch: steps that the host starts at once; None for 1 on the CPU, where each is long, and
         `STEPS_PER_DISPATCH` elsewhere.
-      mesh: devices to train on, where that is more than the default one. `state` must be replicated on each of them.
+      mesh: devices to train on, where that is more than the default one. `state` must lie there (`place`).
 
     Returns:
       The state reached.

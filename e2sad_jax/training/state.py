@@ -8,10 +8,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
 
-from e2sad_jax import _streams
+from e2sad_jax import _streams, distributed
 from e2sad_jax.networks import batch_stats
 from e2sad_jax.training.config import COMMON, Config
+from e2sad_jax.training.memory import Memory, begin
 from e2sad_jax.training.optimizer import optimizer
 
 
@@ -24,6 +26,8 @@ class TrainState(flax.struct.PyTreeNode):
       opt_state: the optimiser's state.
       key: random key of the run; step t draws from `fold_in(key, t)`.
       delta: the perturbation `[batch_size, H, W, C]` that a defense keeps from step to step, None for others.
+      memory: what is kept of each training image (`training.memory`), None for nothing.
+      average: averaged variables under `ema`, else None.
     """
 
     step: jax.Array
@@ -31,15 +35,70 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: optax.OptState
     key: jax.Array
     delta: jax.Array | None = None
+    memory: Memory | None = None
+    average: Any = None
 
 
-def init_state(config: Config, model: nn.Module, image_shape: Sequence[int]) -> TrainState:
-    """Initialises a state from the configuration's seed."""
+def init_state(
+    config: Config, model: nn.Module, image_shape: Sequence[int], training_images: int | None = None
+) -> TrainState:
+    """Initialises a state from the configuration's seed.
+
+    Args:
+      config: the run's settings.
+      model: the network.
+      image_shape: (H, W, C).
+      training_images: their number; needed with `memory`.
+
+    Raises:
+      ValueError: if it is missing.
+    """
+    if training_images is None and config.memory != "none":
+        raise ValueError(f"init_state: memory={config.memory} keeps a perturbation per image and needs training_images")
     init_key, key = jax.random.split(_streams.key(config.seed, _streams.INITIALIZATION))
     params = jax.jit(model.init)(init_key, jnp.zeros((1, *image_shape)))
     opt_state = jax.jit(optimizer(config).init)(batch_stats.parameters(params))
     delta = jnp.zeros((config.batch_size, *image_shape)) if config.entry.carries else None
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, key=key, delta=delta)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=opt_state,
+        key=key,
+        delta=delta,
+        memory=begin(config, training_images or 0, image_shape, _streams.key(config.seed, _streams.MEMORY)),
+        average=jax.tree.map(jnp.copy, params) if config.ema else None,
+    )
+
+
+def place(state: TrainState, mesh: Mesh | None, *, population: bool = False) -> TrainState:
+    """Leaves each device of a run its share of the memory; all the rest lies on each.
+
+    Args:
+      state: replicated on the devices.
+      mesh: the devices; None for one.
+      population: whether the state has a leading axis P.
+    """
+    if mesh is None or state.memory is None:
+        return state
+    return state.replace(memory=jax.device_put(state.memory, rows_split(mesh, population)))
+
+
+def gather(state: TrainState, mesh: Mesh | None) -> TrainState:
+    """The state with all of its memory on each device, the inverse of `place`."""
+    if mesh is None or state.memory is None:
+        return state
+    return state.replace(memory=jax.jit(lambda a: a, out_shardings=distributed.whole(mesh))(state.memory))
+
+
+def shardings(mesh: Mesh, *, population: bool = False) -> TrainState:
+    """Where the parts of a state lie, as a prefix of it, for `jax.jit`."""
+    whole: Any = distributed.whole(mesh)
+    return TrainState(whole, whole, whole, whole, whole, rows_split(mesh, population), whole)  # type: ignore[arg-type]
+
+
+def rows_split(mesh: Mesh, population: bool) -> NamedSharding:
+    """The sharding of a memory: its rows over the devices."""
+    return distributed.split(mesh, axis=1 if population else 0)
 
 
 def stack(states: Sequence[TrainState]) -> TrainState:

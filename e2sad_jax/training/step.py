@@ -23,8 +23,9 @@ from e2sad_jax.defenses._types import Parts
 from e2sad_jax.losses import soft_labels
 from e2sad_jax.networks import batch_stats
 from e2sad_jax.training.config import Config
+from e2sad_jax.training.memory import note, recall
 from e2sad_jax.training.optimizer import optimizer
-from e2sad_jax.training.state import TrainState
+from e2sad_jax.training.state import TrainState, shardings
 
 TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # see `make_train_step`
 
@@ -94,7 +95,8 @@ def make_train_step(
         (`state.varied_settings`). `metrics` are `[P]`.
       steps: at most so many steps in one dispatch. Above 1 there is a last argument `count`, int32: how many this time.
         All of them must begin in the same epoch. `metrics` have a leading axis `steps`, of which `count` are filled.
-      mesh: devices to split each batch over (`distributed.mesh`); all arguments are replicated on each of them.
+      mesh: devices to split each batch over (`distributed.mesh`); all arguments are replicated on each of them, but for
+        the state's memory, of which each has its share (`state.place`).
     """
     soft = config.delta if config.soft_label else 0.0
     defense = config.entry
@@ -112,8 +114,9 @@ def make_train_step(
         offset = state.step.astype(jnp.uint32) // config.steps_per_batch * config.batch_size % images.shape[0]
         batch = jax.lax.dynamic_slice_in_dim(order, offset, config.batch_size)
         rows = images[batch], labels[batch]
+        remembered = None if state.memory is None else recall(state.memory, batch, eps)
         if mesh is not None:
-            rows = jax.lax.with_sharding_constraint(rows, distributed.split(mesh))
+            rows, remembered = jax.lax.with_sharding_constraint((rows, remembered), distributed.split(mesh))
         x, y = transform.apply(rows[0]), soft_labels(rows[1], num_classes, soft)
         key = jax.random.fold_in(state.key, state.step)
 
@@ -126,7 +129,15 @@ def make_train_step(
                 else:
                     logits_fn = networks.logits_fn(model, params)
                 return defense(
-                    logits_fn, x, y, settings=settings, eps=eps, bounds=transform.bounds, key=key, delta=delta
+                    logits_fn,
+                    x,
+                    y,
+                    settings=settings,
+                    eps=eps,
+                    bounds=transform.bounds,
+                    key=key,
+                    delta=delta,
+                    memory=remembered,
                 )
 
         params = batch_stats.parameters(state.params)
@@ -138,11 +149,23 @@ def make_train_step(
         if noted:
             params = {**params, "batch_stats": batch_stats.updated(state.params["batch_stats"], noted)}
         delta = defense.ascent(state.delta, ascent, eps=eps) if defense.ascent else None
-        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, delta=delta)
+        memory, average = state.memory, state.average
+        if memory is not None:
+            memory = note(memory, batch, {name: parts.pop(name) for name in memory}, eps)
+            if mesh is not None:
+                memory = jax.lax.with_sharding_constraint(memory, distributed.split(mesh))
+        if average is not None:
+            decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
+            average = optax.incremental_update(params, average, 1 - decay)
+        state = state.replace(
+            step=state.step + 1, params=params, opt_state=opt_state, delta=delta, memory=memory, average=average
+        )
         return state, {"loss": loss, "grad_norm": optax.tree.norm(gradients), **parts}
 
     step: TrainStep = jax.vmap(train_step, in_axes=(0, None, None, 0, 0)) if population else train_step
-    placed: dict[str, Any] = {} if mesh is None else {"out_shardings": distributed.whole(mesh)}
+    placed: dict[str, Any] = {}
+    if mesh is not None:
+        placed["out_shardings"] = shardings(mesh, population=population), distributed.whole(mesh)
     if steps == 1:
         return jit(step, donate_argnums=0, **placed)
 

@@ -96,6 +96,7 @@ def test_a_last_that_is_the_best_is_attacked_once_and_named(scores, attacked, tm
     assert attacked == [12]
     assert results["best"] == {
         "step": 12,
+        "averaged": False,
         "chosen_on": "10 held-out images",
         "attacks": [{k: v for k, v in row.items() if k != "paper"} for row in results["attacks"]],
         "worst_case_accuracy": results["worst_case_accuracy"],

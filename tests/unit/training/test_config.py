@@ -114,7 +114,7 @@ def test_a_run_has_its_defenses_settings_and_no_others(defense):
 
 def test_a_setting_that_nobody_reads_is_unknown():
     with pytest.raises(
-        ConfigError, match=r"unknown setting 'lambda'; --defense=trades has defense, .*, attack_step_size, norm$"
+        ConfigError, match=r"unknown setting 'lambda'; --defense=trades has defense, .*, attack_step_size, memory, norm$"
     ):
         configure(defense="trades", **{"lambda": 1.0})
 
