@@ -21,6 +21,9 @@ from e2sad_jax.defenses.free import free, free_ascent
 from e2sad_jax.defenses.trades import trades
 from e2sad_jax.defenses.grad_align import grad_align
 from e2sad_jax.defenses.input_gradient import input_gradient
+from e2sad_jax.defenses.atta import atta
+from e2sad_jax.defenses.pgi import pgi
+from e2sad_jax.defenses.uap import uap, uap_ascent
 
 # isort: on
 
@@ -29,6 +32,7 @@ __all__ = [
     "PLUGINS",
     "Defense",
     "Setting",
+    "atta",
     "e2sad",
     "fgsm",
     "free",
@@ -40,8 +44,11 @@ __all__ = [
     "n_fgsm",
     "natural",
     "pgd",
+    "pgi",
     "readers",
     "register",
     "rs_fgsm",
     "trades",
+    "uap",
+    "uap_ascent",
 ]

@@ -101,7 +101,7 @@ class Defense:
     The loss is called as `loss(logits_fn, x, y, **arguments)` and returns the loss, a scalar, and its parts by name. Its
     arguments are the settings, and those of the following that its signature names: `eps` or `eps1`, the
     budget; `bounds`, the range of the images; `key`, a random key of the step; `delta`, a perturbation `[N, ...]`
-    that is kept from step to step; with the setting `memory` also `start`, the perturbation `[N, ...]` with which each
+    (or as `carried` says) that is kept from step to step; with the setting `memory` also `start`, the perturbation `[N, ...]` with which each
     image's attack ended last time. A loss that is given `start` returns the new one among its parts, as `delta`.
 
     Attributes:
@@ -110,6 +110,7 @@ class Defense:
       settings: those that it alone reads, in addition to those of every run.
       ascent: `(delta, gradient, *, eps) -> delta`, the perturbation of the next step from that of this one and from the
         loss's gradient in it; of a loss that takes `delta`, else None.
+      carried: how many arrays of one image's shape `delta` holds, `[carried, ...]`; 0: one for each image of the batch.
       remembers: of a loss with the setting `memory`, the names of what is kept of each image, `[N, ...]` each. The loss
         returns it among its parts and takes it the next time: "delta" as `start`, in the images' units; any other, with
         entries in [-1, 1], under its own name.
@@ -124,6 +125,7 @@ class Defense:
     settings: tuple[Setting, ...] = ()
     _: dataclasses.KW_ONLY
     ascent: Callable[..., jax.Array] | None = None
+    carried: int = 0
     remembers: tuple[str, ...] = ("delta",)
     replays: str = ""
 
@@ -148,6 +150,8 @@ class Defense:
                 )
         if self.carries != (self.ascent is not None):
             raise ValueError(f"{self.label}: a loss that takes delta needs ascent=, and no other does")
+        if self.carried and not self.carries:
+            raise ValueError(f"{self.label}: carried={self.carried} is of a loss that takes delta")
         if self.replays and self.replays not in self.defaults():
             raise ValueError(f"{self.label}: replays={self.replays!r} must name one of its settings")
 
@@ -157,7 +161,7 @@ class Defense:
 
     @property
     def carries(self) -> bool:
-        """Whether a perturbation of the batch is kept from step to step."""
+        """Whether a perturbation is kept from step to step, of the batch or as `carried` says."""
         return self.takes("delta")
 
     def defaults(self) -> dict[str, Any]:
@@ -253,8 +257,8 @@ ATTACK_STEPS = Setting("attack_steps", 30, "gradient steps of the training attac
 ATTACK_STEP_SIZE = Setting(
     "attack_step_size",
     0.0,
-    "step of the training attack, 0: eps1 / attack_steps (ifgsm), 2.5 eps1 / attack_steps (pgd, trades), "
-    "1.25 eps1 (rs_fgsm), eps1 (n_fgsm)",
+    "step of the training attack, 0: eps1 / attack_steps (ifgsm), 2.5 eps1 / attack_steps (pgd, trades), at most eps1 / 2 (atta), "
+    "1.25 eps1 (rs_fgsm), eps1 (n_fgsm, pgi, uap)",
     lower=0,
     argument="step_size",
     budget=True,

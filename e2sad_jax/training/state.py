@@ -25,7 +25,8 @@ class TrainState(flax.struct.PyTreeNode):
       params: the network's variables: parameters, and running averages (`batch_stats`) where it has them.
       opt_state: the optimiser's state.
       key: random key of the run; step t draws from `fold_in(key, t)`.
-      delta: the perturbation `[batch_size, H, W, C]` that a defense keeps from step to step, None for others.
+      delta: the perturbation that a defense keeps from step to step, `[batch_size, H, W, C]` or `[carried, H, W, C]`; None for
+        others.
       memory: what is kept of each training image (`training.memory`), None for nothing.
       average: averaged variables under `ema`, else None.
     """
@@ -58,7 +59,7 @@ def init_state(
     init_key, key = jax.random.split(_streams.key(config.seed, _streams.INITIALIZATION))
     params = jax.jit(model.init)(init_key, jnp.zeros((1, *image_shape)))
     opt_state = jax.jit(optimizer(config).init)(batch_stats.parameters(params))
-    delta = jnp.zeros((config.batch_size, *image_shape)) if config.entry.carries else None
+    delta = jnp.zeros((config.entry.carried or config.batch_size, *image_shape)) if config.entry.carries else None
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -47,7 +47,7 @@ def test_training_gives_a_loss_its_settings_and_what_its_signature_names(name):
     assert all(defense.takes(argument) for argument in seen)
     assert seen.get("step_size") is None
     assert seen.get("eps", EPS) == seen.get("eps1", EPS) == EPS
-    assert defense.carries == (name == "free") == ("delta" in seen)
+    assert defense.carries == (name in ("free", "uap")) == ("delta" in seen)
     for setting in defense.settings:
         if setting.argument is not None and not setting.zero_is_none:
             assert seen[setting.argument or setting.name] == setting.default

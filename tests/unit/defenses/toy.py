@@ -16,6 +16,7 @@ D = int(np.prod(SHAPE))
 KEY = jax.random.key(7)
 EPS, EPS2, STEPS = 0.2, 0.1, 3
 DELTA = jnp.asarray(np.random.RandomState(5).uniform(-EPS, EPS, (N, *SHAPE)), jnp.float32)
+UNIVERSAL = DELTA[:2]  # for all images: a perturbation, and the momentum of its gradients
 Weights = dict[str, jax.Array]
 LogitsFn = Callable[[jax.Array], jax.Array]
 
@@ -38,7 +39,8 @@ def batch(delta: float = 0.25, dtype: Any = jnp.float32) -> tuple[jax.Array, jax
 def registered(name: str) -> Callable[..., Any]:
     """The defense's loss with all that it takes, short attacks and other weights than the defaults."""
     defense = DEFENSES[name]
-    offered = {"eps": EPS, "eps1": EPS, "eps2": EPS2, "key": KEY, "delta": DELTA, "steps": STEPS, "lam": 0.7}
+    carried = UNIVERSAL if defense.carried else DELTA
+    offered = {"eps": EPS, "eps1": EPS, "eps2": EPS2, "key": KEY, "delta": carried, "steps": STEPS, "lam": 0.7}
     return functools.partial(defense.loss, **{k: v for k, v in offered.items() if defense.takes(k)})
 
 
