@@ -101,8 +101,9 @@ class Defense:
     The loss is called as `loss(logits_fn, x, y, **arguments)` and returns the loss, a scalar, and its parts by name. Its
     arguments are the settings, and those of the following that its signature names: `eps` or `eps1`, the
     budget; `bounds`, the range of the images; `key`, a random key of the step; `delta`, a perturbation `[N, ...]`
-    (or as `carried` says) that is kept from step to step; with the setting `memory` also `start`, the perturbation `[N, ...]` with which each
-    image's attack ended last time. A loss that is given `start` returns the new one among its parts, as `delta`.
+    (or as `carried` says) that is kept from step to step; with the setting `memory` also `start`, the perturbation
+    `[N, ...]` with which each image's attack ended last time. A loss that is given `start` returns the new one among its
+    parts, as `delta`.
 
     Attributes:
       loss: the function.
@@ -257,8 +258,8 @@ ATTACK_STEPS = Setting("attack_steps", 30, "gradient steps of the training attac
 ATTACK_STEP_SIZE = Setting(
     "attack_step_size",
     0.0,
-    "step of the training attack, 0: eps1 / attack_steps (ifgsm), 2.5 eps1 / attack_steps (pgd, trades), at most eps1 / 2 (atta), "
-    "1.25 eps1 (rs_fgsm), eps1 (n_fgsm, pgi, uap)",
+    "step of the training attack, 0: eps1 / attack_steps (ifgsm), 2.5 eps1 / attack_steps (pgd, trades; atta at most "
+    "eps1 / 2), 1.25 eps1 (rs_fgsm), eps1 (n_fgsm, pgi, uap)",
     lower=0,
     argument="step_size",
     budget=True,

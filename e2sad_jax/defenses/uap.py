@@ -63,7 +63,7 @@ def uap(
         logits_fn,
         x,
         y,
-        core.as_float32(delta[0]),
+        core.as_float32(delta[:1]),
         core.linf_ball(x, eps, bounds),
         mean,
         step_size=eps if step_size is None else step_size,

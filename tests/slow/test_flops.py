@@ -24,6 +24,12 @@ ROBUST = training.preset("robust", 0.3)
         ("n_fgsm", {}, 1.6, 1.75),
         ("pgd", {"attack_steps": 2}, 2.2, 2.4),
         ("free", {}, 1.0, 1.05),
+        ("atta", {}, 1.6, 1.75),
+        ("atta", {"attack_steps": 2}, 2.2, 2.4),
+        # The regulariser's forward pass at the start is the attack's; its backward pass costs two thirds of a step.
+        ("pgi", {}, 2.25, 2.4),
+        ("pgi", {"prior_weight": 0.0}, 1.6, 1.75),
+        ("uap", {}, 2.25, 2.4),
         ("trades", {"attack_steps": 2}, 3.2, 3.45),
         ("grad_align", {}, 4.5, 5.5),
         ("input_gradient", {}, 2.0, 2.75),
