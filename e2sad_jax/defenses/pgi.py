@@ -76,7 +76,7 @@ def pgi(
     elif momentum is not None:
         raise ValueError("pgi: momentum without start; give both, or neither for a random start")
     else:
-        offset = eps * limits.sample(core.per_image_keys("pgi", key, len(x)), wide)
+        offset = jnp.asarray(eps) * limits.sample(core.per_image_keys("pgi", key, len(x)), wide)
     loss, parts, at, gradient = step_from(
         "pgi", logits_fn, x, y, offset, limits, mean, step_size=step_size, weight=weight
     )
@@ -84,6 +84,7 @@ def pgi(
         return loss, parts
     before = jnp.zeros_like(wide) if momentum is None else core.checks.perturbation("pgi", "momentum", momentum, x)
     largest = jnp.abs(gradient).max(tuple(range(1, x.ndim)), keepdims=True)
+    decay = jnp.asarray(decay, wide.dtype)
     after = decay * before + (1 - decay) * gradient / jnp.where(largest > 0, largest, 1)
     kept = {"delta": limits.project(at + step_size * jnp.sign(after)) - wide, "momentum": after}
     return loss, {**parts, **jax.lax.stop_gradient(kept)}
