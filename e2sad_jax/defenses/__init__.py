@@ -21,6 +21,8 @@ from e2sad_jax.defenses.free import free, free_ascent
 from e2sad_jax.defenses.trades import trades
 from e2sad_jax.defenses.grad_align import grad_align
 from e2sad_jax.defenses.input_gradient import input_gradient
+from e2sad_jax.defenses.gat import gat
+from e2sad_jax.defenses.nuat import nuat
 
 # isort: on
 
@@ -33,12 +35,14 @@ __all__ = [
     "fgsm",
     "free",
     "free_ascent",
+    "gat",
     "grad_align",
     "hamm",
     "ifgsm",
     "input_gradient",
     "n_fgsm",
     "natural",
+    "nuat",
     "pgd",
     "readers",
     "register",

@@ -3,8 +3,8 @@
 import jax
 
 from e2sad_jax.attacks import core
-from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, NORM, Defense, Setting, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean
+from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, NORM, TRAINING_LOSS, Defense, Setting, register
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, adversarial_loss, batch_mean, check_training_loss
 from e2sad_jax.losses import cross_entropy
 
 
@@ -18,6 +18,7 @@ def n_fgsm(
     noise: jax.typing.ArrayLike = 2.0,
     step_size: jax.typing.ArrayLike | None = None,
     norm: str = "linf",
+    training_loss: str = "ce",
     bounds: Bounds = (0.0, 1.0),
     weights: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, Parts]:
@@ -37,22 +38,27 @@ def n_fgsm(
       noise: k, the noise in multiples of eps, at least 0.
       step_size: a, above 0; None for the paper's eps.
       norm: "linf" or "l2", of each image's perturbation.
+      training_loss: "ce", the cross-entropy at x_adv; "qub", its quadratic upper bound
+        (`losses.quadratic_upper_bound`), with one more pass, that of the clean images. The gradient flows through both
+        passes; the attack climbs the cross-entropy all the same.
       bounds: range of valid images, or None.
       weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
         as zeros are. None: all alike.
 
     Returns:
-      The loss, a scalar, and its parts by name.
+      The loss, a scalar, and its parts by name: of "qub" the bound, and the clean loss in it.
 
     Raises:
-      ValueError: if `noise` or a budget is out of range.
+      ValueError: if `noise` or a budget is out of range, or `training_loss` is unknown.
 
-    Reference: de Jorge et al., 2022, https://arxiv.org/abs/2202.01181
+    Reference: de Jorge et al., 2022, https://arxiv.org/abs/2202.01181;
+    of "qub": You and Lee, 2025, https://arxiv.org/abs/2601.13645
     """
     x, eps, step_size, bounds = core.checks.threat_model(
         "n_fgsm", x, eps=eps, norm=norm, bounds=bounds, step_size=step_size
     )
     core.checks.number("n_fgsm", "noise", noise)
+    check_training_loss("n_fgsm", training_loss)
     mean, y = batch_mean("n_fgsm", x, y, weights)
     step_size = eps if step_size is None else step_size
 
@@ -64,9 +70,8 @@ def n_fgsm(
     start = limits.project(core.as_float32(x) + noise * eps * limits.sample(keys, core.as_float32(x)))
     gradient = core.input_gradient(J, start.astype(x.dtype))
     x_adv = core.project_and_cast(limits, start + step_size * limits.steepest(core.as_float32(gradient)), x.dtype)
-    loss = mean(J(x_adv))
-    return loss, {"adversarial": loss}
+    return adversarial_loss(training_loss, logits_fn, x, x_adv, y, mean)
 
 
 NOISE = Setting("noise", 2.0, "noise of N-FGSM, in multiples of eps1", lower=0)
-register("n_fgsm", Defense(n_fgsm, "N-FGSM", (NOISE, ATTACK_STEP_SIZE, NORM)))
+register("n_fgsm", Defense(n_fgsm, "N-FGSM", (NOISE, ATTACK_STEP_SIZE, NORM, TRAINING_LOSS)))
