@@ -380,10 +380,12 @@ def drawn_bound(scale: float, n: int = 500) -> tuple[np.ndarray, np.ndarray, np.
 def test_quadratic_upper_bound_is_one(scale):
     """Never below the cross-entropy, equal at the clean logits, and the equation."""
     with jax.enable_x64(True):
-        z, other, y = map(jnp.asarray, drawn_bound(scale))
-        bound = losses.quadratic_upper_bound(z, other, y)
-        assert (bound >= losses.cross_entropy(other, y) - 1e-12).all()
-        np.testing.assert_allclose(losses.quadratic_upper_bound(z, z, y), losses.cross_entropy(z, y), rtol=1e-12)
+        z, other, y = drawn_bound(scale)
+        bound = np.asarray(losses.quadratic_upper_bound(*map(jnp.asarray, (z, other, y))))
+        assert (bound >= np.asarray(losses.cross_entropy(jnp.asarray(other), y)) - 1e-12).all()
+        np.testing.assert_allclose(
+            losses.quadratic_upper_bound(z, z, y), losses.cross_entropy(jnp.asarray(z), y), rtol=1e-12
+        )
     slope = ((other - z) * (scipy.special.softmax(z, -1) - y)).sum(-1)
     want = -(y * scipy.special.log_softmax(z, -1)).sum(-1) + slope + ((other - z) ** 2).sum(-1) / 4
     np.testing.assert_allclose(bound, want, rtol=1e-10)
@@ -392,18 +394,19 @@ def test_quadratic_upper_bound_is_one(scale):
 def test_quadratic_upper_bound_has_the_least_constant():
     """Between two classes alike the cross-entropy curves by 1/2: the bound touches it to third order."""
     with jax.enable_x64(True):
-        z, y, step = jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]]), 1e-2
-        other = step * jnp.array([[1.0, -1.0]])
-        gap = losses.quadratic_upper_bound(z, other, y) - losses.cross_entropy(other, y)
+        y, step = jnp.array([[1.0, 0.0]]), 1e-2
+        other = jnp.array([[step, -step]])
+        gap = np.asarray(losses.quadratic_upper_bound(0 * other, other, y) - losses.cross_entropy(other, y))
     assert 0 <= gap[0] < step**3
 
 
 def test_quadratic_upper_bound_teaches_through_both_logits():
     """In closed form: with d = z' - z and H the cross-entropy's Hessian, H d - d / 2 and softmax(z) - y + d / 2."""
     with jax.enable_x64(True):
-        z, other, y = map(jnp.asarray, drawn_bound(2.0, 5))
-        clean, adversarial = jax.grad(lambda *a: losses.quadratic_upper_bound(*a, y).sum(), argnums=(0, 1))(z, other)
-    p, d = scipy.special.softmax(z, -1), np.asarray(other - z)
+        z, other, y = drawn_bound(2.0, 5)
+        both = jax.grad(lambda *a: losses.quadratic_upper_bound(*a, jnp.asarray(y)).sum(), argnums=(0, 1))(z, other)
+        clean, adversarial = map(np.asarray, both)
+    p, d = scipy.special.softmax(z, -1), other - z
     np.testing.assert_allclose(clean, p * d - p * (p * d).sum(-1, keepdims=True) - d / 2, atol=1e-10)
     np.testing.assert_allclose(adversarial, p - y + d / 2, atol=1e-10)
 

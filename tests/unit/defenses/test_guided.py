@@ -160,7 +160,8 @@ def test_nuclear_norm_and_its_gradient(kind):
     """Against NumPy's, and central differences along ways on which the norm has a derivative."""
     with jax.enable_x64(True):
         at = matrix(kind)
-        total, gradient = jax.value_and_grad(lambda m: nuclear_norm(m).sum())(jnp.asarray(at))
+        both = jax.value_and_grad(lambda m: nuclear_norm(m).sum())(jnp.asarray(at))
+        total, gradient = map(np.asarray, both)
     np.testing.assert_allclose(total, np.linalg.norm(at, "nuc"), rtol=1e-12)
     rs, step = np.random.RandomState(1), 1e-5
     for _ in range(5):
