@@ -36,7 +36,8 @@ def nuat(
     length is taken. Lambda is constant, and the attack has both terms in each step. The authors' code raises lambda
     linearly from 0, and leaves the attack's second term out in every second step.
 
-    The norm of alike images grows with the root of their number, so lambda / m weighs less in a larger batch.
+    The norm of alike images grows with the root of their number, so lambda / m weighs less in a larger batch. Inside of
+    `shard_map` the norm is that of each device's images.
 
     Args:
       logits_fn: images `[N, ...]` to logits z `[N, K]`.

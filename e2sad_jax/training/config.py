@@ -207,9 +207,7 @@ class Config:
         if self.stretches:  # then the run's length is a part of it
             values |= {"epochs": self.epochs} if self.epochs else {"steps": self.steps}
         values |= self.settings
-        if self.norm == "linf":  # so that the folders of runs from before there was a choice are found
-            values.pop("norm", None)
-        return values
+        return {name: value for name, value in values.items() if (name, value) not in FIRST.items()}
 
     def digest(self) -> str:
         """The first eight hexadecimal digits of a SHA-256 of the identity, which name the run's folder."""
@@ -247,6 +245,8 @@ class Config:
         return math.ceil(self.epochs * training_images / self.batch_size) if self.epochs else self.steps
 
 
+# What runs did before there was a choice: left out of their identity, so that their folders are found.
+FIRST = {"norm": "linf", "training_loss": "ce"}
 COMMON = tuple(field for field in dataclasses.fields(Config) if field.name != "settings")  # what every run has
 
 

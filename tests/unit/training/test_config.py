@@ -188,6 +188,7 @@ def test_the_name_of_a_run_is_the_same_in_later_versions():
     """Else the same command, after an update, would train anew in another folder."""
     assert Config().digest() == "2e1cfb15"
     assert configure(defense="pgd", eps1=0.2).digest() == "63a9a0a7"
+    assert configure(defense="pgd", eps1=0.2, training_loss="qub").digest() != "63a9a0a7"
 
 
 @pytest.mark.parametrize(
