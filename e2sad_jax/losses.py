@@ -137,6 +137,53 @@ def dissimilarity(logits: jax.Array, other_logits: jax.Array) -> jax.Array:
     return cross_entropy(other_logits, jax.nn.softmax(_at_least_float32(logits)))
 
 
+def quadratic_upper_bound(logits: jax.Array, adversarial_logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """An upper bound on the cross-entropy J of adversarial logits z', quadratic in them and exact at the clean ones, z.
+
+    J(z, y) + (z' - z) . (softmax(z) - y) + 1/4 ||z' - z||_2^2  >=  J(z', y)
+
+    The first two terms are J's expansion at z; no Hessian of J in the logits has a norm above 1/2. The gradient flows
+    through both logits. A class that both mask by a logit of -inf is no class; one that a single one masks makes the bound
+    infinite.
+
+    Args:
+      logits: z, those of the clean images, `[N, K]`, K at least 2.
+      adversarial_logits: z', `[N, K]`.
+      targets: distributions y, `[N, K]`, as `soft_labels` makes them.
+
+    Returns:
+      `[N]`.
+
+    Raises:
+      TypeError: if `targets` are integers, or logits are no array.
+      ValueError: if there are fewer than 2 classes, or the shapes differ.
+
+    >>> import jax.numpy as jnp
+    >>> z, y = jnp.array([[0.0, 0.0]]), jnp.array([[1.0, 0.0]])
+    >>> print(quadratic_upper_bound(z, z + jnp.array([[-1.0, 1.0]]), y) - cross_entropy(z, y))
+    [1.5]
+
+    Reference: You and Lee, 2025, https://arxiv.org/abs/2601.13645
+    """
+    adversarial_logits = _arguments.logits("quadratic_upper_bound", adversarial_logits)
+    clean = cross_entropy(logits, targets)
+    if adversarial_logits.shape != targets.shape:
+        raise ValueError(
+            f"quadratic_upper_bound: adversarial_logits {adversarial_logits.shape} and targets {targets.shape} must have "
+            "one shape [N, K]"
+        )
+    logits = _at_least_float32(logits)
+    away = difference(_at_least_float32(adversarial_logits), logits)
+    slope = jax.nn.softmax(logits) - targets.astype(logits.dtype)
+    return clean + (away * slope).sum(-1) + jnp.square(away).sum(-1) / 4
+
+
+def difference(logits: jax.Array, other_logits: jax.Array) -> jax.Array:
+    """`logits - other_logits`, and 0 with a gradient of 0 for a class that both mask by -inf, `[N, K]`."""
+    masked = jnp.isneginf(logits) & jnp.isneginf(other_logits)
+    return jnp.where(masked, 0, logits) - jnp.where(masked, 0, other_logits)
+
+
 def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """By how much the best wrong class leads: max_{k != y} z_k - z_y; above 0 where the image is misclassified.
 

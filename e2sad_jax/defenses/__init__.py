@@ -24,6 +24,8 @@ from e2sad_jax.defenses.input_gradient import input_gradient
 from e2sad_jax.defenses.atta import atta
 from e2sad_jax.defenses.pgi import pgi
 from e2sad_jax.defenses.uap import uap, uap_ascent
+from e2sad_jax.defenses.gat import gat
+from e2sad_jax.defenses.nuat import nuat
 
 # isort: on
 
@@ -37,12 +39,14 @@ __all__ = [
     "fgsm",
     "free",
     "free_ascent",
+    "gat",
     "grad_align",
     "hamm",
     "ifgsm",
     "input_gradient",
     "n_fgsm",
     "natural",
+    "nuat",
     "pgd",
     "pgi",
     "readers",

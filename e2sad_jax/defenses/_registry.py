@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from e2sad_jax.attacks import core
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts
+from e2sad_jax.defenses._types import TRAINING_LOSSES, Bounds, LogitsFn, Parts
 from e2sad_jax.errors import ConfigError, quoted
 
 LARGEST = 2**53  # of any number of things: what a float64 still counts
@@ -259,9 +259,22 @@ ATTACK_STEP_SIZE = Setting(
     "attack_step_size",
     0.0,
     "step of the training attack, 0: eps1 / attack_steps (ifgsm), 2.5 eps1 / attack_steps (pgd, trades; atta at most "
-    "eps1 / 2), 1.25 eps1 (rs_fgsm), eps1 (n_fgsm, pgi, uap)",
+    "eps1 / 2), 1.25 eps1 (rs_fgsm), eps1 (n_fgsm, pgi, uap, gat, nuat)",
     lower=0,
     argument="step_size",
     budget=True,
     zero_is_none=True,
+)
+TRAINING_LOSS = Setting(
+    "training_loss",
+    "ce",
+    "loss at adversarial images: cross-entropy, or qub, its quadratic upper bound from the clean images",
+    choices=TRAINING_LOSSES,
+)
+SIGNS = Setting(
+    "signs",
+    0.5,
+    "magnitude of the random signs that the attack of gat and nuat starts from, in multiples of eps1",
+    lower=0,
+    upper=1,
 )

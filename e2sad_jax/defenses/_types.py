@@ -9,13 +9,19 @@ import numpy as np
 
 from e2sad_jax import _arguments
 from e2sad_jax.attacks.core import Bounds, LogitsFn, as_float32, checks, is_number
+from e2sad_jax.errors import quoted
+from e2sad_jax.losses import cross_entropy, quadratic_upper_bound
 
 __all__ = [
+    "TRAINING_LOSSES",
     "BatchMean",
     "Bounds",
     "LogitsFn",
     "Parts",
+    "adversarial_loss",
     "batch_mean",
+    "bernoulli_signs",
+    "check_training_loss",
     "check_weight",
     "clean_term",
     "ended",
@@ -23,6 +29,7 @@ __all__ = [
     "weighted",
 ]
 
+TRAINING_LOSSES = ("ce", "qub")
 # The terms of a loss by name: batch means, before their weights. And what is kept for an image's next time, `[N, ...]`.
 Parts = dict[str, jax.Array]
 
@@ -119,3 +126,35 @@ def weighted(
     """
     scale = (alpha if alpha != 0 else 1) if is_number(alpha) else jnp.where(alpha == 0, 1, alpha)
     return lambda z: scale * loss_fn(z)  # type: ignore[return-value]
+
+
+def bernoulli_signs(keys: jax.Array, like: jax.Array) -> jax.Array:
+    """-1 or 1 with equal probability for each pixel, `[N, ...]`; image i is drawn from `keys[i]`."""
+    return jax.vmap(lambda k: jax.random.rademacher(k, like.shape[1:], like.dtype))(keys)
+
+
+def check_training_loss(name: str, value: str) -> None:
+    """Refuses what is none of `TRAINING_LOSSES`."""
+    if value not in TRAINING_LOSSES:
+        raise ValueError(f"{name}: training_loss={quoted(value)}; it must be one of {', '.join(TRAINING_LOSSES)}")
+
+
+def adversarial_loss(
+    training_loss: str, logits_fn: LogitsFn, x: jax.Array, x_adv: jax.Array, y: jax.Array, mean: BatchMean
+) -> tuple[jax.Array, Parts]:
+    """The loss at adversarial images, and its parts: the cross-entropy, or the quadratic upper bound on it.
+
+    Args:
+      training_loss: "ce" or "qub".
+      logits_fn: images `[N, ...]` to logits `[N, K]`.
+      x: clean images `[N, ...]`; only the bound asks the model about them.
+      x_adv: adversarial images `[N, ...]`.
+      y: target distributions `[N, K]`.
+      mean: over the batch.
+    """
+    if training_loss == "ce":
+        loss = mean(cross_entropy(logits_fn(x_adv), y))
+        return loss, {"adversarial": loss}
+    logits = logits_fn(x)
+    loss = mean(quadratic_upper_bound(logits, logits_fn(x_adv), y))
+    return loss, {"clean": mean(cross_entropy(logits, y)), "bound": loss}

@@ -3,8 +3,16 @@
 import jax
 
 from e2sad_jax.attacks import core
-from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, MEMORY, NORM, Defense, Setting, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, ended
+from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, MEMORY, NORM, TRAINING_LOSS, Defense, Setting, register
+from e2sad_jax.defenses._types import (
+    Bounds,
+    LogitsFn,
+    Parts,
+    adversarial_loss,
+    batch_mean,
+    check_training_loss,
+    ended,
+)
 from e2sad_jax.losses import cross_entropy
 
 
@@ -18,6 +26,7 @@ def n_fgsm(
     noise: jax.typing.ArrayLike = 2.0,
     step_size: jax.typing.ArrayLike | None = None,
     norm: str = "linf",
+    training_loss: str = "ce",
     bounds: Bounds = (0.0, 1.0),
     start: jax.Array | None = None,
     weights: jax.typing.ArrayLike | None = None,
@@ -38,6 +47,9 @@ def n_fgsm(
       noise: k, the noise in multiples of eps, at least 0.
       step_size: a, above 0; None for the paper's eps.
       norm: "linf" or "l2", of each image's perturbation.
+      training_loss: "ce", the cross-entropy at x_adv; "qub", its quadratic upper bound
+        (`losses.quadratic_upper_bound`), with one more pass, that of the clean images. The gradient flows through both
+        passes; the attack climbs the cross-entropy all the same.
       bounds: range of valid images, or None.
       start: perturbations `[N, ...]` that the attack starts from, in the images' own units; `parts` then has
         `delta`, where it ended, to be the images' next start (docs/e2sad.md). None: a noisy image.
@@ -45,17 +57,19 @@ def n_fgsm(
         as zeros are. None: all alike.
 
     Returns:
-      The loss, a scalar, and its parts by name.
+      The loss, a scalar, and its parts by name: of "qub" the bound, and the clean loss in it.
 
     Raises:
-      ValueError: if `noise` or a budget is out of range.
+      ValueError: if `noise` or a budget is out of range, or `training_loss` is unknown.
 
-    Reference: de Jorge et al., 2022, https://arxiv.org/abs/2202.01181
+    Reference: de Jorge et al., 2022, https://arxiv.org/abs/2202.01181;
+    of "qub": You and Lee, 2025, https://arxiv.org/abs/2601.13645
     """
     x, eps, step_size, bounds = core.checks.threat_model(
         "n_fgsm", x, eps=eps, norm=norm, bounds=bounds, step_size=step_size
     )
     core.checks.number("n_fgsm", "noise", noise)
+    check_training_loss("n_fgsm", training_loss)
     mean, y = batch_mean("n_fgsm", x, y, weights)
     step_size = eps if step_size is None else step_size
 
@@ -75,9 +89,9 @@ def n_fgsm(
     noisy = limits.project(core.as_float32(x) + offset)
     gradient = core.input_gradient(J, noisy.astype(x.dtype))
     x_adv = core.project_and_cast(limits, noisy + step_size * limits.steepest(core.as_float32(gradient)), x.dtype)
-    loss = mean(J(x_adv))
-    return loss, ended({"adversarial": loss}, x_adv, x, start)
+    loss, parts = adversarial_loss(training_loss, logits_fn, x, x_adv, y, mean)
+    return loss, ended(parts, x_adv, x, start)
 
 
 NOISE = Setting("noise", 2.0, "noise of N-FGSM, in multiples of eps1", lower=0)
-register("n_fgsm", Defense(n_fgsm, "N-FGSM", (NOISE, ATTACK_STEP_SIZE, MEMORY, NORM)))
+register("n_fgsm", Defense(n_fgsm, "N-FGSM", (NOISE, ATTACK_STEP_SIZE, MEMORY, NORM, TRAINING_LOSS)))

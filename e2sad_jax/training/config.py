@@ -19,12 +19,6 @@ SCHEDULES = ("constant", "cyclic", "piecewise", "cosine")
 PRESETS = ("robust", "paper")
 # Under which cheap defenses hold MNIST's budget of 0.3 (docs/e2sad.md).
 SCHEDULE: Mapping[str, Any] = {"eps_warmup": 0.5, "schedule": "cyclic", "learning_rate": 5e-3}
-LATER = {
-    "norm": "linf",
-    "memory": "none",
-    "ema": 0.0,
-    "first_step_size": 0.0,
-}  # settings of later versions, without effect
 DATA_DIR = "folder of data sets, empty: $E2SAD_DATA_DIR, or e2sad_jax in $XDG_CACHE_HOME or ~/.cache"
 
 
@@ -225,10 +219,7 @@ class Config:
         if self.stretches:  # then the run's length is a part of it
             values |= {"epochs": self.epochs} if self.epochs else {"steps": self.steps}
         values |= self.settings
-        for name, neutral in LATER.items():  # so that the folders of runs from before there was a choice are found
-            if values.get(name) == neutral:
-                del values[name]
-        return values
+        return {name: value for name, value in values.items() if (name, value) not in FIRST.items()}
 
     def digest(self) -> str:
         """The first eight hexadecimal digits of a SHA-256 of the identity, which name the run's folder."""
@@ -266,6 +257,8 @@ class Config:
         return math.ceil(self.epochs * training_images / self.batch_size) if self.epochs else self.steps
 
 
+# What runs did before there was a choice: left out of their identity, so that their folders are found.
+FIRST = {"norm": "linf", "training_loss": "ce", "memory": "none", "ema": 0.0, "first_step_size": 0.0}
 COMMON = tuple(field for field in dataclasses.fields(Config) if field.name != "settings")  # what every run has
 
 

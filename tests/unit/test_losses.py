@@ -364,3 +364,65 @@ def test_jit_and_vmap(function, logits, other):
     np.testing.assert_allclose(jax.jit(function)(logits, second), want, rtol=1e-6)
     batched = jax.vmap(function)(jnp.stack([logits, second]), jnp.stack([second, second]))
     np.testing.assert_allclose(batched, jnp.stack([want, function(second, second)]), rtol=1e-6)
+
+
+# --- the quadratic upper bound
+
+
+def drawn_bound(scale: float, n: int = 500) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits, others at many distances, and soft targets."""
+    rs = np.random.RandomState(0)
+    z = scale * rs.randn(n, K)
+    return z, z + rs.randn(n, K) * 10 ** rs.uniform(-3, 1, (n, 1)), rs.dirichlet(np.full(K, 0.3), n)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 10.0])
+def test_quadratic_upper_bound_is_one(scale):
+    """Never below the cross-entropy, equal at the clean logits, and the equation."""
+    with jax.enable_x64(True):
+        z, other, y = drawn_bound(scale)
+        bound = np.asarray(losses.quadratic_upper_bound(*map(jnp.asarray, (z, other, y))))
+        assert (bound >= np.asarray(losses.cross_entropy(jnp.asarray(other), y)) - 1e-12).all()
+        np.testing.assert_allclose(
+            losses.quadratic_upper_bound(z, z, y), losses.cross_entropy(jnp.asarray(z), y), rtol=1e-12
+        )
+    slope = ((other - z) * (scipy.special.softmax(z, -1) - y)).sum(-1)
+    want = -(y * scipy.special.log_softmax(z, -1)).sum(-1) + slope + ((other - z) ** 2).sum(-1) / 4
+    np.testing.assert_allclose(bound, want, rtol=1e-10)
+
+
+def test_quadratic_upper_bound_has_the_least_constant():
+    """Between two classes alike the cross-entropy curves by 1/2: the bound touches it to third order."""
+    with jax.enable_x64(True):
+        y, step = jnp.array([[1.0, 0.0]]), 1e-2
+        other = jnp.array([[step, -step]])
+        gap = np.asarray(losses.quadratic_upper_bound(0 * other, other, y) - losses.cross_entropy(other, y))
+    assert 0 <= gap[0] < step**3
+
+
+def test_quadratic_upper_bound_teaches_through_both_logits():
+    """In closed form: with d = z' - z and H the cross-entropy's Hessian, H d - d / 2 and softmax(z) - y + d / 2."""
+    with jax.enable_x64(True):
+        z, other, y = drawn_bound(2.0, 5)
+        both = jax.grad(lambda *a: losses.quadratic_upper_bound(*a, jnp.asarray(y)).sum(), argnums=(0, 1))(z, other)
+        clean, adversarial = map(np.asarray, both)
+    p, d = scipy.special.softmax(z, -1), other - z
+    np.testing.assert_allclose(clean, p * d - p * (p * d).sum(-1, keepdims=True) - d / 2, atol=1e-10)
+    np.testing.assert_allclose(adversarial, p - y + d / 2, atol=1e-10)
+
+
+def test_quadratic_upper_bound_refuses_and_masks(logits, other):
+    y = losses.soft_labels(jnp.arange(N), K)
+    with pytest.raises(ValueError, match=r"adversarial_logits \(4, 7\) and targets \(5, 7\)"):
+        losses.quadratic_upper_bound(logits, other[:4], y)
+    with pytest.raises(TypeError, match="soft_labels"):
+        losses.quadratic_upper_bound(logits, other, jnp.arange(N))
+    wider = [jnp.pad(values, ((0, 0), (0, 1)), constant_values=-jnp.inf) for values in (logits, other)]
+    more = jnp.pad(y, ((0, 0), (0, 1)))
+    got = jax.value_and_grad(lambda *a: losses.quadratic_upper_bound(*a, more).sum(), argnums=(0, 1))(*wider)
+    want = jax.value_and_grad(lambda *a: losses.quadratic_upper_bound(*a, y).sum(), argnums=(0, 1))(logits, other)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    for gradient, plain in zip(got[1], want[1], strict=True):
+        np.testing.assert_allclose(gradient[:, :-1], plain, rtol=1e-5, atol=1e-6)
+        assert not gradient[:, -1].any()
+    assert losses.quadratic_upper_bound(logits.astype(jnp.bfloat16), other.astype(jnp.bfloat16), y).dtype == jnp.float32

@@ -124,7 +124,7 @@ def test_refuses_what_is_no_logits(name):
         VARIANTS[name](lambda z: f(z)[:, :1], x, y[:, :1])
 
 
-@pytest.mark.parametrize("name", ["e2sad", "trades", "hamm", "grad_align"])
+@pytest.mark.parametrize("name", ["e2sad", "trades", "hamm", "grad_align", "gat", "nuat", "n_fgsm qub"])
 def test_a_masked_class_is_no_class(name):
     """A class with a logit of -inf and target 0: neither NaN nor another loss."""
     (x, y), weights = batch(), draw()
@@ -168,6 +168,8 @@ REFUSED = [
     *[("fgsm", {"alpha": kind(2)}, "alpha=2.0; ") for kind in (np.float32, np.float64, jnp.float32)],
     ("fgsm", {"eps": np.float32(-0.5)}, "eps=-0.5; "),
     ("n_fgsm", {"noise": -1.0}, "noise=-1.0; .*at least 0"),
+    *[(name, {"signs": v}, rf"^{name}: signs={v}; .*\[0, 1\]") for name in ("gat", "nuat") for v in (-0.1, 1.5)],
+    *[(name, {"training_loss": "mse"}, f"^{name}: training_loss=.*mse.*one of ce, qub") for name in ("pgd", "n_fgsm")],
     *[(name, {"weights": w}, rf"^{name}: weights are .* {s}; ") for name in DEFENSES for w, s in WRONG_WEIGHTS],
     *[("fgsm", {"weights": np.array(w)}, "weights=.*at least 0") for w in ([-1.0, *[1] * 7], [NAN, *[1] * 7], [0] * 8)],
     *[

@@ -51,6 +51,7 @@ VARIANTS |= {
     for objective in attacks.OBJECTIVES
     if objective not in ("total", "literal")  # the first is the default, the other the sign of rounding noise
 }
+VARIANTS["n_fgsm qub"] = functools.partial(registered("n_fgsm"), training_loss="qub")
 VARIANTS["e2sad ball"] = functools.partial(registered("e2sad"), random_start=True, ball_second=True)
 
 

@@ -18,7 +18,7 @@ from tests.helpers import fit, tiny_config
 pytestmark = pytest.mark.usefixtures("all_unoptimized", "standard_promotion")
 
 # How many passes a loss is made of, outside of inner gradients: of these the running averages are told.
-PASSES = {**dict.fromkeys(DEFENSES, 1), "fgsm": 2, "ifgsm": 2, "e2sad": 3, "trades": 2}
+PASSES = {**dict.fromkeys(DEFENSES, 1), "fgsm": 2, "ifgsm": 2, "e2sad": 3, "trades": 2, "gat": 2, "nuat": 2}
 
 
 class Normed(nn.Module):

@@ -114,7 +114,8 @@ def test_a_run_has_its_defenses_settings_and_no_others(defense):
 
 def test_a_setting_that_nobody_reads_is_unknown():
     with pytest.raises(
-        ConfigError, match=r"unknown setting 'lambda'; --defense=trades has defense, .*, attack_step_size, memory, norm$"
+        ConfigError,
+        match=r"unknown setting 'lambda'; --defense=trades has defense, .*, attack_step_size, memory, norm$",
     ):
         configure(defense="trades", **{"lambda": 1.0})
 
@@ -188,6 +189,7 @@ def test_the_name_of_a_run_is_the_same_in_later_versions():
     """Else the same command, after an update, would train anew in another folder."""
     assert Config().digest() == "2e1cfb15"
     assert configure(defense="pgd", eps1=0.2).digest() == "63a9a0a7"
+    assert configure(defense="pgd", eps1=0.2, training_loss="qub").digest() != "63a9a0a7"
 
 
 @pytest.mark.parametrize(
