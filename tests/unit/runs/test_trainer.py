@@ -177,7 +177,9 @@ def test_a_damaged_last_checkpoint_is_trained_again_to_the_same_numbers(workdir,
     [
         {"defense": "natural"},
         {"defense": "e2sad", "second_step": "noise"},
-        pytest.param({"defense": "pgd", "attack_steps": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            {"defense": "pgd", "attack_steps": 2, "memory": "int8", "eps_warmup": 7, "ema": 0.9}, marks=pytest.mark.slow
+        ),
         pytest.param({"defense": "free", "replays": 3, "eps_warmup": 7, "schedule": "cyclic"}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: changes["defense"],
