@@ -28,7 +28,20 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "PGD-3": {"defense": "pgd", "attack_steps": 3},
     "TRADES-2": {"defense": "trades", "attack_steps": 2},
     "Free-8": {"defense": "free"},
+    "PGD-7": {"defense": "pgd", "attack_steps": 7},
     "PGD-10": {"defense": "pgd", "attack_steps": 10},
+    # PGD that starts where the image's last attack ended, and steps of half the budget.
+    "ATTA-1": {"defense": "atta", "attack_steps": 1},
+    "ATTA-2": {"defense": "atta", "attack_steps": 2},
+    "ATTA-3": {"defense": "atta", "attack_steps": 3},
+    "ATTA-7": {"defense": "atta", "attack_steps": 7},
+    "TRADES-1, remembered": {"defense": "trades", "attack_steps": 1, "attack_step_size": 0.5, "memory": "int8"},
+    "FGSM-PGI": {"defense": "pgi"},
+    "FGSM-UAP": {"defense": "uap"},
+    "GAT": {"defense": "gat"},
+    "NuAT": {"defense": "nuat"},
+    "N-FGSM, QUB": {"defense": "n_fgsm", "training_loss": "qub"},
+    "PGD-2, QUB": {"defense": "pgd", "attack_steps": 2, "training_loss": "qub"},
     "IFGSM-30 (Eq. 3)": {"defense": "ifgsm", "attack_steps": 30},
 }
 # The robust preset with one thing changed: what each part of it does.
@@ -95,6 +108,10 @@ class Request:
     )
     schedule: str = setting(SCHEDULE["schedule"], "learning rate over all steps", choices=SCHEDULES)
     learning_rate: float = setting(SCHEDULE["learning_rate"], "peak learning rate of Adam", above=0)
+    eps_scale: float = setting(1.0, "budget of training in multiples of eps", above=0)
+    delta: float = setting(
+        0.0, "mass that the labels of training give to the wrong classes, 0: hard labels", lower=0, upper=0.999
+    )
     ema: float = setting(
         0.0, "decay of averaged weights, evaluated beside the raw ones; 0: none", lower=0, upper=0.999999
     )
@@ -166,12 +183,23 @@ class Request:
             entry[budget] *= self.eps
         if entry["defense"] == "e2sad":
             points = {"eps2": self.eps / 3, **points}  # the paper's ratio
-        shared = ("data", "data_dir", "model", "steps", "batch_size", "validation_examples", "ema", *SCHEDULE)
+        shared = (
+            "data",
+            "data_dir",
+            "model",
+            "steps",
+            "batch_size",
+            "validation_examples",
+            "ema",
+            "eps_scale",
+            *SCHEDULE,
+        )
         common: dict[str, Any] = {key: getattr(self, key) for key in shared}
+        common |= {"soft_label": self.delta > 0, "delta": self.delta or Config.delta}
         common["checkpoint_every"] = min(500, max(1, self.steps // 4))  # the best is one of at least four
         found = []
         for seed in range(self.seeds):
-            config = configure(**{**points, **common, "eps1": self.eps, **entry, "soft_label": False, "seed": seed})
+            config = configure(**{**points, **common, "eps1": self.eps, **entry, "seed": seed})
             folder = pathlib.Path(self.workdir).expanduser() / pathlib.Path(config.default_workdir()).name
             found.append(config.replace(workdir=str(folder)))
         return found

@@ -23,7 +23,7 @@ def protocol(result: Result) -> list[str]:
     """
     r = result["request"]
     return [
-        f"Trained on {r['data']}: network `{r['model']}`, {_length(r)}, {_seeds(r['seeds'])}, hard labels, learning rate "
+        f"Trained on {r['data']}: network `{r['model']}`, {_length(r)}, {_seeds(r['seeds'])}, {_labels(r)}, learning rate "
         f"{r['learning_rate']:g} ({r['schedule']}), eps rising over {_share(r['eps_warmup'])}"
         f"{', unless a part says otherwise' if r['parts'] else ''}.",
         f"Robust accuracy: the share of {_images(result)} classified correctly under all of {_attacks(result)}; one restart "
@@ -54,6 +54,12 @@ def _length(r: Mapping[str, Any]) -> str:
 
 def _seeds(count: int) -> str:
     return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def _labels(r: Mapping[str, Any]) -> str:
+    labels = f"soft labels (delta {r['delta']:g})" if r.get("delta") else "hard labels"
+    scale = r.get("eps_scale", 1)
+    return labels if scale == 1 else f"{labels}, budget of training {scale:g} eps"
 
 
 def _share(warmup: float) -> str:
@@ -178,14 +184,14 @@ def card(result: Result) -> str:
 
 
 def plot(path: pathlib.Path, result: Result) -> None:
-    """Draws the robust accuracy of the last checkpoints: against the price, or by name where all cost about the same.
+    """Draws the robust accuracy of the last checkpoints: against the price of a step, or by name where all have about one.
 
     Args:
       path: PNG to write.
       result: what compare.json holds.
     """
     r = result["request"]
-    figure = _by_name(result) if r["equal_flops"] or r["parts"] else _by_price(result)
+    figure = _by_name(result) if r["parts"] else _by_price(result)
     plots.save(path, figure, dpi=150)
 
 
@@ -195,23 +201,32 @@ def _is_ours(row: Mapping[str, Any]) -> bool:
 
 def _caption(result: Result) -> str:
     r = result["request"]
-    return f"{r['data'].upper()}, eps {result['eps']:.3g}, {_length(r)}, {_seeds(r['seeds'])}, {_images(result)}"
+    line = "\n" if r["equal_flops"] else " "
+    return f"{r['data'].upper()}, eps {result['eps']:.3g}, {_length(r)},{line}{_seeds(r['seeds'])}, {_images(result)}"
 
 
 def _by_price(result: Result) -> Any:
-    """A point for each defense, labelled with its name; e2SAD's are stars."""
+    """A point for each defense, labelled with its name, with a bar from its lowest to its highest seed; e2SAD's are stars.
+
+    The line is the frontier: the highest robust accuracy at each price or a lower one.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5.2), layout="constrained")
     axes = figure.subplots()
     points = [(_price(result, row), row["last"]["robust"]) for row in result["rows"]]
+    best = sorted({(x, max(b for a, b in points if a <= x)) for x, _ in points})
+    end = 1.6 * max(x for x, _ in points)
+    axes.step(*zip(*best, (end, best[-1][1]), strict=True), where="post", color="0.75", lw=1.2, zorder=1)
     for row, (x, y) in zip(result["rows"], points, strict=True):
         ours = _is_ours(row)
+        low, high = row["last"]["lowest"], row["last"]["highest"]
+        axes.plot([x, x], [low, high], color=OURS if ours else OTHERS, lw=1.2, zorder=2)
         axes.plot(
             x, y, "*" if ours else "o", ms=14 if ours else 7, color=OURS if ours else OTHERS, mec="white", zorder=3
         )
     axes.set(xscale="log", xlabel="FLOPs of a training step (natural training = 1)", ylabel="robust accuracy")
-    axes.set(ylim=(-0.05, 1.0), xlim=(0.8, 1.6 * max(x for x, _ in points)))
+    axes.set(ylim=(-0.05, 1.0), xlim=(0.8, end))
     axes.set_xticks(ticks := [t for t in (1, 2, 3, 5, 10, 20, 50) if t <= axes.get_xlim()[1]], list(map(str, ticks)))
     axes.set_xticks([], minor=True)
     axes.grid(color="0.93")
@@ -229,12 +244,12 @@ def _by_name(result: Result) -> Any:
     """A line for each entry, in the order of the table."""
     from matplotlib.figure import Figure
 
-    rows, equal = result["rows"], result["request"]["equal_flops"]
+    rows = result["rows"]
     figure = Figure(figsize=(7, 0.9 + 0.27 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for row in rows:
-        ours = _is_ours(row) if equal else row["name"] == REFERENCE
-        note = f"{row['last']['steps'][0]:,} steps" if equal else f"{_price(result, row):.2f}"
+        ours = row["name"] == REFERENCE
+        note = f"{_price(result, row):.2f}"
         name = row["name"].removeprefix(f"{REFERENCE}, ")
         style: dict[str, Any] = {
             "color": OURS if ours else OTHERS,
@@ -247,6 +262,6 @@ def _by_name(result: Result) -> Any:
     axes.grid(color="0.93")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
-    price = "" if equal else "\nIn parentheses: FLOPs of a training step (natural training = 1)"
+    price = "\nIn parentheses: FLOPs of a training step (natural training = 1)"
     figure.suptitle(_caption(result) + price, fontsize=9, color="0.35")
     return figure

@@ -33,6 +33,7 @@ def e2sad(
     clip_second: bool = False,
     random_start: bool = False,
     ball_second: bool = False,
+    hold_reference: bool = False,
     step_size: jax.typing.ArrayLike | None = None,
     norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
@@ -46,8 +47,7 @@ def e2sad(
 
     Both adversarial points are constants; the gradient of D flows through both of its arguments.
 
-    `random_start` and `ball_second` are not the paper's. With both, two points of the ball around the image are trained on;
-    see docs/e2sad.md.
+    `random_start`, `ball_second`, `hold_reference` and `start` are not the paper's; see docs/e2sad.md.
 
     Args:
       logits_fn: images `[N, ...]` to logits `[N, K]`; f is its softmax.
@@ -61,6 +61,8 @@ def e2sad(
       clip_second: clip the second point to `bounds` too; the paper does not.
       random_start: take the first step from a random point of the ball, and stay in the ball, as Fast AT does.
       ball_second: bring the second point back into the ball of `eps1` around `x`, and into `bounds`.
+      hold_reference: let the gradient of D flow through f(x_adv2) alone. With `second_step="loss"` and alpha 0 training then
+        shares the second step's backward pass.
       step_size: length of the first step from a random or a given start; None for `eps1`.
       norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None.
@@ -113,7 +115,7 @@ def e2sad(
     if is_zero(lam):  # so that the compiler drops the second point
         return L_adv, parts
     # Line 7.
-    parts["dissimilarity"] = D = mean(dissimilarity(f_adv, f_adv2))
+    parts["dissimilarity"] = D = mean(dissimilarity(jax.lax.stop_gradient(f_adv) if hold_reference else f_adv, f_adv2))
     L_d = lam * D
     # Line 8.
     return L_adv + L_d, parts
@@ -197,6 +199,7 @@ SETTINGS = (
     Setting("clip_second", False, "clip the second point to the image range"),
     Setting("random_start", False, "the first step starts at a random point of the ball"),
     Setting("ball_second", False, "keep the second point in the ball of eps1"),
+    Setting("hold_reference", False, "the gradient of the dissimilarity flows through the second point alone"),
     Setting(
         "first_step_size",
         0.0,

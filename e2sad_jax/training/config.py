@@ -115,6 +115,11 @@ class Config:
         "steps over which eps1, eps2 and attack_step_size rise from 0 in training, below 1: a fraction of all steps, 0: none",
         lower=0,
     )
+    eps_scale: float = setting(
+        1.0,
+        "budgets of training (eps1, eps2, attack_step_size) in multiples of what is given; validation takes eps1",
+        above=0,
+    )
     soft_label: bool = setting(True, "train on soft labels, 1 - delta for the true class")
     delta: float = setting(0.25, "mass that soft labels give to the wrong classes", above=0, upper=0.999)
     ema: float = setting(
@@ -160,9 +165,10 @@ class Config:
         lower, upper = TRANSFORMS[self.transform].bounds
         for one in (*map(setting_of, COMMON), *entry.settings):
             value = {**values, **self.settings}[one.name]
-            if one.budget and self.norm == "linf" and value > upper - lower:
+            if one.budget and self.norm == "linf" and value * self.eps_scale > upper - lower:
+                scaled = "" if self.eps_scale == 1 else f" times --eps_scale={self.eps_scale}"
                 raise ConfigError(
-                    f"--{one.name}={value}: must be in [0, {upper - lower}], the width of "
+                    f"--{one.name}={value}{scaled}: must be in [0, {upper - lower}], the width of "
                     f"--transform={self.transform} (24 of 255 grey levels are 24/255 = 0.0941)"
                 )
 
@@ -215,7 +221,7 @@ class Config:
         if not self.soft_label:
             del values["delta"]
         if not self._has_budget:
-            del values["eps_warmup"]
+            del values["eps_warmup"], values["eps_scale"]
         if self.stretches:  # then the run's length is a part of it
             values |= {"epochs": self.epochs} if self.epochs else {"steps": self.steps}
         values |= self.settings
@@ -258,7 +264,15 @@ class Config:
 
 
 # What runs did before there was a choice: left out of their identity, so that their folders are found.
-FIRST = {"norm": "linf", "training_loss": "ce", "memory": "none", "ema": 0.0, "first_step_size": 0.0}
+FIRST = {
+    "norm": "linf",
+    "training_loss": "ce",
+    "memory": "none",
+    "ema": 0.0,
+    "first_step_size": 0.0,
+    "eps_scale": 1.0,
+    "hold_reference": False,
+}
 COMMON = tuple(field for field in dataclasses.fields(Config) if field.name != "settings")  # what every run has
 
 

@@ -33,7 +33,7 @@ TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # see `make_
 def settings_at(
     config: Config, step: jax.Array, total: int, varied: Mapping[str, jax.Array] = types.MappingProxyType({})
 ) -> tuple[jax.typing.ArrayLike, dict[str, Any]]:
-    """Computes the budget `eps1` and the defense's settings at one step, under `eps_warmup`.
+    """Computes the budget `eps1` and the defense's settings at one step, under `eps_scale` and `eps_warmup`.
 
     Args:
       config: the run's settings.
@@ -46,8 +46,10 @@ def settings_at(
     """
     eps, settings = varied.get("eps1", config.eps1), {**config.settings, **varied}
     settings.pop("eps1", None)
-    if config.eps_warmup:
-        grown = jnp.minimum(step.astype(jnp.float32) / config.warmup_steps(total), 1)
+    if config.eps_warmup or config.eps_scale != 1:
+        grown: Any = config.eps_scale
+        if config.eps_warmup:
+            grown *= jnp.minimum(step.astype(jnp.float32) / config.warmup_steps(total), 1)
         eps *= grown
         for one in config.entry.settings:
             if one.budget and not (one.zero_is_none and config.settings[one.name] == 0):

@@ -370,7 +370,7 @@ def test_the_picture(how, tiny_data, tmp_path, made_up, monkeypatch):
     monkeypatch.setattr(show.plots, "save", lambda path, figure, dpi: figures.append(figure))
     request = Request(
         **({"entry": ("natural", "PGD-3", "e2SAD, robust")} if how != "parts" else {"parts": True}),
-        **{"data": "tiny.npz", "workdir": str(tmp_path), "equal_flops": how == "equal_flops", **LITTLE},
+        **{"data": "tiny.npz", "workdir": str(tmp_path), "equal_flops": how == "equal_flops", **LITTLE, "seeds": 2},
     )
     result = run(request, quiet)
     show.plot(tmp_path / "compare.png", result)
@@ -378,21 +378,24 @@ def test_the_picture(how, tiny_data, tmp_path, made_up, monkeypatch):
     figures[-1].draw_without_rendering()
     title, whole = (figures[-1]._suptitle or axes._left_title).get_window_extent(), figures[-1].bbox
     assert whole.x0 <= title.x0 < title.x1 <= whole.x1, "the title is there as a whole"
-    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines]
-    robust = [row["last"]["robust"] for row in result["rows"]]
-    if how == "by price":
-        assert points == [(1.0, robust[0]), (3.0, robust[1]), (3.0, robust[2])]
-        assert {text.get_text() for text in axes.texts} == {"natural", "PGD-3", "e2SAD, robust"}
-        assert axes.get_xscale() == "log"
-        return
-    assert [x for x, _ in points] == robust
-    names = [label.get_text() for label in axes.get_yticklabels()]
+    marked = [line for line in axes.lines if line.get_marker() != "None"]
+    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in marked]
+    rows = [row["last"] for row in result["rows"]]
+    robust = [row["robust"] for row in rows]
     if how == "parts":
+        assert [x for x, _ in points] == robust
+        names = [label.get_text() for label in axes.get_yticklabels()]
         assert names[:3] == ["natural (1.00)", "e2SAD, robust (3.00)", "no second point (3.00)"]
-    else:
-        steps = {row["name"]: row["last"]["steps"][0] for row in result["rows"]}
-        assert steps == {"natural": 9, "PGD-3": 3, "e2SAD, robust": 3}, "what the same FLOPs buy"
-        assert sorted(names) == sorted(f"{name} ({count} steps)" for name, count in steps.items())
+        return
+    assert points == [(1.0, robust[0]), (3.0, robust[1]), (3.0, robust[2])]
+    assert {text.get_text() for text in axes.texts} == {"natural", "PGD-3", "e2SAD, robust"}
+    assert axes.get_xscale() == "log"
+    frontier, *bars = (line for line in axes.lines if line not in marked)
+    assert list(frontier.get_ydata())[:2] == [robust[0], max(robust)], "the best at each price or below it"
+    assert [tuple(bar.get_ydata()) for bar in bars] == [(row["lowest"], row["highest"]) for row in rows]
+    assert any(row["lowest"] < row["highest"] for row in rows)
+    steps = {row["name"]: row["last"]["steps"][0] for row in result["rows"]}
+    assert how == "by price" or steps == {"natural": 9, "PGD-3": 3, "e2SAD, robust": 3}, "what the same FLOPs buy"
 
 
 def test_with_equal_flops_all_spend_what_e2sad_does(prices):

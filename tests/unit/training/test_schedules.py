@@ -10,6 +10,7 @@ import pytest
 
 from e2sad_jax import training
 from e2sad_jax.defenses import DEFENSES
+from e2sad_jax.errors import ConfigError
 from e2sad_jax.training import configure
 from tests.helpers import count_compilations, register_loss, tiny_config
 
@@ -97,7 +98,7 @@ def test_the_losses_of_a_run_have_the_budget_of_their_step(tiny, monkeypatch):
 
     register_loss(monkeypatch, "budgets", loss)
     made, seen = count_compilations(monkeypatch), []
-    config = tiny_config(defense="budgets", eps_warmup=4, eps1=0.4, steps=8)
+    config = tiny_config(defense="budgets", eps_warmup=4, eps1=0.4, eps_scale=1.5, steps=8)
     training.fit(
         config,
         Sum(),
@@ -107,8 +108,19 @@ def test_the_losses_of_a_run_have_the_budget_of_their_step(tiny, monkeypatch):
         record=lambda step, metrics, count: seen.append(float(metrics["eps"])),
         checkpoint=lambda *a: None,
     )
-    np.testing.assert_allclose(seen, 0.4 * np.minimum(np.arange(8) / 4, 1), rtol=1e-6)
+    np.testing.assert_allclose(seen, 0.6 * np.minimum(np.arange(8) / 4, 1), rtol=1e-6)
     assert made[0]._cache_size() == 1
+
+
+def test_scaled_budgets():
+    """Those of training alone, and no more than the images' range is wide."""
+    config = configure(eps1=0.2, eps2=0.1, lam=2.0, eps_scale=1.5)
+    eps, settings = training.settings_at(config, jnp.int32(0), 8)
+    assert (eps, settings["eps2"], settings["lam"]) == (pytest.approx(0.3), pytest.approx(0.15), 2.0)
+    assert config.eps1 == 0.2, "that of validation"
+    assert config.digest() != config.replace(eps_scale=1.0).digest() == configure(eps1=0.2, eps2=0.1, lam=2.0).digest()
+    with pytest.raises(ConfigError, match=r"--eps1=0.7 times --eps_scale=1.5: must be in \[0, 1.0\]"):
+        configure(eps1=0.7, eps_scale=1.5)
 
 
 def test_a_step_size_that_the_loss_chooses_stays_unset():
