@@ -68,7 +68,7 @@ def e2sad(
       bounds: range of valid images, or None.
       key: random key; needed by `random_start` and by the objectives "noise" and "random" alone.
       start: perturbations `[N, ...]` that the first step starts from, in the images' own units; `parts` then has `delta`,
-        that of the second point with `ball_second`, else that of the first, to be the images' next start (docs/e2sad.md).
+        that of the second point with `ball_second`, else that of the first, to be the images' next start (docs/defenses.md).
       weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
         as zeros are. None: all alike.
 

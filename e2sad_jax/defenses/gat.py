@@ -48,7 +48,7 @@ def gat(
       norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None.
       start: perturbations `[N, ...]` that the attack starts from, in the images' own units; `parts` then has
-        `delta`, where it ended, to be the images' next start (docs/e2sad.md). None: signs.
+        `delta`, where it ended, to be the images' next start (docs/defenses.md). None: signs.
       weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
         as zeros are. None: all alike.
 

@@ -36,7 +36,7 @@ def hamm(
       eps: budget of the attack in the l-infinity norm, at least 0, in the images' own units.
       bounds: range of valid images, or None.
       start: perturbations `[N, ...]` that the attack starts from, in the images' own units; `parts` then has
-        `delta`, where it ended, to be the images' next start (docs/e2sad.md). None: the images.
+        `delta`, where it ended, to be the images' next start (docs/defenses.md). None: the images.
       weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
         as zeros are. None: all alike.
 

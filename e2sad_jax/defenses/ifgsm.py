@@ -34,7 +34,7 @@ def ifgsm(
       step_size: step of the attack; None for the paper's eps / steps.
       bounds: range of valid images, or None.
       start: perturbations `[N, ...]` that the attack starts from, in the images' own units; `parts` then has
-        `delta`, where it ended, to be the images' next start (docs/e2sad.md). None: the images.
+        `delta`, where it ended, to be the images' next start (docs/defenses.md). None: the images.
       weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
         as zeros are. None: all alike.
 

@@ -52,7 +52,7 @@ def nuat(
       norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None.
       start: perturbations `[N, ...]` that the attack starts from, in the images' own units; `parts` then has
-        `delta`, where it ended, to be the images' next start (docs/e2sad.md). None: signs.
+        `delta`, where it ended, to be the images' next start (docs/defenses.md). None: signs.
       weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
         as zeros are. None: all alike. m is then the effective number of images, (sum w)^2 / sum w^2, and row i of the
         matrix is multiplied by sqrt(m w_i / sum w). With weights of 0 and 1 the norm is that of the images kept.

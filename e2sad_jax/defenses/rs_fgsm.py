@@ -39,7 +39,7 @@ def rs_fgsm(
       norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None.
       start: perturbations `[N, ...]` that the attack starts from, in the images' own units; `parts` then has
-        `delta`, where it ended, to be the images' next start (docs/e2sad.md). None: a random point.
+        `delta`, where it ended, to be the images' next start (docs/defenses.md). None: a random point.
       weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
         as zeros are. None: all alike.
 
