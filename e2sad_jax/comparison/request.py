@@ -159,9 +159,11 @@ class Request:
         return ("natural", REFERENCE, *PARTS) if self.parts else tuple(entries())
 
     def question(self) -> dict[str, Any]:
-        """What rows must have in common to share a table: all but the entries and where things lie."""
+        """What rows must have in common to share a table: all but the entries, their seeds and where things lie."""
         values = dataclasses.asdict(self)
-        return {k: v for k, v in values.items() if k not in ("entry", "data_dir", "workdir", "results", "show")}
+        return {
+            k: v for k, v in values.items() if k not in ("entry", "seeds", "data_dir", "workdir", "results", "show")
+        }
 
     @property
     def checkpoints(self) -> tuple[str, ...]:

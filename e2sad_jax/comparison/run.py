@@ -60,7 +60,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
                 say(f"{name}, seed {config.seed}: {error}")
         if not runs:
             continue
-        rows.append(row_of(name, configs[0], runs))
+        rows.append({**row_of(name, configs[0], runs), "seeds": request.seeds})
         if len(rows) == 1:
             earlier = _same_question(earlier, rows[0], say)
         result = priced(
@@ -144,7 +144,7 @@ def _earlier(path: pathlib.Path, request: Request, shape: Sequence[int], num_cla
         if {key: before["request"].get(key) for key in request.question()} != request.question():
             return []
         origin = {"command": before["command"], "environment": before["environment"]}
-        rows = [{"origin": origin, **row} for row in before["rows"]]
+        rows = [{"origin": origin, "seeds": before["request"]["seeds"], **row} for row in before["rows"]]
         asked = request.entries()
         card({**before, "rows": rows})  # has all that is shown
         markdown({**before, "rows": rows})

@@ -23,7 +23,7 @@ def protocol(result: Result) -> list[str]:
     """
     r = result["request"]
     return [
-        f"Trained on {r['data']}: network `{r['model']}`, {_length(r)}, {_seeds(r['seeds'])}, {_labels(r)}, learning rate "
+        f"Trained on {r['data']}: network `{r['model']}`, {_length(r)}, {_seeds(result)}, {_labels(r)}, learning rate "
         f"{r['learning_rate']:g} ({r['schedule']}), eps rising over {_share(r['eps_warmup'])}"
         f"{', unless a part says otherwise' if r['parts'] else ''}.",
         f"Robust accuracy: the share of {_images(result)} classified correctly under all of {_attacks(result)}; one restart "
@@ -52,8 +52,18 @@ def _length(r: Mapping[str, Any]) -> str:
     return f"{r['steps']:,} steps of {r['batch_size']}"
 
 
-def _seeds(count: int) -> str:
-    return "1 seed" if count == 1 else f"{count} seeds"
+def _seeds(result: Result) -> str:
+    low, high = _least_and_most_seeds(result)
+    return "1 seed" if high == 1 else f"{high} seeds" if low == high else f"{low} to {high} seeds"
+
+
+def _least_and_most_seeds(result: Result) -> tuple[int, int]:
+    counts = [_seeds_of(result, row) for row in result["rows"]]
+    return min(counts), max(counts)
+
+
+def _seeds_of(result: Result, row: Mapping[str, Any]) -> int:
+    return int(row.get("seeds", result["request"]["seeds"]))
 
 
 def _labels(r: Mapping[str, Any]) -> str:
@@ -72,16 +82,16 @@ def table(result: Result) -> Table:
     Args:
       result: what compare.json holds.
     """
-    several = result["request"]["seeds"] > 1
+    several = _least_and_most_seeds(result)[1] > 1
     robust = "robust (lowest .. highest)" if several else "robust"
     rows, attacked = [], _attacked(result)
     for row in result["rows"]:
-        lost = result["request"]["seeds"] - len(row["runs"])
+        lost = _seeds_of(result, row) - len(row["runs"])
         cells = [row["name"] + (f" ({lost} of the seeds diverged)" if lost else "")]
         for which in attacked:
             own = row[which]
             cells += [f"{own['clean']:.3f}", f"{own['robust']:.3f}"]
-            if several:
+            if _seeds_of(result, row) > 1:
                 cells[-1] += f" ({own['lowest']:.3f} .. {own['highest']:.3f})"
             if which != "average":
                 cells.append(", ".join(f"{step:,}" for step in sorted(set(own["steps"]))))
@@ -178,7 +188,7 @@ def card(result: Result) -> str:
         "",
         "## Limits",
         "",
-        *limits(r["seeds"], result["images"]),
+        *limits(_least_and_most_seeds(result)[1], result["images"]),
     ]
     return "\n".join(lines) + "\n"
 
@@ -202,7 +212,7 @@ def _is_ours(row: Mapping[str, Any]) -> bool:
 def _caption(result: Result) -> str:
     r = result["request"]
     line = "\n" if r["equal_flops"] else " "
-    return f"{r['data'].upper()}, eps {result['eps']:.3g}, {_length(r)},{line}{_seeds(r['seeds'])}, {_images(result)}"
+    return f"{r['data'].upper()}, eps {result['eps']:.3g}, {_length(r)},{line}{_seeds(result)}, {_images(result)}"
 
 
 def _by_price(result: Result) -> Any:

@@ -277,6 +277,23 @@ def test_rows_not_asked_for_again_stay_with_their_origin(tiny_data, tmp_path, ma
     assert len(run(moved, quiet)["rows"]) == 2, "wherever it lies"
 
 
+def test_rows_may_have_numbers_of_seeds_of_their_own(tiny_data, tmp_path, made_up):
+    """Three for the leading ones, one for the others, in one table."""
+    one = Request(entry=("natural", "RS-FGSM"), data="tiny.npz", workdir=str(tmp_path), **LITTLE)
+    run(one, quiet)
+    result = run(dataclasses.replace(one, entry=("RS-FGSM",), seeds=3), quiet)
+    assert [(row["name"], row["seeds"], len(row["runs"])) for row in result["rows"]] == [
+        ("natural", 1, 1),
+        ("RS-FGSM", 3, 3),
+    ]
+    page = show.markdown(result)
+    assert "1 to 3 seeds, " in page
+    (natural,) = (line for line in page.splitlines() if line.startswith("| natural"))
+    (rs_fgsm,) = (line for line in page.splitlines() if line.startswith("| RS-FGSM"))
+    assert (natural.count(" .. "), rs_fgsm.count(" .. ")) == (0, 2)
+    assert "At most 3 seeds." in show.card(result)
+
+
 def test_rows_of_another_question_are_left_out(tiny_data, tmp_path, made_up, monkeypatch, capsys):
     request = Request(entry=("RS-FGSM",), data="tiny.npz", workdir=str(tmp_path), **LITTLE)
     natural = dataclasses.replace(request, entry=("natural",))
