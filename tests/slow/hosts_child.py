@@ -23,7 +23,7 @@ from e2sad_jax.training.config import Config
 
 SUITES["clean"] = (Attack("clean", "clean"),)
 SETTINGS: dict[str, Any] = {
-    **{"model": "digits_cnn", "batch_size": 16, "defense": "natural", "eps1": 0.05, "eval_batch_size": 50},
+    **{"model": "digits_cnn", "batch_size": 16, "defense": "atta", "eps1": 0.05, "eval_batch_size": 50},
     **{"log_every": 1, "checkpoint_every": 300},
 }
 
