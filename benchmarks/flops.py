@@ -14,7 +14,12 @@ from e2sad_jax import training
 from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.reporting import provenance
 
-STEPS: Mapping[str, Sequence[int]] = {"ifgsm": (2, 3, 30), "pgd": (2,)}  # of the attack; 10 of others that iterate
+STEPS: Mapping[str, Sequence[int]] = {
+    "ifgsm": (2, 3, 30),
+    "pgd": (2,),
+    "atta": (1, 2),
+    "trades": (1, 10),
+}  # of the attack
 
 
 def rows() -> list[tuple[str, Mapping[str, Any]]]:
@@ -22,8 +27,9 @@ def rows() -> list[tuple[str, Mapping[str, Any]]]:
     found: list[tuple[str, Mapping[str, Any]]] = []
     for name, defense in DEFENSES.items():
         iterated = "attack_steps" in defense.defaults()
-        found += [(name, {"attack_steps": k}) for k in STEPS.get(name, (10,))] if iterated else [(name, {})]
+        found += [(name, {"attack_steps": k}) for k in STEPS[name]] if iterated else [(name, {})]
         found += [(name, {"preset": "robust"})] if name == "e2sad" else []
+        found += [(name, {"training_loss": "qub"})] if name == "n_fgsm" else []
     return found
 
 

@@ -30,7 +30,7 @@ from e2sad_jax.errors import (
 )
 from e2sad_jax.runs import _malloc
 from e2sad_jax.runs.recipes import RECIPES, Recipe
-from e2sad_jax.training.config import COMMON, PRESETS, SCHEDULE, Config, configure, preset, setting_of
+from e2sad_jax.training.config import COMMON, PRESETS, RECIPE, Config, configure, preset, setting_of
 
 FLAGS = flags.FLAGS
 DEFINE: Mapping[type, Callable[..., Any]] = {
@@ -190,7 +190,7 @@ def launch(run: Callable[[], None], saved: str, *, resumes: bool = True) -> None
 def define_flags(recipe: Recipe) -> None:
     """Defines a flag for each setting, with its range in the help text, as the main module's own: `--help` lists those."""
     import_defenses()
-    robust = preset("robust", recipe.settings.get("eps1", Config.eps1))
+    robust = {**preset("robust", recipe.settings.get("eps1", Config.eps1)), **recipe.robust}
     for field in COMMON:
         other = {f"for {d}": s[field.name] for d, s in recipe.by_defense.items() if field.name in s}
         other |= {"with --preset=robust": robust[field.name]} if field.name in robust else {}
@@ -290,9 +290,9 @@ def _read_config(recipe: Recipe, defense: str) -> Config:
     given = {s.name: FLAGS[s.name].value for s in _own_settings() if FLAGS[s.name].present}
     if defense != FLAGS.defense:  # a baseline takes what it reads
         given = {name: value for name, value in given.items() if name in own}
-    named = preset(FLAGS.preset, values["eps1"])
+    named = {**preset(FLAGS.preset, values["eps1"]), **(recipe.robust if FLAGS.preset == "robust" else {})}
     if defense != "e2sad":  # the points are e2SAD's, schedule and labels everybody's
-        named = {name: value for name, value in named.items() if name in (*SCHEDULE, "soft_label")}
+        named = {name: value for name, value in named.items() if name in RECIPE}
     for name, value in {**recipe.by_defense.get(defense, {}), **named}.items():
         if name in values and not FLAGS[name].present:
             values[name] = value

@@ -9,7 +9,7 @@ from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.evaluation import Attack, Effort
 from e2sad_jax.networks import NETWORKS
-from e2sad_jax.training.config import DATA_DIR, SCHEDULE, SCHEDULES, Config, check, configure, preset, setting
+from e2sad_jax.training.config import DATA_DIR, RECIPE, SCHEDULE, SCHEDULES, Config, check, configure, preset, setting
 
 # By name in tables and pictures. eps2 and attack_step_size are in multiples of eps.
 ENTRIES: Mapping[str, Mapping[str, Any]] = {
@@ -23,6 +23,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "e2SAD, paper's points": {"defense": "e2sad"},
     "e2SAD, lambda 1": {"defense": "e2sad", "lam": 1.0},
     "e2SAD, robust": {"defense": "e2sad", "preset": "robust"},
+    "e2SAD, no memory": {"defense": "e2sad", "preset": "robust", "memory": "none", "random_start": True},
     "PGD-2": {"defense": "pgd", "attack_steps": 2},
     "PGD-2, shorter steps": {"defense": "pgd", "attack_steps": 2, "attack_step_size": 0.8},
     "PGD-3": {"defense": "pgd", "attack_steps": 3},
@@ -46,15 +47,21 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
 }
 # The robust preset with one thing changed: what each part of it does.
 _PARTS: Mapping[str, Mapping[str, Any]] = {
+    "no memory": {"memory": "none", "random_start": True},
+    "memory in bfloat16": {"memory": "bf16"},
     "no second point": {"lam": 0.0},
     "second point at random": {"second_step": "random"},
-    "second point up the loss": {"second_step": "loss"},
+    "second point up the entropy": {"second_step": "total"},
+    "gradient through both predictions": {"hold_reference": False},
+    "first step of eps": {"first_step_size": 1.0},
     "second step a third": {"eps2": 1 / 3},  # the paper's ratio
     "second step of eps": {"eps2": 1.0},
     "second point outside the ball": {"ball_second": False},
-    "no random start": {"random_start": False},
     "clean images too": {"alpha": 0.6},
+    "lambda 0.3": {"lam": 0.3},
     "lambda 3": {"lam": 3.0},
+    "hard labels": {"soft_label": False},
+    "budget as tested": {"eps_scale": 1.0},
     "full eps from the start": {"eps_warmup": 0.0},
     "constant learning rate": {"schedule": "constant", "learning_rate": 1e-3},  # the paper's
 }
@@ -108,9 +115,9 @@ class Request:
     )
     schedule: str = setting(SCHEDULE["schedule"], "learning rate over all steps", choices=SCHEDULES)
     learning_rate: float = setting(SCHEDULE["learning_rate"], "peak learning rate of Adam", above=0)
-    eps_scale: float = setting(1.0, "budget of training in multiples of eps", above=0)
+    eps_scale: float = setting(RECIPE["eps_scale"], "budget of training in multiples of eps", above=0)
     delta: float = setting(
-        0.0, "mass that the labels of training give to the wrong classes, 0: hard labels", lower=0, upper=0.999
+        Config.delta, "mass that the labels of training give to the wrong classes, 0: hard labels", lower=0, upper=0.999
     )
     ema: float = setting(
         0.0, "decay of averaged weights, evaluated beside the raw ones; 0: none", lower=0, upper=0.999999
@@ -181,7 +188,7 @@ class Request:
         """
         entry = dict(known()[name])
         points = preset(entry.pop("preset", "paper"), self.eps)
-        for budget in {"eps2", "attack_step_size"} & entry.keys():
+        for budget in {"eps2", "attack_step_size", "first_step_size"} & entry.keys():
             entry[budget] *= self.eps
         if entry["defense"] == "e2sad":
             points = {"eps2": self.eps / 3, **points}  # the paper's ratio

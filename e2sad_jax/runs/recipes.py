@@ -13,12 +13,14 @@ class Recipe:
       about: what the command does, in a line.
       settings: those that differ from the defaults of `training.Config` and of the defenses.
       by_defense: those that one defense takes instead, by its name.
+      robust: those that `--preset=robust` has here instead.
       baseline: second defense to train, empty for none.
     """
 
     about: str
     settings: Mapping[str, Any]
     by_defense: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    robust: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     baseline: str = ""
 
 
@@ -54,10 +56,11 @@ RECIPES: Mapping[str, Recipe] = {
             "model": "digits_cnn",
             "steps": 800,
             "batch_size": 32,
-            "eps1": 0.3,
+            "eps1": 0.2,
             "checkpoint_every": 200,
             "log_every": 20,
         },
+        robust={"eps_scale": 1.5},
         baseline="natural",
     ),
 }

@@ -1,6 +1,6 @@
 """Training: settings, state, the jitted step of every defense, and the loop around it."""
 
-from e2sad_jax.training.config import PRESETS, SCHEDULE, SCHEDULES, Config, configure, preset
+from e2sad_jax.training.config import PRESETS, RECIPE, SCHEDULE, SCHEDULES, Config, configure, preset
 from e2sad_jax.training.flops import function_counts, step_counts, step_flops
 from e2sad_jax.training.loop import STEPS_PER_DISPATCH, fit, steps_at_once
 from e2sad_jax.training.memory import nbytes
@@ -19,6 +19,7 @@ from e2sad_jax.training.step import TrainStep, epoch_order, make_train_step, set
 
 __all__ = [
     "PRESETS",
+    "RECIPE",
     "SCHEDULE",
     "SCHEDULES",
     "STEPS_PER_DISPATCH",

@@ -19,17 +19,19 @@ SCHEDULES = ("constant", "cyclic", "piecewise", "cosine")
 PRESETS = ("robust", "paper")
 # Under which cheap defenses hold MNIST's budget of 0.3 (docs/e2sad.md).
 SCHEDULE: Mapping[str, Any] = {"eps_warmup": 0.5, "schedule": "cyclic", "learning_rate": 5e-3}
+RECIPE: Mapping[str, Any] = {**SCHEDULE, "eps_scale": 1.1, "soft_label": True}
 DATA_DIR = "folder of data sets, empty: $E2SAD_DATA_DIR, or e2sad_jax in $XDG_CACHE_HOME or ~/.cache"
 
 
 def preset(name: str, eps1: float) -> dict[str, Any]:
     """The settings of the preset "paper" or "robust" that differ from the defaults (docs/e2sad.md).
 
-    "robust" has e2SAD's points and weights, and for every defense hard labels and the schedules of budget and learning rate.
+    "robust" has e2SAD's points, weights and memory, and for every defense `RECIPE`: soft labels, a budget of training that
+    is larger than the one to defend against, and the schedules of budget and learning rate.
 
     Args:
       name: one of `PRESETS`.
-      eps1: the budget to defend against; the second step of "robust" is two thirds of it.
+      eps1: the budget to defend against; each step of "robust" is half of it.
 
     Returns:
       Those that differ from the defaults, by name; none for "paper".
@@ -44,12 +46,14 @@ def preset(name: str, eps1: float) -> dict[str, Any]:
     points = {
         "alpha": 0.0,
         "lam": 1.0,
-        "eps2": eps1 * 2 / 3,
-        "random_start": True,
+        "eps2": eps1 / 2,
+        "first_step_size": eps1 / 2,
+        "second_step": "loss",
+        "hold_reference": True,
         "ball_second": True,
-        "soft_label": False,
+        "memory": "int8",
     }
-    return {**points, **SCHEDULE}
+    return {**points, **RECIPE}
 
 
 def setting(

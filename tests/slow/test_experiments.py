@@ -152,7 +152,7 @@ def test_help_explains_every_setting_with_its_range_and_default(ended):
         "(default: '0.3')",
         "--second_step: what the second step differentiates; one of total, noise, loss, literal, random; read by e2sad",
         "--epochs: passes over the training set instead of --steps, 0: use --steps; in [0, 1000000.0] (default: '20.0')",
-        "1 - delta for the true class (default for e2sad: True; default with --preset=robust: False)",
+        "1 - delta for the true class (default for e2sad: True; default with --preset=robust: True)",
     ]:
         assert words in text
     assert abs(float(re.search(r"--eps1: .*?\(default: '([\d.]+)'\)", text).group(1)) - 24 / 255) < 1e-12

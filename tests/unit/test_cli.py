@@ -122,17 +122,17 @@ def test_a_recipe_gives_way_to_flags_and_its_baseline_reads_what_it_can(parsed):
 
 def test_a_preset_gives_way_to_flags_and_its_schedule_is_the_baselines_too(parsed):
     beside, chosen = parsed("mnist", "--lam=3", "--eps1=0.2", "--baseline=fgsm")
-    settings = ("lam", "eps2", "alpha", "random_start", "ball_second")
-    assert [chosen.settings[name] for name in settings] == [3.0, 0.2 * 2 / 3, 0.0, True, True]
-    assert (chosen.soft_label, chosen.schedule, chosen.eps_warmup) == (False, "cyclic", 0.5)
-    assert beside.settings["alpha"] == 0.6
-    assert (beside.soft_label, beside.schedule, beside.eps_warmup) == (False, "cyclic", 0.5)
+    settings = ("lam", "eps2", "first_step_size", "alpha", "memory", "ball_second")
+    assert [chosen.settings[name] for name in settings] == [3.0, 0.1, 0.1, 0.0, "int8", True]
+    assert (chosen.eps_scale, chosen.schedule, chosen.eps_warmup) == (1.1, "cyclic", 0.5)
+    assert (beside.settings["alpha"], beside.settings["memory"]) == (0.6, "none")
+    assert (beside.eps_scale, beside.schedule, beside.eps_warmup) == (1.1, "cyclic", 0.5)
 
 
 def test_robust_is_the_preset_of_every_defense_and_paper_is_one_flag_away(parsed):
     for defense in ("natural", "fgsm", "e2sad"):
         (config,) = parsed("mnist", f"--defense={defense}")
-        assert (config.schedule, config.learning_rate, config.soft_label) == ("cyclic", 5e-3, False)
+        assert (config.schedule, config.learning_rate, config.soft_label) == ("cyclic", 5e-3, True)
         (paper,) = parsed("mnist", f"--defense={defense}", "--preset=paper")
         assert paper.replace(workdir="") == configure(defense=defense), "the defaults are the paper's"
 

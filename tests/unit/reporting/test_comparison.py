@@ -351,7 +351,10 @@ def test_the_table_and_card_of_one_seed_and_of_several(tiny_data, tmp_path, made
     assert page.startswith("# Robust accuracy against the price of training\n\n| defense | clean | robust | steps |")
     assert ".." not in page.split("\n- ")[0], "no range of one seed"
     assert "| PGD-3 | 0.900 | 0.075 | 3 | 0.900 | 0.125 | 2 | 9 | 3.00 |" in page
-    assert "network `digits_cnn`, 3 steps of 16, 1 seed, hard labels, learning rate 0.005 (cyclic)" in page
+    assert (
+        "network `digits_cnn`, 3 steps of 16, 1 seed, soft labels (delta 0.25), budget of training 1.1 eps, learning rate 0.005 (cyclic)"
+        in page
+    )
     assert "APGD-CE (2 steps), Square (5 queries); one restart each, eps 0.3" in page, "three classes: no DLR"
     assert "under PGD-10 on 10 held-out images" in page
     assert "- FLOPs: XLA's count for the CPU, JAX " in page
@@ -402,7 +405,7 @@ def test_the_picture(how, tiny_data, tmp_path, made_up, monkeypatch):
     if how == "parts":
         assert [x for x, _ in points] == robust
         names = [label.get_text() for label in axes.get_yticklabels()]
-        assert names[:3] == ["natural (1.00)", "e2SAD, robust (3.00)", "no second point (3.00)"]
+        assert names[:3] == ["natural (1.00)", "e2SAD, robust (3.00)", "no memory (3.00)"]
         return
     assert points == [(1.0, robust[0]), (3.0, robust[1]), (3.0, robust[2])]
     assert {text.get_text() for text in axes.texts} == {"natural", "PGD-3", "e2SAD, robust"}
@@ -456,13 +459,16 @@ def test_the_best_is_chosen_among_several_of_a_short_run():
 def test_all_share_the_schedule_and_a_preset_brings_its_points():
     request = Request(eps=0.2, learning_rate=0.002, schedule="cosine", eps_warmup=0.25)
     configs = {name: request.configs(name)[0] for name in entries()}
-    assert {(c.learning_rate, c.schedule, c.eps_warmup, c.eps1, c.soft_label) for c in configs.values()} == {
-        (0.002, "cosine", 0.25, 0.2, False)
+    assert {(c.learning_rate, c.schedule, c.eps_warmup, c.eps1, c.eps_scale, c.delta) for c in configs.values()} == {
+        (0.002, "cosine", 0.25, 0.2, 1.1, 0.25)
     }
+    assert all(config.soft_label for config in configs.values())
+    hard = dataclasses.replace(request, delta=0.0, eps_scale=1.0, ema=0.99).configs("PGD-3")[0]
+    assert (hard.soft_label, hard.eps_scale, hard.ema) == (False, 1.0, 0.99)
     assert {c.defense for c in configs.values()} == set(defenses.DEFENSES), "every defense here"
     robust, letter = configs["e2SAD, robust"].settings, configs["e2SAD, paper's points"].settings
-    assert [robust[k] for k in ("eps2", "alpha", "random_start", "ball_second")] == [0.2 * 2 / 3, 0.0, True, True]
-    assert [letter[k] for k in ("eps2", "alpha", "random_start", "ball_second")] == [0.2 / 3, 0.6, False, False]
+    assert [robust[k] for k in ("eps2", "alpha", "memory", "ball_second")] == [0.1, 0.0, "int8", True]
+    assert [letter[k] for k in ("eps2", "alpha", "memory", "ball_second")] == [0.2 / 3, 0.6, "none", False]
     assert configs["PGD-2, shorter steps"].settings["attack_step_size"] == pytest.approx(0.16)
     parts = {name: request.configs(name)[0] for name in PARTS}
     assert parts["e2SAD, robust, second step of eps"].settings["eps2"] == 0.2

@@ -218,7 +218,7 @@ def test_the_length_of_a_run_is_part_of_what_stretches_over_it():
 
 def test_a_preset_is_refused_by_name():
     assert preset("paper", 0.3) == {}
-    assert configure(**preset("robust", 0.3)).settings["eps2"] == pytest.approx(0.2)
+    assert configure(**preset("robust", 0.3)).settings["eps2"] == pytest.approx(0.15)
     with pytest.raises(ConfigError, match="--preset=best: must be one of robust, paper"):
         preset("best", 0.3)
 
