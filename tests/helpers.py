@@ -30,7 +30,7 @@ def readable(**values: Any) -> dict[str, Any]:
 def fit(config: Config, dataset: Dataset, state: TrainState | None = None, **kwargs: Any) -> TrainState:
     """`training.fit` to the configured step, from a fresh state, with nothing recorded, unless given."""
     model = networks.create(config.model, dataset.num_classes, dataset.image_shape)
-    state = training.init_state(config, model, dataset.image_shape) if state is None else state
+    state = training.init_state(config, model, dataset.image_shape, len(dataset.x_train)) if state is None else state
     kwargs = {"steps": config.steps, "record": lambda *a: None, "checkpoint": lambda *a: None, **kwargs}
     return training.fit(config, model, dataset, state, **kwargs)
 

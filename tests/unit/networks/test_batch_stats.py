@@ -139,7 +139,7 @@ def test_a_step_updates_parameters_by_adam_and_averages_by_the_batch(small, tiny
     """Natural training: 0.9 of the old averages and 0.1 of the images'; Adam knows of parameters alone."""
     config = tiny_config(model="preact_resnet18", defense="natural", batch_size=50, steps=1)
     model = networks.create(config.model, 3, tiny.image_shape)
-    state = training.init_state(config, model, tiny.image_shape)
+    state = training.init_state(config, model, tiny.image_shape, len(tiny.x_train))
     assert jax.tree.structure(state.opt_state[0].mu) == jax.tree.structure({"params": state.params["params"]})
     before = jax.device_get(state.params["params"])
     state = fit(config, tiny, state)
@@ -175,7 +175,9 @@ def test_a_population_equals_separate_runs(small, tiny):
     members = [tiny_config(model="preact_resnet18", seed=seed, steps=4, eps1=0.1) for seed in (0, 1)]
     model = networks.create("preact_resnet18", 3, tiny.image_shape)
     singles = [fit(config, tiny) for config in members]
-    state = training.stack([training.init_state(config, model, tiny.image_shape) for config in members])
+    state = training.stack(
+        [training.init_state(config, model, tiny.image_shape, len(tiny.x_train)) for config in members]
+    )
     state = training.fit(
         members, model, tiny, state, steps=4, record=lambda *a: None, checkpoint=lambda *a: None, steps_per_dispatch=2
     )
@@ -189,6 +191,6 @@ def test_eight_devices_normalise_by_the_whole_batch(small, tiny):
         config = tiny_config(model="preact_resnet18", defense="natural", steps=4)
         mesh = distributed.mesh(devices, config.batch_size)
         model = networks.create(config.model, 3, tiny.image_shape)
-        state = distributed.replicate(mesh, training.init_state(config, model, tiny.image_shape))
+        state = distributed.replicate(mesh, training.init_state(config, model, tiny.image_shape, len(tiny.x_train)))
         states.append(fit(config, tiny, state, mesh=mesh))
     chex.assert_trees_all_close(jax.device_get(states[0].params), jax.device_get(states[1].params), atol=1e-5)

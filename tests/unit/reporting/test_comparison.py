@@ -352,8 +352,8 @@ def test_the_table_and_card_of_one_seed_and_of_several(tiny_data, tmp_path, made
     assert ".." not in page.split("\n- ")[0], "no range of one seed"
     assert "| PGD-3 | 0.900 | 0.075 | 3 | 0.900 | 0.125 | 2 | 9 | 3.00 |" in page
     assert (
-        "network `digits_cnn`, 3 steps of 16, 1 seed, soft labels (delta 0.25), budget of training 1.1 eps, learning rate 0.005 (cyclic)"
-        in page
+        "network `digits_cnn`, 3 steps of 16, 1 seed, soft labels (delta 0.25), budget of training 1.1 eps, "
+        "learning rate 0.005 (cyclic)" in page
     )
     assert "APGD-CE (2 steps), Square (5 queries); one restart each, eps 0.3" in page, "three classes: no DLR"
     assert "under PGD-10 on 10 held-out images" in page

@@ -52,7 +52,7 @@ def test_a_member_of_a_population_is_the_run_alone_under_another_generator(tiny)
     model = networks.create(config.model, tiny.num_classes, tiny.image_shape)
 
     def fit(configs):
-        states = [training.init_state(config, model, tiny.image_shape) for config in configs]
+        states = [training.init_state(config, model, tiny.image_shape, len(tiny.x_train)) for config in configs]
         state = states[0] if len(states) == 1 else training.stack(states)
         nothing = {"record": lambda *a: None, "checkpoint": lambda *a: None}
         return training.fit(configs[0] if len(states) == 1 else configs, model, tiny, state, steps=3, **nothing)

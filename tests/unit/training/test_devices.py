@@ -29,10 +29,10 @@ def trained(config: Config, dataset, devices: int, dtype=jnp.float64, **kwargs):
     """Losses and state after `config.steps`, on so many devices."""
     mesh = distributed.mesh(devices, config.batch_size)
     model = networks.create(config.model, dataset.num_classes, dataset.image_shape)
-    state = training.init_state(config, model, dataset.image_shape)
+    state = training.init_state(config, model, dataset.image_shape, len(dataset.x_train))
     params = jax.tree.map(lambda a: a.astype(dtype), state.params)
     state = state.replace(params=params, opt_state=training.optimizer(config).init(params))
-    state = distributed.replicate(mesh, state)
+    state = training.place(distributed.replicate(mesh, state), mesh)
     seen = []
     state = training.fit(
         config,
@@ -85,8 +85,9 @@ def compiled_step(config: Config, dataset, devices: int):
     model = networks.create(config.model, dataset.num_classes, dataset.image_shape)
     step = training.make_train_step(config, model, dataset.num_classes, TRANSFORMS["unit"], mesh=mesh)
     order = training.epoch_order(jax.random.key(0), jnp.uint32(0), len(dataset.x_train))
-    state = training.init_state(config, model, dataset.image_shape)
-    arguments = distributed.replicate(mesh, (state, dataset.x_train, dataset.y_train, order))
+    state = training.init_state(config, model, dataset.image_shape, len(dataset.x_train))
+    rest = distributed.replicate(mesh, (dataset.x_train, dataset.y_train, order))
+    arguments = (training.place(distributed.replicate(mesh, state), mesh), *rest)
     return step.lower(*arguments).compile(), arguments
 
 

@@ -36,7 +36,7 @@ MEMBERS = [
 
 def alone(config, dataset, **kwargs):
     model = networks.create(config.model, dataset.num_classes, dataset.image_shape)
-    state = training.init_state(config, model, dataset.image_shape)
+    state = training.init_state(config, model, dataset.image_shape, len(dataset.x_train))
     rows = []
 
     def record(step, metrics, count):
@@ -77,7 +77,7 @@ def test_several_steps_in_one_dispatch_are_those_steps_compiled_once(tiny, singl
         MEMBERS[0],
         model,
         tiny,
-        training.init_state(MEMBERS[0], model, tiny.image_shape),
+        training.init_state(MEMBERS[0], model, tiny.image_shape, len(tiny.x_train)),
         steps=8,
         record=record,
         checkpoint=lambda step, state: saved.append(step),
@@ -93,7 +93,7 @@ def test_several_steps_in_one_dispatch_are_those_steps_compiled_once(tiny, singl
 def together(members, dataset, **kwargs):
     """The states and the losses `[steps, P]` of runs that train as one population."""
     model = networks.create("digits_cnn", 3, dataset.image_shape)
-    state = training.stack([training.init_state(c, model, dataset.image_shape) for c in members])
+    state = training.stack([training.init_state(c, model, dataset.image_shape, len(dataset.x_train)) for c in members])
     rows = []
 
     def record(step, metrics, count):

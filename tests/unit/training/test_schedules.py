@@ -52,7 +52,7 @@ def test_updates_follow_the_schedule_over_all_steps_of_the_run(tiny, monkeypatch
 
     register_loss(monkeypatch, "plane", plane)
     config = tiny_config(defense="plane", epochs=4.0, schedule="cyclic", learning_rate=0.1)
-    state, seen = training.init_state(config, Sum(), tiny.image_shape), []
+    state, seen = training.init_state(config, Sum(), tiny.image_shape, len(tiny.x_train)), []
     training.fit(
         dataclasses.replace(config, checkpoint_every=1),
         Sum(),
@@ -103,7 +103,7 @@ def test_the_losses_of_a_run_have_the_budget_of_their_step(tiny, monkeypatch):
         config,
         Sum(),
         tiny,
-        training.init_state(config, Sum(), tiny.image_shape),
+        training.init_state(config, Sum(), tiny.image_shape, len(tiny.x_train)),
         steps=8,
         record=lambda step, metrics, count: seen.append(float(metrics["eps"])),
         checkpoint=lambda *a: None,
