@@ -10,7 +10,6 @@ import numpy as np
 from e2sad_jax import _arguments
 from e2sad_jax._arguments import classes, is_number, is_readable, logits, read
 from e2sad_jax.attacks._ball import NORMS
-from e2sad_jax.attacks._numerics import as_float32
 from e2sad_jax.attacks._types import Bounds
 from e2sad_jax.errors import quoted
 
@@ -174,16 +173,17 @@ def perturbation(name: str, argument: str, value: object, x: jax.Array) -> jax.A
     """Refuses perturbations that do not have the images' shape, are not floating point, or, where read, not finite.
 
     Returns:
-      `[N, ...]`, float32 or wider.
+      `[N, ...]`, in the dtype of the attack's iterates.
     """
     value = value if isinstance(value, jax.Array) else jnp.asarray(value)
     if value.shape != x.shape or not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(
             f"{name}: {argument} is {value.dtype} {value.shape}; it must be floating point of the images' shape, {x.shape}"
         )
+    value = value.astype(_arguments.wide(x.dtype))
     if is_readable(value) and not np.isfinite(read(value)).all():
         raise ValueError(f"{name}: {argument} has entries that are NaN or infinite; a perturbation must be finite")
-    return as_float32(value)
+    return value
 
 
 def image_range(name: str, bounds: Any, x: jax.Array) -> Bounds:

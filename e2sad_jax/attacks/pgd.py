@@ -69,7 +69,8 @@ def pgd(
     )
     random_start &= start is None
     if restarts > 1 and not random_start:
-        raise ValueError(f"pgd: restarts={restarts} without random_start would all be equal; use restarts=1")
+        where = "from one start" if start is not None else "without random_start"
+        raise ValueError(f"pgd: restarts={restarts} {where} would all be equal; use restarts=1")
     if start is not None:
         start = _checks.perturbation("pgd", "start", start, x)
     if not len(x):  # nothing that a model could be asked

@@ -23,6 +23,7 @@ __all__ = [
     "bernoulli_signs",
     "check_training_loss",
     "check_weight",
+    "checked_start",
     "clean_term",
     "ended",
     "is_zero",
@@ -90,6 +91,11 @@ def batch_mean(
     share = w / jnp.where(total > 0, total, 1)
     mean = BatchMean(jnp.square(total) / jnp.where(squares > 0, squares, 1), share)
     return mean, jnp.where(w[:, None] > 0, y, jnp.zeros_like(y))
+
+
+def checked_start(name: str, start: object | None, x: jax.Array) -> jax.Array | None:
+    """The perturbations that an attack is to start from, checked (`checks.perturbation`); None where none are given."""
+    return None if start is None else checks.perturbation(name, "start", start, x)
 
 
 def ended(parts: Parts, x_adv: jax.Array, x: jax.Array, start: jax.Array | None) -> Parts:

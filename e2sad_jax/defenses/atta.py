@@ -7,7 +7,7 @@ import jax
 from e2sad_jax import attacks
 from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, ATTACK_STEPS, MEMORY, NORM, Defense, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, ended
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, checked_start, ended
 from e2sad_jax.losses import cross_entropy
 
 
@@ -67,6 +67,7 @@ def atta(
         "atta", x, eps=eps, norm=norm, bounds=bounds, steps=steps, step_size=step_size
     )
     mean, y = batch_mean("atta", x, y, weights)
+    start = checked_start("atta", start, x)
     if step_size is None and not (core.is_number(eps) and eps == 0):  # where there is nowhere to go
         step_size = min(0.5, 2.5 / steps) * eps
 

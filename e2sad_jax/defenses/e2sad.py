@@ -12,6 +12,7 @@ from e2sad_jax.defenses._types import (
     Parts,
     batch_mean,
     check_weight,
+    checked_start,
     clean_term,
     ended,
     is_zero,
@@ -82,6 +83,7 @@ def e2sad(
     check_weight("e2sad", "alpha", alpha, 1)
     check_weight("e2sad", "lam", lam)
     mean, y = batch_mean("e2sad", x, y, weights)
+    start = checked_start("e2sad", start, x)
 
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
         return mean.terms(cross_entropy(logits_fn(z), y))

@@ -5,7 +5,18 @@ import jax
 from e2sad_jax import attacks
 from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import ALPHA, MEMORY, Defense, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, clean_term, ended, weighted
+from e2sad_jax.defenses._types import (
+    Bounds,
+    LogitsFn,
+    Parts,
+    batch_mean,
+    check_weight,
+    checked_start,
+    clean_term,
+    ended,
+    is_zero,
+    weighted,
+)
 from e2sad_jax.losses import cross_entropy
 
 
@@ -43,6 +54,7 @@ def fgsm(
     x, eps, _, bounds = core.checks.threat_model("fgsm", x, eps=eps, bounds=bounds)
     check_weight("fgsm", "alpha", alpha, 1)
     mean, y = batch_mean("fgsm", x, y, weights)
+    start = checked_start("fgsm", start, x)
 
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
         return mean.terms(cross_entropy(logits_fn(z), y))
@@ -50,7 +62,8 @@ def fgsm(
     if start is None:  # at the images, where the clean term's backward pass is the attack's
         x_adv = attacks.fgsm(weighted(alpha, J), x, eps=eps, bounds=bounds)
     else:
-        x_adv = attacks.pgd(None, J, x, eps=eps, steps=1, step_size=eps, start=start, bounds=bounds)
+        size = None if is_zero(eps) else eps
+        x_adv = attacks.pgd(None, J, x, eps=eps, steps=1, step_size=size, start=start, bounds=bounds)
     clean, adversarial = clean_term(alpha, J, x), J(x_adv).sum()
     return alpha * clean + (1 - alpha) * adversarial, ended(
         {"clean": clean, "adversarial": adversarial}, x_adv, x, start

@@ -5,7 +5,16 @@ import jax.numpy as jnp
 
 from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, MEMORY, NORM, SIGNS, Defense, Setting, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, bernoulli_signs, check_weight, ended
+from e2sad_jax.defenses._types import (
+    Bounds,
+    LogitsFn,
+    Parts,
+    batch_mean,
+    bernoulli_signs,
+    check_weight,
+    checked_start,
+    ended,
+)
 from e2sad_jax.losses import cross_entropy
 
 
@@ -66,6 +75,7 @@ def gat(
     check_weight("gat", "weight", weight)
     check_weight("gat", "signs", signs, 1)
     mean, y = batch_mean("gat", x, y, weights)
+    start = checked_start("gat", start, x)
     step_size = eps if step_size is None else step_size
 
     def logits(z: jax.Array) -> jax.Array:
@@ -88,7 +98,7 @@ def gat(
         keys = core.per_image_keys("gat", key, x.shape[0])
         offset = signs * eps * limits.steepest(bernoulli_signs(keys, wide))
     else:
-        offset = core.checks.perturbation("gat", "start", start, x)
+        offset = start
     x_adv = jax.lax.stop_gradient(core.ascend(guided, limits.project(wide + offset), limits, x.dtype, step_size, 1))
 
     clean = mean(cross_entropy(clean_logits, y))

@@ -6,7 +6,18 @@ import optax
 from e2sad_jax import attacks
 from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import ALPHA, MEMORY, Defense, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, clean_term, ended, weighted
+from e2sad_jax.defenses._types import (
+    Bounds,
+    LogitsFn,
+    Parts,
+    batch_mean,
+    check_weight,
+    checked_start,
+    clean_term,
+    ended,
+    is_zero,
+    weighted,
+)
 from e2sad_jax.losses import cross_entropy
 
 
@@ -51,6 +62,7 @@ def hamm(
     x, eps, _, bounds = core.checks.threat_model("hamm", x, eps=eps, bounds=bounds)
     check_weight("hamm", "alpha", alpha, 1)
     mean, y = batch_mean("hamm", x, y, weights)
+    start = checked_start("hamm", start, x)
 
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
         return mean.terms(cross_entropy(logits_fn(z), y))
@@ -58,10 +70,11 @@ def hamm(
     if start is None:  # at the images, where the clean term's backward pass is the attack's
         x_adv = attacks.fgsm(weighted(alpha, J), x, eps=eps, bounds=bounds)
     else:
-        x_adv = attacks.pgd(None, J, x, eps=eps, steps=1, step_size=eps, start=start, bounds=bounds)
+        size = None if is_zero(eps) else eps
+        x_adv = attacks.pgd(None, J, x, eps=eps, steps=1, step_size=size, start=start, bounds=bounds)
     clean = clean_term(alpha, J, x)
     adversarial, gradient = jax.value_and_grad(lambda z: J(z).sum())(x_adv)
-    penalty = mean.size / 2 * optax.safe_norm((eps * gradient).ravel(), 0.0)
+    penalty = mean.size / 2 * optax.safe_norm((eps * core.as_float32(gradient)).ravel(), 0.0)
     loss = alpha * clean + (1 - alpha) * (adversarial + penalty)
     return loss, ended({"clean": clean, "adversarial": adversarial, "penalty": penalty}, x_adv, x, start)
 

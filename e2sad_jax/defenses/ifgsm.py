@@ -5,7 +5,18 @@ import jax
 from e2sad_jax import attacks
 from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import ALPHA, ATTACK_STEP_SIZE, ATTACK_STEPS, MEMORY, Defense, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, clean_term, ended, weighted
+from e2sad_jax.defenses._types import (
+    Bounds,
+    LogitsFn,
+    Parts,
+    batch_mean,
+    check_weight,
+    checked_start,
+    clean_term,
+    ended,
+    is_zero,
+    weighted,
+)
 from e2sad_jax.losses import cross_entropy
 
 
@@ -49,6 +60,7 @@ def ifgsm(
     )
     check_weight("ifgsm", "alpha", alpha, 1)
     mean, y = batch_mean("ifgsm", x, y, weights)
+    start = checked_start("ifgsm", start, x)
 
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
         return mean.terms(cross_entropy(logits_fn(z), y))
@@ -56,7 +68,7 @@ def ifgsm(
     if start is None:  # at the images, where the clean term's backward pass is the attack's first
         x_adv = attacks.ifgsm(weighted(alpha, J), x, eps=eps, steps=steps, step_size=step_size, bounds=bounds)
     else:
-        size = eps / steps if step_size is None else step_size
+        size = eps / steps if step_size is None and not is_zero(eps) else step_size
         x_adv = attacks.pgd(None, J, x, eps=eps, steps=steps, step_size=size, start=start, bounds=bounds)
     clean, adversarial = clean_term(alpha, J, x), J(x_adv).sum()
     return alpha * clean + (1 - alpha) * adversarial, ended(

@@ -11,6 +11,7 @@ from e2sad_jax.defenses._types import (
     adversarial_loss,
     batch_mean,
     check_training_loss,
+    checked_start,
     ended,
 )
 from e2sad_jax.losses import cross_entropy
@@ -71,6 +72,7 @@ def n_fgsm(
     core.checks.number("n_fgsm", "noise", noise)
     check_training_loss("n_fgsm", training_loss)
     mean, y = batch_mean("n_fgsm", x, y, weights)
+    start = checked_start("n_fgsm", start, x)
     step_size = eps if step_size is None else step_size
 
     def J(z: jax.Array) -> jax.Array:
@@ -82,10 +84,7 @@ def n_fgsm(
         offset = noise * eps * limits.sample(keys, core.as_float32(x))
     else:  # in the ball: with no projection after it, it would grow with each turn
         wide = core.as_float32(x)
-        offset = (
-            core.ball(norm, wide, eps, None).project(wide + core.checks.perturbation("n_fgsm", "start", start, x))
-            - wide
-        )
+        offset = core.ball(norm, wide, eps, None).project(wide + start) - wide
     noisy = limits.project(core.as_float32(x) + offset)
     gradient = core.input_gradient(J, noisy.astype(x.dtype))
     x_adv = core.project_and_cast(limits, noisy + step_size * limits.steepest(core.as_float32(gradient)), x.dtype)

@@ -5,7 +5,16 @@ import jax.numpy as jnp
 
 from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, MEMORY, NORM, SIGNS, Defense, Setting, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, bernoulli_signs, check_weight, ended
+from e2sad_jax.defenses._types import (
+    Bounds,
+    LogitsFn,
+    Parts,
+    batch_mean,
+    bernoulli_signs,
+    check_weight,
+    checked_start,
+    ended,
+)
 from e2sad_jax.losses import cross_entropy, difference
 
 
@@ -71,6 +80,7 @@ def nuat(
     check_weight("nuat", "weight", weight)
     check_weight("nuat", "signs", signs, 1)
     mean, y = batch_mean("nuat", x, y, weights)
+    start = checked_start("nuat", start, x)
     step_size = eps if step_size is None else step_size
     scale = 1 if mean.share is None else jnp.sqrt(mean.size * mean.share)[:, None]
 
@@ -93,7 +103,7 @@ def nuat(
         keys = core.per_image_keys("nuat", key, x.shape[0])
         offset = signs * eps * limits.steepest(bernoulli_signs(keys, wide))
     else:
-        offset = core.checks.perturbation("nuat", "start", start, x)
+        offset = start
     x_adv = jax.lax.stop_gradient(core.ascend(climbed, limits.project(wide + offset), limits, x.dtype, step_size, 1))
 
     clean = mean(cross_entropy(z_x, y))

@@ -20,6 +20,7 @@ from e2sad_jax.defenses._types import (
     adversarial_loss,
     batch_mean,
     check_training_loss,
+    checked_start,
     ended,
 )
 from e2sad_jax.losses import cross_entropy
@@ -76,6 +77,7 @@ def pgd(
     )
     check_training_loss("pgd", training_loss)
     mean, y = batch_mean("pgd", x, y, weights)
+    start = checked_start("pgd", start, x)
 
     def J(z: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(z), y)

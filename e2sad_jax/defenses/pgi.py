@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from e2sad_jax.attacks import core
 from e2sad_jax.defenses._prior import step_from
 from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, MEMORY, Defense, Setting, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, checked_start
 
 
 def pgi(
@@ -69,10 +69,11 @@ def pgi(
     check_weight("pgi", "weight", weight)
     check_weight("pgi", "decay", decay, 1)
     mean, y = batch_mean("pgi", x, y, weights)
+    start = checked_start("pgi", start, x)
     step_size = eps if step_size is None else step_size
     limits, wide = core.linf_ball(x, eps, bounds), core.as_float32(x)
     if start is not None:
-        offset = core.checks.perturbation("pgi", "start", start, x)
+        offset = start
     elif momentum is not None:
         raise ValueError("pgi: momentum without start; give both, or neither for a random start")
     else:

@@ -5,7 +5,7 @@ import jax
 from e2sad_jax import attacks
 from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, MEMORY, NORM, Defense, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, ended
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, checked_start, ended
 from e2sad_jax.losses import cross_entropy
 
 
@@ -55,6 +55,7 @@ def rs_fgsm(
         "rs_fgsm", x, eps=eps, norm=norm, bounds=bounds, step_size=step_size
     )
     mean, y = batch_mean("rs_fgsm", x, y, weights)
+    start = checked_start("rs_fgsm", start, x)
 
     def J(z: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(z), y)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from e2sad_jax.attacks import core
 from e2sad_jax.defenses._registry import ATTACK_STEP_SIZE, ATTACK_STEPS, MEMORY, NORM, Defense, Setting, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, ended
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, checked_start, ended
 from e2sad_jax.losses import cross_entropy, expectation
 
 START = 1e-3  # standard deviation of the noise that the attack starts from: at the image itself it has no gradient
@@ -61,6 +61,7 @@ def trades(
         "trades", x, eps=eps, norm=norm, bounds=bounds, steps=steps, step_size=step_size
     )
     mean, y = batch_mean("trades", x, y, weights)
+    start = checked_start("trades", start, x)
     check_weight("trades", "beta", beta)
     if step_size is None:
         step_size = 2.5 * eps / steps
@@ -83,7 +84,7 @@ def trades(
         keys = core.per_image_keys("trades", key, x.shape[0])
         offset = START * jax.vmap(lambda k: jax.random.normal(k, wide.shape[1:], wide.dtype))(keys)
     else:
-        offset = core.checks.perturbation("trades", "start", start, x)
+        offset = start
     x_adv = core.ascend(divergence, limits.project(wide + offset), limits, x.dtype, step_size, steps)
     x_adv = jax.lax.stop_gradient(x_adv)
 

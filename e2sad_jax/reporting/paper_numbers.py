@@ -127,7 +127,14 @@ def transfer(substitute: tuple[str, str], target: tuple[str, str]) -> float | No
 
 
 # What the paper does not have: at these values a run is as the paper's.
-_OURS = {"schedule": "constant", "eps_warmup": 0, "random_start": False, "ball_second": False}
+_OURS = {
+    "schedule": "constant",
+    "eps_warmup": 0,
+    "random_start": False,
+    "ball_second": False,
+    "memory": "none",
+    "norm": "linf",
+}
 
 
 def comparable(settings: Mapping[str, Any], data: str, steps: int, full_test_set: bool) -> tuple[Column | None, str]:
