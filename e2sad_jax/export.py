@@ -173,7 +173,7 @@ def _described(about: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
     model = networks.create(config.model, classes, shape, config.precision)
     like = jax.eval_shape(lambda: init_state(config, model, shape, config.batch_size)).params
     rest = {"config": config, "dataset": dataset, "step": int(values["step"]), "model": model}
-    return like, {**rest, "transform": TRANSFORMS[config.transform]}
+    return like, {**rest, "transform": TRANSFORMS[config.transform], "averaged": bool(values.get("averaged", False))}
 
 
 def _shown(entries: Mapping[str, tuple[tuple[int, ...], str]], name: str) -> str:
@@ -240,7 +240,8 @@ def _about(classifier: Classifier) -> dict[str, Any]:
     """What a trained network is, without the paths of the machine that it was trained on."""
     config = {k: v for k, v in classifier.config.to_json().items() if k not in ("workdir", "data_dir")}
     config["data"] = pathlib.PurePath(config["data"]).name
-    return {"format": FORMAT, "step": classifier.step, "config": config, "dataset": dict(classifier.dataset)}
+    about = {"format": FORMAT, "step": classifier.step, "averaged": classifier.averaged}
+    return {**about, "config": config, "dataset": dict(classifier.dataset)}
 
 
 def _card(

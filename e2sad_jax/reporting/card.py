@@ -13,7 +13,7 @@ from e2sad_jax.data.dataset import in_words
 from e2sad_jax.evaluation import nan_logits
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.table import Table
-from e2sad_jax.training.config import Config
+from e2sad_jax.training.config import FIRST, Config
 
 WORST = "all attacks combined"
 PURPOSE = (
@@ -53,7 +53,7 @@ def accuracies(measured: Mapping[str, Any]) -> list[str]:
 
 
 def apart(results: Mapping[str, Any]) -> bool:
-    """Whether the best checkpoint exists and differs from the last."""
+    """Whether the best weights exist and differ from the last ones."""
     best = results.get("best")
     return best is not None and (best["step"] != results["steps"] or best.get("averaged", False))
 
@@ -130,7 +130,8 @@ def _flags(config: Mapping[str, Any]) -> list[str]:
     """The settings of a run as flags: the defense, and what differs from its paper's setting."""
     usual = Config(defense=config["defense"])
     values = usual.to_json()
-    own = {k: config.get(k, values[k]) for k in usual.identity() if k != "defense"}
+    named = {*usual.identity(), *FIRST} - {"defense"}  # the identity has no setting that was not always there
+    own = {k: config.get(k, value) for k, value in values.items() if k in named}
     changed = {k: v for k, v in own.items() if v != values[k]}
     flags = [f"--no{k}" if v is False else f"--{k}" if v is True else f"--{k}={v}" for k, v in changed.items()]
     return [f"--defense={config['defense']}", "--preset=paper", *flags]

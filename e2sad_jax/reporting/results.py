@@ -134,7 +134,9 @@ def about_best(all_results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name, results in all_results.items():
         if best := results.get("best"):
             chosen = f"best by PGD-10 on {best['chosen_on']}"
-            if card.apart(results):
+            if best.get("averaged"):
+                sentences.append(f"{name}: the averaged weights of step {best['step']:,} are the {chosen}.")
+            elif card.apart(results):
                 sentences.append(f"{name}: the checkpoint of {card.which(best)} is the {chosen}.")
             else:
                 sentences.append(f"{name}: the last checkpoint is also the {chosen}.")
@@ -199,7 +201,7 @@ def write(
     """Writes results.json, results.md, model_card.md and outcomes.npz into a workdir.
 
     outcomes.npz holds `correct` and `prediction` per attack, `[A, N]`, and `best_correct` and `best_prediction` where the
-    best checkpoint is not the last.
+    best checkpoint is not the last, or its averaged weights are meant.
 
     Args:
       workdir: folder of the run.

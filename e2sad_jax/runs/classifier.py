@@ -34,6 +34,7 @@ class Classifier:
       model: the Flax module.
       params: its variables.
       transform: from images to the network's input; attacks work behind it, inside `transform.bounds`.
+      averaged: whether the variables are averaged weights (`--ema`).
     """
 
     config: Config
@@ -42,6 +43,7 @@ class Classifier:
     model: nn.Module
     params: Any
     transform: Transform
+    averaged: bool = False
 
     def __post_init__(self) -> None:
         probabilities = jax.jit(lambda p, x: jax.nn.softmax(networks.logits_fn(self.model, p)(self.transform.apply(x))))
@@ -114,7 +116,9 @@ def load(workdir: str | os.PathLike[str], which: str = "last") -> Classifier:
     workdir = pathlib.Path(workdir).expanduser()
     config, dataset = read_config(workdir)
     if which == "average" and not config.ema:
-        raise ConfigError(f"which=average: {workdir} was trained without averaged weights; train with --ema=0.999")
+        raise ConfigError(
+            f"--which=average: {workdir} was trained without averaged weights; choose last or best, or train with --ema=0.999"
+        )
     shape = tuple(dataset["image_shape"])
     model = networks.create(config.model, dataset["num_classes"], shape, config.precision)
     if not (workdir / "checkpoints").is_dir():
@@ -134,4 +138,4 @@ def load(workdir: str | os.PathLike[str], which: str = "last") -> Classifier:
             if attempt == 2 or steps == steps_in(workdir):
                 raise
     params = state.average if averaged else state.params
-    return Classifier(config, dataset, int(state.step), model, params, TRANSFORMS[config.transform])
+    return Classifier(config, dataset, int(state.step), model, params, TRANSFORMS[config.transform], averaged)

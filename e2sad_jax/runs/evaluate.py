@@ -204,7 +204,7 @@ def _asked(request: Request) -> _Asked:
     else:
         classifier = load(request.workdir, request.which)
         workdir = pathlib.Path(request.workdir).expanduser()
-        name = f"{classifier.config.defense} ({workdir.name})"
+        name = f"{classifier.config.defense} ({workdir.name}{', averaged weights' if classifier.averaged else ''})"
         make = functools.partial(of_classifier, classifier, name=name, **how)
         transform, eps, folder = classifier.config.transform, request.eps, results or workdir / "evaluation"
         norm = request.norm or classifier.config.norm

@@ -100,7 +100,7 @@ def _report(
         distributed.barrier()  # the first evaluates
         return {}
     outcomes = _evaluate(run, state, suite)
-    best = chosen and reported.Best(*chosen, _evaluate(run, other, suite) if other else outcomes, averaged)
+    best = chosen and reported.Best(*chosen, _evaluate(run, other, suite, averaged) if other else outcomes, averaged)
     results = reported.build(
         run.config,
         describe_dataset(run.dataset),
@@ -139,10 +139,11 @@ def _draw(run: Run, state: TrainState) -> None:
     )
 
 
-def _evaluate(run: Run, state: TrainState, suite: Sequence[Attack]) -> Outcomes:
+def _evaluate(run: Run, state: TrainState, suite: Sequence[Attack], averaged: bool = False) -> Outcomes:
     test_set = run.test_set()
     total = len(test_set.x_test) * sum(attack.gradients(test_set.num_classes) for attack in suite)
     which = "" if (step := int(state.step)) == run.steps else f", best checkpoint, step {step:,}"
+    which += ", averaged weights" if averaged else ""
     with Bar(f"attack {run.config.defense} on {test_set.name}{which}", total, "gradients") as bar:
         try:
             return run.attack(

@@ -125,6 +125,29 @@ def test_an_attack_at_its_own_step_is_shown_without_one():
     assert results._attack_name(row) == "PGD-5 (eps 0.1, random start)"
 
 
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"ema": 0.999}, "--ema=0.999"),
+        ({"memory": "int8"}, "--memory=int8"),
+        ({"norm": "l2"}, "--norm=l2"),
+        ({"first_step_size": 0.1}, "--first_step_size=0.1"),
+        ({"defense": "pgd", "training_loss": "qub"}, "--training_loss=qub"),
+    ],
+)
+def test_a_model_card_names_settings_that_a_runs_name_leaves_out_at_their_defaults(changes, flag):
+    assert flag in card.model_card(build("mnist", **changes))
+    plain = card.model_card(build("mnist", defense=changes.get("defense", "e2sad")))
+    assert flag.split("=")[0] not in plain
+
+
+@pytest.mark.parametrize("changes", [{"memory": "int8"}, {"norm": "l2"}])
+def test_a_run_that_the_paper_does_not_have_is_not_compared_with_it(changes):
+    paper = build("mnist", **changes)["paper"]
+    assert "its setting is not the paper's: " + " ".join(*changes.items()) in paper
+    assert build("mnist")["paper"].startswith("Table")
+
+
 def test_a_model_card_holds_what_a_number_needs():
     """Attack, budget, steps, step size, restarts, images; and the settings, as flags that make the same run again."""
     made = build("mnist", 400, (1_500, 9_500), batch_size=64, soft_label=False, eps_warmup=0.5, clip_second=True)
