@@ -20,6 +20,8 @@ from e2sad_jax.defenses._types import (
 )
 from e2sad_jax.losses import cross_entropy, dissimilarity
 
+POINTS = ("first", "second")
+
 
 def e2sad(
     logits_fn: LogitsFn,
@@ -34,6 +36,7 @@ def e2sad(
     clip_second: bool = False,
     random_start: bool = False,
     ball_second: bool = False,
+    adversarial_at: str = "first",
     hold_reference: bool = False,
     step_size: jax.typing.ArrayLike | None = None,
     norm: str = "linf",
@@ -48,7 +51,7 @@ def e2sad(
 
     Both adversarial points are constants; the gradient of D flows through both of its arguments.
 
-    `random_start`, `ball_second`, `hold_reference` and `start` are not the paper's; see docs/e2sad.md.
+    `random_start`, `ball_second`, `adversarial_at`, `hold_reference` and `start` are not the paper's; see docs/e2sad.md.
 
     Args:
       logits_fn: images `[N, ...]` to logits `[N, K]`; f is its softmax.
@@ -62,6 +65,7 @@ def e2sad(
       clip_second: clip the second point to `bounds` too; the paper does not.
       random_start: take the first step from a random point of the ball, and stay in the ball, as Fast AT does.
       ball_second: bring the second point back into the ball of `eps1` around `x`, and into `bounds`.
+      adversarial_at: the point of the adversarial term, "first", x_adv, or "second", x_adv2.
       hold_reference: let the gradient of D flow through f(x_adv2) alone. With `second_step="loss"` and alpha 0 training then
         shares the second step's backward pass.
       step_size: length of the first step from a random or a given start; None for `eps1`.
@@ -77,11 +81,14 @@ def e2sad(
       The loss, a scalar, and its parts by name, before their weights; without `dissimilarity` where `lam` is 0.
 
     Raises:
-      ValueError: if a weight, a budget or `second_step` is out of range, or `key` is missing where it is needed.
+      ValueError: if a weight, a budget, `second_step` or `adversarial_at` is out of range, or `key` is missing where it is
+        needed.
     """
     x = core.checks.images("e2sad", x)
     check_weight("e2sad", "alpha", alpha, 1)
     check_weight("e2sad", "lam", lam)
+    if adversarial_at not in POINTS:
+        raise ValueError(f"e2sad: adversarial_at={adversarial_at!r}; it must be one of {', '.join(POINTS)}")
     mean, y = batch_mean("e2sad", x, y, weights)
     start = checked_start("e2sad", start, x)
 
@@ -108,7 +115,7 @@ def e2sad(
     )
     f_adv, f_adv2 = logits_fn(x_adv), logits_fn(x_adv2)
     # Line 6.
-    adversarial = mean(cross_entropy(f_adv, y))
+    adversarial = mean(cross_entropy(f_adv if adversarial_at == "first" else f_adv2, y))
     parts, L_adv = {"adversarial": adversarial}, (1 - alpha) * adversarial
     if not ((random_start or start is not None) and is_zero(alpha)):  # no step has looked at x: a pass for nothing
         parts["clean"] = clean_term(alpha, J, x)
@@ -201,6 +208,7 @@ SETTINGS = (
     Setting("clip_second", False, "clip the second point to the image range"),
     Setting("random_start", False, "the first step starts at a random point of the ball"),
     Setting("ball_second", False, "keep the second point in the ball of eps1"),
+    Setting("adversarial_at", "first", "point of the adversarial term", choices=POINTS),
     Setting("hold_reference", False, "the gradient of the dissimilarity flows through the second point alone"),
     Setting(
         "first_step_size",

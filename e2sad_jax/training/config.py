@@ -276,6 +276,7 @@ FIRST = {
     "first_step_size": 0.0,
     "eps_scale": 1.0,
     "hold_reference": False,
+    "adversarial_at": "first",
 }
 COMMON = tuple(field for field in dataclasses.fields(Config) if field.name != "settings")  # what every run has
 

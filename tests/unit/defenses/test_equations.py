@@ -138,6 +138,28 @@ def test_loss_parts_and_gradient(name):
         close(got, want)
 
 
+@pytest.mark.parametrize(("where", "hold"), [("second", True), ("first", True), ("second", False)])
+def test_the_adversarial_term_at_the_second_point_and_a_reference_that_is_held(where, hold):
+    """Of J at either point; a held reference gives the dissimilarity's value, and no gradient through the first point."""
+    (x, y), weights = batch(), draw()
+    x1, x2 = points_by_hand("e2sad loss")(weights, x, y)
+
+    def ours(w):
+        return VARIANTS["e2sad loss"](net(w), x, y, alpha=0.0, adversarial_at=where, hold_reference=hold)
+
+    def by_hand(w):
+        adversarial = J(w, x2 if where == "second" else x1, y).mean()
+        different = dissimilarity(w, x1, x2, ("first",) if hold else ()).mean()
+        return adversarial + 0.7 * different, (adversarial, different)
+
+    (got, parts), gradient = jax.value_and_grad(ours, has_aux=True)(weights)
+    (want, terms), slope = jax.value_and_grad(by_hand, has_aux=True)(weights)
+    close((got, parts["adversarial"], parts["dissimilarity"]), (want, *terms))
+    close(gradient, slope)
+    plain = jax.grad(lambda w: VARIANTS["e2sad loss"](net(w), x, y, alpha=0.0)[0])(weights)
+    assert np.abs(gradient["w1"] - plain["w1"]).max() > 1e-3
+
+
 @pytest.mark.parametrize("name", MIXED)
 @pytest.mark.parametrize("alpha", [0, 1.0])
 def test_alpha(name, alpha):

@@ -178,6 +178,7 @@ REFUSED = [
         if name != "free"
     ],
     ("e2sad", {"second_step": "nonsense"}, "objective='nonsense'; .*total"),
+    ("e2sad", {"adversarial_at": "third"}, "adversarial_at='third'; it must be one of first, second"),
     ("e2sad", {"second_step": "noise", "key": None}, "objective='noise' .*needs key"),
     ("e2sad", {"random_start": True, "key": None}, "e2sad: random_start draws random numbers and needs key"),
     ("free", {"delta": jnp.zeros((N, 2))}, r"delta has shape \(8, 2\); it must be .*\(8, 3, 4, 1\)"),
