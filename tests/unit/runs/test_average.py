@@ -15,6 +15,7 @@ from e2sad_jax.errors import ConfigError
 from e2sad_jax.runs import evaluate, run, trainer
 from e2sad_jax.runs.checkpoint import Checkpoints
 from e2sad_jax.runs.classifier import load
+from e2sad_jax.runs.folder import write_config
 from e2sad_jax.runs.run import train_and_report
 from tests.unit.runs.helpers import config_of, stop_after
 from tests.unit.runs.test_run import predictions, saved
@@ -130,6 +131,7 @@ def test_of_equals_the_raw_weights_are_the_better_and_stopped_between_the_two_no
     assert not found
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_averages_bit_for_bit(scores, averaged, tiny, tmp_path):
     config = config_of(tmp_path / "w", ema=EMA)
     assert int(train(config, tiny, stop_after(4)).step) == 4
@@ -184,13 +186,21 @@ def test_the_report_names_averaged_weights_though_they_are_those_of_the_last_ste
 # Refused.
 
 
-def test_a_run_without_averages_refuses_them_in_one_line(trained, tmp_path):
+@pytest.fixture
+def without(tiny, tmp_path) -> str:
+    """The folder of a run without averages."""
+    (tmp_path / "w").mkdir()
+    write_config(tmp_path / "w", config_of(tmp_path / "w"), tiny)
+    return str(tmp_path / "w")
+
+
+def test_a_run_without_averages_refuses_them_in_one_line(without, tmp_path):
     words = (
         r"^--which=average: .*/w was trained without averaged weights; choose last or best, or train with --ema=0.999$"
     )
-    flags = {"workdir": str(trained), "which": "average"}
+    flags = {"workdir": without, "which": "average"}
     for ask in (
-        lambda: load(trained, "average"),
+        lambda: load(without, "average"),
         lambda: evaluate.run(evaluate.Request(**flags)),
         lambda: export.run(export.Request(**flags, to=str(tmp_path / "there"))),
     ):
@@ -198,13 +208,13 @@ def test_a_run_without_averages_refuses_them_in_one_line(trained, tmp_path):
             ask()
         assert caught.value.exit_code == 2
     assert not (tmp_path / "there").exists()
-    assert not (trained / "evaluation").exists()
+    assert not (tmp_path / "w" / "evaluation").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["evaluate", "export"])
-def test_the_command_says_it_and_ends_with_2(command, trained):
-    words = [sys.executable, "-m", "e2sad_jax", command, str(trained), "--which=average"]
+def test_the_command_says_it_and_ends_with_2(command, without):
+    words = [sys.executable, "-m", "e2sad_jax", command, without, "--which=average"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     (line,) = done.stderr.splitlines()
     assert line.endswith("/w was trained without averaged weights; choose last or best, or train with --ema=0.999")
