@@ -311,8 +311,8 @@ def page(result: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             "# The official AutoAttack code and `evaluation.auto`\n",
-            f"{result['defense']}, {result['step']:,} steps ({result['which']} weights); {result['images']} of {result['data']}; "
-            f"{norm} ball of {result['eps']:.4g}. Robust accuracy after each attack, which is run on what is left. "
+            f"{result['defense']}, {result['step']:,} steps ({result['which']} weights); "
+            f"{result['images']} of {result['data']}; {norm} ball of {result['eps']:.4g}. Robust accuracy after each attack, which is run on what is left. "
             f"APGD {effort['apgd_steps']} steps, {effort['targets']} targets, FAB {effort['fab_steps']} steps, "
             f"Square {effort['queries']:,} queries. Our seconds hold the compilation.\n",
             table.markdown(),
@@ -415,7 +415,7 @@ def run(asked: Request) -> None:
 def _like(values: np.ndarray, other: Any) -> Any:
     import torch
 
-    return torch.from_numpy(values).to(other.device)
+    return torch.tensor(values, device=other.device)
 
 
 def _tensor(images: np.ndarray, net: Any) -> Any:
