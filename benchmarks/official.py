@@ -82,7 +82,7 @@ class Request:
     def stages(self, num_classes: int) -> list[Attack]:
         """The same attacks of this library with the same effort."""
         targets = min(self.targets, num_classes - 1)
-        effort = {
+        effort: dict[str, Mapping[str, Any]] = {
             "apgd-ce": {"steps": self.apgd_steps},
             "apgd-t": {"steps": self.apgd_steps, "targets": targets},
             "fab-t": {"steps": self.fab_steps, "targets": targets},
@@ -262,7 +262,7 @@ def outcome(stages: Sequence[str], theirs: Side, own: Side, places: np.ndarray) 
             }
         )
 
-    def fell_to(side: Side, i: int) -> str | None:
+    def fell_to(side: Side, i: Any) -> str | None:
         return next((n for n, right in zip(("clean", *stages), side.standing, strict=True) if not right[i]), None)
 
     differ = [
@@ -312,7 +312,8 @@ def page(result: Mapping[str, Any]) -> str:
         [
             "# The official AutoAttack code and `evaluation.auto`\n",
             f"{result['defense']}, {result['step']:,} steps ({result['which']} weights); "
-            f"{result['images']} of {result['data']}; {norm} ball of {result['eps']:.4g}. Robust accuracy after each attack, which is run on what is left. "
+            f"{result['images']} of {result['data']}; {norm} ball of {result['eps']:.4g}. "
+            "Robust accuracy after each attack, which is run on what is left. "
             f"APGD {effort['apgd_steps']} steps, {effort['targets']} targets, FAB {effort['fab_steps']} steps, "
             f"Square {effort['queries']:,} queries. Our seconds hold the compilation.\n",
             table.markdown(),
@@ -367,10 +368,8 @@ def run(asked: Request) -> None:
 
     def checked(side: Side, wrong: np.ndarray) -> dict[str, Any]:
         lengths = distances(side.images, model.images, config.norm)[side.found]
-        low, high = side.images.min(), side.images.max()
-        outside = lengths > config.eps1 + SLACK
-        if low < 0 or high > 1:
-            outside |= ((side.images < 0) | (side.images > 1)).reshape(len(places), -1).any(1)[side.found]
+        found = side.images[side.found].reshape(len(lengths), -1)
+        outside = (lengths > config.eps1 + SLACK) | ((found < 0) | (found > 1)).any(1)
         return {
             "found": int(side.found.sum()),
             "misclassified": int(wrong[side.found].sum()),
@@ -460,11 +459,13 @@ def _told(logger: logging.Logger) -> Any:
         logger.level, logger.propagate = before
 
 
+def _main() -> None:
+    fields = dataclasses.fields(Request)
+    values: dict[str, Any] = {field.name: cli.FLAGS[field.name].value for field in fields}
+    run(Request(**values))
+
+
 if __name__ == "__main__":
     for flag in dataclasses.fields(Request):
         cli.define_flag(flag)
-    cli.launch(
-        lambda: run(Request(**{field.name: cli.FLAGS[field.name].value for field in dataclasses.fields(Request)})),
-        "the same command measures again",
-        resumes=False,
-    )
+    cli.launch(_main, "the same command measures again", resumes=False)
