@@ -70,7 +70,7 @@ if importlib.util.find_spec("pyautoattack"):
         labels[0] = (labels[0] + 1) % 10  # one that is wrong from the start
         model = Model("digits", trained.apply, trained.params, images, labels, batch_size=8)
         asked = official.Request(workdir="run", apgd_steps=4, targets=2, fab_steps=3, queries=20)
-        eps, names = 0.01, asked.names
+        eps, names = 0.03, asked.names
 
         def code():
             return official.adversary(net, "linf", eps, 10, asked)
