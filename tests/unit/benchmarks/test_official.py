@@ -1,0 +1,109 @@
+"""benchmarks.official: its arguments, and its page from made-up outcomes."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from benchmarks import official
+from benchmarks.results import provenance_of
+from e2sad_jax.errors import ConfigError
+from e2sad_jax.evaluation import FAB, STAGES
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"--workdir=: must name the folder of a run"),
+        ({"which": "newest"}, r"--which='?newest'?: must be .*last, best, average"),
+        ({"judge": "train"}, r"--judge='?train'?: must be .*test, held_out"),
+        ({"attacks": "apgd-ce,pgd"}, r"--attacks=apgd-ce,pgd: 'pgd' must be one of apgd-ce, apgd-t, fab-t, square"),
+        ({"attacks": ""}, r"--attacks=: '' must be one of"),
+        ({"examples": -1}, r"--examples=-1: must be at least 0"),
+        *(
+            ({n: 0}, f"--{n}=0: must be at least 1")
+            for n in ("apgd_steps", "targets", "fab_steps", "queries", "batch_size")
+        ),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_is_refused_in_one_line(given, message):
+    with pytest.raises(ConfigError, match=message) as told:
+        official.Request(**({"workdir": "run"} if given else {}) | given)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"), [(("torch", "pyautoattack"), "torch and pyautoattack"), (("torch",), "torch")]
+)
+def test_packages_that_are_missing_are_named(monkeypatch, missing, named):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else object())
+    with pytest.raises(ConfigError, match=rf"^needs {named}, not installed here: pip install -e '\.\[bench\]'$"):
+        official.run(official.Request(workdir="run"))
+
+
+def test_the_effort_is_autoattacks_and_can_be_less():
+    ce, targeted, square = STAGES
+    assert official.Request(workdir="run").stages(10) == [ce, targeted, FAB, square]
+    less = official.Request(workdir="run", attacks="square,apgd-t", queries=7, apgd_steps=3)
+    targeted, square = less.stages(5)
+    assert (targeted.name, targeted.steps, targeted.targets) == ("APGD-T", 3, 4), "no more targets than wrong classes"
+    assert (square.name, square.steps) == ("Square", 7)
+
+
+def side(*standing, seconds=(1.25, 2.0)):
+    return official.Side([np.array(list(s)) == "1" for s in standing], seconds, np.zeros((4, 2, 2, 1), np.float32))
+
+
+@pytest.fixture
+def result():
+    theirs, own = side("1110", "0110", "0010"), side("1110", "1010", "1010", seconds=(0.5, 4.0))
+    assert theirs.found.tolist() == [True, True, False, False]
+    found = official.outcome(["APGD-CE", "Square"], theirs, own, np.array([3, 5, 8, 9]))
+    about = {"hardware": "CPU, 2 cores, Some CPU", "date": "2026-11-29 09:00 UTC", "commit": "abc123"}
+    return {
+        "command": "python -m benchmarks.official --workdir=run",
+        "environment": {**about, "pyautoattack": "0.2.0", "torch": "2.13.0", "jax": "0.10.2"},
+        **{"which": "last", "defense": "e2sad", "step": 1000, "data": "digits", "images": "4 of 355 test images"},
+        **{"eps": 0.2, "norm": "linf", "logits_differ": 3e-7, "warnings": ["it seems to be a dynamic defense!"]},
+        "effort": {"apgd_steps": 100, "targets": 9, "fab_steps": 100, "queries": 5000},
+        **found,
+        "official_images": {"found": 2, "misclassified": 2, "outside": 0, "largest": 0.2},
+        "our_images": {"found": 1, "misclassified": 1, "outside": 0, "largest": 0.2},
+    }
+
+
+def test_images_on_which_the_two_disagree_are_counted_and_named(result):
+    clean, first, last = result["rows"]
+    assert (clean["official"], clean["ours"], clean["official_seconds"]) == (0.75, 0.75, None)
+    assert (first["official_alone"], first["ours_alone"], first["official"], first["ours"]) == (1, 1, 0.5, 0.5)
+    assert (last["official_alone"], last["ours_alone"], last["official"], last["ours"]) == (1, 0, 0.25, 0.5)
+    assert result["differ"] == [{"image": 3, "official": "APGD-CE", "ours": None}]
+
+
+def test_the_page_holds_the_table_and_its_provenance(result):
+    page = official.page(result)
+    assert "| APGD-CE | 0.5000 | 0.5000 | 1 | 1 | 1.2 | 0.5 |" in page
+    assert "| Square | 0.2500 | 0.5000 | 1 | 0 | 2.0 | 4.0 |" in page
+    assert "Of 2 adversarial images of the official code, JAX misclassifies 2; 0 lie outside the ball" in page
+    assert "- Image 3: official APGD-CE, ours robust." in page
+    assert "- The official code warned: it seems to be a dynamic defense!" in page
+    for content in (page, result):
+        (about,) = provenance_of(content)
+        assert (about["command"], about["commit"]) == ("python -m benchmarks.official --workdir=run", "abc123")
+
+
+def test_an_image_outside_its_ball_and_a_weaker_worst_case_fail(result):
+    assert official.failures(result) == ["ours leaves 0.5000, the official code 0.2500"]
+    result["rows"][-1]["ours"] = 0.26
+    assert official.failures(result) == []
+    result["official_images"]["outside"] = 1
+    assert official.failures(result) == ["official_images: 1 outside the ball"]
+
+
+def test_distances_are_those_of_the_norm():
+    images = np.zeros((2, 2, 2, 1), np.float32)
+    made = images.copy()
+    made[1, 0, :, 0] = 3, -4
+    assert official.distances(made, images, "linf").tolist() == [0, 4]
+    assert official.distances(made, images, "l2").tolist() == [0, 5]
