@@ -320,7 +320,7 @@ def by_the_choice_of_checkpoints(problem):
     chosen_on: Any = types.SimpleNamespace(x_test=problem.images, y_test=ALL_ZERO)
     nothing: dict[str, Any] = dict.fromkeys(("dataset", "train_set", "steps", "workdir", "checkpoints", "mesh"))
     run = trainer.Run(config=config, validation_set=chosen_on, model=NanNetwork(), **nothing)
-    found = trainer.validate(run, types.SimpleNamespace(params={"w": problem.w}), lambda: 0)
+    found = trainer.validate(run, types.SimpleNamespace(params={"w": problem.w}, average=None), lambda: 0)
     return [found["clean"], found["robust"], found["score"]]
 
 

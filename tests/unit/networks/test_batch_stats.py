@@ -18,7 +18,17 @@ from tests.helpers import fit, tiny_config
 pytestmark = pytest.mark.usefixtures("all_unoptimized", "standard_promotion")
 
 # How many passes a loss is made of, outside of inner gradients: of these the running averages are told.
-PASSES = {**dict.fromkeys(DEFENSES, 1), "fgsm": 2, "ifgsm": 2, "e2sad": 3, "trades": 2, "gat": 2, "nuat": 2}
+PASSES = {
+    **dict.fromkeys(DEFENSES, 1),
+    "fgsm": 2,
+    "ifgsm": 2,
+    "e2sad": 3,
+    "trades": 2,
+    "gat": 2,
+    "nuat": 2,
+    "pgi": 2,
+    "uap": 2,
+}
 
 
 class Normed(nn.Module):
@@ -106,7 +116,7 @@ def test_running_averages_hear_of_the_losss_passes_and_of_no_attack(defense):
 
     def loss(slots: Any) -> jax.Array:
         f = batch_stats.training_logits_fn(model, variables, slots)
-        return DEFENSES[defense](f, x, y, **own, delta=jnp.full(x.shape, 0.1))[0]
+        return DEFENSES[defense](f, x, y, **own, delta=jnp.full((config.entry.carried or 6, *x.shape[1:]), 0.1))[0]
 
     noted = jax.jit(jax.grad(loss))(batch_stats.slots(variables))
     assert noted["passes"] == PASSES[defense]

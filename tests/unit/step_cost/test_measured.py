@@ -266,7 +266,7 @@ def test_every_defense_is_measured_unless_some_are_named():
     assert {name.split("-")[0] for name in names} == set(DEFENSES)
     assert [name for name in names if "-" in name] == [
         *(f"ifgsm-{k}" for k in (1, 2, 5, 10, 20, 30, 40)),
-        *("pgd-2", "pgd-10", "trades-2", "trades-10"),
+        *("pgd-2", "pgd-10", "trades-2", "trades-10", "atta-2", "atta-10"),
     ]
 
 
