@@ -27,7 +27,7 @@ def rows() -> list[tuple[str, Mapping[str, Any]]]:
     found: list[tuple[str, Mapping[str, Any]]] = []
     for name, defense in DEFENSES.items():
         iterated = "attack_steps" in defense.defaults()
-        found += [(name, {"attack_steps": k}) for k in STEPS[name]] if iterated else [(name, {})]
+        found += [(name, {"attack_steps": k}) for k in STEPS.get(name, (10,))] if iterated else [(name, {})]
         found += [(name, {"preset": "robust"})] if name == "e2sad" else []
         found += [(name, {"training_loss": "qub"})] if name == "n_fgsm" else []
     return found

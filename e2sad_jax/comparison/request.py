@@ -11,7 +11,7 @@ from e2sad_jax.evaluation import Attack, Effort
 from e2sad_jax.networks import NETWORKS
 from e2sad_jax.training.config import DATA_DIR, RECIPE, SCHEDULE, SCHEDULES, Config, check, configure, preset, setting
 
-# By name in tables and pictures. eps2 and attack_step_size are in multiples of eps.
+# By name in tables and pictures. Budgets are in multiples of eps.
 ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "natural": {"defense": "natural"},
     "input gradient": {"defense": "input_gradient"},
@@ -23,7 +23,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "e2SAD, paper's points": {"defense": "e2sad"},
     "e2SAD, lambda 1": {"defense": "e2sad", "lam": 1.0},
     "e2SAD, robust": {"defense": "e2sad", "preset": "robust"},
-    "e2SAD, no memory": {"defense": "e2sad", "preset": "robust", "memory": "none", "random_start": True},
+    "e2SAD, no memory": {"defense": "e2sad", "preset": "robust", "memory": "none"},
     "PGD-2": {"defense": "pgd", "attack_steps": 2},
     "PGD-2, shorter steps": {"defense": "pgd", "attack_steps": 2, "attack_step_size": 0.8},
     "PGD-3": {"defense": "pgd", "attack_steps": 3},
@@ -47,7 +47,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
 }
 # The robust preset with one thing changed: what each part of it does.
 _PARTS: Mapping[str, Mapping[str, Any]] = {
-    "no memory": {"memory": "none", "random_start": True},
+    "no memory": {"memory": "none"},
     "memory in bfloat16": {"memory": "bf16"},
     "no second point": {"lam": 0.0},
     "second point at random": {"second_step": "random"},

@@ -206,7 +206,12 @@ class Defense:
                 value = settings[setting.name]
                 unset = setting.zero_is_none and isinstance(value, (int, float)) and value == 0
                 arguments[setting.argument or setting.name] = None if unset else value
-        return self.loss(logits_fn, x, y, **arguments)
+        loss, parts = self.loss(logits_fn, x, y, **arguments)
+        if missing := [name for name in memory or () if name not in parts]:
+            raise ValueError(
+                f"{self.label}: its loss was given {_argument(missing[0])} and returns no part {missing[0]!r}"
+            )
+        return loss, parts
 
 
 def _argument(remembered: str) -> str:

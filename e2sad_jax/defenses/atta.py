@@ -68,6 +68,7 @@ def atta(
     )
     mean, y = batch_mean("atta", x, y, weights)
     start = checked_start("atta", start, x)
+    key = core.threefry("atta", key) if start is None else None
     if step_size is None and not (core.is_number(eps) and eps == 0):  # where there is nowhere to go
         step_size = min(0.5, 2.5 / steps) * eps
 

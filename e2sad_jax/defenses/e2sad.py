@@ -120,7 +120,8 @@ def e2sad(
     if not ((random_start or start is not None) and is_zero(alpha)):  # no step has looked at x: a pass for nothing
         parts["clean"] = clean_term(alpha, J, x)
         L_adv += alpha * parts["clean"]
-    parts = ended(parts, x_adv2 if ball_second else x_adv, x, start)
+    one_point = is_zero(lam) and adversarial_at == "first"  # nothing is trained on the second
+    parts = ended(parts, x_adv2 if ball_second and not one_point else x_adv, x, start)
     if is_zero(lam):  # so that the compiler drops the second point
         return L_adv, parts
     # Line 7.

@@ -56,6 +56,7 @@ def rs_fgsm(
     )
     mean, y = batch_mean("rs_fgsm", x, y, weights)
     start = checked_start("rs_fgsm", start, x)
+    key = core.threefry("rs_fgsm", key) if start is None else None
 
     def J(z: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(z), y)

@@ -130,7 +130,10 @@ def _flags(config: Mapping[str, Any]) -> list[str]:
     """The settings of a run as flags: the defense, and what differs from its paper's setting."""
     usual = Config(defense=config["defense"])
     values = usual.to_json()
-    named = {*usual.identity(), *FIRST} - {"defense"}  # the identity has no setting that was not always there
+    identity = usual.identity()
+    named = {*identity, *FIRST} - {"defense"}  # the identity has no setting that was not always there
+    if "eps_warmup" not in identity:  # no budget, so none that is scaled
+        named -= {"eps_scale"}
     own = {k: config.get(k, value) for k, value in values.items() if k in named}
     changed = {k: v for k, v in own.items() if v != values[k]}
     flags = [f"--no{k}" if v is False else f"--{k}" if v is True else f"--{k}={v}" for k, v in changed.items()]

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from e2sad_jax.training.config import FIRST
+
 
 @dataclasses.dataclass(frozen=True)
 class Column:
@@ -132,8 +134,7 @@ _OURS = {
     "eps_warmup": 0,
     "random_start": False,
     "ball_second": False,
-    "memory": "none",
-    "norm": "linf",
+    **{name: value for name, value in FIRST.items() if name != "ema"},  # averages change no raw weights
 }
 
 

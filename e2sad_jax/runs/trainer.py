@@ -274,7 +274,11 @@ class _Trainer:
         if (
             size := len(runs) * nbytes(first.config, len(first.train_set.x_train), first.dataset.image_shape)
         ) and not silent:
-            share = f", {size / first.mesh.size / 1e6:,.1f} MB on each device" if first.mesh is not None else ""
+            share = (
+                f", {size / first.mesh.size / 1e6:,.1f} MB on each device between checkpoints"
+                if first.mesh is not None
+                else ""
+            )
             print(f"Memory of perturbations ({first.config.memory}): {size / 1e6:,.1f} MB{share}", file=sys.stderr)
         with Bar(title, steps, "steps", initial=self._start, silent=silent) as bar:
             self._record = Recorder(

@@ -51,6 +51,7 @@ def preset(name: str, eps1: float) -> dict[str, Any]:
         "second_step": "loss",
         "hold_reference": True,
         "ball_second": True,
+        "random_start": True,  # for who turns the memory off
         "memory": "int8",
     }
     return {**points, **RECIPE}
@@ -116,12 +117,12 @@ class Config:
     )
     eps_warmup: float = setting(
         0.0,
-        "steps over which eps1, eps2 and attack_step_size rise from 0 in training, below 1: a fraction of all steps, 0: none",
+        "steps over which every budget rises from 0 in training, below 1: a fraction of all steps, 0: none",
         lower=0,
     )
     eps_scale: float = setting(
         1.0,
-        "budgets of training (eps1, eps2, attack_step_size) in multiples of what is given; validation takes eps1",
+        "every budget of training in multiples of what is given; validation takes eps1 itself",
         above=0,
     )
     soft_label: bool = setting(True, "train on soft labels, 1 - delta for the true class")
@@ -167,10 +168,11 @@ class Config:
         for name, value in values.items():  # numbers as their settings have them, so that equal runs are equal
             object.__setattr__(self, name, value)
         lower, upper = TRANSFORMS[self.transform].bounds
+        scale = self.eps_scale if self._has_budget else 1.0
         for one in (*map(setting_of, COMMON), *entry.settings):
             value = {**values, **self.settings}[one.name]
-            if one.budget and self.norm == "linf" and value * self.eps_scale > upper - lower:
-                scaled = "" if self.eps_scale == 1 else f" times --eps_scale={self.eps_scale}"
+            if one.budget and self.norm == "linf" and value * scale > upper - lower:
+                scaled = "" if scale == 1 else f" times --eps_scale={scale}"
                 raise ConfigError(
                     f"--{one.name}={value}{scaled}: must be in [0, {upper - lower}], the width of "
                     f"--transform={self.transform} (24 of 255 grey levels are 24/255 = 0.0941)"

@@ -1,8 +1,11 @@
 """The memory of a run: what is kept of each training image from one epoch to the next, for the start of its next attack.
 
 A perturbation is kept in units of the budget, so that it grows with a budget that rises. As int8 the unit has 127 levels: a
-pixel is off by at most 1/254 of the budget. It is kept where the stored image has its pixels: an augmentation that moves
-pixels applies to what `recall` returns, and its inverse to what `note` takes.
+pixel is off by at most 1/254 of the budget. In the l2 ball, whose perturbations have small pixels, that is 7 per cent of the
+budget for a 28x28x1 image and 13 for a 32x32x3 one: take bf16 there.
+
+It is kept where the stored image has its pixels: an augmentation that moves pixels applies to what `recall` returns, and its
+inverse to what `note` takes.
 """
 
 import math
@@ -52,6 +55,21 @@ def begin(config: Config, training_images: int, image_shape: Sequence[int], key:
 
         memory["delta"] = jax.lax.map(draw, jnp.arange(shape[0]), batch_size=256)
     return memory
+
+
+def check_rows(config: Config, memory: Memory | None, training_images: int) -> None:
+    """Refuses a memory of another number of images: a gather past its end would take its last row.
+
+    Raises:
+      ValueError: with both numbers.
+    """
+    wanted = rows_of(config, training_images)
+    for kept in (memory or {}).values():
+        if kept.shape[0] != wanted:
+            raise ValueError(
+                f"the state's memory has {kept.shape[0]} rows; for {training_images} training images in batches of "
+                f"{config.batch_size} it must have {wanted}: init_state(..., training_images={training_images})"
+            )
 
 
 def recall(memory: Memory, batch: jax.Array, eps: jax.typing.ArrayLike) -> dict[str, jax.Array]:

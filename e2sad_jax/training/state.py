@@ -1,5 +1,6 @@
 """The state of a run at one step, or of several runs that train together."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,7 +89,12 @@ def gather(state: TrainState, mesh: Mesh | None) -> TrainState:
     """The state with all of its memory on each device, the inverse of `place`."""
     if mesh is None or state.memory is None:
         return state
-    return state.replace(memory=jax.jit(lambda a: a, out_shardings=distributed.whole(mesh))(state.memory))
+    return state.replace(memory=_everywhere(distributed.whole(mesh))(state.memory))
+
+
+@functools.cache
+def _everywhere(place: NamedSharding) -> Any:
+    return jax.jit(lambda memory: memory, out_shardings=place)
 
 
 def shardings(mesh: Mesh, *, population: bool = False) -> TrainState:

@@ -23,7 +23,7 @@ from e2sad_jax.defenses._types import Parts
 from e2sad_jax.losses import soft_labels
 from e2sad_jax.networks import batch_stats
 from e2sad_jax.training.config import Config
-from e2sad_jax.training.memory import note, recall
+from e2sad_jax.training.memory import check_rows, note, recall
 from e2sad_jax.training.optimizer import optimizer
 from e2sad_jax.training.state import TrainState, shardings
 
@@ -116,6 +116,7 @@ def make_train_step(
         offset = state.step.astype(jnp.uint32) // config.steps_per_batch * config.batch_size % images.shape[0]
         batch = jax.lax.dynamic_slice_in_dim(order, offset, config.batch_size)
         rows = images[batch], labels[batch]
+        check_rows(config, state.memory, images.shape[0])
         remembered = None if state.memory is None else recall(state.memory, batch, eps)
         if mesh is not None:
             rows, remembered = jax.lax.with_sharding_constraint((rows, remembered), distributed.split(mesh))

@@ -228,11 +228,8 @@ def test_no_gradient_flows_through_it(name):
 def test_without_a_budget_it_stays_at_the_image(name):
     (x, y), own = batch(), {"eps1" if DEFENSES[name].takes("eps1") else "eps": 0.0}
     arguments = {key: value for key, value in given(name, **own).items() if key != "step_size"}
-    shapes = jax.eval_shape(lambda w: DEFENSES[name].loss(net(w), x, y, **arguments, start=float32(START)), draw())
-    assert shapes[1]["delta"].shape == x.shape
-    if name == "fgsm":
-        run = jax.jit(lambda w: DEFENSES[name].loss(net(w), x, y, **arguments, start=float32(START))[1]["delta"])
-        assert not np.asarray(run(draw())).any()
+    run = jax.jit(lambda w: DEFENSES[name].loss(net(w), x, y, **arguments, start=float32(START))[1]["delta"])
+    assert not np.asarray(run(draw())).any()
 
 
 WRONG = [

@@ -224,6 +224,24 @@ def test_who_has_none_is_refused(tiny):
         training.init_state(training.configure(defense="pgd", memory="int8"), model, tiny.image_shape)
 
 
+def test_a_memory_of_other_images_is_refused(tiny):
+    config = tiny_config(defense="counts", steps=3, eps1=EPS)
+    model = networks.create(config.model, tiny.num_classes, tiny.image_shape)
+    with pytest.raises(
+        ValueError, match=r"memory has 16 rows; for 50 training images in batches of 16 it must have 64"
+    ):
+        visits_of(config, tiny, state=training.init_state(config, model, tiny.image_shape, 8))
+
+
+def test_a_loss_that_keeps_its_perturbation_to_itself(monkeypatch, tiny):
+    def silent(logits_fn, x, y, *, start=None):
+        return logits_fn(x).sum(), {}
+
+    register_loss(monkeypatch, "silent", silent, settings=(MEMORY,))
+    with pytest.raises(ValueError, match="silent: its loss was given start and returns no part 'delta'"):
+        visits_of(tiny_config(defense="silent", memory="int8"), tiny)
+
+
 def test_a_loss_that_takes_no_start_has_no_memory(monkeypatch):
     with pytest.raises(ValueError, match="has the setting memory, and its loss takes no 'start'"):
         register_loss(monkeypatch, "plain", lambda f, x, y: (f(x).sum(), {}), settings=(MEMORY,))
