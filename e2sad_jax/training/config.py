@@ -172,7 +172,7 @@ class Config:
         for one in (*map(setting_of, COMMON), *entry.settings):
             value = {**values, **self.settings}[one.name]
             if one.budget and self.norm == "linf" and value * scale > upper - lower:
-                scaled = "" if scale == 1 else f" times --eps_scale={scale}"
+                scaled = "" if value > upper - lower else f" times --eps_scale={scale}"
                 raise ConfigError(
                     f"--{one.name}={value}{scaled}: must be in [0, {upper - lower}], the width of "
                     f"--transform={self.transform} (24 of 255 grey levels are 24/255 = 0.0941)"
