@@ -1,8 +1,8 @@
 """The memory of a run: what is kept of each training image from one epoch to the next, for the start of its next attack.
 
 A perturbation is kept in units of the budget, so that it grows with a budget that rises. As int8 the unit has 127 levels: a
-pixel is off by at most 1/254 of the budget. In the l2 ball, whose perturbations have small pixels, that is 7 per cent of the
-budget for a 28x28x1 image and 13 for a 32x32x3 one: take bf16 there.
+pixel is off by at most 1/254 of the budget. In the l2 ball, where perturbations have small pixels, an
+image of D pixels is then off by about sqrt(D / 12) / 127 of the budget: bf16 is better there.
 
 It is kept where the stored image has its pixels: an augmentation that moves pixels applies to what `recall` returns, and its
 inverse to what `note` takes.
