@@ -9,7 +9,8 @@ import numpy as np
 
 from e2sad_jax import _arguments
 from e2sad_jax._arguments import classes, is_number, is_readable, logits, read
-from e2sad_jax.attacks._ball import NORMS
+from e2sad_jax.attacks._ball import NORMS, Ball
+from e2sad_jax.attacks._numerics import as_float32
 from e2sad_jax.attacks._types import Bounds
 from e2sad_jax.errors import quoted
 
@@ -184,6 +185,12 @@ def perturbation(name: str, argument: str, value: object, x: jax.Array) -> jax.A
     if is_readable(value) and not np.isfinite(read(value)).all():
         raise ValueError(f"{name}: {argument} has entries that are NaN or infinite; a perturbation must be finite")
     return value
+
+
+def from_start(name: str, limits: Ball, x: jax.Array, start: jax.Array | None) -> jax.Array:
+    """Where an attack begins, float32 or wider: at the images, or at x + `start`, checked and brought into the ball."""
+    wide = as_float32(x)
+    return wide if start is None else limits.project(wide + perturbation(name, "start", start, x))
 
 
 def image_range(name: str, bounds: Any, x: jax.Array) -> Bounds:

@@ -4,6 +4,7 @@ import jax
 
 from e2sad_jax.attacks import _checks
 from e2sad_jax.attacks._ball import ball, project_and_cast
+from e2sad_jax.attacks._checks import from_start
 from e2sad_jax.attacks._numerics import as_float32, input_gradient
 from e2sad_jax.attacks._types import Bounds, LossFn
 
@@ -13,6 +14,7 @@ def fgsm(
     x: jax.Array,
     *,
     eps: jax.typing.ArrayLike,
+    start: jax.Array | None = None,
     norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
 ) -> jax.Array:
@@ -28,6 +30,8 @@ def fgsm(
       loss_fn: images `[N, ...]` to per-example losses `[N]`, to be maximised.
       x: images `[N, ...]`, floating point, inside `bounds`.
       eps: budget in `norm`, at least 0, in the images' own units; 0 returns `x`.
+      start: perturbations `[N, ...]` to start from, in the images' own units: the attack begins at x + start, brought into
+        the ball. None: at `x`.
       norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None for no clipping.
 
@@ -50,5 +54,6 @@ def fgsm(
     if not len(x):  # nothing that a model could be asked
         return x
     limits = ball(norm, x, eps, bounds)
-    moved = as_float32(x) + eps * limits.steepest(as_float32(input_gradient(loss_fn, x)))
+    first = from_start("fgsm", limits, x, start)
+    moved = first + eps * limits.steepest(as_float32(input_gradient(loss_fn, first.astype(x.dtype))))
     return project_and_cast(limits, moved, x.dtype)

@@ -5,7 +5,7 @@ import jax
 from e2sad_jax.attacks import _checks
 from e2sad_jax.attacks._ascent import ascend
 from e2sad_jax.attacks._ball import linf_ball
-from e2sad_jax.attacks._numerics import as_float32
+from e2sad_jax.attacks._checks import from_start
 from e2sad_jax.attacks._types import Bounds, LossFn
 
 
@@ -16,6 +16,7 @@ def ifgsm(
     eps: jax.typing.ArrayLike,
     steps: int,
     step_size: jax.typing.ArrayLike | None = None,
+    start: jax.Array | None = None,
     bounds: Bounds = (0.0, 1.0),
 ) -> jax.Array:
     """Iterative fast gradient sign method: several steps along the sign of the gradient (Eq. 2).
@@ -31,6 +32,8 @@ def ifgsm(
       eps: budget in the l-infinity norm, at least 0, in the images' own units.
       steps: number of gradient steps N, at least 1.
       step_size: a, above 0; None for the paper's eps / steps.
+      start: perturbations `[N, ...]` to start from, in the images' own units: the attack begins at x + start, brought into
+        the ball. None: at `x`.
       bounds: range of valid images, or None for no clipping.
 
     Returns:
@@ -51,4 +54,5 @@ def ifgsm(
         step_size = eps / steps
     limits = linf_ball(x, eps, bounds)
     # The first step's gradient is the clean image's, which training takes too: outside a loop XLA finds the two to be one.
-    return jax.lax.stop_gradient(ascend(loss_fn, as_float32(x), limits, x.dtype, step_size, steps, unrolled=1))
+    first = from_start("ifgsm", limits, x, start)
+    return jax.lax.stop_gradient(ascend(loss_fn, first, limits, x.dtype, step_size, steps, unrolled=1))

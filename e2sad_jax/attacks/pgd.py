@@ -6,7 +6,7 @@ from e2sad_jax.attacks import _checks, _loops
 from e2sad_jax.attacks._ascent import ascend
 from e2sad_jax.attacks._ball import ball
 from e2sad_jax.attacks._best import Candidate, score
-from e2sad_jax.attacks._numerics import as_float32, per_image_keys
+from e2sad_jax.attacks._numerics import per_image_keys
 from e2sad_jax.attacks._types import Bounds, LossFn
 
 
@@ -71,8 +71,6 @@ def pgd(
     if restarts > 1 and not random_start:
         where = "from one start" if start is not None else "without random_start"
         raise ValueError(f"pgd: restarts={restarts} {where} would all be equal; use restarts=1")
-    if start is not None:
-        start = _checks.perturbation("pgd", "start", start, x)
     if not len(x):  # nothing that a model could be asked
         return x
     if step_size is None:
@@ -81,12 +79,10 @@ def pgd(
     limits = ball(norm, x, eps, bounds)
 
     def attempt(restart: int | jax.Array) -> jax.Array:
-        first = as_float32(x)
+        first = _checks.from_start("pgd", limits, x, start)
         if keys is not None:
             own = jax.vmap(jax.random.fold_in, (0, None))(keys, restart)
             first = limits.project(first + eps * limits.sample(own, first))
-        elif start is not None:
-            first = limits.project(first + start)
         return ascend(loss_fn, first, limits, x.dtype, step_size, steps)
 
     if restarts == 1:  # nothing to compare: two forward passes saved

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from e2sad_jax.attacks import core, fgsm, pgd
+from e2sad_jax.attacks import core, fgsm
 from e2sad_jax.defenses._registry import MEMORY, Defense, Setting, register
-from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, checked_start, ended, is_zero
+from e2sad_jax.defenses._types import Bounds, LogitsFn, Parts, batch_mean, check_weight, checked_start, ended
 from e2sad_jax.losses import cross_entropy
 
 
@@ -57,10 +57,7 @@ def grad_align(
     def J(z: jax.Array) -> jax.Array:
         return cross_entropy(logits_fn(z), y)
 
-    if start is None:  # at the images, where the penalty differentiates too
-        x_adv = fgsm(J, x, eps=eps, bounds=bounds)
-    else:
-        x_adv = pgd(None, J, x, eps=eps, steps=1, step_size=None if is_zero(eps) else eps, start=start, bounds=bounds)
+    x_adv = fgsm(J, x, eps=eps, start=start, bounds=bounds)
     wide = core.as_float32(x)
     keys = core.per_image_keys("grad_align", key, x.shape[0])
     noise = eps * core.linf_ball(x, eps, None).sample(keys, wide)

@@ -15,7 +15,6 @@ from e2sad_jax.defenses._types import (
     checked_start,
     clean_term,
     ended,
-    is_zero,
     weighted,
 )
 from e2sad_jax.losses import cross_entropy
@@ -67,11 +66,7 @@ def hamm(
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
         return mean.terms(cross_entropy(logits_fn(z), y))
 
-    if start is None:  # at the images, where the clean term's backward pass is the attack's
-        x_adv = attacks.fgsm(weighted(alpha, J), x, eps=eps, bounds=bounds)
-    else:
-        size = None if is_zero(eps) else eps
-        x_adv = attacks.pgd(None, J, x, eps=eps, steps=1, step_size=size, start=start, bounds=bounds)
+    x_adv = attacks.fgsm(weighted(alpha, J), x, eps=eps, start=start, bounds=bounds)
     clean = clean_term(alpha, J, x)
     adversarial, gradient = jax.value_and_grad(lambda z: J(z).sum())(x_adv)
     penalty = mean.size / 2 * optax.safe_norm((eps * core.as_float32(gradient)).ravel(), 0.0)

@@ -14,7 +14,6 @@ from e2sad_jax.defenses._types import (
     checked_start,
     clean_term,
     ended,
-    is_zero,
     weighted,
 )
 from e2sad_jax.losses import cross_entropy
@@ -65,11 +64,7 @@ def ifgsm(
     def J(z: jax.Array) -> jax.Array:  # per example; its sum is the batch mean
         return mean.terms(cross_entropy(logits_fn(z), y))
 
-    if start is None:  # at the images, where the clean term's backward pass is the attack's first
-        x_adv = attacks.ifgsm(weighted(alpha, J), x, eps=eps, steps=steps, step_size=step_size, bounds=bounds)
-    else:
-        size = eps / steps if step_size is None and not is_zero(eps) else step_size
-        x_adv = attacks.pgd(None, J, x, eps=eps, steps=steps, step_size=size, start=start, bounds=bounds)
+    x_adv = attacks.ifgsm(weighted(alpha, J), x, eps=eps, steps=steps, step_size=step_size, start=start, bounds=bounds)
     clean, adversarial = clean_term(alpha, J, x), J(x_adv).sum()
     return alpha * clean + (1 - alpha) * adversarial, ended(
         {"clean": clean, "adversarial": adversarial}, x_adv, x, start
