@@ -23,7 +23,6 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "e2SAD, paper's points": {"defense": "e2sad"},
     "e2SAD, lambda 1": {"defense": "e2sad", "lam": 1.0},
     "e2SAD, robust": {"defense": "e2sad", "preset": "robust"},
-    "e2SAD, no memory": {"defense": "e2sad", "preset": "robust", "memory": "none"},
     "PGD-2": {"defense": "pgd", "attack_steps": 2},
     "PGD-2, shorter steps": {"defense": "pgd", "attack_steps": 2, "attack_step_size": 0.8},
     "PGD-3": {"defense": "pgd", "attack_steps": 3},

@@ -249,12 +249,11 @@ def readers(setting: str) -> tuple[str, ...]:
 
 
 # What several defenses read.
-MEMORIES = ("none", "int8", "bf16")
 MEMORY = Setting(
     "memory",
     "none",
     "start each image's attack where its last one ended: the type in which a perturbation per training image is kept",
-    choices=MEMORIES,
+    choices=("none", "int8", "bf16"),
     argument=None,
 )
 ALPHA = Setting("alpha", 0.6, "weight of the clean loss", lower=0, upper=1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax import _arguments
-from e2sad_jax.attacks.core import Bounds, LogitsFn, as_float32, checks, is_number
+from e2sad_jax.attacks.core import Ball, Bounds, LogitsFn, as_float32, checks, is_number, per_image_keys
 from e2sad_jax.errors import quoted
 from e2sad_jax.losses import cross_entropy, quadratic_upper_bound
 
@@ -27,6 +27,7 @@ __all__ = [
     "clean_term",
     "ended",
     "is_zero",
+    "signs_or_start",
     "weighted",
 ]
 
@@ -137,6 +138,16 @@ def weighted(
 def bernoulli_signs(keys: jax.Array, like: jax.Array) -> jax.Array:
     """-1 or 1 with equal probability for each pixel, `[N, ...]`; image i is drawn from `keys[i]`."""
     return jax.vmap(lambda k: jax.random.rademacher(k, like.shape[1:], like.dtype))(keys)
+
+
+def signs_or_start(
+    name: str, limits: Ball, x: jax.Array, start: jax.Array | None, key: jax.Array | None, size: jax.typing.ArrayLike
+) -> jax.Array:
+    """Where the attack of GAT and NuAT begins, in the ball: at random signs of a size, or at x + `start`."""
+    if start is not None:
+        return checks.from_start(name, limits, x, start)
+    wide = as_float32(x)
+    return limits.project(wide + size * limits.steepest(bernoulli_signs(per_image_keys(name, key, len(x)), wide)))
 
 
 def check_training_loss(name: str, value: str) -> None:

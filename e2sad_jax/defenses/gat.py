@@ -10,10 +10,9 @@ from e2sad_jax.defenses._types import (
     LogitsFn,
     Parts,
     batch_mean,
-    bernoulli_signs,
     check_weight,
-    checked_start,
     ended,
+    signs_or_start,
 )
 from e2sad_jax.losses import cross_entropy
 
@@ -75,7 +74,6 @@ def gat(
     check_weight("gat", "weight", weight)
     check_weight("gat", "signs", signs, 1)
     mean, y = batch_mean("gat", x, y, weights)
-    start = checked_start("gat", start, x)
     step_size = eps if step_size is None else step_size
 
     def logits(z: jax.Array) -> jax.Array:
@@ -93,13 +91,8 @@ def gat(
         return cross_entropy(z_logits, y) + weight * squared_distance(z_logits, constant)
 
     limits = core.ball(norm, x, eps, bounds)
-    wide = core.as_float32(x)
-    if start is None:
-        keys = core.per_image_keys("gat", key, x.shape[0])
-        offset = signs * eps * limits.steepest(bernoulli_signs(keys, wide))
-    else:
-        offset = start
-    x_adv = jax.lax.stop_gradient(core.ascend(guided, limits.project(wide + offset), limits, x.dtype, step_size, 1))
+    first = signs_or_start("gat", limits, x, start, key, signs * eps)
+    x_adv = jax.lax.stop_gradient(core.ascend(guided, first, limits, x.dtype, step_size, 1))
 
     clean = mean(cross_entropy(clean_logits, y))
     distance = mean(squared_distance(logits(x_adv), f_x))

@@ -10,10 +10,9 @@ from e2sad_jax.defenses._types import (
     LogitsFn,
     Parts,
     batch_mean,
-    bernoulli_signs,
     check_weight,
-    checked_start,
     ended,
+    signs_or_start,
 )
 from e2sad_jax.losses import cross_entropy, difference
 
@@ -80,7 +79,6 @@ def nuat(
     check_weight("nuat", "weight", weight)
     check_weight("nuat", "signs", signs, 1)
     mean, y = batch_mean("nuat", x, y, weights)
-    start = checked_start("nuat", start, x)
     step_size = eps if step_size is None else step_size
     scale = 1 if mean.share is None else jnp.sqrt(mean.size * mean.share)[:, None]
 
@@ -98,13 +96,8 @@ def nuat(
         return mean.terms(cross_entropy(u_logits, y)) + weight * norm_by_image(u_logits, constant)
 
     limits = core.ball(norm, x, eps, bounds)
-    wide = core.as_float32(x)
-    if start is None:
-        keys = core.per_image_keys("nuat", key, x.shape[0])
-        offset = signs * eps * limits.steepest(bernoulli_signs(keys, wide))
-    else:
-        offset = start
-    x_adv = jax.lax.stop_gradient(core.ascend(climbed, limits.project(wide + offset), limits, x.dtype, step_size, 1))
+    first = signs_or_start("nuat", limits, x, start, key, signs * eps)
+    x_adv = jax.lax.stop_gradient(core.ascend(climbed, first, limits, x.dtype, step_size, 1))
 
     clean = mean(cross_entropy(z_x, y))
     nuclear = norm_by_image(logits(x_adv), z_x).sum()
