@@ -13,7 +13,7 @@ from e2sad_jax.data.dataset import in_words
 from e2sad_jax.evaluation import nan_logits
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.table import Table
-from e2sad_jax.training.config import FIRST, Config
+from e2sad_jax.training.config import Config
 
 WORST = "all attacks combined"
 PURPOSE = (
@@ -130,11 +130,7 @@ def _flags(config: Mapping[str, Any]) -> list[str]:
     """The settings of a run as flags: the defense, and what differs from its paper's setting."""
     usual = Config(defense=config["defense"])
     values = usual.to_json()
-    identity = usual.identity()
-    named = {*identity, *FIRST} - {"defense"}  # the identity has no setting that was not always there
-    if "eps_warmup" not in identity:  # no budget, so none that is scaled
-        named -= {"eps_scale"}
-    own = {k: config.get(k, value) for k, value in values.items() if k in named}
+    own = {k: config.get(k, value) for k, value in usual.in_effect().items() if k != "defense"}
     changed = {k: v for k, v in own.items() if v != values[k]}
     flags = [f"--no{k}" if v is False else f"--{k}" if v is True else f"--{k}={v}" for k, v in changed.items()]
     return [f"--defense={config['defense']}", "--preset=paper", *flags]

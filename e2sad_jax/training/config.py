@@ -222,7 +222,11 @@ class Config:
         return configure(**{name if isinstance(name, str) else quoted(name): value for name, value in values.items()})
 
     def identity(self) -> dict[str, Any]:
-        """The settings by which two runs differ; settings that have no effect in this run are left out."""
+        """The settings by which two runs differ: those in effect, without what runs of before there was a choice did."""
+        return {name: value for name, value in self.in_effect().items() if (name, value) not in FIRST.items()}
+
+    def in_effect(self) -> dict[str, Any]:
+        """The settings that change this run: not where it lies, nor what its other settings leave without effect."""
         values = {field.name: getattr(self, field.name) for field in COMMON if field.metadata["identity"]}
         if not self.soft_label:
             del values["delta"]
@@ -230,8 +234,7 @@ class Config:
             del values["eps_warmup"], values["eps_scale"]
         if self.stretches:  # then the run's length is a part of it
             values |= {"epochs": self.epochs} if self.epochs else {"steps": self.steps}
-        values |= self.settings
-        return {name: value for name, value in values.items() if (name, value) not in FIRST.items()}
+        return {**values, **self.settings}
 
     def digest(self) -> str:
         """The first eight hexadecimal digits of a SHA-256 of the identity, which name the run's folder."""
