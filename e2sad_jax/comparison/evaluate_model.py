@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from e2sad_jax._io import read_sealed, sealed, write_json
-from e2sad_jax.comparison.request import Request
+from e2sad_jax.comparison.request import CHECKPOINTS, Request
 from e2sad_jax.data import Dataset, sample_tests
 from e2sad_jax.errors import Stopped, first_line
 from e2sad_jax.evaluation import Attack, auto, nan_logits
@@ -38,7 +38,7 @@ def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[s
     stages, asked = request.stages(dataset.num_classes), question(request, dataset)
     path = pathlib.Path(config.workdir) / ("auto.json" if request.judge == "test" else f"auto_{request.judge}.json")
     known = known_outcome(path, asked, config.steps)
-    if "best" in known:
+    if "train_seconds" in known and all(which in known for which in request.checkpoints):
         return known
     with trainer.open_run(config, dataset) as run, signals.stopping() as stop:
         _, seconds = trainer.train(run, stop)
@@ -49,7 +49,7 @@ def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[s
     there = len(images_of.x_test)
     images_of = sample_tests(images_of, request.examples)
     images, labels = images_of.x_test, images_of.y_test
-    done = {which: known[which] for which in request.checkpoints if which in known}
+    done = {which: known[which] for which in CHECKPOINTS if which in known}
     for which in request.checkpoints:
         if which in done:
             continue
@@ -57,7 +57,7 @@ def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[s
             done[which] = done[twin]
         else:
             done[which] = _attacked(config, which, images, labels, stages)
-        write_json(path, sealed({"asked": asked, **{w: done[w] for w in done if w != "best"}}))  # attacks take long
+        write_json(path, sealed({"asked": asked, **done}))  # attacks take long
     outcome = {
         "asked": asked,
         "seed": config.seed,
@@ -98,7 +98,9 @@ def question(request: Request, dataset: Dataset) -> dict[str, Any]:
 
 
 def known_outcome(path: pathlib.Path, asked: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """What `evaluate_model` wrote of a run for the same question; empty where there is nothing readable.
+    """What `evaluate_model` wrote of a run for the same images and attacks; empty where there is nothing readable.
+
+    It may have other checkpoints than those asked for.
 
     Args:
       path: auto.json of the run.
@@ -111,13 +113,13 @@ def known_outcome(path: pathlib.Path, asked: Mapping[str, Any], steps: int) -> d
 
     try:
         known = read_sealed(path)
+        known["asked"] = {**known["asked"], "checkpoints": asked["checkpoints"]}
         right = known["asked"] == asked and known["last"]["step"] == steps
-        there = [which for which in asked["checkpoints"] if which in known]
-        for which in asked["checkpoints"] if "best" in known else there:
+        for which in set(CHECKPOINTS) & known.keys():
             right &= type(known[which]["step"]) is int and all(number(known[which][k]) for k in ("clean", "robust"))
             # Of these very weights: the run may have been trained again since.
             right &= known[which].get("state") == state_digest(path.parent, known[which]["step"])
-        if "best" in known:
+        if "train_seconds" in known:
             right &= all(number(known[key]) for key in ("train_seconds", "eps", "images", "seed"))
             right &= isinstance(known["chosen_on"], str)
     except FileNotFoundError:

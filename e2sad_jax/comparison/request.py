@@ -80,9 +80,20 @@ def known() -> dict[str, Mapping[str, Any]]:
     return {**entries(), **PARTS, **{name: {"defense": name} for name in DEFENSES}}
 
 
-def checkpoints(ema: float) -> tuple[str, ...]:
-    """What is attacked of each run: its last weights, their average where there is one, and the best checkpoint."""
-    return ("last", *(["average"] if ema else []), "best")
+CHECKPOINTS = ("last", "average", "best")
+
+
+def checkpoints(request: Mapping[str, Any]) -> tuple[str, ...]:
+    """What is attacked of each run: its last weights, their average where there is one, and the best checkpoint.
+
+    Args:
+      request: the fields of a `Request`, as compare.json has them.
+    """
+    left_out = {
+        "average": request.get("last_only") or not request.get("ema"),
+        "best": request.get("last_only"),
+    }
+    return tuple(which for which in CHECKPOINTS if not left_out.get(which))
 
 
 def position(name: str) -> int:
@@ -134,6 +145,7 @@ class Request:
         "images to attack: the test set, or, to choose settings, those held out of the training set",
         choices=tuple(JUDGES),
     )
+    last_only: bool = setting(False, "attack the last weights alone: no best checkpoint, no average")
     examples: int = setting(500, "images to attack, a sample stratified by class, or all if there are fewer", lower=1)
     queries: int = setting(1000, "queries of Square, 0: leave it out", lower=0)
     apgd_steps: int = setting(50, "steps of APGD-CE and of APGD-T", lower=1)
@@ -174,7 +186,7 @@ class Request:
     @property
     def checkpoints(self) -> tuple[str, ...]:
         """What is attacked of each run."""
-        return checkpoints(self.ema)
+        return checkpoints(dataclasses.asdict(self))
 
     def stages(self, num_classes: int) -> list[Attack]:
         """The attacks; robust accuracy counts the images that all of them leave correct."""

@@ -12,7 +12,7 @@ from e2sad_jax import data
 from e2sad_jax._io import check_folder, read_json, write_json, write_text
 from e2sad_jax.comparison.evaluate_model import evaluate_model
 from e2sad_jax.comparison.flops import match_flops, step_flops
-from e2sad_jax.comparison.request import Request, checkpoints, position
+from e2sad_jax.comparison.request import Request, position
 from e2sad_jax.comparison.show import broken, card, markdown, plot
 from e2sad_jax.errors import ConfigError, NonFiniteError, first_line
 from e2sad_jax.reporting import provenance
@@ -80,9 +80,10 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
         )
         _write(folder, result)
         own = next(row for row in result["rows"] if row["name"] == name)
-        last, best = (f"clean {own[c]['clean']:.3f}, robust {own[c]['robust']:.3f}" for c in ("last", "best"))
-        apart = own["best"] != own["last"]
-        say(f"{name}: {last}{f' (best checkpoint: {best})' if apart else ''}, {own['flops']:.3g} FLOPs")
+        last, best = (
+            f"clean {a['clean']:.3f}, robust {a['robust']:.3f}" for a in (own["last"], own.get("best", own["last"]))
+        )
+        say(f"{name}: {last}{f' (best checkpoint: {best})' if best != last else ''}, {own['flops']:.3g} FLOPs")
         for sentence in broken(own):
             say(f"{name}: {sentence}")
     if not rows:
@@ -187,7 +188,7 @@ def _same_question(
 def row_of(name: str, config: Config, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What is shown of an entry: means over its runs, its settings, and the runs themselves."""
     row: dict[str, Any] = {"name": name, "settings": settings_of(config)}
-    for which in checkpoints(config.ema):
+    for which in runs[0]["asked"]["checkpoints"]:
         clean, robust = ([run[which][key] for run in runs] for key in ("clean", "robust"))
         spread = {"lowest": min(robust), "highest": max(robust), "steps": [run[which]["step"] for run in runs]}
         row[which] = {"clean": float(np.mean(clean)), "robust": float(np.mean(robust)), **spread}

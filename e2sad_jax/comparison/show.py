@@ -98,7 +98,7 @@ def table(result: Result) -> Table:
         rows.append([*cells, f"{row['flops']:.3g}", f"{_price(result, row):.2f}"])
     priced = result["priced"]
     average = ["average: clean", f"average: {robust}"] if "average" in attacked else []
-    best = ["best: clean", f"best: {robust}", "best: step"]
+    best = ["best: clean", f"best: {robust}", "best: step"] if "best" in attacked else []
     return Table(
         title=TITLE,
         columns=[
@@ -114,8 +114,12 @@ def table(result: Result) -> Table:
         rows=rows,
         notes=[
             *protocol(result),
-            "clean, robust: of the last checkpoint. best: of the checkpoint with the highest accuracy under PGD-10 on "
-            f"{result['chosen_on']}.",
+            "clean, robust: of the last checkpoint."
+            + (
+                f" best: of the checkpoint with the highest accuracy under PGD-10 on {result['chosen_on']}."
+                if best
+                else ""
+            ),
             *(
                 [f"average: averaged weights (`--ema={result['request']['ema']:g}`) of the last checkpoint."]
                 if average
@@ -129,7 +133,7 @@ def table(result: Result) -> Table:
 
 
 def _attacked(result: Result) -> tuple[str, ...]:
-    return checkpoints(result["request"].get("ema", 0))
+    return checkpoints(result["request"])
 
 
 def broken(row: Mapping[str, Any]) -> list[str]:

@@ -194,7 +194,9 @@ def _decode(name: str, builder: Any) -> Dataset:
             source = builder.as_data_source(split=split)
             images = np.empty((len(source), *KNOWN[name].image_shape), np.uint8)
             labels = np.empty(len(source), np.int32)
-            with tqdm_auto.tqdm(total=len(source), desc=f"Decoding {name} {split}", unit=" images", leave=False) as bar:
+            title = f"Decoding {name} {split}"
+            # None: nothing in a log.
+            with tqdm_auto.tqdm(total=len(source), desc=title, unit=" images", leave=False, disable=None) as bar:
                 for start in range(0, len(source), 1000):
                     indices = range(start, min(start + 1000, len(source)))
                     for index, example in zip(indices, source.__getitems__(indices), strict=True):

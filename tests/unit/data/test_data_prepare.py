@@ -166,10 +166,11 @@ def assert_nothing_prepared(root):
     assert kept == []
 
 
-def test_from_manual_files(mini, tmp_path, monkeypatch, offline, caplog):
+def test_from_manual_files(mini, tmp_path, monkeypatch, offline, caplog, capsys):
     root = tmp_path / "root"
     mini.place(root)
     mini.check(data.load(mini.name, root))
+    assert "Decoding" not in capsys.readouterr().err, "a bar in a log"
     assert offline == []  # no network was asked for anything
     assert (root / "decoded" / f"{mini.name}.npz").is_file()
     monkeypatch.setattr(tfds, "prepare", None)

@@ -201,6 +201,9 @@ def test_held_out_images_are_attacked_to_choose_settings(tiny_data, tmp_path, pr
     monkeypatch.setattr(evaluate_model, "_attacked", attacked)
     monkeypatch.setattr(trainer, "validate", lambda run, state, stop: {"score": float(int(state.step) == 2)})
     request = Request(entry=("natural",), data="tiny.npz", judge="held_out", workdir=str(tmp_path / "runs"), **LITTLE)
+    alone = dataclasses.replace(request, last_only=True)
+    assert "best" not in run(alone, quiet)["rows"][0]
+    assert len(seen) == 1
     with pytest.raises(KeyboardInterrupt):  # while the best is attacked
         run(request, quiet)
     result = run(request, quiet)
@@ -209,7 +212,14 @@ def test_held_out_images_are_attacked_to_choose_settings(tiny_data, tmp_path, pr
     train_set, validation_set = data.hold_out(tiny_data, 10)
     np.testing.assert_array_equal(seen[0], validation_set.x_test)
     assert not any((image == train_set.x_train).all((1, 2, 3)).any() for image in seen[0])
-    assert "10 images held out of the training set" in (tmp_path / "runs" / "compare.md").read_text()
+    written = (tmp_path / "runs" / "compare.md").read_text()
+    assert "10 images held out of the training set" in written
+    assert "best" in written
+    run(alone, quiet)
+    assert len(seen) == 3, "what other checkpoints have is kept"
+    assert "best" not in (tmp_path / "runs" / "compare.md").read_text()
+    run(request, quiet)
+    assert len(seen) == 3
 
 
 def test_a_sample_is_the_same_for_every_model_and_has_every_class(tiny, tmp_path, monkeypatch):
