@@ -1,6 +1,7 @@
 """The efficient two-step adversarial defense, e2SAD (Algorithm 1)."""
 
 import jax
+import jax.numpy as jnp
 
 from e2sad_jax import attacks
 from e2sad_jax.attacks import core
@@ -68,7 +69,7 @@ def e2sad(
       adversarial_at: the point of the adversarial term, "first", x_adv, or "second", x_adv2.
       hold_reference: let the gradient of D flow through f(x_adv2) alone. With `second_step="loss"` and alpha 0 training then
         shares the second step's backward pass.
-      step_size: length of the first step from a random or a given start; None for `eps1`.
+      step_size: length of the first step; None for `eps1`.
       norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None.
       key: random key; needed by `random_start` and by the objectives "noise" and "random" alone.
@@ -162,7 +163,7 @@ def adversarial_points(
       clip_second: clip the second point to `bounds`.
       random_start: take the first step from a random point of the ball.
       ball_second: bring the second point back into the ball of `eps1`.
-      step_size: length of the first step from a random or a given start; None for `eps1`.
+      step_size: length of the first step; None for `eps1`.
       norm: "linf" or "l2".
       bounds: range of valid images, or None.
       key: random key, as of `e2sad`.
@@ -183,7 +184,8 @@ def adversarial_points(
         size = eps1 if step_size is None else step_size
         x_adv = attacks.pgd(own, loss_fn, x, eps=eps1, steps=1, step_size=size, start=start, norm=norm, bounds=bounds)
     else:
-        x_adv = attacks.fgsm(weighted(alpha, loss_fn), x, eps=eps1, norm=norm, bounds=bounds)
+        size = eps1 if step_size is None else jnp.minimum(step_size, eps1)
+        x_adv = attacks.fgsm(weighted(alpha, loss_fn), x, eps=size, norm=norm, bounds=bounds)
     # Line 4 (Eq. 7): the second point, where the prediction changes most.
     own_bounds = bounds if clip_second else None
     x_adv2 = attacks.second_step(
@@ -214,7 +216,7 @@ SETTINGS = (
     Setting(
         "first_step_size",
         0.0,
-        "first step from a random or remembered start, 0: eps1",
+        "length of the first step, 0: eps1",
         lower=0,
         argument="step_size",
         budget=True,

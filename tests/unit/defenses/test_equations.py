@@ -216,6 +216,16 @@ def test_both_points_of_the_ball_stay_there_and_are_drawn_anew():
     assert not np.array_equal(first[2], first[3])
 
 
+def test_e2sad_takes_a_first_step_of_any_length_inside_the_ball():
+    (x, y), weights = batch(), draw()
+    f = net(weights)
+    for size, eps in ((EPS / 2, EPS / 2), (2 * EPS, EPS), (np.full(len(x), EPS / 2), np.full(len(x), EPS / 2))):
+        got, want = (
+            defenses.e2sad(f, x, y, alpha=0.5, lam=0, eps1=e, step_size=s)[0] for e, s in ((EPS, size), (eps, None))
+        )
+        close(got, want)
+
+
 def test_e2sad_without_dissimilarity_is_fgsm_training():
     (x, y), weights = batch(), draw()
     got = jax.jit(jax.value_and_grad(lambda w: VARIANTS["e2sad"](net(w), x, y, lam=0), has_aux=True))(weights)
