@@ -426,6 +426,15 @@ def test_the_picture(how, tiny_data, tmp_path, made_up, monkeypatch):
     assert any(row["lowest"] < row["highest"] for row in rows)
     steps = {row["name"]: row["last"]["steps"][0] for row in result["rows"]}
     assert how == "by price" or steps == {"natural": 9, "PGD-3": 3, "e2SAD, robust": 3}, "what the same FLOPs buy"
+    for row, high in zip(result["rows"], (0.0, 0.93, 0.97), strict=True):
+        row["last"] |= {"robust": high, "lowest": high, "highest": min(high + 0.01, 1)}
+    show.plot(tmp_path / "compare.png", result)
+    (axes,) = figures[-1].axes
+    heights = axes.transData.transform([(1, y) for y in (0, 0.03, 0.93, 0.97, 0.98)])[:, 1]
+    assert (np.diff(heights) > 0).all()
+    assert heights[3] - heights[2] > 5 * (heights[1] - heights[0]), "high accuracies have more room"
+    assert axes.get_ylim()[0] < 0
+    assert 0.98 < axes.get_ylim()[1] <= 1
 
 
 def test_with_equal_flops_all_spend_what_e2sad_does(prices):
