@@ -1,0 +1,70 @@
+"""Robust accuracy after several lengths of training, on made-up outcomes."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from benchmarks import lengths
+from e2sad_jax import data
+from e2sad_jax._io import read_json
+from e2sad_jax.errors import ConfigError
+from e2sad_jax.evaluation import Attack
+
+BUDGET = {"data": "tiny.npz", "model": "digits_cnn", "batch_size": 16, "validation_examples": 10, "examples": 10}
+
+
+@pytest.fixture
+def trained(tiny, monkeypatch):
+    """The runs that were asked for; their accuracies grow with their steps."""
+    seen = []
+
+    def made(request, config, dataset):
+        seen.append((pathlib.Path(config.workdir).name, config.steps))
+        robust = config.steps / 40
+        last = {"clean": 0.9, "after": {"clean": 0.9, "IFGSM-30": robust + 0.1, "APGD-CE": robust}, "robust": robust}
+        return {"last": last, "images": 10}
+
+    monkeypatch.setattr(data, "load", lambda name, data_dir: tiny)
+    monkeypatch.setattr(lengths, "evaluate_model", made)
+    monkeypatch.setattr(lengths.training, "step_flops", lambda config, *about: 2.0)
+    return seen
+
+
+def test_each_length_is_trained_once_and_a_constant_rate_goes_on(trained, tmp_path):
+    asked = lengths.Request(steps=("10", "5"), workdir=str(tmp_path), **BUDGET)
+    lengths.run(asked)
+    assert trained == [("robust-5", 5), ("paper", 5), ("robust-10", 10), ("paper", 10)]
+    lengths.run(dataclasses.replace(asked, steps=("20",), preset=("paper",)))
+    assert trained[4:] == [("paper", 20)]
+    rows = read_json(tmp_path / "lengths.json")["rows"]
+    assert [(row["preset"], row["steps"]) for row in rows] == [
+        ("robust", 5),
+        ("robust", 10),
+        ("paper", 5),
+        ("paper", 10),
+        ("paper", 20),
+    ]
+    assert [row["flops"] for row in rows] == [2 * row["steps"] for row in rows]
+    page = (tmp_path / "lengths.md").read_text()
+    assert "| paper | 20 | 0.900 | 0.600 | 0.500 |" in page
+    assert "The paper has 0.8633 under IFGSM-30" in page
+    lengths.run(dataclasses.replace(asked, examples=9, steps=("5",), preset=("paper",)))
+    assert trained[5:] == [("paper", 5)], "another question"
+
+
+def test_the_paper_s_setting_and_the_attacks(tmp_path):
+    asked = lengths.Request(data="mnist", workdir=str(tmp_path))
+    paper, robust = (asked.config(name, 2000) for name in ("paper", "robust"))
+    assert (paper.eps1, paper.schedule, paper.eps_scale, paper.soft_label) == (0.3, "constant", 1, True)
+    assert paper.settings["eps2"] == pytest.approx(0.1)
+    assert (robust.settings["memory"], robust.schedule) == ("int8", "cyclic")
+    first, *others = asked.comparison().stages(10)
+    assert first == Attack("IFGSM-30", "ifgsm", 0.3, 30)
+    assert [stage.name for stage in others] == ["APGD-CE", "APGD-T", "Square"]
+
+
+@pytest.mark.parametrize("length", ["0", "-1", "1e3", "x"])
+def test_a_length_that_is_none_is_refused(length):
+    with pytest.raises(ConfigError, match=f"--steps={length}: must be a whole number, at least 1"):
+        lengths.Request(steps=(length,))
