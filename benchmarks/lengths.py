@@ -90,6 +90,7 @@ def run(asked: Request) -> None:
     Raises:
       ConfigError, DataError, WorkdirError: before or as training does.
     """
+    provenance.commit()  # before the results that are written make it one with changes
     folder = pathlib.Path(asked.results or asked.workdir).expanduser()
     check_folder(folder, f"--results={folder}", make=True)
     dataset = data.load(asked.data, asked.data_dir or None)
@@ -191,7 +192,7 @@ def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     rows = result["rows"]
-    for name, color in zip(PRESETS, ("#3b6ea5", "#c1272d"), strict=True):
+    for name, color in zip(PRESETS, ("#c1272d", "#3b6ea5"), strict=True):
         own = [row for row in rows if row["preset"] == name]
         for key, style in (("ifgsm", "--o"), ("robust", "-o")):
             label = f"{name}, {IFGSM if key == 'ifgsm' else 'worst case'}"
@@ -208,8 +209,9 @@ def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
 
 
 def _main() -> None:
-    values: dict[str, Any] = {field.name: cli.FLAGS[field.name].value for field in dataclasses.fields(Request)}
-    run(Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}))
+    given = {field.name: cli.FLAGS[field.name].value for field in dataclasses.fields(Request)}
+    values: dict[str, Any] = {k: tuple(v or ()) if isinstance(v, list) else v for k, v in given.items()}
+    run(Request(**values))
 
 
 if __name__ == "__main__":
