@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 
 from e2sad_jax import training
-from e2sad_jax.comparison.request import REFERENCE, Request
+from e2sad_jax.comparison.request import REFERENCE, Request, checkpoint_every
 from e2sad_jax.training import Config
 
 
@@ -33,7 +33,7 @@ def match_flops(request: Request, config: Config, image_shape: Sequence[int], nu
         return config
     folder = pathlib.Path(config.workdir)
     workdir = str(folder.with_name(f"{folder.name}-{steps}"))
-    return config.replace(steps=steps, checkpoint_every=min(500, max(1, steps // 4)), workdir=workdir)
+    return config.replace(steps=steps, checkpoint_every=checkpoint_every(steps), workdir=workdir)
 
 
 def step_flops(config: Config, image_shape: Sequence[int], num_classes: int) -> float:

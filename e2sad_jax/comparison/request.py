@@ -96,6 +96,11 @@ def checkpoints(request: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(which for which in CHECKPOINTS if not left_out.get(which))
 
 
+def checkpoint_every(steps: int) -> int:
+    """Steps between checkpoints: the best is one of at least four, and validation costs little of a long run."""
+    return max(min(500, steps // 4), steps // 8, 1)
+
+
 def position(name: str) -> int:
     """Place of an entry among all that are known, for tables; behind them where it is not."""
     return list(known()).index(name) if name in known() else len(known())
@@ -216,7 +221,7 @@ class Request:
         )
         common: dict[str, Any] = {key: getattr(self, key) for key in shared}
         common |= {"soft_label": self.delta > 0, "delta": self.delta or Config.delta}
-        common["checkpoint_every"] = min(500, max(1, self.steps // 4))  # the best is one of at least four
+        common["checkpoint_every"] = checkpoint_every(self.steps)
         found = []
         for seed in range(self.seeds):
             config = configure(**{**points, **common, "eps1": self.eps, **entry, "seed": seed})

@@ -444,7 +444,7 @@ def test_with_equal_flops_all_spend_what_e2sad_does(prices):
         own = flops.match_flops(request, config, (28, 28, 1), 3)
         assert own.steps == steps, name
         assert own.workdir == (config.workdir if steps == 1000 else f"{config.workdir}-{steps}")
-        assert own.checkpoint_every == min(500, steps // 4)
+        assert own.checkpoint_every == max(min(500, steps // 4), steps // 8)
         assert flops.match_flops(dataclasses.replace(request, equal_flops=False), config, (28, 28, 1), 3) == config
 
 
@@ -470,7 +470,7 @@ def test_what_the_data_is_too_small_for_is_refused_before_training(tiny_data, tm
 
 
 def test_the_best_is_chosen_among_several_of_a_short_run():
-    for steps, every in [(1, 1), (3, 1), (400, 100), (2000, 500), (6000, 500)]:
+    for steps, every in [(1, 1), (3, 1), (400, 100), (2000, 500), (8000, 1000)]:
         (config,) = Request(steps=steps, entry=("natural",)).configs("natural")
         assert (config.checkpoint_every, config.validation_examples) == (every, 1000)
 
