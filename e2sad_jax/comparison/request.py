@@ -49,6 +49,7 @@ _PARTS: Mapping[str, Mapping[str, Any]] = {
     "no memory": {"memory": "none"},
     "memory in bfloat16": {"memory": "bf16"},
     "no second point": {"lam": 0.0},
+    "trained at the second point": {"adversarial_at": "second", "lam": 0.3},
     "second point at random": {"second_step": "random"},
     "second point up the entropy": {"second_step": "total"},
     "gradient through both predictions": {"hold_reference": False},
