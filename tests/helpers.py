@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -18,6 +18,13 @@ def tiny_config(**changes: Any) -> Config:
     usual = dict(defense="e2sad", data="tiny.npz", model="digits_cnn", steps=12, batch_size=16, checkpoint_every=5)
     values = {**usual, "log_every": 2, "attack_steps": 2, **changes}
     return training.configure(**readable(**values))
+
+
+def mostly_slow(values: Iterable[Any], fast: Iterable[Any]) -> list[Any]:
+    """Values of a parametrized test: those of `fast` in every run of the tests, the others in the slow ones."""
+    values, fast = list(values), list(fast)
+    assert all(value in values for value in fast), fast
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def readable(**values: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 
 from e2sad_jax import attacks, defenses, losses
 from e2sad_jax.attacks import core
+from tests.helpers import mostly_slow
 from tests.unit.attacks.helpers import (
     BALL,
     CASES,
@@ -35,7 +36,10 @@ def summed(z: jax.Array) -> jax.Array:
     return z.reshape(z.shape[0], -1).sum(1)
 
 
-@pytest.mark.parametrize("name", [*REGISTERED, "second_total", "second_random"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow([*REGISTERED, "second_total", "second_random"], ("fgsm_linf", "pgd_l2", "apgd_linf", "second_total")),
+)
 def test_arrays_say_what_numbers_say(name):
     """A budget for each image, and a range for each pixel, traced: what each image gets with its own number."""
     case, x, network = CASES[name], images(), draw()

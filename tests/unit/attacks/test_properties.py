@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from e2sad_jax._compile import straight_line
+from tests.helpers import mostly_slow
 from tests.unit.attacks.helpers import (
     BALL,
     CASES,
@@ -277,7 +278,7 @@ def mesh_of(devices: int) -> Mesh:
     return Mesh(np.array(jax.devices()[:devices]), ("data",))
 
 
-@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize("name", mostly_slow(TRANSFORMED, ("pgd_linf", "deepfool_l2", "second_total")))
 def test_vmap_on_eight_devices_equals_one_image_at_a_time(name):
     """One program: in shard_map one image on each device, there under vmap, with a network and a budget of its own."""
     case, x, spread = CASES[name], images(), PartitionSpec("data")

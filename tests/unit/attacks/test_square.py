@@ -13,6 +13,7 @@ import pytest
 from e2sad_jax import attacks, losses
 from e2sad_jax._compile import straight_line
 from e2sad_jax.attacks.square import sides, window
+from tests.helpers import mostly_slow
 
 KEY = jax.random.key(11)
 N, SHAPE, EPS = 4, (7, 6, 2), 0.2
@@ -135,6 +136,7 @@ def moves(change: np.ndarray, side: int, eps: float) -> Iterator[np.ndarray]:
             yield new
 
 
+@pytest.mark.slow
 def test_every_l2_query_moves_length_between_two_squares():
     """Query by query, as the paper's algorithm in NumPy could have drawn it; kept if the margin rises."""
     seen: list[np.ndarray] = []
@@ -162,7 +164,7 @@ def test_every_l2_query_moves_length_between_two_squares():
     assert kept > 1
 
 
-@pytest.mark.parametrize("bounds", [(0.0, 1.0), None])
+@pytest.mark.parametrize("bounds", mostly_slow([(0.0, 1.0), None], [(0.0, 1.0)]))
 def test_climbs_a_linear_margin_in_the_l2_ball(bounds):
     """The longer the farther, to more than half of what the best change, eps C / ||C||, gains without the range."""
     x, eps = images(), 0.5

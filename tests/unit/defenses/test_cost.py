@@ -7,7 +7,7 @@ from e2sad_jax import training
 
 # Defense, settings, bounds in natural steps.
 COSTS = [
-    ("fgsm", {}, 1.9, 2.05),
+    pytest.param("fgsm", {}, 1.9, 2.05, marks=pytest.mark.slow),
     ("e2sad", {}, 3.0, 3.4),
     pytest.param("e2sad", training.preset("robust", 0.3), 2.6, 2.8, marks=pytest.mark.slow),
 ]

@@ -12,6 +12,7 @@ import pytest
 
 from e2sad_jax import attacks, defenses, losses
 from e2sad_jax.attacks import core
+from tests.helpers import mostly_slow
 from tests.unit.defenses.toy import (
     EPS,
     EPS2,
@@ -265,7 +266,9 @@ def slope(function: LogitsFn, z: jax.Array) -> jax.Array:
     return g / jnp.sqrt((g**2).sum((1, 2, 3), keepdims=True))
 
 
-@pytest.mark.parametrize("name", ["pgd", "trades", "rs_fgsm", "n_fgsm", "e2sad", "e2sad ball"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["pgd", "trades", "rs_fgsm", "n_fgsm", "e2sad", "e2sad ball"], ["e2sad", "rs_fgsm"])
+)
 def test_l2(name):
     """Steps along the gradient at length 1, in the l2 ball; the random points by the library, tested elsewhere."""
     (x, y), weights, eps = batch(), draw(), 0.8

@@ -7,9 +7,13 @@ import pytest
 
 from e2sad_jax import losses
 from e2sad_jax.defenses import DEFENSES
+from tests.helpers import mostly_slow
 from tests.unit.defenses.toy import DELTA, SHAPE, VARIANTS, K, N, batch, close, defended, draw, net
 
 every_variant = pytest.mark.parametrize("name", VARIANTS)
+some_in_every_run = pytest.mark.parametrize(
+    "name", mostly_slow(VARIANTS, ("e2sad ball", "fgsm", "free", "atta", "trades"))
+)
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
 NAN = float("nan")
@@ -20,7 +24,7 @@ TAKING = {
 }
 
 
-@every_variant
+@some_in_every_run
 def test_gradient_against_finite_differences(name):
     """In float64; penalties are second derivatives. No sign turns within so small a step."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
@@ -36,7 +40,7 @@ def test_gradient_against_finite_differences(name):
             assert abs(slope) > 1e-4
 
 
-@every_variant
+@some_in_every_run
 def test_finite_where_gradients_vanish_and_where_logits_saturate(name):
     """The norm's own derivative at zero is 0 / 0; with nothing to climb the attack stays at the image."""
     for change in (("w1",), ("w2",), ("w1", "b1", "w2"), "saturated"):
@@ -52,7 +56,7 @@ def test_finite_where_gradients_vanish_and_where_logits_saturate(name):
             assert parts["penalty"] == 0
 
 
-@every_variant
+@some_in_every_run
 def test_vmap_over_models_and_a_traced_setting(name):
     """One program for several models, each with another budget or weight; a loss of its own for each."""
     (x, y), models = batch(), [draw(seed) for seed in range(3)]
@@ -84,7 +88,7 @@ def test_random_numbers_repeat_by_key(name):
 # --- weights of images
 
 
-@every_variant
+@some_in_every_run
 def test_weights_leave_images_out(name):
     """Exactly: the loss, its parts and its gradient are those of the batch without them, whatever stands there."""
     (x, y), weights, kept = batch(), draw(), 5

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from e2sad_jax import defenses, losses
+from tests.helpers import mostly_slow
 from tests.unit.defenses.toy import EPS, KEY, LogitsFn, N, batch, close, draw, net, registered
 
 # The later defenses as functions of logits_fn, x, y; their arguments may be overridden.
@@ -173,7 +174,9 @@ def test_trades_point_of_a_linear_model_is_a_corner_and_its_loss_the_formula():
     np.testing.assert_array_equal(other[-1], seen[-1])
 
 
-@pytest.mark.parametrize("name", ["rs_fgsm", "free", "trades", "grad_align", "gat", "nuat"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["rs_fgsm", "free", "trades", "grad_align", "gat", "nuat"], ("free", "gat"))
+)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_points_are_inside_ball_and_range(name, dtype):
     """After rounding too; and most pixels move."""
@@ -207,7 +210,7 @@ def test_without_its_weight_nothing_is_left_of_the_regulariser(name, weight):
     close(got, want)
 
 
-@pytest.mark.parametrize("name", NOISY)
+@pytest.mark.parametrize("name", mostly_slow(NOISY, ("trades", "gat")))
 def test_noise_is_each_images_own_and_repeats_by_key(name):
     (x, y), f = batch(), net(draw())
     loss = float(DEFENSES[name](f, x, y)[0])

@@ -13,7 +13,7 @@ from e2sad_jax import attacks, distributed, losses, networks, training
 from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.networks import batch_stats
 from e2sad_jax.runs import trainer
-from tests.helpers import fit, tiny_config
+from tests.helpers import fit, mostly_slow, tiny_config
 
 pytestmark = pytest.mark.usefixtures("all_unoptimized", "standard_promotion")
 
@@ -105,7 +105,7 @@ def test_in_evaluation_an_image_does_not_depend_on_its_neighbours():
     assert np.abs(learn(x)[:2] - learn(x[:2])).max() > 1e-3
 
 
-@pytest.mark.parametrize("defense", DEFENSES)
+@pytest.mark.parametrize("defense", mostly_slow(DEFENSES, ("natural", "e2sad", "trades", "grad_align")))
 def test_running_averages_hear_of_the_losss_passes_and_of_no_attack(defense):
     """How many, by their count; and of which images, by the mean over them."""
     model = Normed()

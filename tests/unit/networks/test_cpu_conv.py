@@ -16,6 +16,7 @@ from benchmarks.collectives import collective_bytes
 from e2sad_jax import networks
 from e2sad_jax._compile import straight_line
 from e2sad_jax.networks import cnn, cpu_conv
+from tests.helpers import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("all_unoptimized")
 
@@ -78,7 +79,9 @@ def test_convolution_is_scipys(name):
     np.testing.assert_allclose(y[..., :2], np.moveaxis(expected, 1, -1), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["uneven", "one channel", "one image", "padding beyond the kernel"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["uneven", "one channel", "one image", "padding beyond the kernel"], ["uneven"])
+)
 def test_derivatives_of_every_kind_are_those_of_finite_differences(name):
     """Forward and reverse, and their derivatives again: Hamm's penalty and gradient alignment need them."""
     with jax.enable_x64(True):
@@ -87,6 +90,7 @@ def test_derivatives_of_every_kind_are_those_of_finite_differences(name):
         check_grads(ours, (x, w), order=2, modes=("fwd", "rev"), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Table 4, first", "Table 4, second", "Table 5, first"])
 def test_float32_is_as_near_to_the_truth_as_xla_is(name):
     x, w, padding = example(name, np.float32)

@@ -109,6 +109,7 @@ def test_a_cell():
 # What it measures and illustrates.
 
 
+@pytest.mark.slow
 def test_the_two_steps_of_figure_2_part_ways():
     """The caption's claims, from the attacks themselves; the slope of Eq. 7 also by finite differences."""
     curves, points = figure2_problem.compute()
