@@ -24,7 +24,12 @@ def mostly_slow(values: Iterable[Any], fast: Iterable[Any]) -> list[Any]:
     """Values of a parametrized test: those of `fast` in every run of the tests, the others in the slow ones."""
     values, fast = list(values), list(fast)
     assert all(value in values for value in fast), fast
-    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    return [
+        value
+        if value in fast
+        else pytest.param(*value if isinstance(value, tuple) else (value,), marks=pytest.mark.slow)
+        for value in values
+    ]
 
 
 def readable(**values: Any) -> dict[str, Any]:
