@@ -48,6 +48,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
 _PARTS: Mapping[str, Mapping[str, Any]] = {
     "no memory": {"memory": "none"},
     "memory in bfloat16": {"memory": "bf16"},
+    "one step": {"first_point": "start", "adversarial_at": "second", "lam": 0.3},
     "no second point": {"lam": 0.0},
     "trained at the second point": {"adversarial_at": "second", "lam": 0.3},
     "second point at random": {"second_step": "random"},

@@ -22,6 +22,7 @@ from e2sad_jax.defenses._types import (
 from e2sad_jax.losses import cross_entropy, dissimilarity
 
 POINTS = ("first", "second")
+FIRST_POINTS = ("step", "start")
 
 
 def e2sad(
@@ -39,6 +40,7 @@ def e2sad(
     ball_second: bool = False,
     adversarial_at: str = "first",
     hold_reference: bool = False,
+    first_point: str = "step",
     step_size: jax.typing.ArrayLike | None = None,
     norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
@@ -52,7 +54,8 @@ def e2sad(
 
     Both adversarial points are constants; the gradient of D flows through both of its arguments.
 
-    `random_start`, `ball_second`, `adversarial_at`, `hold_reference` and `start` are not the paper's; see docs/e2sad.md.
+    `random_start`, `ball_second`, `adversarial_at`, `hold_reference`, `first_point` and `start` are not the paper's; see
+    docs/e2sad.md.
 
     Args:
       logits_fn: images `[N, ...]` to logits `[N, K]`; f is its softmax.
@@ -69,6 +72,8 @@ def e2sad(
       adversarial_at: the point of the adversarial term, "first", x_adv, or "second", x_adv2.
       hold_reference: let the gradient of D flow through f(x_adv2) alone. With `second_step="loss"` and alpha 0 training then
         shares the second step's backward pass.
+      first_point: "step", one step from the image, or from a random or a given start; or "start", that start itself, in the
+        ball: the second point then costs the only gradient step.
       step_size: length of the first step; None for `eps1`.
       norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None.
@@ -108,6 +113,7 @@ def e2sad(
         clip_second=clip_second,
         random_start=random_start,
         ball_second=ball_second,
+        first_point=first_point,
         step_size=step_size,
         norm=norm,
         bounds=bounds,
@@ -144,6 +150,7 @@ def adversarial_points(
     clip_second: bool = False,
     random_start: bool = False,
     ball_second: bool = False,
+    first_point: str = "step",
     step_size: jax.typing.ArrayLike | None = None,
     norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
@@ -163,6 +170,7 @@ def adversarial_points(
       clip_second: clip the second point to `bounds`.
       random_start: take the first step from a random point of the ball.
       ball_second: bring the second point back into the ball of `eps1`.
+      first_point: "step" or "start", as of `e2sad`.
       step_size: length of the first step; None for `eps1`.
       norm: "linf" or "l2".
       bounds: range of valid images, or None.
@@ -177,12 +185,17 @@ def adversarial_points(
     if key is not None:
         key = core.threefry("e2sad", key)
     # Line 3 (Eq. 6): the first point, by FGSM.
+    if first_point not in FIRST_POINTS:
+        raise ValueError(f"e2sad: first_point={first_point!r}; it must be one of {', '.join(FIRST_POINTS)}")
+    if first_point == "start" and not random_start and start is None:
+        raise ValueError("e2sad: first_point='start' needs a start; pass one, or random_start=True")
     if (random_start or start is not None) and not (core.is_number(eps1) and eps1 == 0):
         if key is None and start is None:
             raise ValueError("e2sad: random_start draws random numbers and needs key")
         own = None if key is None else jax.random.fold_in(key, 1)
         size = eps1 if step_size is None else step_size
-        x_adv = attacks.pgd(own, loss_fn, x, eps=eps1, steps=1, step_size=size, start=start, norm=norm, bounds=bounds)
+        up = loss_fn if first_point == "step" else _flat
+        x_adv = attacks.pgd(own, up, x, eps=eps1, steps=1, step_size=size, start=start, norm=norm, bounds=bounds)
     else:
         size = eps1 if step_size is None else jnp.minimum(step_size, eps1)
         x_adv = attacks.fgsm(weighted(alpha, loss_fn), x, eps=size, norm=norm, bounds=bounds)
@@ -203,6 +216,11 @@ def adversarial_points(
     return x_adv, x_adv2
 
 
+def _flat(z: jax.Array) -> jax.Array:
+    """A loss without a slope, `[N]`: a step up it stays where it is."""
+    return jnp.zeros(len(z))
+
+
 SETTINGS = (
     ALPHA,
     Setting("lam", 0.1, "weight lambda of the dissimilarity", lower=0, varies=True),
@@ -212,6 +230,9 @@ SETTINGS = (
     Setting("random_start", False, "the first step starts at a random point of the ball"),
     Setting("ball_second", False, "keep the second point in the ball of eps1"),
     Setting("adversarial_at", "first", "point of the adversarial term", choices=POINTS),
+    Setting(
+        "first_point", "step", "first point: a step, or the random or remembered start itself", choices=FIRST_POINTS
+    ),
     Setting("hold_reference", False, "the gradient of the dissimilarity flows through the second point alone"),
     Setting(
         "first_step_size",

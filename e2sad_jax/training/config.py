@@ -279,6 +279,7 @@ FIRST = {
     "memory": "none",
     "ema": 0.0,
     "first_step_size": 0.0,
+    "first_point": "step",
     "eps_scale": 1.0,
     "hold_reference": False,
     "adversarial_at": "first",

@@ -217,6 +217,26 @@ def test_both_points_of_the_ball_stay_there_and_are_drawn_anew():
     assert not np.array_equal(first[2], first[3])
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_first_point_may_be_the_start_itself(norm):
+    """Then the second one is that of a step of PGD from there, and the loss that of the two."""
+    (x, y), weights = batch(), draw()
+    f = net(weights)
+    start = jax.random.uniform(KEY, x.shape, x.dtype, -2 * EPS, 2 * EPS)
+    given = {"alpha": 0.0, "eps1": EPS, "eps2": EPS / 2, "second_step": "loss", "ball_second": True, "norm": norm}
+    got, parts = defenses.e2sad(f, x, y, **given, first_point="start", adversarial_at="second", lam=0.7, start=start)
+    first = within(x, x + start, EPS) if norm == "l2" else jnp.clip(x + start.clip(-EPS, EPS), 0, 1)
+    second = x + defenses.pgd(f, x, y, start=start, eps=EPS, steps=1, step_size=EPS / 2, norm=norm)[1]["delta"]
+    close(parts["delta"], second - x)
+    mean = losses.cross_entropy(f(second), y).mean()
+    close(parts["adversarial"], mean)
+    close(got, mean + 0.7 * losses.dissimilarity(f(first), f(second)).mean())
+    with pytest.raises(ValueError, match="first_point='start' needs a start; pass one, or random_start=True"):
+        defenses.e2sad(f, x, y, **given, first_point="start")
+    with pytest.raises(ValueError, match="first_point='x'; it must be one of step, start"):
+        defenses.e2sad(f, x, y, **given, first_point="x")
+
+
 def test_e2sad_takes_a_first_step_of_any_length_inside_the_ball():
     (x, y), weights = batch(), draw()
     f = net(weights)
