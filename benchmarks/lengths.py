@@ -9,6 +9,7 @@ and .png after each length; the same command goes on from there.
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,8 @@ from e2sad_jax import cli, data, training
 from e2sad_jax._io import check_folder, read_json, write_json, write_text
 from e2sad_jax.comparison.evaluate_model import evaluate_model
 from e2sad_jax.comparison.request import Request as Comparison
-from e2sad_jax.errors import ConfigError
+from e2sad_jax.comparison.run import settings_of
+from e2sad_jax.errors import ConfigError, first_line
 from e2sad_jax.evaluation import Attack
 from e2sad_jax.reporting import paper_numbers, plots, provenance
 from e2sad_jax.reporting.table import Table
@@ -65,6 +67,8 @@ class Request:
         for length in self.steps:
             if not (length.isdecimal() and int(length)):
                 raise ConfigError(f"--steps={length:.100}: must be a whole number, at least 1")
+        for name in self.preset:
+            preset(name, self.eps)  # which refuses others
 
     def config(self, name: str, steps: int) -> Config:
         """e2SAD by a preset at one length, in the folder of all lengths where the schedule has no end."""
@@ -111,7 +115,7 @@ def run(asked: Request) -> None:
                     "robust": last["robust"],
                     "flops": steps * training.step_flops(config, dataset.image_shape, dataset.num_classes),
                     "images": outcome["images"],
-                    "settings": config.to_json(),
+                    "settings": settings_of(config),
                     "origin": {"command": provenance.command(), **provenance.environment()},
                 }
             )
@@ -125,17 +129,20 @@ def run(asked: Request) -> None:
 
 
 def _earlier(path: pathlib.Path, asked: Request) -> list[dict[str, Any]]:
-    """The rows of an earlier run of the same question, whatever its lengths and presets."""
-    other = ("preset", "steps", "data_dir", "workdir", "results")
-
-    def question(request: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {key: value for key, value in request.items() if key not in other}
-
-    if not path.exists():
+    """The rows of an earlier run under the same attacks, of any length, whose settings the presets still have."""
+    attacks = ("eps", "examples", "apgd_steps", "targets", "queries")
+    try:
+        before = read_json(path)
+        if any(before["request"][key] != getattr(asked, key) for key in attacks):
+            return []
+        return [
+            row for row in before["rows"] if row["settings"] == settings_of(asked.config(row["preset"], row["steps"]))
+        ]
+    except FileNotFoundError:
         return []
-    before = read_json(path)
-    same = question(before["request"]) == question(dataclasses.asdict(asked))
-    return [*before["rows"]] if same else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"warning: {path} is unusable ({first_line(error)}); it is written again", file=sys.stderr, flush=True)
+        return []
 
 
 def _write(folder: pathlib.Path, result: Mapping[str, Any]) -> None:
@@ -208,13 +215,7 @@ def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
     plots.save(path, figure, dpi=150)
 
 
-def _main() -> None:
-    given = {field.name: cli.FLAGS[field.name].value for field in dataclasses.fields(Request)}
-    values: dict[str, Any] = {k: tuple(v or ()) if isinstance(v, list) else v for k, v in given.items()}
-    run(Request(**values))
-
-
 if __name__ == "__main__":
     for flag in dataclasses.fields(Request):
         cli.define_flag(flag)
-    cli.launch(_main, "finished lengths and the others' last checkpoints are safe")
+    cli.launch(lambda: run(cli.from_flags(Request)), "finished lengths and the others' last checkpoints are safe")

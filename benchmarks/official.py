@@ -459,13 +459,7 @@ def _told(logger: logging.Logger) -> Any:
         logger.level, logger.propagate = before
 
 
-def _main() -> None:
-    fields = dataclasses.fields(Request)
-    values: dict[str, Any] = {field.name: cli.FLAGS[field.name].value for field in fields}
-    run(Request(**values))
-
-
 if __name__ == "__main__":
     for flag in dataclasses.fields(Request):
         cli.define_flag(flag)
-    cli.launch(_main, "the same command measures again", resumes=False)
+    cli.launch(lambda: run(cli.from_flags(Request)), "the same command measures again", resumes=False)

@@ -117,10 +117,15 @@ def define_request(name: str) -> None:
 def run_request(name: str) -> None:
     """Runs a command with the values of its flags."""
     module = importlib.import_module(REQUESTS[name].module)
-    values = {field.name: FLAGS[field.name].value for field in dataclasses.fields(module.Request)}
-    asked = module.Request(**{k: tuple(v or ()) if isinstance(v, list) else v for k, v in values.items()})
+    asked = from_flags(module.Request)
     distributed.require_backend()
     module.run(asked)
+
+
+def from_flags(kind: Any) -> Any:
+    """A request of a dataclass whose fields are flags, of the values given."""
+    values = {field.name: FLAGS[field.name].value for field in dataclasses.fields(kind)}
+    return kind(**{k: tuple(v or ()) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def console(program: str = "e2sad") -> None:

@@ -21,7 +21,10 @@ def tiny_config(**changes: Any) -> Config:
 
 
 def mostly_slow(values: Iterable[Any], fast: Iterable[Any]) -> list[Any]:
-    """Values of a parametrized test: those of `fast` in every run of the tests, the others in the slow ones."""
+    """Cases of a parametrized test: those of `fast` in every run of the tests, the others in the slow ones.
+
+    A tuple is a case of several arguments.
+    """
     values, fast = list(values), list(fast)
     assert all(value in values for value in fast), fast
     return [

@@ -91,11 +91,9 @@ def checkpoints(request: Mapping[str, Any]) -> tuple[str, ...]:
     Args:
       request: the fields of a `Request`, as compare.json has them.
     """
-    left_out = {
-        "average": request.get("last_only") or not request.get("ema"),
-        "best": request.get("last_only"),
-    }
-    return tuple(which for which in CHECKPOINTS if not left_out.get(which))
+    if request.get("last_only"):
+        return ("last",)
+    return tuple(which for which in CHECKPOINTS if which != "average" or request.get("ema"))
 
 
 def checkpoint_every(steps: int) -> int:

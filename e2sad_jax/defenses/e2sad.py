@@ -184,11 +184,11 @@ def adversarial_points(
     eps1, eps2 = (core.checks.budget("e2sad", n, v, x, norm=norm) for n, v in (("eps1", eps1), ("eps2", eps2)))
     if key is not None:
         key = core.threefry("e2sad", key)
-    # Line 3 (Eq. 6): the first point, by FGSM.
     if first_point not in FIRST_POINTS:
         raise ValueError(f"e2sad: first_point={first_point!r}; it must be one of {', '.join(FIRST_POINTS)}")
     if first_point == "start" and not random_start and start is None:
         raise ValueError("e2sad: first_point='start' needs a start; pass one, or random_start=True")
+    # Line 3 (Eq. 6): the first point, by FGSM.
     if (random_start or start is not None) and not (core.is_number(eps1) and eps1 == 0):
         if key is None and start is None:
             raise ValueError("e2sad: random_start draws random numbers and needs key")

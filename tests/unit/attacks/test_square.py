@@ -13,7 +13,6 @@ import pytest
 from e2sad_jax import attacks, losses
 from e2sad_jax._compile import straight_line
 from e2sad_jax.attacks.square import sides, window
-from tests.helpers import mostly_slow
 
 KEY = jax.random.key(11)
 N, SHAPE, EPS = 4, (7, 6, 2), 0.2
@@ -164,7 +163,7 @@ def test_every_l2_query_moves_length_between_two_squares():
     assert kept > 1
 
 
-@pytest.mark.parametrize("bounds", mostly_slow([(0.0, 1.0), None], [(0.0, 1.0)]))
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), pytest.param(None, marks=pytest.mark.slow)])
 def test_climbs_a_linear_margin_in_the_l2_ball(bounds):
     """The longer the farther, to more than half of what the best change, eps C / ||C||, gains without the range."""
     x, eps = images(), 0.5

@@ -53,6 +53,20 @@ def test_each_length_is_trained_once_and_a_constant_rate_goes_on(trained, tmp_pa
     assert trained[5:] == [("paper", 5)], "another question"
 
 
+def test_rows_of_other_settings_and_damaged_files_do_not_count(trained, tmp_path, monkeypatch, capsys):
+    asked = lengths.Request(steps=("5",), workdir=str(tmp_path), **BUDGET)
+    lengths.run(asked)
+    own = lengths.preset
+    monkeypatch.setattr(lengths, "preset", lambda name, eps: {**own(name, eps), "lam": 0.5} if name == "robust" else {})
+    lengths.run(asked)
+    assert trained[2:] == [("robust-5", 5)], "the preset is another one now"
+    assert capsys.readouterr().err == ""
+    (tmp_path / "lengths.json").write_text("[")
+    lengths.run(asked)
+    assert trained[3:] == [("robust-5", 5), ("paper", 5)]
+    assert "lengths.json is unusable" in capsys.readouterr().err
+
+
 def test_the_paper_s_setting_and_the_attacks(tmp_path):
     asked = lengths.Request(data="mnist", workdir=str(tmp_path))
     paper, robust = (asked.config(name, 2000) for name in ("paper", "robust"))
@@ -62,6 +76,11 @@ def test_the_paper_s_setting_and_the_attacks(tmp_path):
     first, *others = asked.comparison().stages(10)
     assert first == Attack("IFGSM-30", "ifgsm", 0.3, 30)
     assert [stage.name for stage in others] == ["APGD-CE", "APGD-T", "Square"]
+
+
+def test_a_preset_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="--preset=x: must be one of robust, paper"):
+        lengths.Request(preset=("x",))
 
 
 @pytest.mark.parametrize("length", ["0", "-1", "1e3", "x"])
