@@ -54,7 +54,7 @@ RECIPES: Mapping[str, Recipe] = {
         settings={
             "data": "digits",
             "model": "digits_cnn",
-            "steps": 800,
+            "steps": 1000,
             "batch_size": 32,
             "eps1": 0.2,
             "checkpoint_every": 200,

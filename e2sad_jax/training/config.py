@@ -45,9 +45,11 @@ def preset(name: str, eps1: float) -> dict[str, Any]:
         return {}
     points = {
         "alpha": 0.0,
-        "lam": 1.0,
+        "lam": 0.3,
         "eps2": eps1 / 2,
-        "first_step_size": eps1 / 2,
+        "first_point": "start",
+        "first_step_size": eps1 / 2,  # for who takes --first_point=step
+        "adversarial_at": "second",
         "second_step": "loss",
         "hold_reference": True,
         "ball_second": True,

@@ -148,7 +148,7 @@ def test_help_explains_every_setting_with_its_range_and_default(ended):
     for words in [
         "--alpha: weight of the clean loss; in [0, 1]; read by fgsm, ifgsm, hamm, e2sad (default for e2sad "
         "with --preset=robust: 0) (default: '0.6')",
-        "--lam: weight lambda of the dissimilarity; at least 0; read by e2sad (default for e2sad with --preset=robust: 1) "
+        "--lam: weight lambda of the dissimilarity; at least 0; read by e2sad (default for e2sad with --preset=robust: 0.3) "
         "(default: '0.3')",
         "--second_step: what the second step differentiates; one of total, noise, loss, literal, random; read by e2sad",
         "--epochs: passes over the training set instead of --steps, 0: use --steps; in [0, 1000000.0] (default: '20.0')",

@@ -492,7 +492,7 @@ def test_all_share_the_schedule_and_a_preset_brings_its_points():
     parts = {name: request.configs(name)[0] for name in PARTS}
     assert parts["e2SAD, robust, second step of eps"].settings["eps2"] == 0.2
     assert parts["e2SAD, robust, full eps from the start"].eps_warmup == 0
-    assert parts["e2SAD, robust, no second point"].eps_warmup == 0.25
+    assert parts["e2SAD, robust, no dissimilarity"].eps_warmup == 0.25
     constant = parts["e2SAD, robust, constant learning rate"]
     assert (constant.schedule, constant.learning_rate, constant.eps_warmup) == ("constant", 0.001, 0.25)
     assert len({c.workdir for c in [*parts.values(), configs["e2SAD, robust"]]}) == len(parts) + 1
