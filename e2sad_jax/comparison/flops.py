@@ -19,7 +19,7 @@ def match_flops(request: Request, config: Config, image_shape: Sequence[int], nu
       num_classes: number of classes K.
 
     Returns:
-      The run, in a workdir of its own where the number of steps is another.
+      The run, in a workdir of its own.
 
     Raises:
       ConfigError: if JAX has no CPU to count FLOPs for.
@@ -29,11 +29,9 @@ def match_flops(request: Request, config: Config, image_shape: Sequence[int], nu
     other = request.configs(REFERENCE)[0]
     spent = request.steps * step_flops(other, image_shape, num_classes)
     steps = max(1, round(spent / step_flops(config, image_shape, num_classes)))
-    if steps == config.steps:
-        return config
-    folder = pathlib.Path(config.workdir)
-    workdir = str(folder.with_name(f"{folder.name}-{steps}"))
-    return config.replace(steps=steps, checkpoint_every=checkpoint_every(steps), workdir=workdir)
+    own = config.replace(steps=steps, checkpoint_every=checkpoint_every(steps))
+    name = f"{pathlib.Path(own.default_workdir()).name}-{steps}"  # the same, whoever's steps are matched
+    return own.replace(workdir=str(pathlib.Path(config.workdir).with_name(name)))
 
 
 def step_flops(config: Config, image_shape: Sequence[int], num_classes: int) -> float:

@@ -437,15 +437,21 @@ def test_the_picture(how, tiny_data, tmp_path, made_up, monkeypatch):
     assert 0.98 < axes.get_ylim()[1] <= 1
 
 
-def test_with_equal_flops_all_spend_what_e2sad_does(prices):
-    request = Request(steps=1000, batch_size=8, equal_flops=True)
-    for name, steps in {"natural": 3000, "RS-FGSM": 1765, "e2SAD, robust": 1000, "IFGSM-30 (Eq. 3)": 150}.items():
+def test_with_equal_flops_all_spend_what_e2sad_does(prices, monkeypatch):
+    request, folders = Request(steps=1000, batch_size=8, equal_flops=True), set()
+    names = {"natural": 3000, "RS-FGSM": 1765, "e2SAD, robust": 1000, "IFGSM-30 (Eq. 3)": 150}
+    for name, steps in names.items():
         (config,) = request.configs(name)
         own = flops.match_flops(request, config, (28, 28, 1), 3)
         assert own.steps == steps, name
-        assert own.workdir == (config.workdir if steps == 1000 else f"{config.workdir}-{steps}")
+        assert own.workdir.endswith(f"-{steps}")
+        folders.add(own.workdir)
         assert own.checkpoint_every == max(min(500, steps // 4), steps // 8)
         assert flops.match_flops(dataclasses.replace(request, equal_flops=False), config, (28, 28, 1), 3) == config
+    monkeypatch.setattr(flops, "REFERENCE", "natural")
+    request = dataclasses.replace(request, steps=3000)
+    found = {flops.match_flops(request, request.configs(name)[0], (28, 28, 1), 3).workdir for name in names}
+    assert found == folders, "a run is found again, whoever's steps are matched"
 
 
 def test_a_step_is_counted_once_for_all_seeds_and_lengths(monkeypatch):
