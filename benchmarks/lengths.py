@@ -9,6 +9,7 @@ and .png after each length; the same command goes on from there.
 
 import dataclasses
 import pathlib
+import shutil
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -71,16 +72,14 @@ class Request:
             preset(name, self.eps)  # which refuses others
 
     def config(self, name: str, steps: int) -> Config:
-        """e2SAD by a preset at one length, in the folder of all lengths where the schedule has no end."""
+        """e2SAD by a preset at one length, in a folder of its own."""
         own = preset(name, self.eps)
         shared = {key: getattr(self, key) for key in ("model", "data", "data_dir", "batch_size", "validation_examples")}
         config = configure(
             **{"eps2": self.eps / 3, **own, **shared, "defense": "e2sad", "eps1": self.eps, "steps": steps},
             checkpoint_every=min(1000, steps),
         )
-        open_ended = config.schedule == "constant" and not 0 < config.eps_warmup < 1
-        folder = pathlib.Path(self.workdir).expanduser() / (name if open_ended else f"{name}-{steps}")
-        return config.replace(workdir=str(folder))
+        return config.replace(workdir=str(pathlib.Path(self.workdir).expanduser() / f"{name}-{steps}"))
 
     def comparison(self) -> Attacked:
         """The attacks on the last weights."""
@@ -104,6 +103,7 @@ def run(asked: Request) -> None:
             if any(row["preset"] == name and row["steps"] == steps for row in rows):
                 continue
             config = asked.config(name, steps)
+            _go_on(config, name)
             outcome = evaluate_model(comparison, config, dataset)
             last = outcome["last"]
             rows.append(
@@ -126,6 +126,18 @@ def run(asked: Request) -> None:
                 f"worst case {last['robust']:.3f}",
                 flush=True,
             )
+
+
+def _go_on(config: Config, name: str) -> None:
+    """Begins a run whose schedule has no end with the longest shorter one that is there."""
+    folder = pathlib.Path(config.workdir)
+    there = {int(path.name.rpartition("-")[2]): path for path in folder.parent.glob(f"{name}-[0-9]*")}
+    shorter = [steps for steps in there if steps < config.steps and (there[steps] / "checkpoints").is_dir()]
+    if shorter and not folder.exists() and not config.stretches:
+        partial = folder.with_name(f"{folder.name}.partial")  # a kill leaves no half of a folder
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(there[max(shorter)], partial)
+        partial.rename(folder)
 
 
 def _earlier(path: pathlib.Path, asked: Request) -> list[dict[str, Any]]:

@@ -304,7 +304,11 @@ def _read_config(recipe: Recipe, defense: str) -> Config:
     if FLAGS["steps"].present and not FLAGS["epochs"].present:
         values["epochs"] = 0.0
     points = {name: value for name, value in named.items() if name in own}
-    return configure(**{**values, **own, **points, **given})
+    config = configure(**{**values, **own, **points, **given})
+    for name, why in config.entry.without_effect(config.settings).items():
+        if given.get(name, own[name]) != own[name]:
+            raise ConfigError(f"--{name}={given[name]}: has no effect, for {why}; leave it out")
+    return config
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

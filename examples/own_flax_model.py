@@ -29,7 +29,7 @@ class Network(nn.Module):
 
 
 def fit(model: nn.Module, x: jax.Array, y: jax.Array, steps: int, *, robust: bool) -> Any:
-    """The model's variables after training, with e2SAD's robust preset or without any defense."""
+    """The model's variables after training, with e2SAD at two points of the ball or without any defense."""
     variables, tx = model.init(jax.random.key(0), x[:1]), optax.adam(optax.linear_onecycle_schedule(steps, 5e-3))
 
     @jax.jit

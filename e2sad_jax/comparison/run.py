@@ -19,13 +19,16 @@ from e2sad_jax.reporting import provenance
 from e2sad_jax.training import Config
 
 FORMAT = 4
+# Of settings that are younger than a compare.json.
+_DEFAULTS = {"delta": 0.0, "eps_scale": 1.0, "ema": 0.0, "last_only": False, "judge": "test"}
 
 
 def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Trains, attacks, and writes compare.json, .md and .png after each model; resumes where it was stopped.
 
-    Hard labels everywhere, so that only the defense differs. Both the last checkpoint and the best, chosen by PGD-10 on
-    images that no run trains on, are attacked. The price of training is XLA's count of FLOPs for the CPU, by this code.
+    The same labels everywhere, so that only the defense differs. The last checkpoint is attacked and, unless `last_only`,
+    the averaged weights and the best checkpoint, chosen by PGD-10 on images that no run trains on. The price of training is
+    XLA's count of FLOPs for the CPU, by this code.
     What a compare.json for the same question has of other entries is kept, with its origin.
 
     Args:
@@ -142,7 +145,8 @@ def _earlier(path: pathlib.Path, request: Request, shape: Sequence[int], num_cla
     """Rows that a run before, for the same question, wrote of entries that are not asked for now, with their origin."""
     try:
         before = read_json(path)
-        if {key: before["request"].get(key) for key in request.question()} != request.question():
+        asked = _DEFAULTS | before["request"]
+        if {key: asked.get(key) for key in request.question()} != request.question():
             return []
         origin = {"command": before["command"], "environment": before["environment"]}
         rows = [{"origin": origin, "seeds": before["request"]["seeds"], **row} for row in before["rows"]]

@@ -116,6 +116,8 @@ class Defense:
         returns it among its parts and takes it the next time: "delta" as `start`, in the images' units; any other, with
         entries in [-1, 1], under its own name.
       replays: name of the setting that says how many steps in a row train on the same batch; empty: one.
+      idle: from the values of all its settings to those that have no effect beside the others, with the reason. It raises
+        `ConfigError` where they do not fit together. None: each has an effect.
 
     Raises:
       ValueError: if the loss does not take what the settings are for, or what is said of `delta` does not fit it.
@@ -129,6 +131,7 @@ class Defense:
     carried: int = 0
     remembers: tuple[str, ...] = ("delta",)
     replays: str = ""
+    idle: Callable[[Mapping[str, Any]], Mapping[str, str]] | None = None
 
     def __post_init__(self) -> None:
         for setting in self.settings:
@@ -164,6 +167,17 @@ class Defense:
     def carries(self) -> bool:
         """Whether a perturbation is kept from step to step, of the batch or as `carried` says."""
         return self.takes("delta")
+
+    def without_effect(self, settings: Mapping[str, Any]) -> Mapping[str, str]:
+        """Which settings have no effect beside the others, and why.
+
+        Args:
+          settings: values by name; others are at their defaults.
+
+        Raises:
+          ConfigError: if they do not fit together.
+        """
+        return {} if self.idle is None else self.idle({**self.defaults(), **settings})
 
     def defaults(self) -> dict[str, Any]:
         """The defaults of its settings, by name."""

@@ -1,5 +1,8 @@
 """The efficient two-step adversarial defense, e2SAD (Algorithm 1)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -19,6 +22,7 @@ from e2sad_jax.defenses._types import (
     is_zero,
     weighted,
 )
+from e2sad_jax.errors import ConfigError
 from e2sad_jax.losses import cross_entropy, dissimilarity
 
 POINTS = ("first", "second")
@@ -61,25 +65,27 @@ def e2sad(
       logits_fn: images `[N, ...]` to logits `[N, K]`; f is its softmax.
       x: clean images `[N, ...]`, inside `bounds`.
       y: target distributions `[N, K]`; the paper trains with soft ones (`losses.soft_labels`).
-      alpha: weight of the clean term, in [0, 1]; at 0 with `random_start` nothing looks at the clean images.
+      alpha: weight of the clean term, in [0, 1]; at 0 with `random_start` or `start` nothing looks at the clean images.
       lam: weight lambda of the dissimilarity, at least 0.
-      eps1: budget of the first step in `norm`, at least 0, in the images' own units.
+      eps1: budget of the first point in `norm`, at least 0, in the images' own units.
       eps2: budget of the second step around the first point, likewise.
       second_step: what the second step differentiates, one of `attacks.OBJECTIVES` (Eq. 7 itself has a zero gradient).
       clip_second: clip the second point to `bounds` too; the paper does not.
-      random_start: take the first step from a random point of the ball, and stay in the ball, as Fast AT does.
+      random_start: take the first step from a random point of the ball unless `start` is given, and stay in the ball, as
+        Fast AT does.
       ball_second: bring the second point back into the ball of `eps1` around `x`, and into `bounds`.
       adversarial_at: the point of the adversarial term, "first", x_adv, or "second", x_adv2.
       hold_reference: let the gradient of D flow through f(x_adv2) alone. With `second_step="loss"` and alpha 0 training then
-        shares the second step's backward pass.
+        shares the second step's backward pass, or with `adversarial_at="second"` has but one.
       first_point: "step", one step from the image, or from a random or a given start; or "start", that start itself, in the
         ball: the second point then costs the only gradient step.
-      step_size: length of the first step; None for `eps1`.
+      step_size: length of the first step, from the image at most `eps1`; None for `eps1`; not read with `first_point="start"`.
       norm: "linf" or "l2", of each image's perturbation.
       bounds: range of valid images, or None.
-      key: random key; needed by `random_start` and by the objectives "noise" and "random" alone.
+      key: random key; needed by `random_start` without `start` and by the objectives "noise" and "random" alone.
       start: perturbations `[N, ...]` that the first step starts from, in the images' own units; `parts` then has `delta`,
-        that of the second point with `ball_second`, else that of the first, to be the images' next start (docs/defenses.md).
+        that of the second point with `ball_second` or `first_point="start"`, else that of the first, to be the images' next
+        start (docs/defenses.md).
       weights: of the images, `[N]`, at least 0; 0 leaves an image out, whatever its row of `y`. Its pixels must be finite,
         as zeros are. None: all alike.
 
@@ -87,8 +93,8 @@ def e2sad(
       The loss, a scalar, and its parts by name, before their weights; without `dissimilarity` where `lam` is 0.
 
     Raises:
-      ValueError: if a weight, a budget, `second_step` or `adversarial_at` is out of range, or `key` is missing where it is
-        needed.
+      ValueError: if a weight, a budget, `second_step`, `adversarial_at` or `first_point` is out of range, or `key` or the
+        start of `first_point="start"` is missing.
     """
     x = core.checks.images("e2sad", x)
     check_weight("e2sad", "alpha", alpha, 1)
@@ -128,7 +134,9 @@ def e2sad(
         parts["clean"] = clean_term(alpha, J, x)
         L_adv += alpha * parts["clean"]
     one_point = is_zero(lam) and adversarial_at == "first"  # nothing is trained on the second
-    parts = ended(parts, x_adv2 if ball_second and not one_point else x_adv, x, start)
+    # The next start. A start that is the first point itself would never move.
+    kept = x_adv2 if first_point == "start" or (ball_second and not one_point) else x_adv
+    parts = ended(parts, kept, x, start)
     if is_zero(lam):  # so that the compiler drops the second point
         return L_adv, parts
     # Line 7.
@@ -163,7 +171,7 @@ def adversarial_points(
       logits_fn: images `[N, ...]` to logits `[N, K]`.
       loss_fn: images `[N, ...]` to losses `[N]`.
       x: clean images `[N, ...]`, inside `bounds`.
-      eps1: budget of the first step, at least 0.
+      eps1: budget of the first point, at least 0.
       eps2: budget of the second step, at least 0.
       alpha: weight of the clean term of the training loss, whose backward pass FGSM shares.
       second_step: what the second step differentiates, one of `attacks.OBJECTIVES`.
@@ -171,14 +179,15 @@ def adversarial_points(
       random_start: take the first step from a random point of the ball.
       ball_second: bring the second point back into the ball of `eps1`.
       first_point: "step" or "start", as of `e2sad`.
-      step_size: length of the first step; None for `eps1`.
+      step_size: length of the first step, as of `e2sad`.
       norm: "linf" or "l2".
       bounds: range of valid images, or None.
       key: random key, as of `e2sad`.
       start: perturbations `[N, ...]` that the first step starts from; None: the images, or random ones.
 
     Raises:
-      ValueError: if a budget or `second_step` is out of range, or `key` is missing where it is needed.
+      ValueError: if a budget, `second_step` or `first_point` is out of range, or `key` or the start of
+        `first_point="start"` is missing.
     """
     x, _, step_size, bounds = core.checks.threat_model("e2sad", x, norm=norm, bounds=bounds, step_size=step_size)
     eps1, eps2 = (core.checks.budget("e2sad", n, v, x, norm=norm) for n, v in (("eps1", eps1), ("eps2", eps2)))
@@ -188,7 +197,7 @@ def adversarial_points(
         raise ValueError(f"e2sad: first_point={first_point!r}; it must be one of {', '.join(FIRST_POINTS)}")
     if first_point == "start" and not random_start and start is None:
         raise ValueError("e2sad: first_point='start' needs a start; pass one, or random_start=True")
-    # Line 3 (Eq. 6): the first point, by FGSM.
+    # Line 3 (Eq. 6): the first point, by FGSM, or the start itself.
     if (random_start or start is not None) and not (core.is_number(eps1) and eps1 == 0):
         if key is None and start is None:
             raise ValueError("e2sad: random_start draws random numbers and needs key")
@@ -227,7 +236,7 @@ SETTINGS = (
     Setting("eps2", 0.1, "budget of the second step", lower=0, budget=True, varies=True),
     Setting("second_step", "total", "what the second step differentiates", choices=attacks.OBJECTIVES),
     Setting("clip_second", False, "clip the second point to the image range"),
-    Setting("random_start", False, "the first step starts at a random point of the ball"),
+    Setting("random_start", False, "the first step starts at a random point of the ball, where none is remembered"),
     Setting("ball_second", False, "keep the second point in the ball of eps1"),
     Setting("adversarial_at", "first", "point of the adversarial term", choices=POINTS),
     Setting(
@@ -237,7 +246,7 @@ SETTINGS = (
     Setting(
         "first_step_size",
         0.0,
-        "length of the first step, 0: eps1",
+        "length of the first step, 0: eps1; without effect with --first_point=start",
         lower=0,
         argument="step_size",
         budget=True,
@@ -246,4 +255,19 @@ SETTINGS = (
     MEMORY,
     NORM,
 )
-register("e2sad", Defense(e2sad, "e2SAD", SETTINGS))
+
+
+def _idle(settings: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    if settings["first_point"] == "start":
+        if settings["memory"] == "none" and not settings["random_start"]:
+            raise ConfigError("--first_point=start: needs a start; give --memory=int8, or --random_start")
+        found["first_step_size"] = "--first_point=start takes no first step"
+    if settings["memory"] != "none":
+        found["random_start"] = f"--memory={settings['memory']} has a start for each image"
+    if settings["ball_second"]:
+        found["clip_second"] = "--ball_second clips it"
+    return found
+
+
+register("e2sad", Defense(e2sad, "e2SAD", SETTINGS, idle=_idle))

@@ -130,7 +130,8 @@ def _flags(config: Mapping[str, Any]) -> list[str]:
     """The settings of a run as flags: the defense, and what differs from its paper's setting."""
     usual = Config(defense=config["defense"])
     values = usual.to_json()
-    own = {k: config.get(k, value) for k, value in usual.in_effect().items() if k != "defense"}
+    idle = usual.entry.without_effect({k: v for k, v in config.items() if k in usual.settings})
+    own = {k: config.get(k, value) for k, value in usual.in_effect().items() if k != "defense" and k not in idle}
     changed = {k: v for k, v in own.items() if v != values[k]}
     flags = [f"--no{k}" if v is False else f"--{k}" if v is True else f"--{k}={v}" for k, v in changed.items()]
     return [f"--defense={config['defense']}", "--preset=paper", *flags]

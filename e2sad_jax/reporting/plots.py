@@ -42,7 +42,7 @@ def examples(
 ) -> None:
     """Draws images, their first and second adversarial points, the perturbations, and the predictions.
 
-    The points are e2SAD's, with its settings, for a model of any defense.
+    The points are e2SAD's by two steps, for a model of any defense, whatever its training remembers.
 
     Args:
       path: PNG to write.

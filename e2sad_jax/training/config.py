@@ -48,7 +48,6 @@ def preset(name: str, eps1: float) -> dict[str, Any]:
         "lam": 0.3,
         "eps2": eps1 / 2,
         "first_point": "start",
-        "first_step_size": eps1 / 2,  # for who takes --first_point=step
         "adversarial_at": "second",
         "second_step": "loss",
         "hold_reference": True,
@@ -112,7 +111,7 @@ class Config:
     )
     eps1: float = setting(
         0.3,
-        "l-infinity budget (l2 with --norm=l2) of the training attack (e2SAD: of its first step), and of the attack that "
+        "l-infinity budget (l2 with --norm=l2) of the training attack (e2SAD: of its first point), and of the attack that "
         "chooses checkpoints",
         lower=0,
         budget=True,
@@ -169,6 +168,7 @@ class Config:
         values["settings"] = FrozenDict({s.name: s.check(given[s.name]) for s in entry.settings})
         for name, value in values.items():  # numbers as their settings have them, so that equal runs are equal
             object.__setattr__(self, name, value)
+        entry.without_effect(self.settings)  # which refuses what does not fit together
         lower, upper = TRANSFORMS[self.transform].bounds
         scale = self.eps_scale if self._has_budget else 1.0
         for one in (*map(setting_of, COMMON), *entry.settings):
@@ -236,7 +236,8 @@ class Config:
             del values["eps_warmup"], values["eps_scale"]
         if self.stretches:  # then the run's length is a part of it
             values |= {"epochs": self.epochs} if self.epochs else {"steps": self.steps}
-        return {**values, **self.settings}
+        idle = self.entry.without_effect(self.settings)
+        return {**values, **{name: value for name, value in self.settings.items() if name not in idle}}
 
     def digest(self) -> str:
         """The first eight hexadecimal digits of a SHA-256 of the identity, which name the run's folder."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from absl import flags
 
 import e2sad_jax
 from e2sad_jax import cli, distributed, errors
-from e2sad_jax.errors import LostProcessError, OutOfMemoryError, OutOfTimeError, Stopped, WorkdirError
+from e2sad_jax.errors import ConfigError, LostProcessError, OutOfMemoryError, OutOfTimeError, Stopped, WorkdirError
 from e2sad_jax.runs import run
 from e2sad_jax.runs.recipes import RECIPES
 from e2sad_jax.training import configure
@@ -122,11 +123,30 @@ def test_a_recipe_gives_way_to_flags_and_its_baseline_reads_what_it_can(parsed):
 
 def test_a_preset_gives_way_to_flags_and_its_schedule_is_the_baselines_too(parsed):
     beside, chosen = parsed("mnist", "--lam=3", "--eps1=0.2", "--baseline=fgsm")
-    settings = ("lam", "eps2", "first_step_size", "alpha", "memory", "ball_second")
-    assert [chosen.settings[name] for name in settings] == [3.0, 0.1, 0.1, 0.0, "int8", True]
+    settings = ("lam", "eps2", "first_point", "adversarial_at", "alpha", "memory", "ball_second")
+    assert [chosen.settings[name] for name in settings] == [3.0, 0.1, "start", "second", 0.0, "int8", True]
+    assert parsed("mnist")[0].settings["lam"] == 0.3
     assert (chosen.eps_scale, chosen.schedule, chosen.eps_warmup) == (1.1, "cyclic", 0.5)
     assert (beside.settings["alpha"], beside.settings["memory"]) == (0.6, "none")
     assert (beside.eps_scale, beside.schedule, beside.eps_warmup) == (1.1, "cyclic", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--first_step_size=0.1",),
+            "--first_step_size=0.1: has no effect, for --first_point=start takes no first step",
+        ),
+        (("--clip_second",), "--clip_second=True: has no effect, for --ball_second clips it"),
+        (("--memory=none", "--norandom_start"), "--first_point=start: needs a start; give --memory=int8, or"),
+        (("--preset=paper", "--first_point=start"), "--first_point=start: needs a start"),
+    ],
+)
+def test_flags_without_effect_beside_others_are_refused(flags, message, parsed):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parsed("mnist", *flags)
+    assert parsed("mnist", "--first_point=step", "--first_step_size=0.1")[0].settings["first_step_size"] == 0.1
 
 
 def test_robust_is_the_preset_of_every_defense_and_paper_is_one_flag_away(parsed):

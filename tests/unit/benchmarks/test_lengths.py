@@ -20,7 +20,12 @@ def trained(tiny, monkeypatch):
     seen = []
 
     def made(request, config, dataset):
-        seen.append((pathlib.Path(config.workdir).name, config.steps))
+        folder = pathlib.Path(config.workdir)
+        began = folder / "checkpoints" / "step"
+        assert not began.exists() or int(began.read_text()) <= config.steps, "never shortened"
+        seen.append((folder.name, int(began.read_text()) if began.exists() else 0))
+        began.parent.mkdir(parents=True, exist_ok=True)
+        began.write_text(str(config.steps))
         robust = config.steps / 40
         last = {"clean": 0.9, "after": {"clean": 0.9, "IFGSM-30": robust + 0.1, "APGD-CE": robust}, "robust": robust}
         return {"last": last, "images": 10}
@@ -34,9 +39,9 @@ def trained(tiny, monkeypatch):
 def test_each_length_is_trained_once_and_a_constant_rate_goes_on(trained, tmp_path):
     asked = lengths.Request(steps=("10", "5"), workdir=str(tmp_path), **BUDGET)
     lengths.run(asked)
-    assert trained == [("robust-5", 5), ("paper", 5), ("robust-10", 10), ("paper", 10)]
+    assert trained == [("robust-5", 0), ("paper-5", 0), ("robust-10", 0), ("paper-10", 5)], "and where each began"
     lengths.run(dataclasses.replace(asked, steps=("20",), preset=("paper",)))
-    assert trained[4:] == [("paper", 20)]
+    assert trained[4:] == [("paper-20", 10)]
     rows = read_json(tmp_path / "lengths.json")["rows"]
     assert [(row["preset"], row["steps"]) for row in rows] == [
         ("robust", 5),
@@ -50,7 +55,7 @@ def test_each_length_is_trained_once_and_a_constant_rate_goes_on(trained, tmp_pa
     assert "| paper | 20 | 0.900 | 0.600 | 0.500 |" in page
     assert "The paper has 0.8633 under IFGSM-30" in page
     lengths.run(dataclasses.replace(asked, examples=9, steps=("5",), preset=("paper",)))
-    assert trained[5:] == [("paper", 5)], "another question"
+    assert trained[5:] == [("paper-5", 5)], "another question"
 
 
 def test_rows_of_other_settings_and_damaged_files_do_not_count(trained, tmp_path, monkeypatch, capsys):
@@ -63,7 +68,7 @@ def test_rows_of_other_settings_and_damaged_files_do_not_count(trained, tmp_path
     assert capsys.readouterr().err == ""
     (tmp_path / "lengths.json").write_text("[")
     lengths.run(asked)
-    assert trained[3:] == [("robust-5", 5), ("paper", 5)]
+    assert trained[3:] == [("robust-5", 5), ("paper-5", 5)]
     assert "lengths.json is unusable" in capsys.readouterr().err
 
 

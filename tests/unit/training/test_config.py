@@ -216,6 +216,17 @@ def test_the_length_of_a_run_is_part_of_what_stretches_over_it():
     assert Config(eps_warmup=3).identity() == {**usual, "eps_warmup": 3.0}
 
 
+def test_settings_without_effect_do_not_make_another_run():
+    robust = preset("robust", 0.3)
+    one = configure(**robust)
+    assert configure(**robust, first_step_size=0.1).digest() == one.digest()
+    assert configure(**{**robust, "random_start": False}).digest() == one.digest()
+    step = configure(**robust | {"first_point": "step"})
+    assert (
+        configure(**robust | {"first_point": "step", "first_step_size": 0.1}).digest() != step.digest() != one.digest()
+    )
+
+
 def test_a_preset_is_refused_by_name():
     assert preset("paper", 0.3) == {}
     assert configure(**preset("robust", 0.3)).settings["eps2"] == pytest.approx(0.15)
