@@ -25,9 +25,8 @@ names (`python -m experiments.compare --show --results=FOLDER` counts them again
 LIMITS = """\
 Robust accuracy: images classified correctly under all attacks of the table behind the link. Most results are of one seed and
 a reduced scale; each table says which. `svhn_10k` is the first 10,000 images of SVHN's test set, split 8,000 to 2,000: no
-number of it compares with one on SVHN. The JSON files of `mnist`, `svhn_10k`, `defenses_mnist`, `defenses_mnist_flops` and
-`e2sad_ablation` were brought into the present format after they were measured; no measured number changed. No accelerator has
-been measured.
+number of it compares with one on SVHN. The JSON files of `mnist`, `svhn_10k`, `defenses_mnist` and `e2sad_ablation` were
+brought into the present format after they were measured; no measured number changed. No accelerator has been measured.
 """
 
 
@@ -130,9 +129,9 @@ QUESTIONS = (
         _robust("e2SAD, robust", "PGD-3", "PGD-10", "IFGSM-30 (Eq. 3)"),
     ),
     Question(
-        "And for the same training FLOPs?",
-        *("defenses_mnist_flops/compare.md", "defenses_mnist_flops/compare.json"),
-        _robust("e2SAD, robust", "PGD-3", "PGD-10", "IFGSM-30 (Eq. 3)"),
+        "And for the same training FLOPs, with memory and soft labels?",
+        *("mnist_short/compare.md", "mnist_short/compare.json"),
+        _robust("e2SAD, robust", "ATTA-1", "PGD-3", "RS-FGSM"),
     ),
     Question(
         "What does the second point of e2SAD add? (held-out images)",

@@ -136,7 +136,7 @@ NAMED = {
         ("docs/defenses.md", 1, "defenses_mnist", 15),
         ("docs/e2sad.md", 3, "e2sad_ablation", 12),
         ("docs/e2sad.md", 4, "defenses_mnist", 7),
-        ("docs/e2sad.md", 5, "defenses_mnist_flops", 9),
+        ("docs/e2sad.md", 5, "mnist_short", 11),
     ],
 )
 def test_the_numbers_of_every_defense_are_those_of_the_comparison(page, number, folder, rows):
