@@ -13,6 +13,7 @@ from e2sad_jax.comparison.request import CHECKPOINTS, Request
 from e2sad_jax.data import Dataset, sample_tests
 from e2sad_jax.errors import Stopped, first_line
 from e2sad_jax.evaluation import Attack, auto, nan_logits
+from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs import signals, trainer
 from e2sad_jax.runs.checkpoint import state_digest
@@ -21,7 +22,7 @@ from e2sad_jax.training import Config
 
 
 def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[str, Any]:
-    """Trains one model and attacks its last and its best checkpoint, and averaged weights; what is done is not done again.
+    """Trains one model and attacks the checkpoints that are asked for; what is done is not done again.
 
     Args:
       request: the comparison.
@@ -29,7 +30,7 @@ def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[s
       dataset: the data.
 
     Returns:
-      What auto.json in its workdir holds: accuracies in [0, 1] of both checkpoints.
+      What auto.json in its workdir holds: accuracies in [0, 1] of each checkpoint.
 
     Raises:
       ConfigError, WorkdirError, NonFiniteError: as training does.
@@ -158,4 +159,5 @@ def _attacked(
         "after": outcome.accuracy,
         "robust": robust,
         "nan": nan_logits(outcome.nan, len(images)),
+        "commit": provenance.commit(),
     }

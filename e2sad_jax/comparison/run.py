@@ -16,6 +16,7 @@ from e2sad_jax.comparison.request import Request, position
 from e2sad_jax.comparison.show import broken, card, markdown, plot
 from e2sad_jax.errors import ConfigError, NonFiniteError, first_line
 from e2sad_jax.reporting import provenance
+from e2sad_jax.runs.folder import read_training
 from e2sad_jax.training import Config
 
 FORMAT = 4
@@ -58,7 +59,9 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
         configs = [match_flops(request, config, shape, num_classes) for config in request.configs(name)]
         for config in configs:
             try:
-                runs.append(evaluate_model(request, config, dataset))
+                outcome = evaluate_model(request, config, dataset)
+                segments = read_training(pathlib.Path(config.workdir))
+                runs.append({**outcome, "trained": list(dict.fromkeys(segment["commit"] for segment in segments))})
             except NonFiniteError as error:
                 say(f"{name}, seed {config.seed}: {error}")
         if not runs:

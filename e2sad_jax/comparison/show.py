@@ -131,6 +131,7 @@ def table(result: Result) -> Table:
             f"FLOPs: XLA's count for the CPU, JAX {priced['jax']}, commit {priced['commit']}, {priced['date']}.",
             *(f"{row['name']}: {sentence}." for row in result["rows"] for sentence in broken(row)),
             *(f"Trained and attacked: {origin}." for origin in _origins(result)),
+            *_elsewhere(result),
         ],
     )
 
@@ -166,6 +167,20 @@ def _origins(result: Result) -> list[str]:
     return list(origins) if len(origins) == 1 else [f"{made}: {'; '.join(of)}" for made, of in origins.items()]
 
 
+def _elsewhere(result: Result) -> list[str]:
+    """What was done at another commit than the origin's, by runs that were there already: a sentence for each commit."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in result["rows"]:
+        here = row.get("origin", result)["environment"]["commit"]
+        for run in row["runs"]:
+            attacked = [run[which].get("commit", here) for which in _attacked(result)]
+            done = [("trained", commit) for commit in run.get("trained", [])] + [("attacked", at) for at in attacked]
+            for key in dict.fromkeys(done):
+                if key[1] != here and row["name"] not in found.setdefault(key, []):
+                    found[key].append(row["name"])
+    return [f"{what.capitalize()} at commit {commit}: {'; '.join(names)}." for (what, commit), names in found.items()]
+
+
 def card(result: Result) -> str:
     """compare_card.md: of all models of the comparison, what a model card says of one.
 
@@ -186,6 +201,7 @@ def card(result: Result) -> str:
         "get wrong.",
         f"- **Training and evaluation:** {' '.join(protocol(result))}",
         *(f"- **Command:** {origin}." for origin in _origins(result)),
+        *(f"- **Other commits:** {sentence}" for sentence in _elsewhere(result)),
         "",
         "## Evaluation",
         "",

@@ -276,6 +276,7 @@ def test_rows_not_asked_for_again_stay_with_their_origin(tiny_data, tmp_path, ma
     then = {**kept["origin"], "environment": {**result["environment"], "date": "then"}}
     page = show.markdown({**result, "rows": [result["rows"][0], {**kept, "origin": then}]})
     assert page.count("- Trained and attacked: `") == 2
+    assert "Trained at commit" not in page
     assert ", then, commit " in page
     assert ": RS-FGSM.\n" in page
 
@@ -435,6 +436,31 @@ def test_the_picture(how, tiny_data, tmp_path, made_up, monkeypatch):
     assert heights[3] - heights[2] > 5 * (heights[1] - heights[0]), "high accuracies have more room"
     assert axes.get_ylim()[0] < 0
     assert 0.98 < axes.get_ylim()[1] <= 1
+
+
+def test_models_that_were_trained_or_attacked_at_another_commit_say_so(tiny_data, tmp_path, made_up, monkeypatch):
+    """A run that is found is not the work of the command that found it; a resumed one has several commits."""
+    here = comparison.provenance.environment()["commit"]
+    at = {"natural": [here], "rs_fgsm": ["b" * 40, here]}
+    monkeypatch.setattr(
+        comparison,
+        "read_training",
+        lambda workdir: [{"commit": commit} for commit in at["natural" if "natural" in workdir.name else "rs_fgsm"]],
+    )
+    whole = comparison.evaluate_model
+
+    def made(request, config, dataset):
+        outcome = whole(request, config, dataset)
+        known = {} if config.defense == "natural" else {"commit": "a" * 40}
+        return {**outcome, "last": {**outcome["last"], **known}}
+
+    monkeypatch.setattr(comparison, "evaluate_model", made)
+    asked = Request(entry=("natural", "RS-FGSM"), data="tiny.npz", workdir=str(tmp_path), **LITTLE)
+    result = run(asked, quiet)
+    for page, before in ((show.markdown(result), "- "), (show.card(result), "- **Other commits:** ")):
+        assert f"{before}Trained at commit {'b' * 40}: RS-FGSM.\n" in page
+        assert f"{before}Attacked at commit {'a' * 40}: RS-FGSM.\n" in page
+        assert page.count("at commit") == 2
 
 
 def test_with_equal_flops_all_spend_what_e2sad_does(prices, monkeypatch):
