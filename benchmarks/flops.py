@@ -20,6 +20,10 @@ STEPS: Mapping[str, Sequence[int]] = {
     "atta": (1, 2),
     "trades": (1, 10),
 }  # of the attack
+BESIDE: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "e2sad": ({"preset": "robust"}, {"preset": "robust", "first_point": "step"}),
+    "n_fgsm": ({"training_loss": "qub"},),
+}  # of the defaults
 
 
 def rows() -> list[tuple[str, Mapping[str, Any]]]:
@@ -28,8 +32,7 @@ def rows() -> list[tuple[str, Mapping[str, Any]]]:
     for name, defense in DEFENSES.items():
         iterated = "attack_steps" in defense.defaults()
         found += [(name, {"attack_steps": k}) for k in STEPS.get(name, (10,))] if iterated else [(name, {})]
-        found += [(name, {"preset": "robust"})] if name == "e2sad" else []
-        found += [(name, {"training_loss": "qub"})] if name == "n_fgsm" else []
+        found += [(name, settings) for settings in BESIDE.get(name, ())]
     return found
 
 

@@ -70,13 +70,9 @@ def _seeds(result: Content) -> str:
     return f"{own['robust']:.3f}{spread}, clean {own['clean']:.3f}"
 
 
-WITHOUT = ("e2SAD, robust, no dissimilarity", "e2SAD, robust, no second point")  # of today's parts, and of earlier ones
-
-
 def _parts(result: Content) -> str:
     rows = {row["name"]: row["last"]["robust"] for row in result["rows"]}
-    without = next(rows[name] for name in WITHOUT if name in rows)
-    return f"{rows['e2SAD, robust']:.3f} with it, {without:.3f} without"
+    return f"{rows['e2SAD, robust']:.3f} with it, {rows['e2SAD, robust, no second point']:.3f} without"
 
 
 def _worst(result: Content) -> str:

@@ -438,6 +438,21 @@ def test_the_picture(how, tiny_data, tmp_path, made_up, monkeypatch):
     assert 0.98 < axes.get_ylim()[1] <= 1
 
 
+def test_rows_of_a_file_older_than_a_setting_count_where_it_did_what_was_done_then(tiny_data, tmp_path, made_up):
+    request = Request(
+        entry=("natural",), data="tiny.npz", workdir=str(tmp_path), **{**LITTLE, "delta": 0.0, "eps_scale": 1.0}
+    )
+    before = run(request, quiet)
+    for name in ("delta", "eps_scale", "ema", "last_only"):
+        del before["request"][name]
+    for asked, names in (
+        (dataclasses.replace(request, entry=("RS-FGSM",)), ["natural", "RS-FGSM"]),
+        (dataclasses.replace(request, entry=("RS-FGSM",), delta=0.25), ["RS-FGSM"]),
+    ):
+        (tmp_path / "compare.json").write_text(json.dumps(before))
+        assert [row["name"] for row in run(asked, quiet)["rows"]] == names
+
+
 def test_models_that_were_trained_or_attacked_at_another_commit_say_so(tiny_data, tmp_path, made_up, monkeypatch):
     """A run that is found is not the work of the command that found it; a resumed one has several commits."""
     here = comparison.provenance.environment()["commit"]
