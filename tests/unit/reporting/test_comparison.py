@@ -18,6 +18,7 @@ from e2sad_jax.comparison import run as comparison
 from e2sad_jax.comparison.request import ENTRIES, PARTS, Request, entries, position
 from e2sad_jax.comparison.run import run
 from e2sad_jax.errors import ConfigError, NonFiniteError
+from e2sad_jax.reporting import provenance
 from e2sad_jax.runs import trainer
 from e2sad_jax.runs.classifier import load
 from tests.unit.runs.test_folder import damages
@@ -110,7 +111,7 @@ def test_models_are_trained_attacked_once_and_shown(little, tiny_data, tmp_path,
             own, mean = one[which], row[which]
             assert 0 <= mean["robust"] == own["robust"] <= own["after"]["APGD-CE"] <= mean["clean"] == own["clean"]
             assert mean["lowest"] == mean["highest"] == mean["robust"]
-        assert read_sealed(pathlib.Path(one["workdir"]) / "auto.json") == one
+        assert {**read_sealed(pathlib.Path(one["workdir"]) / "auto.json"), "trained": [provenance.commit()]} == one
         assert load(one["workdir"]).config.validation_examples == 10
     assert [row[which]["steps"] for row in result["rows"] for which in ("last", "best")] == [[3], [3], [3], [2]]
     kept = [(natural, "last"), (rs_fgsm, "last"), (rs_fgsm, "best")]
