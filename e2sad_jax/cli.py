@@ -28,7 +28,7 @@ from e2sad_jax.errors import (
     first_line,
     printable,
 )
-from e2sad_jax.runs import _malloc
+from e2sad_jax.runs import _compilation_cache, _malloc
 from e2sad_jax.runs.recipes import RECIPES, Recipe
 from e2sad_jax.training.config import COMMON, PRESETS, RECIPE, Config, configure, preset, setting_of
 
@@ -344,6 +344,7 @@ def _wrong_kind(message: str, cause: BaseException | None) -> str:
 def _guarded(run: Callable[[], None], failed: str, interrupted: str) -> None:
     """Calls `run` and ends the process on an error, with one line and the error's exit code."""
     _malloc.keep_freed()
+    _compilation_cache.keep_compiled()
     for logger in (logging.get_absl_logger(), standard_logging.getLogger("asyncio")):
         logger.addFilter(_is_told_here_alone)
     try:
