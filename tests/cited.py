@@ -1,38 +1,51 @@
-"""The two small networks and the images of the reference files on attacks and defenses that the paper cites."""
+"""Reference values of the systems that the paper cites, and the two networks that they were computed on.
 
+The images are MNIST's, so the files stay in ../shared.
+"""
+
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+Shared = Callable[[str], pathlib.Path]  # the fixture `shared`
 
-class Networks(NamedTuple):
-    """Networks by name, images in [0, 1] `[32, 28, 28, 1]` that both classify correctly, and their labels."""
 
+class Cited(NamedTuple):
+    """Images `[32, 28, 28, 1]` in [0, 1], their labels `[32]`, and logits of the networks "cnn" and "linear"."""
+
+    x: jax.Array
+    labels: jax.Array
     logits: dict[str, Callable[[jax.Array], jax.Array]]
-    images: np.ndarray
-    labels: np.ndarray
 
 
-def load(shared: Callable[[str], Any], name: str) -> dict[str, np.ndarray]:
+def values(shared: Shared, name: str) -> dict[str, Any]:
+    """The arrays of ../shared/cited/`name`.npz."""
     with np.load(shared(f"cited/{name}.npz")) as file:
         return dict(file)
 
 
-def networks(shared: Callable[[str], Any]) -> Networks:
-    p = load(shared, "networks")
+def networks(shared: Shared) -> Cited:
+    """Both networks, in the images' dtype."""
+    given = values(shared, "networks")
 
-    def conv(x: jax.Array, kernel: np.ndarray) -> jax.Array:
-        return jax.lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    def weights(name: str, z: jax.Array) -> jax.Array:
+        return jnp.asarray(given[name], z.dtype)
 
-    def cnn(x: jax.Array) -> jax.Array:
-        hidden = jax.nn.relu(conv(x, p["conv1_kernel"]) + p["conv1_bias"][None, None, None])
-        hidden = jax.nn.relu(conv(hidden, p["conv2_kernel"]) + p["conv2_bias"][None, None, None])
-        return hidden.reshape(len(x), -1) @ p["dense_kernel"] + p["dense_bias"][None]
+    def layer(z: jax.Array, name: str) -> jax.Array:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        z = jax.lax.conv_general_dilated(z, weights(f"{name}_kernel", z), (2, 2), "VALID", dimension_numbers=numbers)
+        return jax.nn.relu(z + weights(f"{name}_bias", z).reshape(1, 1, 1, -1))
 
-    def linear(x: jax.Array) -> jax.Array:
-        return x.reshape(len(x), -1) @ p["linear_kernel"] + p["linear_bias"][None]
+    def dense(z: jax.Array, name: str) -> jax.Array:
+        return z.reshape(z.shape[0], -1) @ weights(f"{name}_kernel", z) + weights(f"{name}_bias", z).reshape(1, -1)
 
-    images = p["images_uint8"].astype(np.float32) / np.float32(255)
-    return Networks({"cnn": cnn, "linear": linear}, images, p["labels"].astype(np.int32))
+    logits = {
+        "cnn": lambda z: dense(layer(layer(z, "conv1"), "conv2"), "dense"),
+        "linear": lambda z: dense(z, "linear"),
+    }
+    x = jnp.asarray(given["images_uint8"].astype(np.float32) / 255)
+    return Cited(x, jnp.asarray(given["labels"].astype(np.int32)), logits)

@@ -10,9 +10,9 @@ broadcast against one image. All may be traced.
 * One gradient: `fgsm`, and `second_step` of e2SAD.
 * Several gradients: `ifgsm`, `mi_fgsm`, `pgd`, and `apgd`, which adapts its step size. `losses.margin`, `losses.dlr` and
   `losses.targeted_dlr` are losses for them, as is the cross-entropy.
-* No gradient: `square`.
+* No gradient: `square`, and `few_pixels`, which changes few pixels.
 * The smallest change instead of the highest loss within a budget, from logits and labels: `deepfool`, `carlini_wagner`,
-  `fab`.
+  `fab`; the fewest pixels: `greedy_l0`, `jsma`.
 * Against defenses: `bpda` and `eot` for those that round or draw, `evading`, `wrong_and_accepted`, `orthogonal_pgd` and
   `carlini_wagner(constraint_fn=...)` for those that reject.
 
@@ -29,8 +29,11 @@ from e2sad_jax.attacks.apgd import apgd
 from e2sad_jax.attacks.carlini_wagner import carlini_wagner
 from e2sad_jax.attacks.deepfool import deepfool
 from e2sad_jax.attacks.fab import fab
+from e2sad_jax.attacks.few_pixels import few_pixels
 from e2sad_jax.attacks.fgsm import fgsm
+from e2sad_jax.attacks.greedy_l0 import greedy_l0
 from e2sad_jax.attacks.ifgsm import ifgsm
+from e2sad_jax.attacks.jsma import jsma
 from e2sad_jax.attacks.mi_fgsm import mi_fgsm
 from e2sad_jax.attacks.orthogonal_pgd import orthogonal_pgd
 from e2sad_jax.attacks.pgd import pgd
@@ -47,6 +50,9 @@ ATTACKS: dict[str, Method] = {
     "fab": Method(fab, "minimum-norm", ("linf", "l2")),
     "deepfool": Method(deepfool, "minimum-norm", ("linf", "l2")),
     "carlini_wagner": Method(carlini_wagner, "minimum-norm", ("l2",)),
+    "few_pixels": Method(few_pixels, "score-based", ("l0",)),
+    "greedy_l0": Method(greedy_l0, "minimum-norm", ("l0",)),
+    "jsma": Method(jsma, "minimum-norm", ("l0",)),
 }
 
 
@@ -80,8 +86,11 @@ __all__ = [
     "eot",
     "evading",
     "fab",
+    "few_pixels",
     "fgsm",
+    "greedy_l0",
     "ifgsm",
+    "jsma",
     "mi_fgsm",
     "orthogonal_pgd",
     "pgd",

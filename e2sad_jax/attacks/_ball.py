@@ -91,6 +91,32 @@ class L2Ball(NamedTuple):
         return towards * share ** (1 / math.prod(like.shape[1:]))
 
 
+class L0Ball(NamedTuple):
+    """The images that differ from each image in few pixels, cut to the image range.
+
+    Attributes:
+      center: the images, `[N, ...]`, float32 or wider.
+      radius: number of pixels that may differ, a number or `[N, 1, ...]`.
+      bounds: the image range, or None.
+    """
+
+    center: jax.Array
+    radius: jax.typing.ArrayLike
+    bounds: Bounds
+
+    def contains(self, x: jax.Array) -> jax.Array:
+        """Whether each image lies in the ball; bool `[N]`."""
+        count, channels = pixels_of(x.shape)
+        differs = (x != self.center).reshape(len(x), count, channels).any(2).sum(1).astype(x.dtype)
+        radius = jnp.asarray(self.radius, x.dtype)
+        return (differs <= radius.reshape(-1)) & linf_ball(self.center, jnp.inf, self.bounds).contains(x)
+
+
+def pixels_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Number of pixels and of channels of images of this shape: H W and C of `[N, H, W, C]`; of others every number is one."""
+    return (shape[1] * shape[2], shape[3]) if len(shape) == 4 else (math.prod(shape[1:]), 1)
+
+
 Ball = LinfBall | L2Ball
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "aims",
     "budget",
     "classes",
+    "finite_range",
     "fits",
     "image_range",
     "images",
@@ -59,6 +60,7 @@ def threat_model(
     bounds: Bounds,
     eps: object = 0.0,
     norm: str = "linf",
+    norms: tuple[str, ...] = NORMS,
     step_size: object | None = None,
     **counts: int,
 ) -> Checked:
@@ -69,7 +71,8 @@ def threat_model(
       x: images, floating point, with a leading batch axis, inside `bounds`.
       bounds: image range, the lower below the upper one, each a number or what broadcasts against one image; or None.
       eps: budget, as `budget` takes it.
-      norm: "linf" or "l2".
+      norm: of the budget.
+      norms: those that there are.
       step_size: above 0 and as `budget` takes it, or None.
       **counts: whole numbers, at least 1 (`steps`, `restarts`, ...).
 
@@ -78,8 +81,8 @@ def threat_model(
       ValueError: if another argument is out of range.
     """
     x = images(name, x)
-    if norm not in NORMS:
-        raise ValueError(f"{name}: norm={norm!r}; it must be one of {', '.join(NORMS)}")
+    if norm not in norms:
+        raise ValueError(f"{name}: norm={norm!r}; it must be one of {', '.join(norms)}")
     eps = budget(name, "eps", eps, x, norm=norm)
     for argument, value in counts.items():
         _arguments.count(f"{name}: {argument}", value)
@@ -124,9 +127,9 @@ def budget(name: str, argument: str, value: object, x: jax.Array, *, norm: str =
       argument: the argument's.
       value: one number; `[N]`, one for each image; or what broadcasts against one image `[...]`, a mask. An array with as
         many axes as `x` says it all. `[N]` where the images' last axis is N too could be either and is refused; not in
-        the l2 ball, which has one radius for an image and takes no mask.
+        the l2 and the l0 ball, which have one radius for an image and take no mask.
       x: images `[N, ...]`.
-      norm: "linf" or "l2".
+      norm: "linf", "l2" or "l0".
       positive: whether a number must be above 0. Entries of an array may be 0, where nothing is to move.
 
     Returns:
@@ -155,9 +158,9 @@ def budget(name: str, argument: str, value: object, x: jax.Array, *, norm: str =
             f"{name}: {argument} has shape {shape}; it must be a number, have one for each of the {n} images, ({n},), or "
             f"broadcast against one image, {image}"
         )
-    if norm == "l2" and any(length > 1 for length in (value.shape[1:] if value.ndim == x.ndim else value.shape)):
+    if norm != "linf" and any(length > 1 for length in (value.shape[1:] if value.ndim == x.ndim else value.shape)):
         raise ValueError(
-            f"{name}: {argument} has shape {shape}; the l2 ball has one radius for an image: a number, or ({n},)"
+            f"{name}: {argument} has shape {shape}; the {norm} ball has one radius for an image: a number, or ({n},)"
         )
     if is_readable(value):
         known = read(value)
@@ -241,6 +244,28 @@ def image_range(name: str, bounds: Any, x: jax.Array) -> Bounds:
             )
             raise ValueError(f"{name}: images {where}; {remedy}")
     return ends
+
+
+def finite_range(
+    name: str, bounds: Any, checked: Bounds, why: str
+) -> tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]:
+    """Refuses a range that is None or, where it can be read, not finite.
+
+    Args:
+      name: the attack's name in the messages.
+      bounds: as they were given.
+      checked: as `image_range` returns them.
+      why: what the attack needs them for.
+
+    Returns:
+      `checked`.
+
+    Raises:
+      ValueError: with the bounds and the reason.
+    """
+    if checked is None or any(is_readable(end) and not np.isfinite(read(end)).all() for end in checked):
+        raise ValueError(f"{name}: bounds={bounds}; {why}, so it needs the range of valid images, finite")
+    return checked
 
 
 def aims(

@@ -10,15 +10,16 @@ import jax.numpy as jnp
 
 from e2sad_jax import losses
 from e2sad_jax.attacks import _checks
-from e2sad_jax.attacks._ball import NORMS, ball
+from e2sad_jax.attacks._ball import NORMS, L0Ball, ball
 from e2sad_jax.attacks._numerics import as_float32, select
 from e2sad_jax.attacks._types import Bounds, LogitsFn, LossFn
 from e2sad_jax.attacks.adaptive import evading
 
+BALLS = (*NORMS, "l0")
 FAMILIES = ("gradient", "score-based", "minimum-norm")
 GIVEN = (
     *("key", "loss_fn", "margin_fn", "misclassified_fn", "logits_fn", "x", "labels", "targets"),
-    *("constraint_fn", "any_wrong", "eps", "steps", "queries", "step_size", "restarts", "norm", "bounds"),
+    *("constraint_fn", "any_wrong", "eps", "pixels", "steps", "queries", "step_size", "restarts", "norm", "bounds"),
 )
 
 
@@ -28,14 +29,14 @@ class Method:
 
     `run` passes to `function` those of the following that its signature names, by keyword: `key` (keys `[N]`), `loss_fn`,
     `margin_fn`, `misclassified_fn` (images to values `[N]`), `logits_fn`, `x`, `labels`, `targets`, `constraint_fn`,
-    `any_wrong` (True: a suite counts every wrong class), `eps`, `steps` or `queries`, `step_size`, `restarts`, `norm`,
-    `bounds`. A parameter of another name needs a default.
+    `any_wrong` (True: a suite counts every wrong class), `eps` or its whole part as `pixels`, `steps` or `queries`,
+    `step_size`, `restarts`, `norm`, `bounds`. A parameter of another name needs a default.
 
     Attributes:
       function: returns images of the shape and dtype of `x`.
       family: "gradient", "score-based" (it needs no gradient), or "minimum-norm" (it looks for the smallest change; `run`
         keeps what lies within `eps`).
-      norms: the balls that it supports, of "linf" and "l2".
+      norms: the balls that it supports, of "linf", "l2" and "l0", in which `eps` is a number of pixels.
       ndim: number of axes that a batch of images must have; None for any.
 
     Raises:
@@ -51,8 +52,8 @@ class Method:
         name = getattr(self.function, "__name__", repr(self.function))
         if self.family not in FAMILIES:
             raise ValueError(f"{name}: family={self.family!r}; it must be one of {', '.join(FAMILIES)}")
-        if not self.norms or not set(self.norms) <= set(NORMS):
-            raise ValueError(f"{name}: norms={self.norms}; it must be some of {', '.join(NORMS)}")
+        if not self.norms or not set(self.norms) <= set(BALLS):
+            raise ValueError(f"{name}: norms={self.norms}; it must be some of {', '.join(BALLS)}")
         for parameter in inspect.signature(self.function).parameters.values():
             variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
             if not variadic and parameter.default is parameter.empty and parameter.name not in GIVEN:
@@ -125,7 +126,7 @@ class Method:
           x: images `[N, ...]`, floating point, inside `bounds`.
           labels: integer classes, `[N]`. Where they are traced, one out of range makes its image NaN.
           key: one random key, or keys `[N]`, one per image.
-          eps: budget in `norm`, at least 0; it may be traced.
+          eps: budget in `norm`, at least 0; it may be traced, unless the attack needs `pixels`.
           steps: number of gradient steps, or queries of a score-based attack; None for the attack's default.
           loss_fn: images to losses `[N]`, to be maximised; None for `losses.margin`. Score-based attacks see the margin.
           targets: integer classes to walk to, `[N]`, for minimum-norm attacks that take them; or None.
@@ -176,6 +177,7 @@ class Method:
             "constraint_fn": constraint_fn,
             "any_wrong": True,
             "eps": eps,
+            "pixels": self._pixels(name, eps),
             "steps": steps,
             "queries": steps,
             "step_size": step_size,
@@ -188,7 +190,19 @@ class Method:
         found = self.function(**arguments)
         if self.family != "minimum-norm":
             return _checks.nan_without_class(found, num_classes, labels, targets)
-        x, eps, _, bounds = _checks.threat_model(name, x, eps=eps, norm=norm, bounds=bounds)
-        inside = ball(norm, x, eps, bounds).contains(as_float32(found))
+        x, eps, _, bounds = _checks.threat_model(name, x, eps=eps, norm=norm, norms=BALLS, bounds=bounds)
+        limits = L0Ball(as_float32(x), eps, bounds) if norm == "l0" else ball(norm, x, eps, bounds)
+        inside = limits.contains(as_float32(found))
         kept = _checks.nan_without_class(select(inside, found, x), num_classes, labels, targets)
         return jax.lax.stop_gradient(kept)
+
+    def _pixels(self, name: str, eps: jax.typing.ArrayLike) -> int | None:
+        """The number of pixels within `eps`; None for the attack's default, where all that is found is measured anyway."""
+        if "pixels" not in self.parameters:
+            return None
+        if _checks.is_number(eps):
+            _checks.number(name, "eps", eps)
+            return int(_checks.read(eps))
+        if self.family != "minimum-norm":
+            raise ValueError(f"{name}: eps={eps}; its number of pixels is a shape: it must be a number, and not traced")
+        return None

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from e2sad_jax import losses
 from e2sad_jax.attacks import _checks, _loops
@@ -92,11 +91,8 @@ def carlini_wagner(
     _checks.number("carlini_wagner", "learning_rate", learning_rate, positive=True)
     _checks.number("carlini_wagner", "initial_c", initial_c, positive=True)
     _checks.number("carlini_wagner", "confidence", confidence)
-    if checked is None or any(_checks.is_readable(end) and not np.isfinite(_checks.read(end)).all() for end in checked):
-        raise ValueError(
-            f"carlini_wagner: bounds={bounds}; its change of variables needs the range of valid images, finite"
-        )
-    lower, upper = (jnp.asarray(end, as_float32(x).dtype) for end in checked)
+    ends = _checks.finite_range("carlini_wagner", bounds, checked, "it changes variables by tanh")
+    lower, upper = (jnp.asarray(end, as_float32(x).dtype) for end in ends)
     if not len(x):  # nothing that a model could be asked
         return x
     logits = _checks.logits("carlini_wagner", jax.eval_shape(logits_fn, x), x.shape[0])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from e2sad_jax import losses
 from e2sad_jax.attacks import _checks, _loops
+from e2sad_jax.attacks._aim import aim
 from e2sad_jax.attacks._ball import linf_ball, project_and_cast
 from e2sad_jax.attacks._numerics import as_float32, broadcast, finite, linearise, losses_and_gradient, unit
 from e2sad_jax.attacks._types import Bounds, LogitsFn
@@ -78,7 +79,7 @@ def deepfool(
         towards = jnp.sign(towards) if norm == "linf" else unit(towards)
         moves = ~fooled & jnp.isfinite(away)
         z = everywhere.project(z + broadcast(jnp.where(moves, away, 0), x) * towards)
-        return z, fooled | succeeded(look(beyond(z)))
+        return z, fooled | goal.reached(look(beyond(z)))
 
     def boundary(z: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The distance to the nearest boundary, `[N]`, infinite where there is none, and the normal towards it."""
@@ -101,12 +102,8 @@ def deepfool(
         distance = jnp.where(size > 0, gap / jnp.where(size > 0, size, 1), jnp.inf)
         return jnp.where(jnp.isfinite(distance), distance, jnp.inf)
 
-    def succeeded(logits: jax.Array) -> jax.Array:
-        found = logits.argmax(-1)
-        return jnp.not_equal(found, leave) if wanted is None else jnp.equal(found, wanted)
-
     logits = look(x)
-    y, wanted = _checks.aims("deepfool", labels, targets, *logits.shape, predicted=True)
-    leave = logits.argmax(-1) if y is None else y
-    end, _ = _loops.repeat_while(lambda state: ~state[1].all(), steps, step, (clean, succeeded(logits)))
-    return jax.lax.stop_gradient(_checks.nan_without_class(beyond(end), logits.shape[1], leave, wanted))
+    goal = aim("deepfool", logits, labels, targets)
+    leave, wanted = goal
+    end, _ = _loops.repeat_while(lambda state: ~state[1].all(), steps, step, (clean, goal.reached(logits)))
+    return jax.lax.stop_gradient(goal.nan_without_class(beyond(end), logits.shape[1]))

@@ -25,13 +25,13 @@ class Attack:
     Attributes:
       name: the row's name, unique in its suite.
       kind: "clean" for no attack, or a key of `attacks.ATTACKS`, to which `attacks.register` adds attacks of your own.
-      eps: budget in the units of the network's input, at least 0.
+      eps: budget in the units of the network's input, at least 0; in the l0 ball the number of pixels.
       steps: gradient steps, or queries of a score-based attack; 0 for the attack's default, if it has one.
       step_size: length of a step; None for the attack's default.
       restarts: number of random restarts.
       loss: what the attack raises, "ce", "margin", "dlr" or "targeted_dlr". A score-based attack always lowers the margin.
         A minimum-norm attack reads only whether the loss is targeted.
-      norm: of the ball, "linf" or "l2".
+      norm: of the ball, "linf", "l2" or "l0".
       targets: with a targeted loss, the number of wrong classes that are tried in turn, the likeliest first.
 
     Raises:

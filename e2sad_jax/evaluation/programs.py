@@ -113,7 +113,8 @@ class Programs:
 
     def attack(self, attack: Attack) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
         """The jitted `(params, images, labels, index, seed, eps, rank) -> (adversarial inputs, classes, rejected)`."""
-        alike = dataclasses.replace(attack, name="", eps=0.0, targets=1)  # what the program does not depend on
+        # What the program does not depend on; a number of pixels may be a shape in it.
+        alike = dataclasses.replace(attack, name="", eps=attack.eps if attack.norm == "l0" else 0.0, targets=1)
         return self.once((alike, _Same(attacks.ATTACKS.get(attack.kind))), lambda: self._attack(alike))
 
     def _attack(self, attack: Attack) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
@@ -128,7 +129,7 @@ class Programs:
             rank: jax.Array,
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
             logits_fn = functools.partial(self.apply, params)
-            with_budget: Attack = dataclasses.replace(attack, eps=eps)  # type: ignore[arg-type]  # traced
+            with_budget = attack if attack.norm == "l0" else dataclasses.replace(attack, eps=eps)  # type: ignore[arg-type]
             inputs = with_budget.perturb(
                 logits_fn,
                 self.transform(images),

@@ -12,7 +12,10 @@ from tests.unit.attacks.helpers import FAST
 from tests.unit.defenses import toy
 
 N, SHAPE = 8, (4, 4, 1)
-EPS = {2: {"linf": 0.03, "l2": 0.1}, 1000: {"linf": 0.005, "l2": 0.015}}  # between the distances of the images
+EPS = {
+    2: {"linf": 0.03, "l2": 0.1, "l0": 1},
+    1000: {"linf": 0.005, "l2": 0.015, "l0": 1},
+}  # between the distances of the images
 KEY = jax.random.key(0)
 REGISTERED = [(name, norm) for name in attacks.ATTACKS for norm in attacks.ATTACKS[name].norms]
 

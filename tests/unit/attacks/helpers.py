@@ -55,6 +55,8 @@ def predicted(network: Any, x: jax.Array) -> np.ndarray:
 def size(change: Any, norm: str) -> np.ndarray:
     """The norm of each image's change, `[N]`, in float64."""
     flat = np.float64(change).reshape(len(change), -1)
+    if norm == "l0":
+        return (flat != 0).sum(1)
     return np.abs(flat).max(1) if norm == "linf" else np.sqrt((flat**2).sum(1))
 
 
@@ -108,16 +110,20 @@ FAST: dict[str, dict[str, Any]] = {
     "fab": {"steps": 5},
     "deepfool": {"steps": 5},
     "carlini_wagner": {"steps": 15},
+    "few_pixels": {"steps": 3},
 }
-CARLINI_WAGNER = functools.partial(attacks.carlini_wagner, learning_rate=0.1, initial_c=1.0, binary_steps=3)
+FASTER = {
+    "carlini_wagner": functools.partial(attacks.carlini_wagner, learning_rate=0.1, initial_c=1.0, binary_steps=3),
+    "few_pixels": functools.partial(attacks.few_pixels, population=24),
+    "jsma": functools.partial(attacks.jsma, gamma=1.0),
+}
 CLOSE = {"carlini_wagner": 2e-4, "fab": 1e-4}
 
 
 def of_method(name: str, norm: str, **settings: Any) -> Case:
     """A case of the registry, run as a suite runs it."""
     method: Method = attacks.ATTACKS[name]
-    if name == "carlini_wagner":
-        method = dataclasses.replace(method, function=CARLINI_WAGNER)
+    method = dataclasses.replace(method, function=FASTER.get(name, method.function))
     towards = settings.pop("towards", False)
     settings = {**FAST.get(name, {}), **settings}
 
@@ -164,6 +170,7 @@ VARIANTS = {
     **{f"second_{objective}": of_second_step(objective) for objective in attacks.OBJECTIVES},
 }
 CASES = {**REGISTERED, **VARIANTS}
+COUNTED = ("few_pixels_l0",)  # the budget is a shape of the program
 MINIMAL = [name for name, case in CASES.items() if case.family == "minimum-norm"]
 BALL = [name for name in CASES if name not in MINIMAL]
 
@@ -180,11 +187,14 @@ def jitted(name: str, dtype: str = "float32", bounds: Any = (0.0, 1.0)) -> Calla
 @functools.cache
 def _jitted(name: str, dtype: str, bounds: Any) -> Callable[..., jax.Array]:
     attack = CASES[name].attack
-    program = jax.jit(lambda network, k, x, y, e: attack(functools.partial(logits_of, network), k, x, y, e, bounds))
+    program = jax.jit(
+        lambda network, k, x, y, e: attack(functools.partial(logits_of, network), k, x, y, e, bounds),
+        static_argnums=(4,) if name in COUNTED else (),
+    )
 
     def run(network: Any, keys: jax.Array, x: jax.Array, y: Any, eps: float) -> jax.Array:
         assert x.dtype == dtype
         with compiled_for(dtype, optimized=dtype == "bfloat16" and name in OPTIMIZED):
-            return program(network, keys, x, y, np.float32(eps))
+            return program(network, keys, x, y, float(int(eps)) if name in COUNTED else np.float32(eps))
 
     return run

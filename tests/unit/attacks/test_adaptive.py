@@ -59,8 +59,8 @@ def test_fgsm_of_a_linear_network_behind_rounding_has_the_signs_of_its_weights()
 @pytest.mark.parametrize("name", ["cnn", "linear"])
 def test_attacks_through_rounding_are_arts(shared, name, bits):
     """FGSM pixel by pixel; PGD, whose signs soon differ, by how many images it fools."""
-    nets, want = cited.networks(shared), cited.load(shared, "bpda")
-    f, x, y = nets.logits[name], jnp.asarray(nets.images), nets.labels
+    nets, want = cited.networks(shared), cited.values(shared, "bpda")
+    f, x, y = nets.logits[name], jnp.asarray(nets.x), nets.labels
 
     def defended(z):
         return f(attacks.bpda(rounded(bits))(z))

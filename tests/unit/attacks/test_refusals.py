@@ -43,6 +43,9 @@ ACCEPTED: dict[str, tuple[Callable[..., jax.Array], dict[str, Any]]] = {
     "deepfool": (attacks.deepfool, {"logits_fn": itself, "labels": LABELS}),
     "carlini_wagner": (attacks.carlini_wagner, {"logits_fn": itself, "labels": LABELS}),
     "fab": (attacks.fab, {"logits_fn": itself, "labels": LABELS}),
+    "few_pixels": (attacks.few_pixels, {"key": KEY, "loss_fn": summed, "population": 4}),
+    "greedy_l0": (attacks.greedy_l0, {"logits_fn": itself, "labels": LABELS}),
+    "jsma": (attacks.jsma, {"logits_fn": itself, "labels": LABELS}),
 }
 Case = tuple[dict[str, Any], type[Exception], str]
 
@@ -78,6 +81,12 @@ WRONG_LABELS: list[Case] = [
     ({"labels": np.array([-1, 0])}, ValueError, r"labels contain -1; .* in \[0, 3\)"),
     ({"logits_fn": lambda z: z[:, 0]}, ValueError, r"logits have shape \(2,\)"),
     ({"logits_fn": lambda z: z[:, :1]}, ValueError, r"logits have shape \(2, 1\); .*at least 2"),
+]
+WRONG_TARGETS: list[Case] = [
+    ({"targets": jnp.ones(2)}, TypeError, "targets are float32"),
+    ({"targets": jnp.array([-1, 1])}, ValueError, r"targets contain -1; each must be a class in \[0, 3\)"),
+    ({"targets": jnp.ones(3, int)}, ValueError, r"targets have shape \(3,\); it must be \(2,\)"),
+    ({"targets": jnp.array([1, 0])}, ValueError, r"targets\[1\] is that image's label"),
 ]
 OWN: dict[str, list[Case]] = {
     "fgsm": [*from_zero("eps"), UNKNOWN_NORM],
@@ -138,10 +147,30 @@ OWN: dict[str, list[Case]] = {
         ({"alpha_max": 1.5}, ValueError, r"alpha_max=1.5; it must lie in \[0, 1\]"),
         ({"overshoot": 0.9}, ValueError, "overshoot=0.9; it must be at least 1"),
         ({"beta": 0}, ValueError, r"beta=0; it must lie in \(0, 1\]"),
-        ({"targets": jnp.ones(2)}, TypeError, "targets are float32"),
-        ({"targets": jnp.array([-1, 1])}, ValueError, r"targets contain -1; each must be a class in \[0, 3\)"),
-        ({"targets": jnp.ones(3, int)}, ValueError, r"targets have shape \(3,\); it must be \(2,\)"),
-        ({"targets": jnp.array([1, 0])}, ValueError, r"targets\[1\] is that image's label"),
+        *WRONG_TARGETS,
+    ],
+    "few_pixels": [
+        *whole("steps"),
+        *[({"pixels": v}, ValueError, rf"pixels={v}; .*at least 0") for v in (-1, 1.0, None)],
+        ({"population": 2}, ValueError, "population=2; it must be at least 3"),
+        *from_zero("differential"),
+        *WRONG_KEYS,
+        ({"bounds": None}, ValueError, "bounds=None; .*needs the range"),
+    ],
+    "greedy_l0": [
+        *[({"pixels": v}, ValueError, rf"pixels={v}; .*at least 0") for v in (-1, 1.0, None)],
+        ({"bounds": None}, ValueError, "bounds=None; .*needs the range"),
+        *WRONG_LABELS,
+        *WRONG_TARGETS,
+    ],
+    "jsma": [
+        *[
+            ({"theta": v}, ValueError, rf"theta={v}; it must be a number, finite and other than 0")
+            for v in (0, NAN, None)
+        ],
+        *[({"gamma": v}, ValueError, rf"gamma={v}; it must lie in \(0, 1\]") for v in (0, 1.1, NAN)],
+        *WRONG_LABELS,
+        *WRONG_TARGETS,
     ],
 }
 
@@ -159,7 +188,7 @@ def test_every_attack_is_here():
     assert set(ACCEPTED) == {*attacks.ATTACKS, "second_step"} == set(OWN)
 
 
-@pytest.mark.parametrize("name", ["fgsm", "second_step", "ifgsm", "mi_fgsm", "pgd", "apgd", "square"])
+@pytest.mark.parametrize("name", ["fgsm", "second_step", "ifgsm", "mi_fgsm", "pgd", "apgd", "square", "few_pixels"])
 def test_refuses_losses_that_are_not_per_image(name):
     attack, accepted = ACCEPTED[name]
     argument = "margin_fn" if name == "square" else "loss_fn"

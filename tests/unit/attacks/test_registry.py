@@ -51,7 +51,7 @@ def test_run_passes_what_the_attack_takes_and_returns_what_it_returns(name):
     got, arguments = seen(name, made, steps=7, eps=10.0, bounds=(-1.0, 2.0))
     np.testing.assert_array_equal(got, made)
     assert set(arguments) == method.parameters - {"targets", "step_size", "constraint_fn"}
-    plain = {"key": KEYS, "eps": 10.0, "steps": 7, "queries": 7, "restarts": 1, "bounds": (-1.0, 2.0)}
+    plain = {"key": KEYS, "eps": 10.0, "pixels": 10, "steps": 7, "queries": 7, "restarts": 1, "bounds": (-1.0, 2.0)}
     for argument, value in {**plain, "norm": method.norms[0], "logits_fn": f}.items():
         if argument in arguments:
             assert arguments[argument] is value or arguments[argument] == value
@@ -89,6 +89,27 @@ def test_of_a_minimum_norm_attack_what_is_within_the_budget_is_kept(name):
         np.testing.assert_array_equal(seen(name, x - 0.01, norm=norm)[0][:, 0, 0], x[:, 0, 0], "below the range")
 
 
+@pytest.mark.parametrize("name", ["greedy_l0", "jsma"])
+def test_of_an_attack_on_few_pixels_what_changes_no_more_of_them_is_kept(name):
+    """Image i has i pixels changed; and one beyond the range is never kept."""
+    x = images()
+    made = np.array(x).reshape(N, -1)
+    for i in range(N):
+        made[i, 2 : 2 + i] = 1 - made[i, 2 : 2 + i]
+    made = jnp.asarray(made.reshape(x.shape))
+    for eps in (0.0, 3.0, 3.9, jnp.float32(3.0), np.arange(N) % 2 * np.float32(4)):
+        kept = (np.arange(N) <= np.asarray(eps)).reshape(-1, 1, 1, 1)
+        np.testing.assert_array_equal(seen(name, made, eps=eps)[0], np.where(kept, made, x))
+    np.testing.assert_array_equal(seen(name, x.at[:, 0, 0].set(-0.1), eps=3)[0], x)
+    colours = jnp.zeros((1, 2, 2, 3)).at[0, 0, 1].set(1.0)  # three channels, one pixel
+    np.testing.assert_array_equal(attacks._ball.L0Ball(colours * 0, 1, None).contains(colours), [True])
+
+
+def test_a_number_of_pixels_that_is_traced_is_refused_where_it_is_a_shape():
+    with pytest.raises(ValueError, match=r"few_pixels: eps=.*its number of pixels is a shape: it must be a number"):
+        jax.jit(lambda y, eps: ATTACKS["few_pixels"].run(f, images(), y, key=KEYS, eps=eps, norm="l0"))(labels(), 1.0)
+
+
 def test_a_nan_logit_counts_as_misclassified():
     def sometimes(z: jax.Array) -> jax.Array:
         return jnp.where(z[:, :1, 0, 0] > 0.5, jnp.nan, jnp.array([[1.0, 0.0]]))
@@ -120,10 +141,12 @@ def test_what_a_method_does_not_support_is_refused():
 
 
 def test_entries_say_what_they_are():
-    assert {name for name, method in ATTACKS.items() if method.random} == {"pgd", "apgd", "square", "fab"}
+    assert {name for name, method in ATTACKS.items() if method.random} == {
+        *("pgd", "apgd", "square", "fab", "few_pixels")
+    }
     assert {name for name, method in ATTACKS.items() if "restarts" in method.parameters} == {"pgd", "apgd", "fab"}
     assert {name for name, method in ATTACKS.items() if method.family == "minimum-norm"} == {
-        *("fab", "deepfool", "carlini_wagner")
+        *("fab", "deepfool", "carlini_wagner", "greedy_l0", "jsma")
     }
     assert all(getattr(attacks, name) is method.function for name, method in ATTACKS.items())
 
@@ -159,7 +182,7 @@ def test_a_method_that_no_suite_could_run_is_refused():
         Method(needs, "gradient")
     with pytest.raises(ValueError, match="family='white-box'; it must be one of gradient, score-based, minimum-norm"):
         Method(corners, "white-box")
-    with pytest.raises(ValueError, match=r"norms=\('l1',\); it must be some of linf, l2"):
+    with pytest.raises(ValueError, match=r"norms=\('l1',\); it must be some of linf, l2, l0"):
         Method(corners, "gradient", ("l1",))
 
 
@@ -170,7 +193,8 @@ def test_a_suite_takes_no_label_that_is_no_class(name):
     w = jnp.asarray(np.random.RandomState(0).randn(16, 4), jnp.float32)
 
     def perturbed(y):
-        attack = evaluation.Attack("a", name, 0.1, 2, norm=ATTACKS[name].norms[-1])
+        norm = ATTACKS[name].norms[-1]
+        attack = evaluation.Attack("a", name, 2 if norm == "l0" else 0.1, 2, norm=norm)
         return attack.perturb(lambda z: z.reshape(len(z), -1) @ w, x, y, bounds=(0.0, 1.0), index=jnp.arange(3))
 
     for wrong in (-1, 4):

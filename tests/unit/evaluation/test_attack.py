@@ -21,6 +21,9 @@ EVERY_ROW = {
     "fab": Attack("a", "fab", 0.1, 3, loss="targeted_dlr"),
     "deepfool": Attack("a", "deepfool", 0.1, norm="l2"),
     "carlini_wagner": Attack("a", "carlini_wagner", 0.3, 5, norm="l2"),
+    "few_pixels": Attack("a", "few_pixels", 2, 2, norm="l0"),
+    "greedy_l0": Attack("a", "greedy_l0", 4, norm="l0"),
+    "jsma": Attack("a", "jsma", 8, norm="l0"),
 }
 
 
@@ -43,7 +46,7 @@ def test_a_row_stays_in_its_ball_and_in_the_bounds(kind, problem):
     assert z.shape == x.shape
     assert z.dtype == x.dtype
     change = np.asarray(z - x).reshape(8, -1)
-    size = np.abs(change).max(1) if attack.norm == "linf" else np.linalg.norm(change, axis=1)
+    size = np.linalg.norm(change, {"linf": np.inf, "l2": 2, "l0": 0}[attack.norm], axis=1)
     assert 0 < size.max() <= attack.eps + 1e-6
     assert 0.15 - 1e-6 <= float(z.min()) <= float(z.max()) <= 1
     if kind in ("pgd", "square"):

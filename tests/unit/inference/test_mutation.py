@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_decisions_are_walds_on_given_sequences(shared, name):
     """Where the log ratio, in float64, comes near a bound and not over it, float32 may be a step off."""
-    want, (rate, margin) = cited.load(shared, "closed_forms"), SETTINGS[name]
+    want, (rate, margin) = cited.values(shared, "closed_forms"), SETTINGS[name]
     changes = np.unpackbits(want["sprt_changes"], axis=-1).reshape(360, -1)
     columns = jnp.asarray(changes.T, bool)
     run = jax.jit(lambda: inference.sprt(KEY, lambda k, i: columns[i], 360, rate=rate, margin=margin, limit=2000))
@@ -61,7 +61,7 @@ def test_errors_are_as_rare_as_asked():
 
 
 def test_the_share_of_changes_under_gaussian_noise_has_a_closed_form(shared):
-    want, nets = cited.load(shared, "closed_forms"), cited.networks(shared)
+    want, nets = cited.values(shared, "closed_forms"), cited.networks(shared)
     first, second = want["two_classes"]
     for name, sigma in (("sigma05", 0.5), ("sigma1", 1.0)):
 
@@ -72,7 +72,7 @@ def test_the_share_of_changes_under_gaussian_noise_has_a_closed_form(shared):
             return nets.logits["linear"](x)[:, jnp.asarray([first, second])]
 
         samples = 200
-        got = inference.label_change(KEY, noisy, two, jnp.asarray(nets.images), samples=samples)
+        got = inference.label_change(KEY, noisy, two, jnp.asarray(nets.x), samples=samples)
         rate = want[f"two_class_rate_{name}"]
         assert (np.abs(got - rate) < 4 * np.sqrt(rate * (1 - rate) / samples) + 1 / samples).all()
         assert rate.max() > 0.05

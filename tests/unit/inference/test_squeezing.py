@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("unoptimized")
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_levels_are_arts(shared, bits):
-    want, x = cited.load(shared, "squeezing"), cited.networks(shared).images
+    want, x = cited.values(shared, "squeezing"), cited.networks(shared).x
     for name, images in (("image", x), ("noisy", want["noisy"])):
         got = np.asarray(jax.jit(lambda z: inference.bit_depth(z, bits))(images))
         levels = got * (2**bits - 1)
@@ -24,7 +24,7 @@ def test_levels_are_arts(shared, bits):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_medians_are_scipys(shared, size):
-    want, x = cited.load(shared, "squeezing"), cited.networks(shared).images
+    want, x = cited.values(shared, "squeezing"), cited.networks(shared).x
 
     def run(images):
         return np.asarray(inference.median(jnp.asarray(images), size))
@@ -75,10 +75,10 @@ def test_squeezers_keep_the_dtype_and_refuse_what_they_cannot_use():
 
 @pytest.mark.parametrize("name", ["cnn", "linear"])
 def test_scores_are_those_of_probabilities_in_float64(shared, name):
-    nets, want = cited.networks(shared), cited.load(shared, "detector")
+    nets, want = cited.networks(shared), cited.values(shared, "detector")
     f = nets.logits[name]
     one_bit, smooth = (lambda z: inference.bit_depth(z, 1)), inference.median
-    sets = {"clean": nets.images, **{k: want[f"{name}_{k}_images"] for k in ("fgsm01", "fgsm03")}}
+    sets = {"clean": nets.x, **{k: want[f"{name}_{k}_images"] for k in ("fgsm01", "fgsm03")}}
     for key, x in sets.items():
         columns = [want[f"{name}_{key}_l1_{squeezer}"] for squeezer in ("bit1", "median2")]
         for squeezers, expected in (
@@ -98,7 +98,7 @@ def test_scores_are_those_of_probabilities_in_float64(shared, name):
 def test_detectors_by_squeezing_fall_to_attacks_that_evade_them(shared, squeeze, eps, before, after):
     """A detector stops oblivious FGSM, whose images nearly all fool the network, better than the attack that knows it."""
     nets = cited.networks(shared)
-    f, x, y = nets.logits["linear"], jnp.asarray(nets.images), jnp.asarray(nets.labels)
+    f, x, y = nets.logits["linear"], jnp.asarray(nets.x), jnp.asarray(nets.labels)
 
     def score(z):
         return inference.squeezing_score(f, [squeeze], z)
