@@ -26,6 +26,7 @@ from e2sad_jax.defenses.pgi import pgi
 from e2sad_jax.defenses.uap import uap, uap_ascent
 from e2sad_jax.defenses.gat import gat
 from e2sad_jax.defenses.nuat import nuat
+from e2sad_jax.defenses.strong_adversary import strong_adversary
 
 # isort: on
 
@@ -52,6 +53,7 @@ __all__ = [
     "readers",
     "register",
     "rs_fgsm",
+    "strong_adversary",
     "trades",
     "uap",
     "uap_ascent",

@@ -52,6 +52,7 @@ VARIANTS |= {
     if objective not in ("total", "literal")  # the first is the default, the other the sign of rounding noise
 }
 VARIANTS["n_fgsm qub"] = functools.partial(registered("n_fgsm"), training_loss="qub")
+VARIANTS["strong_adversary alpha"] = functools.partial(registered("strong_adversary"), adversary="alpha")
 VARIANTS["e2sad ball"] = functools.partial(registered("e2sad"), random_start=True, ball_second=True)
 
 
