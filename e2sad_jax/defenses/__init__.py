@@ -27,6 +27,7 @@ from e2sad_jax.defenses.uap import uap, uap_ascent
 from e2sad_jax.defenses.gat import gat
 from e2sad_jax.defenses.nuat import nuat
 from e2sad_jax.defenses.strong_adversary import strong_adversary
+from e2sad_jax.defenses.distillation import distillation, tempered
 
 # isort: on
 
@@ -36,6 +37,7 @@ __all__ = [
     "Defense",
     "Setting",
     "atta",
+    "distillation",
     "e2sad",
     "fgsm",
     "free",
@@ -54,6 +56,7 @@ __all__ = [
     "register",
     "rs_fgsm",
     "strong_adversary",
+    "tempered",
     "trades",
     "uap",
     "uap_ascent",
