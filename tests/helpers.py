@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from e2sad_jax import networks, training
@@ -42,10 +43,17 @@ def readable(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in others}
 
 
+def teacher_of(config: Config, dataset: Dataset) -> np.ndarray | None:
+    """Logits of a teacher for the training images, where the defense learns from one: it is sure of the labels."""
+    logits = 100 * np.eye(dataset.num_classes, dtype=np.float32)[dataset.y_train]
+    return config.settings["temperature"] * logits if config.entry.learns else None
+
+
 def fit(config: Config, dataset: Dataset, state: TrainState | None = None, **kwargs: Any) -> TrainState:
     """`training.fit` to the configured step, from a fresh state, with nothing recorded, unless given."""
     model = networks.create(config.model, dataset.num_classes, dataset.image_shape)
     state = training.init_state(config, model, dataset.image_shape, len(dataset.x_train)) if state is None else state
+    kwargs = {"teacher": teacher_of(config, dataset), **kwargs}
     kwargs = {"steps": config.steps, "record": lambda *a: None, "checkpoint": lambda *a: None, **kwargs}
     return training.fit(config, model, dataset, state, **kwargs)
 

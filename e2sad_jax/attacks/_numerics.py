@@ -123,6 +123,38 @@ def linearise(logits_fn: LogitsFn, z: jax.Array, labels: jax.Array) -> tuple[jax
     return logits, gradients - jnp.take_along_axis(gradients, labels.reshape(1, -1, *[1] * (z.ndim - 1)), 0)
 
 
+def nearest_boundary(logits_fn: LogitsFn, z: jax.Array, labels: jax.Array, *, norm: str) -> tuple[jax.Array, jax.Array]:
+    """The boundary of the linearised network nearest to each image, between its label and any other class.
+
+    Args:
+      logits_fn: images `[N, ...]` to logits `[N, K]`, or to what else decides by its highest entry.
+      z: images `[N, ...]`.
+      labels: classes y, `[N]`.
+      norm: "linf" or "l2", of the distance.
+
+    Returns:
+      The distance `[N]`, infinite where there is no boundary, and its normal grad z_k - grad z_y, `[N, ...]`.
+    """
+    logits, w = linearise(logits_fn, z, labels)
+    own = jnp.take_along_axis(logits, labels[:, None], 1)
+    distance = boundary_distances((logits - own).T, w, jnp.abs(own).T, norm)
+    normal = jnp.take_along_axis(w, distance.argmin(0).reshape(1, -1, *[1] * (z.ndim - 1)), 0)[0]
+    return distance.min(0), normal
+
+
+def boundary_distances(lead: jax.Array, w: jax.Array, scale: jax.Array, norm: str) -> jax.Array:
+    """Distances `[K, N]` to where `lead` `[K, N]`, of gradient `w` `[K, N, ...]`, is 0; infinite where that is nowhere.
+
+    `scale` `[1, N]` is the size of the numbers whose difference `lead` is.
+    """
+    axes = tuple(range(2, w.ndim))
+    size = jnp.abs(w).sum(axes) if norm == "linf" else jnp.sqrt(jnp.square(w).sum(axes))
+    # On the boundary itself the step would be zero, and with it the overshoot: one rounding more.
+    gap = jnp.abs(lead) + jnp.finfo(lead.dtype).eps * jnp.maximum(scale, 1)
+    distance = jnp.where(size > 0, gap / jnp.where(size > 0, size, 1), jnp.inf)
+    return jnp.where(jnp.isfinite(distance), distance, jnp.inf)
+
+
 def per_image_keys(name: str, key: jax.Array | None, n: int) -> jax.Array:
     """Keys `[n]`, one per image, from one key or from `n` keys.
 

@@ -3,7 +3,8 @@
 * the ball: `ball`, `linf_ball`, `LinfBall`, `L2Ball` (`project`, `steepest`, `sample`, `contains`), `project_and_cast`,
   `cast_inside`;
 * argument checks: `checks.threat_model`, `checks.images`, `checks.budget`, `checks.number`, `checks.classes`;
-* image by image: `input_gradient`, `losses_and_gradient`, `per_image_keys`, `threefry`, `broadcast`, `select`;
+* image by image: `input_gradient`, `losses_and_gradient`, `nearest_boundary`, `per_image_keys`, `threefry`, `broadcast`,
+  `select`;
 * several candidates: `Candidate.keep_worst`, `score`;
 * loops: `repeat` and its kin, `ascend`;
 * types: `LossFn`, `LogitsFn`, `Bounds`.
@@ -24,6 +25,7 @@ from e2sad_jax.attacks._numerics import (
     like_sharded,
     linearise,
     losses_and_gradient,
+    nearest_boundary,
     norms,
     per_image,
     per_image_keys,
@@ -57,6 +59,7 @@ __all__ = [
     "linearise",
     "linf_ball",
     "losses_and_gradient",
+    "nearest_boundary",
     "norms",
     "per_image",
     "per_image_keys",

@@ -7,7 +7,15 @@ from e2sad_jax import losses
 from e2sad_jax.attacks import _checks, _loops
 from e2sad_jax.attacks._aim import aim
 from e2sad_jax.attacks._ball import linf_ball, project_and_cast
-from e2sad_jax.attacks._numerics import as_float32, broadcast, finite, linearise, losses_and_gradient, unit
+from e2sad_jax.attacks._numerics import (
+    as_float32,
+    boundary_distances,
+    broadcast,
+    finite,
+    losses_and_gradient,
+    nearest_boundary,
+    unit,
+)
 from e2sad_jax.attacks._types import Bounds, LogitsFn
 
 
@@ -83,24 +91,11 @@ def deepfool(
 
     def boundary(z: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The distance to the nearest boundary, `[N]`, infinite where there is none, and the normal towards it."""
-        if wanted is not None:
-            reach = wanted
-            lead, w = map(as_float32, losses_and_gradient(lambda z: -losses.margin(logits_fn(z), reach), z))
-            return distances(lead[None], w[None], jnp.abs(look(z).max(-1))[None])[0], w
-        logits, w = linearise(logits_fn, z, leave)
-        z_own = jnp.take_along_axis(logits, leave[:, None], 1)
-        distance = distances((logits - z_own).T, w, jnp.abs(z_own).T)
-        nearest = distance.argmin(0)
-        return distance.min(0), jnp.take_along_axis(w, nearest.reshape(1, -1, *[1] * (x.ndim - 1)), 0)[0]
-
-    def distances(lead: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
-        """To the boundaries where `lead` `[K, N]`, of gradient `w` `[K, N, ...]`, is 0: `[K, N]`."""
-        axes = tuple(range(2, w.ndim))
-        size = jnp.abs(w).sum(axes) if norm == "linf" else jnp.sqrt(jnp.square(w).sum(axes))
-        # On the boundary itself the step would be zero, and with it the overshoot: one rounding more.
-        gap = jnp.abs(lead) + jnp.finfo(lead.dtype).eps * jnp.maximum(scale, 1)
-        distance = jnp.where(size > 0, gap / jnp.where(size > 0, size, 1), jnp.inf)
-        return jnp.where(jnp.isfinite(distance), distance, jnp.inf)
+        if wanted is None:
+            return nearest_boundary(logits_fn, z, leave, norm=norm)
+        reach = wanted
+        lead, w = map(as_float32, losses_and_gradient(lambda z: -losses.margin(logits_fn(z), reach), z))
+        return boundary_distances(lead[None], w[None], jnp.abs(look(z).max(-1))[None], norm)[0], w
 
     logits = look(x)
     goal = aim("deepfool", logits, labels, targets)

@@ -16,6 +16,8 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "natural": {"defense": "natural"},
     "input gradient": {"defense": "input_gradient"},
     "FGSM (Eq. 3)": {"defense": "fgsm"},
+    "distillation": {"defense": "distillation"},
+    "strong adversary": {"defense": "strong_adversary"},
     "RS-FGSM": {"defense": "rs_fgsm"},
     "N-FGSM": {"defense": "n_fgsm"},
     "Hamm": {"defense": "hamm"},

@@ -26,6 +26,8 @@ from e2sad_jax.defenses.pgi import pgi
 from e2sad_jax.defenses.uap import uap, uap_ascent
 from e2sad_jax.defenses.gat import gat
 from e2sad_jax.defenses.nuat import nuat
+from e2sad_jax.defenses.strong_adversary import strong_adversary
+from e2sad_jax.defenses.distillation import distillation, tempered
 
 # isort: on
 
@@ -35,6 +37,7 @@ __all__ = [
     "Defense",
     "Setting",
     "atta",
+    "distillation",
     "e2sad",
     "fgsm",
     "free",
@@ -52,6 +55,8 @@ __all__ = [
     "readers",
     "register",
     "rs_fgsm",
+    "strong_adversary",
+    "tempered",
     "trades",
     "uap",
     "uap_ascent",

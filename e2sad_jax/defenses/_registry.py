@@ -91,7 +91,7 @@ class Setting:
         return type(self.default) is type(other.default) and all(getattr(self, r) == getattr(other, r) for r in ranges)
 
 
-OFFERED = ("eps", "eps1", "bounds", "key", "delta")  # what training passes to a loss that names it
+OFFERED = ("eps", "eps1", "bounds", "key", "delta", "teacher_fn")  # what training passes to a loss that names it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +101,9 @@ class Defense:
     The loss is called as `loss(logits_fn, x, y, **arguments)` and returns the loss, a scalar, and its parts by name. Its
     arguments are the settings, and those of the following that its signature names: `eps` or `eps1`, the
     budget; `bounds`, the range of the images; `key`, a random key of the step; `delta`, a perturbation `[N, ...]`
-    (or as `carried` says) that is kept from step to step; with the setting `memory` also `start`, the perturbation
-    `[N, ...]` with which each image's attack ended last time. A loss that is given `start` returns the new one among its
-    parts, as `delta`.
+    (or as `carried` says) that is kept from step to step; `teacher_fn`, images to the logits of a teacher; with the setting
+    `memory` also `start`, the perturbation `[N, ...]` with which each image's attack ended last time. A loss that is given
+    `start` returns the new one among its parts, as `delta`.
 
     Attributes:
       loss: the function.
@@ -168,6 +168,11 @@ class Defense:
         """Whether a perturbation is kept from step to step, of the batch or as `carried` says."""
         return self.takes("delta")
 
+    @property
+    def learns(self) -> bool:
+        """Whether it learns from a teacher's logits."""
+        return self.takes("teacher_fn")
+
     def without_effect(self, settings: Mapping[str, Any]) -> Mapping[str, str]:
         """Which settings have no effect beside the others, and why.
 
@@ -195,6 +200,7 @@ class Defense:
         key: jax.Array,
         delta: jax.Array | None = None,
         memory: Mapping[str, jax.Array] | None = None,
+        taught: jax.Array | None = None,
     ) -> tuple[jax.Array, Parts]:
         """The loss of one batch, as training computes it.
 
@@ -208,11 +214,21 @@ class Defense:
           key: random key of the step.
           delta: the perturbation kept so far, of a defense that `carries` one.
           memory: what is remembered of the images, by the names in `remembers`; None where nothing is.
+          taught: the teacher's logits of the images, `[N, K]`, of a defense that `learns` from one.
 
         Returns:
           The loss, a scalar, and its parts by name; with a memory the new one is among them.
         """
-        offered = {"eps": eps, "eps1": eps, "bounds": bounds, "key": key, "delta": delta}
+        if self.learns and taught is None:
+            raise ValueError(f"{self.label}: needs the logits of a teacher; training takes them as teacher=")
+        offered = {
+            "eps": eps,
+            "eps1": eps,
+            "bounds": bounds,
+            "key": key,
+            "delta": delta,
+            "teacher_fn": lambda _: taught,
+        }
         offered |= {_argument(name): value for name, value in (memory or {}).items()}
         arguments = {name: value for name, value in offered.items() if self.takes(name)}
         for setting in self.settings:

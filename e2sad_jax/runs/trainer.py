@@ -35,6 +35,7 @@ from e2sad_jax.runs.checkpoint import Checkpoints, quarantine_damaged
 from e2sad_jax.runs.folder import ensure_exists, note_training, open_workdir, steps_in, workdir_of, write_config
 from e2sad_jax.runs.metrics import Recorder
 from e2sad_jax.runs.signals import Interrupted
+from e2sad_jax.runs.teacher import FILE, check_teacher, config_of, keep_logits, read_logits
 from e2sad_jax.training import TrainState, fit, gather, init_state, nbytes, place, stack, unstack
 from e2sad_jax.training.config import Config
 
@@ -179,6 +180,8 @@ def _opened(config: Config, dataset: Dataset) -> Iterator[Run]:
     train_set, validation_set = hold_out(dataset, config.validation_examples)
     steps = config.total_steps(len(train_set.x_train))
     _check_sizes(config, train_set, steps)
+    if config.entry.learns:
+        check_teacher(config, dataset, workdir_of(config))
     mesh = distributed.mesh(config.devices, config.batch_size)
     workdir = workdir_of(config)
     with contextlib.ExitStack() as stack:
@@ -219,6 +222,8 @@ def train(run: Run, stop: Callable[[], int]) -> tuple[TrainState, float]:
     """
     if run.step == run.steps:
         return run.restore(), run.checkpoints.seconds(run.steps)
+    if not _taught(run, stop):
+        return run.init_state(), 0.0
     trainer = _Trainer([run], stop)
     (state,) = trainer.train(run.steps)
     return state, trainer.seconds(0)
@@ -237,6 +242,8 @@ def train_together(runs: Sequence[Run], stop: Callable[[], int]) -> None:
       NonFiniteError: if one of them diverged; `member` is its place in `runs`.
     """
     steps = runs[0].steps
+    if not all(_taught(run, stop) for run in runs):
+        return
     while not stop() and (behind := min(run.step for run in runs)) < steps:
         ahead = [run.step for run in runs if run.step > behind]
         last = [run for run in runs if run.step == behind]
@@ -245,6 +252,25 @@ def train_together(runs: Sequence[Run], stop: Callable[[], int]) -> None:
         except NonFiniteError as error:
             error.member = runs.index(last[error.member])
             raise
+
+
+def _taught(run: Run, stop: Callable[[], int]) -> bool:
+    """Gives a run that learns from a teacher its logits, unless it has them: trains the teacher first where none is named.
+
+    Returns:
+      False if it was stopped meanwhile.
+    """
+    if not run.config.entry.learns or (run.workdir / FILE).exists():
+        return True
+    folder = pathlib.Path(run.config.settings["teacher"]).expanduser()
+    if not run.config.settings["teacher"]:
+        with open_run(config_of(run.config, run.workdir), run.dataset) as teacher:
+            train(teacher, stop)
+            folder = teacher.workdir
+        if distributed.max_over_processes(stop()):
+            return False
+    keep_logits(folder, run.train_set, run.workdir, run.config.eval_batch_size)
+    return True
 
 
 class _Trainer:
@@ -300,6 +326,7 @@ class _Trainer:
                     checkpoint=self._save,
                     stop=lambda: bool(distributed.max_over_processes(self._stop())),
                     mesh=first.mesh,
+                    teacher=read_logits(first.workdir) if first.config.entry.learns else None,
                 )
             for run in runs:
                 run.checkpoints.wait()

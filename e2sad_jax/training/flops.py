@@ -48,7 +48,9 @@ def step_counts(config: Config, image_shape: Sequence[int], num_classes: int) ->
             lambda: (
                 init_state(config, model, image_shape, n),
                 jnp.zeros((n, *image_shape), jnp.uint8),
-                jnp.zeros(n, jnp.int32),
+                (jnp.zeros(n, jnp.int32), jnp.zeros((n, num_classes)))
+                if config.entry.learns
+                else jnp.zeros(n, jnp.int32),
                 epoch_order(_streams.key(0, _streams.ORDER), jnp.zeros((), jnp.uint32), n),
             )
         )

@@ -38,6 +38,7 @@ def fit(
     stop: Callable[[], bool] = lambda: False,
     steps_per_dispatch: int | None = None,
     mesh: Mesh | None = None,
+    teacher: np.ndarray | jax.Array | None = None,
 ) -> TrainState:
     """Trains from `state` to step `steps`, or until `stop()`.
 
@@ -56,9 +57,13 @@ def fit(
       steps_per_dispatch: steps that the host starts at once; None for 1 on the CPU, where each is long, and
         `STEPS_PER_DISPATCH` elsewhere.
       mesh: devices to train on, where that is more than the default one. `state` must lie there (`place`).
+      teacher: the logits of the training images, `[n, K]`, that a defense learns from which has a teacher.
 
     Returns:
       The state reached.
+
+    Raises:
+      ValueError: if the teacher is missing, or of another shape.
     """
     configs = [config] if isinstance(config, Config) else list(config)
     population, c = not isinstance(config, Config), configs[0]
@@ -68,8 +73,13 @@ def fit(
         c, model, dataset.num_classes, TRANSFORMS[c.transform], population=population, steps=at_once, mesh=mesh
     )
     put = functools.partial(distributed.replicate, mesh)
-    images, labels = put((dataset.x_train, dataset.y_train))
     n = len(dataset.x_train)
+    wanted, given = (n, dataset.num_classes), None if teacher is None else teacher.shape
+    if c.entry.learns and given != wanted:
+        raise ValueError(
+            f"fit: teacher has shape {given}; --defense={c.defense} needs its logits of the training images, {wanted}"
+        )
+    images, labels = put((dataset.x_train, (dataset.y_train, teacher) if c.entry.learns else dataset.y_train))
     keys = put([_streams.key(c.seed, _streams.ORDER) for c in configs])
     order_of = functools.partial(epoch_order, keys[0], n=n)
     extra: list[Any] = []

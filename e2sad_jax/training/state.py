@@ -132,8 +132,10 @@ def varied_settings(configs: Sequence[Config]) -> list[str]:
 def population_key(config: Config) -> Config:
     """A key that is equal for runs that may train together in one population.
 
-    They may differ in the seed, the workdir and the settings of `varied_settings`.
+    They may differ in the seed, the workdir and the settings of `varied_settings`. A run with a teacher trains alone.
     """
+    if config.entry.learns:
+        return config
     defaults = {field.name: field.default for field in COMMON if field.name in ("eps1", "seed", "workdir")}
     own = {one.name: one.default for one in config.entry.settings if one.varies}
     return config.replace(**defaults, **own)

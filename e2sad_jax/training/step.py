@@ -84,7 +84,8 @@ def make_train_step(
     """Makes the jitted step of the configured defense, `(state, images, labels, order) -> (state, metrics)`.
 
     `images` `[n, H, W, C]` and `labels` `[n]` are the whole training set, resident on the device, and `order` is
-    `epoch_order` of the state's epoch. `metrics` are scalars on the device: loss, gradient norm and the defense's
+    `epoch_order` of the state's epoch. Where the defense learns from a teacher, `labels` is the pair of the labels and the
+    teacher's logits `[n, K]`. `metrics` are scalars on the device: loss, gradient norm and the defense's
     parts. The state is donated.
 
     Args:
@@ -106,7 +107,7 @@ def make_train_step(
     def train_step(
         state: TrainState,
         images: jax.Array,
-        labels: jax.Array,
+        labels: jax.Array | tuple[jax.Array, jax.Array],
         order: jax.Array,
         varied: Mapping[str, jax.Array] = types.MappingProxyType({}),
     ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -115,12 +116,13 @@ def make_train_step(
         tx = optimizer(config, total)
         offset = state.step.astype(jnp.uint32) // config.steps_per_batch * config.batch_size % images.shape[0]
         batch = jax.lax.dynamic_slice_in_dim(order, offset, config.batch_size)
-        rows = images[batch], labels[batch]
+        rows = jax.tree.map(lambda values: values[batch], (images, labels))
         check_rows(config, state.memory, images.shape[0])
         remembered = None if state.memory is None else recall(state.memory, batch, eps)
         if mesh is not None:
             rows, remembered = jax.lax.with_sharding_constraint((rows, remembered), distributed.split(mesh))
-        x, y = transform.apply(rows[0]), soft_labels(rows[1], num_classes, soft)
+        own_labels, taught = rows[1] if defense.learns else (rows[1], None)
+        x, y = transform.apply(rows[0]), soft_labels(own_labels, num_classes, soft)
         key = jax.random.fold_in(state.key, state.step)
 
         def loss_fn(params: Any, slots: Any, delta: jax.Array | None) -> tuple[jax.Array, Parts]:
@@ -141,6 +143,7 @@ def make_train_step(
                     key=key,
                     delta=delta,
                     memory=remembered,
+                    taught=taught,
                 )
 
         params = batch_stats.parameters(state.params)

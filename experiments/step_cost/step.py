@@ -97,7 +97,9 @@ class Step:
             self._state, extra = training.stack([self._state] * runs), [{}]
         self._put = functools.partial(distributed.replicate, mesh)
         self._state = self._put(self._state)
-        self._arguments = [*self._put((images, labels, order)), *self._put(extra)]
+        logits = np.zeros((len(labels), num_classes), np.float32)
+        given = (labels, logits) if config.entry.learns else labels
+        self._arguments = [*self._put((images, given, order)), *self._put(extra)]
         self._all = self._put([np.int32(self.at_once)]) if self.at_once > 1 else []
         with no_compilation_cache():
             began = time.perf_counter()

@@ -44,6 +44,10 @@ TWO_STEPS = ROBUST | {"first_point": "step", "first_step_size": 0.15, "adversari
         ("pgd", {"attack_steps": 2, "training_loss": "qub"}, 3.2, 3.45),
         ("n_fgsm", {"training_loss": "qub"}, 2.6, 2.75),
         ("grad_align", {}, 4.5, 5.5),
+        ("tempered", {}, 0.99, 1.01),
+        ("distillation", {}, 0.99, 1.01),  # the teacher's logits are known before
+        ("strong_adversary", {}, 1.6, 1.75),
+        ("strong_adversary", {"adversary": "alpha"}, 4.0, 9.0),
         ("input_gradient", {}, 2.0, 2.75),
     ],
 )

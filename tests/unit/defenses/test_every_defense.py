@@ -181,6 +181,7 @@ REFUSED = [
         for name in DEFENSES
         if name != "free"
     ],
+    ("strong_adversary", {"adversary": "best"}, "adversary='best'; it must be one of loss, alpha"),
     ("e2sad", {"second_step": "nonsense"}, "objective='nonsense'; .*total"),
     ("e2sad", {"adversarial_at": "third"}, "adversarial_at='third'; it must be one of first, second"),
     ("e2sad", {"second_step": "noise", "key": None}, "objective='noise' .*needs key"),

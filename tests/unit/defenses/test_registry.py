@@ -40,9 +40,11 @@ def test_training_gives_a_loss_its_settings_and_what_its_signature_names(name):
 
     spy = dataclasses.replace(defense, loss=loss)
     settings = {s.name: s.default for s in defense.settings}
-    spy(net(draw()), *batch(), settings=settings, eps=EPS, bounds=(0, 1), key=KEY, delta=DELTA)
+    spy(
+        net(draw()), *batch(), settings=settings, eps=EPS, bounds=(0, 1), key=KEY, delta=DELTA, taught=jnp.zeros((8, 3))
+    )
     own = {s.argument or s.name for s in defense.settings if s.argument is not None}
-    rest = {"eps", "eps1", "bounds", "key", "delta"} & set(seen)
+    rest = {"eps", "eps1", "bounds", "key", "delta", "teacher_fn"} & set(seen)
     assert set(seen) == own | rest
     assert all(defense.takes(argument) for argument in seen)
     assert seen.get("step_size") is None

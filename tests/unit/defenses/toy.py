@@ -41,6 +41,7 @@ def registered(name: str) -> Callable[..., Any]:
     defense = DEFENSES[name]
     carried = UNIVERSAL if defense.carried else DELTA
     offered = {"eps": EPS, "eps1": EPS, "eps2": EPS2, "key": KEY, "delta": carried, "steps": STEPS, "lam": 0.7}
+    offered |= {"temperature": 2.0, "teacher_fn": net(draw(9))}
     return functools.partial(defense.loss, **{k: v for k, v in offered.items() if defense.takes(k)})
 
 
@@ -52,6 +53,7 @@ VARIANTS |= {
     if objective not in ("total", "literal")  # the first is the default, the other the sign of rounding noise
 }
 VARIANTS["n_fgsm qub"] = functools.partial(registered("n_fgsm"), training_loss="qub")
+VARIANTS["strong_adversary alpha"] = functools.partial(registered("strong_adversary"), adversary="alpha")
 VARIANTS["e2sad ball"] = functools.partial(registered("e2sad"), random_start=True, ball_second=True)
 
 

@@ -116,7 +116,8 @@ def test_running_averages_hear_of_the_losss_passes_and_of_no_attack(defense):
 
     def loss(slots: Any) -> jax.Array:
         f = batch_stats.training_logits_fn(model, variables, slots)
-        return DEFENSES[defense](f, x, y, **own, delta=jnp.full((config.entry.carried or 6, *x.shape[1:]), 0.1))[0]
+        delta = jnp.full((config.entry.carried or 6, *x.shape[1:]), 0.1)
+        return DEFENSES[defense](f, x, y, **own, delta=delta, taught=5 * y)[0]
 
     noted = jax.jit(jax.grad(loss))(batch_stats.slots(variables))
     assert noted["passes"] == PASSES[defense]

@@ -13,7 +13,7 @@ from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.training import Config
-from tests.helpers import tiny_config
+from tests.helpers import teacher_of, tiny_config
 
 pytestmark = pytest.mark.usefixtures("little")
 
@@ -43,6 +43,7 @@ def trained(config: Config, dataset, devices: int, dtype=jnp.float64, **kwargs):
         record=lambda step, metrics, count: seen.extend(np.ravel(metrics["loss"])[:count].tolist()),
         checkpoint=lambda *a: None,
         mesh=mesh,
+        teacher=teacher_of(config, dataset),
         **kwargs,
     )
     return seen, state
@@ -86,7 +87,8 @@ def compiled_step(config: Config, dataset, devices: int):
     step = training.make_train_step(config, model, dataset.num_classes, TRANSFORMS["unit"], mesh=mesh)
     order = training.epoch_order(jax.random.key(0), jnp.uint32(0), len(dataset.x_train))
     state = training.init_state(config, model, dataset.image_shape, len(dataset.x_train))
-    rest = distributed.replicate(mesh, (dataset.x_train, dataset.y_train, order))
+    labels = (dataset.y_train, teacher_of(config, dataset)) if config.entry.learns else dataset.y_train
+    rest = distributed.replicate(mesh, (dataset.x_train, labels, order))
     arguments = (training.place(distributed.replicate(mesh, state), mesh), *rest)
     return step.lower(*arguments).compile(), arguments
 

@@ -78,6 +78,7 @@ def test_every_defense_learns(defense, tiny, natural_loss, monkeypatch):
     """In one compilation, though its budgets rise; donating its state; its first loss, without a budget, natural."""
     made = count_compilations(monkeypatch)
     given = {"steps": 25, "eps1": 0.1, "eps2": 0.05, "eps_warmup": 5, "soft_label": False, "learning_rate": 1e-2}
+    given["temperature"] = 1.0  # at which tempered training is natural, and distillation from a teacher that is sure
     # NuAT's 4.5 is for batches of 64: its term falls with the root of their size.
     config = tiny_config(defense=defense, nuat_weight=4.5 * (16 / 64) ** 0.5, **given)
     model = networks.create(config.model, tiny.num_classes, tiny.image_shape)
