@@ -1,0 +1,223 @@
+"""The defenses at inference that a comparison of cited systems builds around one network."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from e2sad_jax import attacks, inference, training
+from e2sad_jax.comparison.request import Request
+from e2sad_jax.data import Dataset
+from e2sad_jax.evaluation import Attack
+from e2sad_jax.runs.classifier import Classifier
+
+FALSE_POSITIVES = 0.05  # of held-out training images, for every detector
+COPIES = 10  # mutations of an image, or mutants of the network
+AUTOENCODER_STEPS, GAN_STEPS, PROJECTION_STEPS = 2000, 4000, 200
+COUNTED = 8  # images of the programs whose FLOPs are counted
+
+Function = Callable[[Any, jax.Array], Any]  # of the network's parameters and images
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The naturally trained network, and what defenses around it are built from.
+
+    Attributes:
+      request: the comparison.
+      network: the network.
+      train: inputs of the training set, `[n, H, W, C]`.
+      held_out: inputs that were held out of it, `[m, H, W, C]`.
+      num_classes: number of classes K.
+    """
+
+    request: Request
+    network: Classifier
+    train: np.ndarray
+    held_out: np.ndarray
+    num_classes: int
+
+    @classmethod
+    def of(cls, request: Request, network: Classifier, dataset: Dataset) -> "Base":
+        """That of a network which a comparison has trained on a data set."""
+        train = (
+            dataset.hold_out(request.validation_examples)[0].x_train if request.validation_examples else dataset.x_train
+        )
+        return cls(request, network, inputs(network, train), inputs(network, held_out), dataset.num_classes)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(H, W, C)."""
+        return self.train.shape[1:]
+
+    @property
+    def stages(self) -> list[Attack]:
+        """The whole protocol."""
+        return self.request.stages(self.num_classes)
+
+    def apply(self, params: Any, x: jax.Array) -> jax.Array:
+        """The network: logits `[N, K]`."""
+        return self.network.apply(params, x)
+
+    def flops(self, function: Function) -> float:
+        """FLOPs of a function of the network's parameters and `COUNTED` images."""
+        x = jnp.zeros((COUNTED, *self.image_shape))
+        return training.function_counts(function, self.network.params, x)["flops"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Around:
+    """A defense around a network.
+
+    Attributes:
+      apply: parameters and images (and a key, with `draws`) to logits, as attacks see it.
+      score_fn: of its detector, parameters and images to `[N]`; or None.
+      stages: the attacks that are made for it.
+      inference: FLOPs of a prediction of `COUNTED` images.
+      made: FLOPs of making it, beside the network's training.
+      draws: as of `evaluation.auto`.
+    """
+
+    apply: Callable[..., jax.Array]
+    score_fn: Function | None
+    stages: Sequence[Attack]
+    inference: float
+    made: float = 0.0
+    draws: int = 0
+
+
+def inputs(network: Classifier, images: np.ndarray) -> np.ndarray:
+    """Images as stored to inputs of the network."""
+    return np.asarray(jax.device_get(network.transform.apply(jax.device_put(images))))
+
+
+def squeezing(base: Base) -> Around:
+    """Feature squeezing: one bit and a 2 x 2 median, as for MNIST in its paper."""
+
+    def score(squeezers: Sequence[Callable[[jax.Array], jax.Array]], params: Any, x: jax.Array) -> jax.Array:
+        return inference.squeezing_score(functools.partial(base.apply, params), squeezers, x)
+
+    bits = functools.partial(inference.bit_depth, bits=1, bounds=base.network.transform.bounds)
+    plain = functools.partial(score, [bits, inference.median])
+    attacked = functools.partial(score, [attacks.bpda(bits), inference.median])
+    return Around(base.apply, attacked, base.stages, _with_score(base, plain))
+
+
+def input_mutation(base: Base) -> Around:
+    """Noise of half the budget on the image. The draws are the same for all images: the attack knows them."""
+    low, high = base.network.transform.bounds
+    draws = jax.random.uniform(jax.random.key(0), (COPIES, 1, *base.image_shape), minval=-1, maxval=1)
+
+    def score(params: Any, x: jax.Array) -> jax.Array:
+        moved = jnp.clip(x[None] + base.request.eps / 2 * draws.astype(x.dtype), low, high)
+        return _changes(jax.vmap(functools.partial(base.apply, params))(moved), base.apply(params, x))
+
+    return Around(base.apply, score, base.stages[:1], _with_score(base, score))
+
+
+def model_mutation(base: Base) -> Around:
+    """Mutants with negated neurons, at the rate that its paper has for MNIST."""
+    labels = np.concatenate(
+        in_parts(lambda params, x: base.apply(params, x).argmax(-1), base.network.params, base.held_out)
+    )
+    mutants = inference.mutants(
+        jax.random.key(0),
+        base.network.apply,
+        base.network.params,
+        jnp.asarray(base.held_out),
+        jnp.asarray(labels),
+        operator="invert",
+        rate=0.05,
+        count=COPIES,
+    )
+
+    def score(params: Any, x: jax.Array) -> jax.Array:
+        return _changes(jax.vmap(base.apply, (0, None))(mutants, x), base.apply(params, x))
+
+    return Around(base.apply, score, base.stages[:1], _with_score(base, score))
+
+
+def magnet(base: Base) -> Around:
+    """MagNet with both autoencoders of its paper's for MNIST. All of it has gradients."""
+    epochs = -(-AUTOENCODER_STEPS * 256 // len(base.train))
+    x, bounds = jnp.asarray(base.train), base.network.transform.bounds
+    scores, reconstruct, made = [], [], 0.0
+    for number, (blocks, p) in enumerate((((3, "average", 3), 2), ((3,), 1))):
+        key = jax.random.key(number)
+        apply, params = inference.autoencoder(key, base.image_shape, blocks=blocks)
+        params = inference.train_autoencoder(key, apply, params, x, epochs=epochs, learning_rate=3e-3, bounds=bounds)
+        reconstruct.append(functools.partial(apply, params))
+        scores.append(functools.partial(inference.error_score, reconstruct[-1], p=p))
+        gradient = jax.grad(lambda p, z, apply=apply: inference.reconstruction_loss(lambda w: apply(p, w), key, z)[0])
+        steps = epochs * len(x) // 256
+        made += steps * training.function_counts(gradient, params, jnp.zeros((256, *base.image_shape)))["flops"]
+    held_out, rate = jnp.asarray(base.held_out), FALSE_POSITIVES / 2
+    built = inference.magnet(reconstruct[0], scores, held_out, false_positive_rate=rate, bounds=bounds)
+
+    def defended(params: Any, z: jax.Array) -> jax.Array:
+        return built.defended(functools.partial(base.apply, params))(z)
+
+    def score(params: Any, z: jax.Array) -> jax.Array:
+        return built.score(z)
+
+    price = base.flops(lambda params, z: (defended(params, z), built.score(z)))
+    return Around(defended, score, base.stages, price, made)
+
+
+def defense_gan(base: Base) -> Around:
+    """Defense-GAN with a dense generator. A projection starts anew for each query; the attack takes it for the identity."""
+    latent, x = 16, jnp.asarray(base.train)
+    gan = inference.gan(jax.random.key(0), base.image_shape, latent=latent, hidden=(64, 64))
+    gan, _ = inference.train_gan(jax.random.key(1), gan, x, steps=GAN_STEPS, learning_rate=1e-3)
+
+    def projected(key: jax.Array, z: jax.Array, steps: int = PROJECTION_STEPS) -> jax.Array:
+        return inference.project(key, gan.generate_fn, z, steps=steps, restarts=4, latent=latent).images
+
+    def apply(params: Any, z: jax.Array, key: jax.Array) -> jax.Array:
+        return base.apply(params, attacks.bpda(functools.partial(projected, key))(z))
+
+    def price(steps: int) -> float:
+        return base.flops(lambda params, z: base.apply(params, projected(jax.random.key(0), z, steps)))
+
+    one, two = price(1), price(2)  # so many steps without a loop would take long to compile
+    critic = jax.grad(lambda p, z: inference.wgan_gp_critic(lambda w: gan.criticise(p, w), z, z, jax.random.key(0))[0])
+    step = training.function_counts(critic, gan.critic, jnp.zeros((50, *base.image_shape)))["flops"]
+    return Around(
+        apply,
+        None,
+        [Attack("PGD-20 by BPDA", "pgd", base.request.eps, 20)],
+        one + (PROJECTION_STEPS - 1) * (two - one),
+        GAN_STEPS * 5 * step,  # five of the critic for each of the generator, which costs less than one of them
+        draws=1,
+    )
+
+
+AROUND: Mapping[str, Callable[[Base], Around]] = {
+    "feature squeezing": squeezing,
+    "input mutation": input_mutation,
+    "model mutation": model_mutation,
+    "MagNet": magnet,
+    "Defense-GAN": defense_gan,
+}
+
+
+def _with_score(base: Base, score: Function) -> float:
+    return base.flops(lambda params, x: (base.apply(params, x), score(params, x)))
+
+
+def _changes(mutated: jax.Array, own: jax.Array) -> jax.Array:
+    """The share of mutations, logits `[M, N, K]`, that change the predicted class; with the probabilities' gradient."""
+    label = own.argmax(-1)
+    likely = jnp.take_along_axis(jax.nn.softmax(mutated), label[None, :, None], -1)[..., 0].mean(0)
+    share = (mutated.argmax(-1) != label[None]).mean(0, dtype=likely.dtype)
+    return share - (likely - jax.lax.stop_gradient(likely))
+
+
+def in_parts(function: Function, params: Any, x: np.ndarray, size: int = 250) -> list[np.ndarray]:
+    """The arrays that a function has for images, so many at a time."""
+    compiled = jax.jit(function)
+    return [np.asarray(compiled(params, jnp.asarray(x[at : at + size]))) for at in range(0, len(x), size)]

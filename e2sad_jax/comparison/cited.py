@@ -1,0 +1,204 @@
+"""The systems that the paper cites: under the attack that each was published with, and under one that is made for it."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from e2sad_jax import data, inference
+from e2sad_jax._io import check_folder, read_json, write_json, write_text
+from e2sad_jax.comparison.around import AROUND, COUNTED, FALSE_POSITIVES, Around, Base, in_parts, inputs
+from e2sad_jax.comparison.flops import step_flops
+from e2sad_jax.comparison.request import JUDGES, Request
+from e2sad_jax.data import Dataset
+from e2sad_jax.data.dataset import in_words
+from e2sad_jax.errors import Stopped
+from e2sad_jax.evaluation import Attack, Detector, Model
+from e2sad_jax.reporting import provenance
+from e2sad_jax.reporting.table import Table
+from e2sad_jax.runs import signals, trainer
+from e2sad_jax.runs.classifier import Classifier, load
+from e2sad_jax.training import Config
+
+NETWORK = "natural"  # what the defenses at inference stand around
+# Entries of the comparison, and the attack that they were published with: of one step or of several.
+TRAINED = {
+    NETWORK: "FGSM",
+    "distillation": "PGD-40",
+    "FGSM (Eq. 3)": "FGSM",
+    "strong adversary": "FGSM",
+    "PGD-3": "PGD-40",
+    "e2SAD, robust": "PGD-40",
+}
+WEIGHTS = (1.0, 10.0, 100.0)  # of a detector's score, in 1 / (standard deviation of clean scores)
+TITLE = "Systems that the paper cites, under claimed and adaptive attacks"
+
+Row = dict[str, Any]
+
+
+def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Trains or builds each system, attacks it, and writes cited.json and .md after each; resumes where it was stopped.
+
+    Args:
+      request: data, length, budget and effort; its entries are not read.
+      say: takes a line of progress.
+
+    Returns:
+      What cited.json holds.
+
+    Raises:
+      ConfigError: if the data is too small for the request, or the folder of the results cannot be written.
+      Stopped: after Ctrl-C; what is finished stays.
+    """
+    commit = provenance.commit()  # before the results that are written make it one with changes
+    folder = pathlib.Path(request.results or request.workdir).expanduser()
+    check_folder(folder, f"--results={folder}")
+    dataset = data.load(request.data, request.data_dir or None)
+    tests = data.sample_tests(dataset, request.examples)
+    there = len(dataset.x_test), len(np.unique(tests.y_test)), dataset.num_classes
+    result: dict[str, Any] = {
+        "asked": {"question": request.question(), "data": dataset.sha256, "commit": commit},
+        "request": dataclasses.asdict(request),
+        "images": in_words(len(tests.x_test), *there, JUDGES["test"]),
+        "command": provenance.command(),
+        "environment": provenance.environment(),
+        "rows": {},
+    }
+    rows = result["rows"] = _earlier(folder / "cited.json", result["asked"])
+
+    def finish(name: str, row: Row) -> None:
+        rows[name] = row
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "cited.json", result)
+        write_text(folder / "cited.md", table(result).markdown())
+        claimed, adaptive = row["claimed"]["robust"], row["adaptive"]["robust"]
+        say(f"{name}: clean {row['clean']:.3f}, claimed attack {claimed:.3f}, adaptive attack {adaptive:.3f}")
+
+    natural, network, held_out = _trained(request, NETWORK, dataset)
+    price = step_flops(natural, dataset.image_shape, dataset.num_classes)
+    for name in TRAINED:
+        if name not in rows:
+            config, classifier, _ = _trained(request, name, dataset)
+            own = step_flops(config, dataset.image_shape, dataset.num_classes) / price
+            finish(name, _of_trained(request, name, classifier, tests, own))
+    base = Base.of(request, network, dataset, held_out)
+    for name, make in AROUND.items():
+        if name not in rows:
+            finish(name, _of_around(base, name, make(base), tests, price * request.steps))
+    return result
+
+
+def _trained(request: Request, name: str, dataset: Dataset) -> tuple[Config, Classifier, np.ndarray]:
+    """An entry's run, its classifier, and the images that were held out of its training set."""
+    (config,) = dataclasses.replace(request, seeds=1).configs(name)
+    with trainer.open_run(config, dataset) as opened, signals.stopping() as stop:
+        trainer.train(opened, stop)
+        if number := stop():
+            raise Stopped(f"stopped in {opened.workdir}; the same command resumes", number)
+        return config, load(config.workdir), opened.validation_set.x_test
+
+
+def _model(name: str, network: Classifier, tests: Dataset, **settings: Any) -> Model:
+    """The network, or what `settings` put around it, and the test images."""
+    own = {"apply": network.apply, "bounds": network.transform.bounds, **settings}
+    return Model(name, params=network.params, images=inputs(network, tests.x_test), labels=tests.y_test, **own)
+
+
+def _claimed(kind: str, eps: float) -> Attack:
+    return Attack(kind, "fgsm", eps, 1) if kind == "FGSM" else Attack(kind, "pgd", eps, int(kind.removeprefix("PGD-")))
+
+
+def _of_trained(request: Request, name: str, network: Classifier, tests: Dataset, price: float) -> Row:
+    """A trained network; the attack made for it is the whole protocol, which has losses of logits and one without gradients."""
+    model, attack = _model(name, network, tests), _claimed(TRAINED[name], request.eps)
+    stages = request.stages(tests.num_classes)
+    worst = model.auto(stages, eps=request.eps)
+    return {
+        "clean": worst.accuracy["clean"],
+        "claimed": {"attack": attack.name, "robust": model.evaluate([attack])[attack.name].accuracy},
+        "adaptive": {"attack": ", ".join(stage.name for stage in stages), "robust": float(worst.robust.mean())},
+        "training": price + (name == "distillation"),  # its teacher is a natural training more
+        "inference": 1.0,
+    }
+
+
+def _of_around(base: Base, name: str, around: Around, tests: Dataset, spent: float) -> Row:
+    """A defense around the network: shown images that were made for the network alone, then images made for both."""
+    claimed, eps = _claimed("PGD-40", base.request.eps), base.request.eps
+    _, images = _model(NETWORK, base.network, tests).under(claimed)
+    detectors: list[Detector | None] = [None]
+    if around.score_fn is not None:
+        scores = np.concatenate(in_parts(around.score_fn, base.network.params, base.held_out))
+        limit, spread = inference.threshold(scores, FALSE_POSITIVES), float(scores.std())
+        detectors = [Detector(around.score_fn, limit, weight / max(spread, 1e-6)) for weight in WEIGHTS]
+    models = [
+        _model(name, base.network, tests, apply=around.apply, detector=detector, draws=around.draws)
+        for detector in detectors
+    ]
+    stood = np.all([model.auto(around.stages, eps=eps).robust for model in models], axis=0)
+    return {
+        "clean": float(models[0].clean().mean()),
+        "claimed": {"attack": f"{claimed.name} on the network", "robust": float(models[0].right_on(images).mean())},
+        "adaptive": {"attack": ", ".join(stage.name for stage in around.stages), "robust": float(stood.mean())},
+        "training": 1 + around.made / spent,
+        "inference": around.inference / base.flops(base.apply),
+    }
+
+
+def _earlier(path: pathlib.Path, asked: Mapping[str, Any]) -> dict[str, Row]:
+    """Rows that the same code has of the same question."""
+    try:
+        before = read_json(path)
+        return (
+            dict(before["rows"]) if before["asked"] == asked and "with changes" not in (asked["commit"] or "") else {}
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    """A row for each system: accuracies without attack, under the claimed and under the adaptive attack, and prices.
+
+    Args:
+      result: what cited.json holds.
+    """
+    r, e = result["request"], result["environment"]
+    weights = ", ".join(f"{weight:g}" for weight in WEIGHTS)
+    return Table(
+        title=TITLE,
+        columns=[
+            "system",
+            "clean",
+            "claimed attack",
+            "robust",
+            "adaptive attack",
+            "robust",
+            "training, natural = 1",
+            "inference, network = 1",
+        ],
+        rows=[
+            [
+                name,
+                f"{row['clean']:.3f}",
+                row["claimed"]["attack"],
+                f"{row['claimed']['robust']:.3f}",
+                row["adaptive"]["attack"],
+                f"{row['adaptive']['robust']:.3f}",
+                f"{row['training']:.2f}",
+                f"{row['inference']:.1f}",
+            ]
+            for name, row in result["rows"].items()
+        ],
+        notes=[
+            f"Trained on {r['data']}: network `{r['model']}`, {r['steps']:,} steps of {r['batch_size']}, one seed. "
+            f"{'; '.join(AROUND)}: around the natural network.",
+            f"Robust: the share of {result['images']}, eps {r['eps']:.4g}.",
+            f"Detectors reject {FALSE_POSITIVES:.0%} of the held-out training images. A rejected clean image counts as an "
+            f"error, a rejected adversarial one as robust. Adaptive attacks on them: the worst case over weights {weights} of "
+            "the score, in 1 / (standard deviation of clean scores).",
+            f"Training, inference: XLA's count of FLOPs for the CPU; predictions of {COUNTED} images.",
+            f"`{result['command']}`, {e['hardware']}, {e['date']}, commit {e['commit']}.",
+        ],
+    )
