@@ -11,6 +11,7 @@ broadcast against one image. All may be traced.
 * Several gradients: `ifgsm`, `mi_fgsm`, `pgd`, and `apgd`, which adapts its step size. `losses.margin`, `losses.dlr` and
   `losses.targeted_dlr` are losses for them, as is the cross-entropy.
 * No gradient: `square`.
+* Nothing but the classes that the model says: `substitute` trains another one on them, to be attacked in its place.
 * The smallest change instead of the highest loss within a budget, from logits and labels: `deepfool`, `carlini_wagner`,
   `fab`.
 
@@ -32,6 +33,7 @@ from e2sad_jax.attacks.mi_fgsm import mi_fgsm
 from e2sad_jax.attacks.pgd import pgd
 from e2sad_jax.attacks.second_step import OBJECTIVES, second_step
 from e2sad_jax.attacks.square import square
+from e2sad_jax.attacks.substitute import Substitute, augment, substitute
 
 ATTACKS: dict[str, Method] = {
     "fgsm": Method(fgsm, "gradient", ("linf", "l2")),
@@ -68,7 +70,9 @@ __all__ = [
     "ATTACKS",
     "OBJECTIVES",
     "Method",
+    "Substitute",
     "apgd",
+    "augment",
     "carlini_wagner",
     "core",
     "deepfool",
@@ -80,4 +84,5 @@ __all__ = [
     "register",
     "second_step",
     "square",
+    "substitute",
 ]
