@@ -8,6 +8,8 @@ EVALUATION = 2  # random starts and proposals of attacks
 MASKING = 3  # points of the checks for gradient masking
 PICTURE = 4  # points of a run's picture
 MEMORY = 5  # first perturbations of the training images
+DRAWS = 6  # of a random model, as attacks see it
+VERDICT = 7  # of a random model, as it is judged
 GENERATOR = "threefry2x32"  # whatever `jax_default_prng_impl` says: a seed gives the same numbers in every program
 
 

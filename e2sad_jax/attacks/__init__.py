@@ -14,6 +14,8 @@ broadcast against one image. All may be traced.
 * Nothing but the classes that the model says: `substitute` trains another one on them, to be attacked in its place.
 * The smallest change instead of the highest loss within a budget, from logits and labels: `deepfool`, `carlini_wagner`,
   `fab`.
+* Against defenses: `bpda` and `eot` for those that round or draw, `evading`, `wrong_and_accepted`, `orthogonal_pgd` and
+  `carlini_wagner(constraint_fn=...)` for those that reject.
 
 `ATTACKS` has them by name, for suites (`evaluation.Attack`); `register` adds your own. `attacks.core` has the parts of
 attacks.
@@ -23,6 +25,7 @@ import re
 
 from e2sad_jax.attacks import core
 from e2sad_jax.attacks._method import Method
+from e2sad_jax.attacks.adaptive import bpda, eot, evading, wrong_and_accepted
 from e2sad_jax.attacks.apgd import apgd
 from e2sad_jax.attacks.carlini_wagner import carlini_wagner
 from e2sad_jax.attacks.deepfool import deepfool
@@ -30,6 +33,7 @@ from e2sad_jax.attacks.fab import fab
 from e2sad_jax.attacks.fgsm import fgsm
 from e2sad_jax.attacks.ifgsm import ifgsm
 from e2sad_jax.attacks.mi_fgsm import mi_fgsm
+from e2sad_jax.attacks.orthogonal_pgd import orthogonal_pgd
 from e2sad_jax.attacks.pgd import pgd
 from e2sad_jax.attacks.second_step import OBJECTIVES, second_step
 from e2sad_jax.attacks.square import square
@@ -73,16 +77,21 @@ __all__ = [
     "Substitute",
     "apgd",
     "augment",
+    "bpda",
     "carlini_wagner",
     "core",
     "deepfool",
+    "eot",
+    "evading",
     "fab",
     "fgsm",
     "ifgsm",
     "mi_fgsm",
+    "orthogonal_pgd",
     "pgd",
     "register",
     "second_step",
     "square",
     "substitute",
+    "wrong_and_accepted",
 ]

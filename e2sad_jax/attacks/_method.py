@@ -13,11 +13,12 @@ from e2sad_jax.attacks import _checks
 from e2sad_jax.attacks._ball import NORMS, ball
 from e2sad_jax.attacks._numerics import as_float32, select
 from e2sad_jax.attacks._types import Bounds, LogitsFn, LossFn
+from e2sad_jax.attacks.adaptive import evading
 
 FAMILIES = ("gradient", "score-based", "minimum-norm")
 GIVEN = (
     *("key", "loss_fn", "margin_fn", "misclassified_fn", "logits_fn", "x", "labels", "targets"),
-    *("any_wrong", "eps", "steps", "queries", "step_size", "restarts", "norm", "bounds"),
+    *("constraint_fn", "any_wrong", "eps", "steps", "queries", "step_size", "restarts", "norm", "bounds"),
 )
 
 
@@ -26,9 +27,9 @@ class Method:
     """An attack that a suite runs by name.
 
     `run` passes to `function` those of the following that its signature names, by keyword: `key` (keys `[N]`), `loss_fn`,
-    `margin_fn`, `misclassified_fn` (images to values `[N]`), `logits_fn`, `x`, `labels`, `targets`, `any_wrong` (True:
-    a suite counts every wrong class), `eps`, `steps` or `queries`, `step_size`, `restarts`, `norm`, `bounds`. A parameter of
-    another name needs a default.
+    `margin_fn`, `misclassified_fn` (images to values `[N]`), `logits_fn`, `x`, `labels`, `targets`, `constraint_fn`,
+    `any_wrong` (True: a suite counts every wrong class), `eps`, `steps` or `queries`, `step_size`, `restarts`, `norm`,
+    `bounds`. A parameter of another name needs a default.
 
     Attributes:
       function: returns images of the shape and dtype of `x`.
@@ -111,6 +112,7 @@ class Method:
         steps: int | None = None,
         loss_fn: LossFn | None = None,
         targets: jax.Array | None = None,
+        constraint_fn: LossFn | None = None,
         step_size: jax.typing.ArrayLike | None = None,
         restarts: int = 1,
         norm: str = "linf",
@@ -127,6 +129,9 @@ class Method:
           steps: number of gradient steps, or queries of a score-based attack; None for the attack's default.
           loss_fn: images to losses `[N]`, to be maximised; None for `losses.margin`. Score-based attacks see the margin.
           targets: integer classes to walk to, `[N]`, for minimum-norm attacks that take them; or None.
+          constraint_fn: images to `[N]`, above 0 where the model rejects an image; None if it rejects none. Then
+            `misclassified_fn` is True, and `margin_fn` above 0, only for images that are not rejected, and `loss_fn` is
+            lower by what the constraint has above 0. Of the minimum-norm attacks `carlini_wagner` alone knows it.
           step_size: length of a step; None for the attack's default.
           restarts: number of random starts, at least 1.
           norm: one of `norms`.
@@ -148,11 +153,16 @@ class Method:
         self.check(name, norm=norm, restarts=restarts, step_size=step_size, ndim=x.ndim)
 
         def margin(z: jax.Array) -> jax.Array:
-            return losses.margin(logits_fn(z), labels)
+            lead = losses.margin(logits_fn(z), labels)
+            return lead if constraint_fn is None else jnp.minimum(lead, -as_float32(constraint_fn(z)))
 
         def misclassified(z: jax.Array) -> jax.Array:  # NaN is no right answer
             logits = logits_fn(z)
-            return (logits.argmax(-1) != labels) | jnp.isnan(logits).any(-1)
+            wrong = (logits.argmax(-1) != labels) | jnp.isnan(logits).any(-1)
+            return wrong if constraint_fn is None else wrong & ~(constraint_fn(z) > 0)
+
+        if constraint_fn is not None and loss_fn is not None:
+            loss_fn = evading(loss_fn, constraint_fn, 0.0, weight=1.0)
 
         given: dict[str, Any] = {
             "key": key,
@@ -163,6 +173,7 @@ class Method:
             "x": x,
             "labels": labels,
             "targets": targets,
+            "constraint_fn": constraint_fn,
             "any_wrong": True,
             "eps": eps,
             "steps": steps,

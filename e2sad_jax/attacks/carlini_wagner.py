@@ -9,8 +9,8 @@ import numpy as np
 from e2sad_jax import losses
 from e2sad_jax.attacks import _checks, _loops
 from e2sad_jax.attacks._ball import linf_ball, project_and_cast
-from e2sad_jax.attacks._numerics import as_float32, broadcast, like_sharded
-from e2sad_jax.attacks._types import Bounds, LogitsFn
+from e2sad_jax.attacks._numerics import as_float32, broadcast, like_sharded, per_image
+from e2sad_jax.attacks._types import Bounds, LogitsFn, LossFn
 
 
 class _Nearest(NamedTuple):
@@ -46,6 +46,7 @@ def carlini_wagner(
     learning_rate: float = 0.01,
     initial_c: float = 1e-3,
     confidence: float = 0.0,
+    constraint_fn: LossFn | None = None,
     bounds: Bounds = (0.0, 1.0),
 ) -> jax.Array:
     """Carlini and Wagner's l2 attack: the nearest image of another class, by descent.
@@ -54,6 +55,8 @@ def carlini_wagner(
     m the `losses.margin`, or with `targets` the lead of the target over all others. For each image c is searched: from
     `initial_c` ten times larger until the image is fooled, then by bisection. Of all x' that fool the network the one
     nearest to x is kept.
+
+    With `constraint_fn` g the objective has c max(0, g(x')) too, and x' counts as fooling only where g(x') <= 0.
 
     It takes `steps * binary_steps` gradients. The l-infinity attack that goes by the same name is another one:
     `pgd(key, lambda z: losses.margin(logits_fn(z), labels), ...)`.
@@ -71,6 +74,8 @@ def carlini_wagner(
         ends the search of c too early, and a smaller one finds nearer images.
       initial_c: first c, above 0.
       confidence: margin by which the other class must lead, at least 0; higher ones transfer better.
+      constraint_fn: images `[N, ...]` to `[N]`, at most 0 where an image is valid, as a detector's score minus its
+        threshold, divided by the spread of clean scores. None for no constraint.
       bounds: range of valid images, finite; the attack needs one.
 
     Returns:
@@ -106,6 +111,14 @@ def carlini_wagner(
         lead = losses.margin(logits_fn(z), labels) if wanted is None else -losses.margin(logits_fn(z), wanted)
         return lead.astype(clean.dtype)
 
+    def constrained(image: jax.Array, hinge: jax.Array, c: jax.Array) -> tuple[jax.Array | bool, jax.Array]:
+        """Whether images are valid, and the gradient with the constraint's."""
+        if constraint_fn is None:
+            return True, hinge
+        excess, backward = jax.vjp(lambda z: per_image("constraint_fn", constraint_fn, z), image)
+        valid = excess <= 0
+        return valid, hinge + backward(jnp.where(valid, 0, c).astype(excess.dtype))[0]
+
     def descend(i: int | jax.Array, state: tuple[_Adam, _Nearest, jax.Array]) -> tuple[_Adam, _Nearest, jax.Array]:
         adam, nearest, c = state
         tanh = jnp.tanh(adam.w)
@@ -113,6 +126,7 @@ def carlini_wagner(
         change = as_float32(image) - clean
         led_by, backward = jax.vjp(lead, image)
         (hinge,) = backward(jnp.where(led_by <= confidence, -c, 0))
+        valid, hinge = constrained(image, hinge, c)
         led_by, hinge = jax.lax.stop_gradient((led_by, hinge))
         gradient = (2 * change + as_float32(hinge)) * half * (1 - jnp.square(tanh))
         mean = 0.9 * adam.mean + 0.1 * gradient
@@ -120,7 +134,7 @@ def carlini_wagner(
         t = jnp.asarray(i + 1, clean.dtype)
         step = mean / (1 - 0.9**t) / (jnp.sqrt(square / (1 - 0.999**t)) + 1e-8)
         distance = jnp.square(change).sum(tuple(range(1, x.ndim)))
-        fooled = led_by > confidence
+        fooled = valid & (led_by > confidence)
         nearer = fooled & (distance < nearest.distance)
         nearest = _Nearest(
             jnp.where(broadcast(nearer, x), image, nearest.image),
@@ -141,6 +155,8 @@ def carlini_wagner(
         return like_sharded(jnp.full(n, value, clean.dtype), x)
 
     already = jax.lax.stop_gradient(lead(x)) > confidence
+    if constraint_fn is not None:
+        already &= jax.lax.stop_gradient(constraint_fn(x)) <= 0
     nearest = _Nearest(x, jnp.where(already, 0, filled(jnp.inf)), already)
     whole = (_Search(filled(initial_c), filled(0), filled(jnp.inf)), nearest)
     found = _loops.repeat_long(binary_steps, search, whole)[1].image

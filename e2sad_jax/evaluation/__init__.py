@@ -20,7 +20,7 @@ It takes functions, of any model library:
 * `surfaces` computes the loss around images.
 """
 
-from e2sad_jax.evaluation._entrance import Apply
+from e2sad_jax.evaluation._entrance import Apply, Detector
 from e2sad_jax.evaluation.attack import SUITES, Attack
 from e2sad_jax.evaluation.autoattack import FAB, STAGES, AutoResult, auto
 from e2sad_jax.evaluation.diagnosis import Effort, diagnose
@@ -38,6 +38,7 @@ __all__ = [
     "Attack",
     "AutoResult",
     "Check",
+    "Detector",
     "Effort",
     "Model",
     "Outcome",

@@ -1,5 +1,6 @@
 """What every entrance of `evaluation` does with its arguments: one form for all, one line where that cannot be."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,11 +12,41 @@ import numpy as np
 from e2sad_jax.attacks import core
 from e2sad_jax.errors import first_line, quoted
 
-Apply = Callable[[Any, jax.Array], jax.Array]  # (params, inputs [N, ...]) -> logits [N, K]
+Apply = Callable[..., jax.Array]  # (params, inputs [N, ...]) -> logits [N, K]; of a random model (params, inputs, key)
 Transform = Callable[[jax.Array], jax.Array]  # images as stored [N, ...] -> inputs [N, ...]
 Bounds = tuple[Any, Any]  # lowest and highest valid input: numbers, or arrays that broadcast against one image
 
 _ROUNDING = 1e-6  # of the range: what float32 may lie outside
+
+
+@dataclasses.dataclass(frozen=True)
+class Detector:
+    """A detector of a model that rejects images.
+
+    Attributes:
+      score_fn: the model's parameters and inputs `[N, ...]` to scores `[N]`. Attacks differentiate it: take `attacks.bpda` of
+        what has no gradient.
+      threshold: an image is rejected if its score is above it. Fix it on held-out training images (`inference.threshold`).
+      weight: of the score in units of an attack's loss, above 0: attacks lower `weight * max(0, score - threshold)`. A multiple
+        of 1 / (standard deviation of clean scores) is of the loss's order. With a low one attacks are rejected, and the
+        accuracy looks too high: report the worst case over several.
+
+    Raises:
+      ValueError: if `score_fn` is no function, `threshold` no finite number, or `weight` not above 0.
+    """
+
+    score_fn: Callable[[Any, jax.Array], jax.Array]
+    threshold: float
+    weight: float
+
+    def __post_init__(self) -> None:
+        if not callable(self.score_fn):
+            raise ValueError(
+                f"detector: score_fn is a {type(self.score_fn).__name__}; it must be a function of params and inputs"
+            )
+        if not core.is_number(self.threshold) or not math.isfinite(self.threshold):
+            raise ValueError(f"detector: threshold={quoted(self.threshold)}; it must be a finite number")
+        core.checks.number("detector", "weight", self.weight, positive=True)
 
 
 def as_budget(name: str, eps: Any, *, argument: str = "eps", positive: bool = False) -> float:
@@ -206,11 +237,11 @@ def bind(apply: Apply, params: Any) -> Bound:
         return Bound(apply, params)
     rest = [None if _is_array(leaf) else leaf for leaf in leaves]
 
-    def of_arrays(arrays: Sequence[Any], x: jax.Array) -> jax.Array:
+    def of_arrays(arrays: Sequence[Any], x: jax.Array, *key: jax.Array) -> jax.Array:
         filled = list(rest)
         for place, array in zip(places, arrays, strict=True):
             filled[place] = array
-        return apply(jax.tree.unflatten(tree, filled), x)
+        return apply(jax.tree.unflatten(tree, filled), x, *key)
 
     return Bound(of_arrays, [leaves[place] for place in places])
 

@@ -120,6 +120,7 @@ class Attack:
         index: jax.Array,
         seed: jax.typing.ArrayLike = 0,
         rank: jax.typing.ArrayLike = 1,
+        constraint_fn: Callable[[jax.Array], jax.Array] | None = None,
     ) -> jax.Array:
         """Attacks `x` and returns adversarial images; for use inside `jit`.
 
@@ -131,6 +132,7 @@ class Attack:
           index: `[N]`, each image's place in the data set: its random numbers depend on nothing else but the seed.
           seed: seed of the random numbers.
           rank: with a targeted loss, the wrong class to walk to, 1 for the likeliest. `evaluate` tries all in turn.
+          constraint_fn: images to `[N]`, above 0 where the model rejects an image, as `attacks.Method.run` takes it.
 
         Returns:
           `[N, ...]`, as `x`. A minimum-norm attack that finds nothing within `eps` leaves the image as it is.
@@ -169,6 +171,7 @@ class Attack:
             steps=self.steps or None,
             loss_fn=lambda z: of_logits(logits_fn(z)),
             targets=targets,
+            constraint_fn=constraint_fn,
             step_size=self.step_size,
             restarts=self.restarts,
             norm=self.norm,

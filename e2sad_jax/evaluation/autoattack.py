@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from e2sad_jax.evaluation import _entrance
-from e2sad_jax.evaluation._entrance import Apply, Bounds, Transform
+from e2sad_jax.evaluation._entrance import Apply, Bounds, Detector, Transform
 from e2sad_jax.evaluation.attack import CLEAN, Attack
 from e2sad_jax.evaluation.evaluator import Evaluation, Progress
 from e2sad_jax.evaluation.programs import programs_of
@@ -27,20 +27,24 @@ class AutoResult:
     """The result of `auto` for each image.
 
     Attributes:
-      standing: by stage, "clean" first: bool `[N]`, whether the prediction is right after it and all before it.
+      standing: by stage, "clean" first: bool `[N]`, whether the prediction is right after it and all before it. Of a model that
+        rejects images: "clean", whether it is right and the image accepted; after a stage, whether no image was found that is
+        misclassified and accepted.
       alone: by stage: how many of the images that it was run on it fooled.
       nan: by stage, "clean" first: how many of the images that it was run on have NaN logits then. They count as fooled.
       adversarial: `[N, ...]`, the input that fools the model; where none was found, the clean one. None unless kept.
+      rejected: bool `[N]`, whether the model rejects the clean image; None for a model that rejects none.
     """
 
     standing: Mapping[str, np.ndarray]
     alone: Mapping[str, int]
     nan: Mapping[str, int]
     adversarial: np.ndarray | None
+    rejected: np.ndarray | None = None
 
     @property
     def robust(self) -> np.ndarray:
-        """Whether no attack changed the prediction, bool `[N]`."""
+        """Whether no attack fooled the model, bool `[N]`."""
         return list(self.standing.values())[-1]
 
     @property
@@ -65,6 +69,8 @@ def auto(
     mesh: Mesh | None = None,
     keep: bool = False,
     progress: Progress | None = None,
+    detector: Detector | None = None,
+    draws: int = 0,
 ) -> AutoResult:
     """Measures robust accuracy in the worst case over several strong attacks (AutoAttack).
 
@@ -87,9 +93,13 @@ def auto(
       mesh: devices to split batches over, if they divide them.
       keep: whether to return the adversarial inputs.
       progress: as of `evaluate`: called with a stage's name and the number of gradients taken since the last call.
+      detector: of a model that rejects images, as of `evaluate`.
+      draws: number of draws of a random model, as of `evaluate`.
 
     Returns:
-      An `AutoResult`.
+      An `AutoResult`. Of a model that rejects images its `accuracy` has the pair to report: "clean", where rejections count as
+      errors, and last the robust accuracy under rejection, where an image falls if an attack makes it both misclassified and
+      accepted. The second may be the higher one.
 
     Raises:
       ValueError: if the arguments do not fit together, or a stage is not possible (its loss needs more classes, Square
@@ -98,9 +108,10 @@ def auto(
     Reference: Croce & Hein, 2020, https://arxiv.org/abs/2003.01690
     """
     eps = _entrance.as_budget("auto", eps)
-    apply, params = _entrance.bind(apply, params)
-    programs = programs_of(apply, transform, _entrance.as_bounds(bounds))
-    evaluation = Evaluation(programs, params, images, labels, batch_size, seed, mesh, progress)
+    bound = _entrance.bind(apply, params)
+    limits, random = _entrance.as_bounds(bounds), {"draws": draws, "seed": seed}
+    programs = programs_of(bound.apply, transform, limits, params=params, detector=detector, **random)
+    evaluation = Evaluation(programs, bound.arrays, images, labels, batch_size, seed, mesh, progress)
     return run_stages(evaluation, stages, eps=eps, norm=norm, keep=keep)
 
 
@@ -114,18 +125,18 @@ def run_stages(
     attacks = [Attack("clean", CLEAN), *(dataclasses.replace(stage, eps=eps, norm=norm) for stage in stages)]
     kept: list[np.ndarray] = []
 
-    def visit(attack: Attack, places: np.ndarray, inputs: np.ndarray, right: np.ndarray) -> None:
+    def visit(attack: Attack, places: np.ndarray, inputs: np.ndarray, withstood: np.ndarray) -> None:
         if not kept:
             kept.append(np.zeros((len(evaluation.images), *inputs.shape[1:]), inputs.dtype))
-        chosen = np.ones_like(right) if attack.kind == CLEAN else ~right
+        chosen = np.ones_like(withstood) if attack.kind == CLEAN else ~withstood
         kept[0][places[chosen]] = inputs[chosen]
 
     outcomes = evaluation.outcomes(attacks, cascade=True, visit=visit if keep else None)
     standing = {name: outcome.correct for name, outcome in outcomes.items()}
-    counts = [int(correct.sum()) for correct in standing.values()]
+    counts = [int(outcome.withstood.sum()) for outcome in outcomes.values()]
     alone = {stage.name: counts[i] - counts[i + 1] for i, stage in enumerate(stages)}
     nan, before = {}, np.ones(len(evaluation.images), bool)
     for name, outcome in outcomes.items():
         nan[name] = int(((outcome.prediction == -1) & before).sum())
-        before = outcome.correct
-    return AutoResult(standing, alone, nan, kept[0] if keep else None)
+        before = outcome.withstood
+    return AutoResult(standing, alone, nan, kept[0] if keep else None, outcomes["clean"].rejected)

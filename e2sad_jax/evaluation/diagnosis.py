@@ -90,7 +90,7 @@ def diagnose(
     """Measures a model's robust accuracy in the balls of a norm and checks for gradient masking.
 
     Args:
-      model: the model and its images.
+      model: the model and its images. One that rejects images (`detector`) is judged as by `auto`.
       eps: the budget, above 0, in the images' own units.
       norm: "linf" or "l2", of every attack and check.
       effort: how much to compute.
@@ -125,7 +125,7 @@ def diagnose(
     margin = dataclasses.replace(pgd, name=f"PGD-{effort.pgd_steps}, margin", loss="margin")
 
     outcome = model.evaluate([Attack("clean", "clean")], progress=report)["clean"]
-    clean, nan, worst = outcome.correct, {"clean": outcome.nan}, _Worst(model)
+    clean, nan, worst = outcome.withstood, {"clean": outcome.nan}, _Worst(model)
     gradients = masking.gradients(model, eps, norm)
     report("gradients", _GRADIENTS * n)
 
@@ -166,9 +166,9 @@ def diagnose(
     if substitute is not None:
         source = f"transfer from {substitute.name}"
         left, made = substitute.under(dataclasses.replace(pgd, name=source), progress=report)
-        shown = model.predict(made)
+        shown = model.judge(made)
         worst.offer(made)
-        black_box[source], nan[source] = shown == model.labels, int((shown == -1).sum())
+        black_box[source], nan[source] = shown.withstood, shown.nan
         transfer = {
             "from": substitute.name,
             "attack": pgd.name,
@@ -219,7 +219,8 @@ def diagnose(
         "norm": norm,
         "bounds": [np.asarray(bound).tolist() for bound in model.bounds],
         "seed": model.seed,
-        "clean": float(clean.mean()),
+        "clean": outcome.accuracy,
+        **({} if outcome.rejected is None else {"rejected": float(outcome.rejected.mean())}),
         "robust": float(robust.mean()),
         "overturned": int((fallen & robust).sum()),  # fooled within an attack's program, not by the clean forward pass
         "nan": {name: count for name, count in nan.items() if count or name == "clean"},

@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 
 from e2sad_jax import _arguments, distributed
 from e2sad_jax.evaluation import _entrance
-from e2sad_jax.evaluation._entrance import Apply, Bounds, Transform
+from e2sad_jax.evaluation._entrance import Apply, Bounds, Detector, Transform
 from e2sad_jax.evaluation.attack import CLEAN, Attack
 from e2sad_jax.evaluation.programs import Programs, in_batches, placed, programs_of
 
 Progress = Callable[[str, int], None]  # name of an attack, gradients since the last call
-Visit = Callable[[Attack, np.ndarray, np.ndarray, np.ndarray], None]  # attack, places, inputs, whether they are right
+Visit = Callable[[Attack, np.ndarray, np.ndarray, np.ndarray], None]  # attack, places, inputs, which of them withstood
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,17 +27,25 @@ class Outcome:
     """What one attack did to each image.
 
     Attributes:
-      correct: bool `[N]`, whether the prediction is right.
+      correct: bool `[N]`, whether the prediction is right. Of a model that rejects images: without attack, whether it is right
+        and the image accepted; under attack, whether it is right or the image rejected.
       prediction: int32 `[N]`, the predicted class; -1, which is never right, where a logit is NaN.
+      rejected: bool `[N]`, whether the model rejects the image; None for a model that rejects none.
     """
 
     correct: np.ndarray
     prediction: np.ndarray
+    rejected: np.ndarray | None = None
 
     @property
     def accuracy(self) -> float:
-        """The fraction of images that are classified correctly."""
+        """The fraction of images that are `correct`."""
         return float(self.correct.mean())
+
+    @property
+    def withstood(self) -> np.ndarray:
+        """Whether each image is classified correctly or rejected, bool `[N]`."""
+        return self.correct if self.rejected is None else self.correct | self.rejected
 
     @property
     def nan(self) -> int:
@@ -65,19 +73,22 @@ class Outcomes(Mapping[str, Outcome]):
 
     Attributes:
       names: of the A attacks.
-      correct: bool `[A, N]`, whether the prediction is right.
+      correct: bool `[A, N]`, as of `Outcome`.
       prediction: int32 `[A, N]`, the predicted class; -1, which is never right, where a logit is NaN.
+      rejected: bool `[A, N]`, whether the model rejects the image; None for a model that rejects none.
     """
 
     names: tuple[str, ...]
     correct: np.ndarray
     prediction: np.ndarray
+    rejected: np.ndarray | None = None
 
     def __getitem__(self, name: str) -> Outcome:
         if name not in self.names:
             raise KeyError(name)
         row = self.names.index(name)
-        return Outcome(self.correct[row], self.prediction[row])
+        rejected = None if self.rejected is None else self.rejected[row]
+        return Outcome(self.correct[row], self.prediction[row], rejected)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -86,8 +97,8 @@ class Outcomes(Mapping[str, Outcome]):
         return len(self.names)
 
     def worst_case(self) -> np.ndarray:
-        """Whether each image is classified correctly under every attack, bool `[N]`."""
-        return np.all(self.correct, axis=0)
+        """Whether each image is classified correctly, or rejected, under every attack, bool `[N]`."""
+        return np.all([outcome.withstood for outcome in self.values()], axis=0)
 
 
 def evaluate(
@@ -104,6 +115,8 @@ def evaluate(
     mesh: Mesh | None = None,
     progress: Progress | None = None,
     cascade: bool = False,
+    detector: Detector | None = None,
+    draws: int = 0,
 ) -> Outcomes:
     """Runs each attack on every image and returns the predictions.
 
@@ -132,6 +145,11 @@ def evaluate(
         not be taken any more count as taken.
       cascade: whether later attacks leave out the images that have fallen. Then `correct` says of each attack whether the
         image withstood it and all before, and `prediction` of an image that has fallen is the wrong one.
+      detector: of a model that rejects images. Attacks evade it, and an image falls only if one and the same image is
+        misclassified and not rejected.
+      draws: for a random model, `apply(params, inputs, key)`: its prediction is the mean of the probabilities of so many
+        draws. Attacks average over as many at each step, and the verdict takes others, which no attack has seen. The draws
+        for an image depend on `seed` and on the image alone. 0 for any other model.
 
     Returns:
       The `Outcomes`, `[A, N]`.
@@ -139,9 +157,10 @@ def evaluate(
     Raises:
       ValueError: if the arguments do not fit together or an attack is not possible; before anything is attacked.
     """
-    apply, params = _entrance.bind(apply, params)
-    programs = programs_of(apply, transform, _entrance.as_bounds(bounds))
-    evaluation = Evaluation(programs, params, images, labels, batch_size, seed, mesh, progress)
+    bound = _entrance.bind(apply, params)
+    limits, random = _entrance.as_bounds(bounds), {"draws": draws, "seed": seed}
+    programs = programs_of(bound.apply, transform, limits, params=params, detector=detector, **random)
+    evaluation = Evaluation(programs, bound.arrays, images, labels, batch_size, seed, mesh, progress)
     return evaluation.outcomes(attacks, cascade=cascade)
 
 
@@ -230,12 +249,14 @@ class Batch(NamedTuple):
     Attributes:
       places: of its images, `[B]`.
       prediction: int32 `[B]`.
+      rejected: bool `[B]`.
       inputs: adversarial inputs `[>= B, ...]`; what is beyond B is padding.
       shown: what `show` made of them.
     """
 
     places: np.ndarray
     prediction: np.ndarray
+    rejected: np.ndarray
     inputs: jax.Array
     shown: Any
 
@@ -287,17 +308,20 @@ class Evaluation:
         self.check(attacks)
         n = len(self.images)
         correct, prediction = np.zeros((len(attacks), n), bool), np.zeros((len(attacks), n), np.int32)
+        rejected = np.zeros((len(attacks), n), bool)
         places = np.arange(n)
         for row, attack in enumerate(attacks):
             if cascade and row:
-                places, prediction[row] = np.flatnonzero(correct[row - 1]), prediction[row - 1]
+                places, prediction[row] = np.flatnonzero(correct[row - 1] | rejected[row - 1]), prediction[row - 1]
             for batch in self.run(attack, places):
-                prediction[row, batch.places] = batch.prediction
+                prediction[row, batch.places], rejected[row, batch.places] = batch.prediction, batch.rejected
                 if visit is not None:
-                    right = batch.prediction == self.labels[batch.places]
-                    visit(attack, batch.places, jax.device_get(batch.inputs)[: len(batch.places)], right)
-            correct[row] = prediction[row] == self.labels
-        return Outcomes(tuple(attack.name for attack in attacks), correct, prediction)
+                    withstood = (batch.prediction == self.labels[batch.places]) | batch.rejected
+                    visit(attack, batch.places, jax.device_get(batch.inputs)[: len(batch.places)], withstood)
+            right = prediction[row] == self.labels
+            correct[row] = right & ~rejected[row] if attack.kind == CLEAN else right | rejected[row]
+        names = tuple(attack.name for attack in attacks)
+        return Outcomes(names, correct, prediction, None if self.programs.detector is None else rejected)
 
     def run(
         self, attack: Attack, places: np.ndarray, show: Callable[[jax.Array, Any], Any] | None = None
@@ -321,19 +345,19 @@ class Evaluation:
         wide = np.float64 if self.inputs.dtype == np.float64 else np.float32
         for rank in ranks:
 
-            def dispatch(full: np.ndarray, rank: int = rank) -> tuple[jax.Array, jax.Array, Any]:
+            def dispatch(full: np.ndarray, rank: int = rank) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
                 batch = distributed.split_batch(self.mesh, (self.images[full], self.labels[full], np.int32(full)))
                 numbers = np.uint32(self.seed), np.asarray(attack.eps, wide), np.int32(rank)
-                inputs, prediction = program(self.params, *batch, *jax.device_put(numbers))
-                return inputs, prediction, None if show is None else show(inputs, batch)
+                inputs, prediction, rejected = program(self.params, *batch, *jax.device_put(numbers))
+                return inputs, prediction, rejected, None if show is None else show(inputs, batch)
 
             left = []
-            for some, (inputs, predicted, shown) in in_batches(dispatch, places, self.batch_size):
-                prediction = jax.device_get(predicted)[: len(some)]
-                right = prediction == self.labels[some]
-                yield Batch(some, prediction, inputs, shown)
-                left.append(some[right])
-                done_with = len(some) + (len(ranks) - rank) * int((~right).sum())
+            for some, (inputs, *judged, shown) in in_batches(dispatch, places, self.batch_size):
+                prediction, rejected = (column[: len(some)] for column in jax.device_get(judged))
+                withstood = (prediction == self.labels[some]) | rejected
+                yield Batch(some, prediction, rejected, inputs, shown)
+                left.append(some[withstood])
+                done_with = len(some) + (len(ranks) - rank) * int((~withstood).sum())
                 self.progress(attack.name, done_with * of_rank)
             places = np.concatenate([places[:0], *left])
 

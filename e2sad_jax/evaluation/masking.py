@@ -192,7 +192,8 @@ def danger(model: Model, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
       images: `[N, ...]`, with the labels of the model's own.
 
     Returns:
-      Whether each is misclassified, bool `[N]`; and the `losses.margin`, `[N]`, the largest number where a logit is NaN.
+      Whether each is misclassified and not rejected, bool `[N]`; and the `losses.margin`, `[N]`, the largest number where a
+      logit is NaN; of a model that rejects images the lower one of it and what the score has below the threshold.
     """
     wrong, lead = model.per_image(_danger, images=images)
     return wrong, lead
@@ -212,10 +213,13 @@ def _losses(
 def _danger(
     programs: Programs, params: Any, x: jax.Array, labels: jax.Array, places: jax.Array
 ) -> tuple[jax.Array, ...]:
-    logits = programs.apply(params, x)
+    logits = programs.verdict(params, x)
     lead, broken = margin(logits, labels), jnp.isnan(logits).any(-1)
     worst = jnp.finfo(lead.dtype).max
-    return (logits.argmax(-1) != labels) | broken, jnp.where(broken, worst, jnp.clip(lead, -worst, worst))
+    wrong, lead = (logits.argmax(-1) != labels) | broken, jnp.where(broken, worst, jnp.clip(lead, -worst, worst))
+    if (constraint_fn := programs.constraint(params)) is not None:
+        wrong, lead = wrong & ~programs.rejected(params, x), jnp.minimum(lead, -constraint_fn(x))
+    return wrong, lead
 
 
 def _gradients(

@@ -15,7 +15,7 @@ from e2sad_jax import _arguments, distributed
 from e2sad_jax._compile import jit
 from e2sad_jax.errors import DataError
 from e2sad_jax.evaluation import _entrance
-from e2sad_jax.evaluation._entrance import Apply, Bounds
+from e2sad_jax.evaluation._entrance import Apply, Bounds, Detector
 from e2sad_jax.evaluation.attack import CLEAN, Attack
 from e2sad_jax.evaluation.autoattack import AutoResult, run_stages
 from e2sad_jax.evaluation.evaluator import Evaluation, Outcome, Outcomes, Progress
@@ -37,6 +37,8 @@ class Model:
       batch_size: images at once.
       seed: seed of all random numbers.
       mesh: devices to split batches over, if they divide them; None for one device.
+      detector: of a model that rejects images, as of `evaluate`; None for one that rejects none.
+      draws: number of draws of a random model, as of `evaluate`; 0 for any other.
 
     Raises:
       ValueError: if the images, labels or numbers do not fit together; of the function only when it is asked.
@@ -51,6 +53,8 @@ class Model:
     batch_size: int = 250
     seed: int = 0
     mesh: Mesh | None = None
+    detector: Detector | None = None
+    draws: int = 0
     _kept: tuple[Programs, Any] | None = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -62,6 +66,7 @@ class Model:
         _entrance.check_inputs(images, own["bounds"])
         own["batch_size"] = _arguments.count("batch_size", self.batch_size)
         own["seed"] = _arguments.count("seed", self.seed, least=0, most=2**32 - 1)
+        own["draws"] = _arguments.count("draws", self.draws, least=0)
         for field, value in own.items():
             object.__setattr__(self, field, value)
 
@@ -82,18 +87,21 @@ class Model:
         return self._evaluation(restart, progress).outcomes(attacks)
 
     def clean(self) -> np.ndarray:
-        """Whether each image is classified correctly, bool `[N]`."""
-        return self.right_on(self.images)
+        """Whether each image is classified correctly, and not rejected, bool `[N]`."""
+        return self.judge(self.images).correct
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """The predicted classes of N images inside `bounds`, others or these, int32 `[N]`; -1 where a logit is NaN."""
-        images = np.asarray(images)
-        unknown = np.zeros(len(images), np.int32)
-        return self._evaluation(0, None, images, unknown).outcomes([Attack("clean", CLEAN)]).prediction[0]
+        return self.judge(images, np.zeros(len(np.asarray(images)), np.int32)).prediction
+
+    def judge(self, images: np.ndarray, labels: np.ndarray | None = None) -> Outcome:
+        """What the model makes of other images `[N, ...]` inside `bounds`, of the same labels unless others are given."""
+        labels = self.labels if labels is None else labels
+        return self._evaluation(0, None, np.asarray(images), labels).outcomes([Attack("clean", CLEAN)])["clean"]
 
     def right_on(self, images: np.ndarray) -> np.ndarray:
-        """Whether other images `[N, ...]` with the same labels are classified correctly, bool `[N]`."""
-        return self.predict(images) == self.labels
+        """Whether other images `[N, ...]` with the same labels are classified correctly, or rejected, bool `[N]`."""
+        return self.judge(images).withstood
 
     def under(
         self, attack: Attack, restart: int = 0, progress: Progress | None = None
@@ -171,8 +179,9 @@ class Model:
         """The model's programs, and the arrays to call them with."""
         if self._kept is not None:
             return self._kept
-        apply, params = _entrance.bind(self.apply, self.params)
-        return programs_of(apply, None, self.bounds), params
+        bound = _entrance.bind(self.apply, self.params)
+        own: dict[str, Any] = {"detector": self.detector, "draws": self.draws, "seed": self.seed}
+        return programs_of(bound.apply, None, self.bounds, params=self.params, **own), bound.arrays
 
     def _evaluation(
         self, restart: int, progress: Progress | None, images: Any = None, labels: Any = None
@@ -243,11 +252,14 @@ def of_function(
     batch_size: int = 250,
     seed: int = 0,
     mesh: Mesh | None = None,
+    detector: Detector | None = None,
+    draws: int = 0,
 ) -> Model:
     """Makes a `Model` of any function that JAX can differentiate and the images to evaluate it on.
 
     Args:
-      logits_fn: images `[N, ...]`, float32 inside `bounds`, to logits `[N, K]`; with `params`, of those and images.
+      logits_fn: images `[N, ...]`, float32 inside `bounds`, to logits `[N, K]`; with `params`, of those and images; with
+        `draws`, of a key too, the last argument.
       images: `[N, ...]`, uint8, which is divided by 255, or floating point inside `bounds`.
       labels: `[N]`, integers in `[0, K)`.
       bounds: range of valid images, as of `evaluate`.
@@ -256,6 +268,8 @@ def of_function(
       batch_size: images at once.
       seed: seed of all random numbers.
       mesh: devices to split batches over.
+      detector: of a model that rejects images, as of `evaluate`.
+      draws: number of draws of a random model, as of `evaluate`.
 
     Raises:
       DataError: if images or labels are not that, or the function does not return logits for them.
@@ -264,10 +278,10 @@ def of_function(
         apply: Apply = logits_fn
         if params is None and callable(logits_fn):
 
-            def apply(params: Any, x: jax.Array) -> jax.Array:
-                return logits_fn(x)
+            def apply(params: Any, *inputs: jax.Array) -> jax.Array:
+                return logits_fn(*inputs)
 
-        model = Model(name, apply, params, images, labels, bounds, batch_size, seed, mesh)
+        model = Model(name, apply, params, images, labels, bounds, batch_size, seed, mesh, detector, draws)
         _entrance.check_labels(model.labels, model.num_classes)
     return model
 

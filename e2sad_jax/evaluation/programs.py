@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
@@ -10,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from e2sad_jax import attacks, distributed
+from e2sad_jax import _arguments, _streams, attacks, distributed
 from e2sad_jax._compile import is_pure, jit
 from e2sad_jax.attacks import core
+from e2sad_jax.attacks.adaptive import draw
 from e2sad_jax.evaluation import _entrance
-from e2sad_jax.evaluation._entrance import Apply, Bounds, Transform
+from e2sad_jax.evaluation._entrance import Apply, Bounds, Detector, Transform
 from e2sad_jax.evaluation.attack import Attack
 
 T = TypeVar("T")
@@ -57,10 +59,30 @@ class _Same:
 
 
 class Programs:
-    """The compiled programs of one function, each compiled when it is first asked for, and once for all budgets."""
+    """The compiled programs of one function, each compiled when it is first asked for, and once for all budgets.
 
-    def __init__(self, apply: Apply, transform: Transform | None, bounds: Bounds | None):
-        self.apply = apply
+    Attributes:
+      apply: the model as attacks see it, `(params, inputs) -> logits`.
+      verdict: as it is judged: a random model by draws that no attack has seen, any other as `apply`.
+      detector: of a model that rejects images, or None.
+    """
+
+    def __init__(
+        self,
+        apply: Apply,
+        transform: Transform | None,
+        bounds: Bounds | None,
+        detector: Detector | None = None,
+        draws: int = 0,
+        seed: int = 0,
+    ):
+        self.apply = self.verdict = apply
+        if draws:
+            self.apply, self.verdict = (
+                functools.partial(_mean_prediction, apply, draws, seed, stream)
+                for stream in (_streams.DRAWS, _streams.VERDICT)
+            )
+        self.detector = detector
         self.own_transform = transform is not None
         self.known_inside = transform is not None and is_pure(transform)  # the library's own keep their range
         self.transform: Transform = transform or _as_inputs
@@ -74,12 +96,27 @@ class Programs:
             self._kept[key] = make()
         return self._kept[key]  # type: ignore[no-any-return]
 
-    def attack(self, attack: Attack) -> Callable[..., tuple[jax.Array, jax.Array]]:
-        """The jitted `(params, images, labels, index, seed, eps, rank) -> (adversarial inputs, predicted classes)`."""
+    def rejected(self, params: Any, x: jax.Array) -> jax.Array:
+        """Whether the detector rejects each input, bool `[N]`. It does not reject one whose score is NaN."""
+        if self.detector is None:
+            return jnp.zeros(len(x), bool)
+        return (
+            core.per_image("detector", functools.partial(self.detector.score_fn, params), x) > self.detector.threshold
+        )
+
+    def constraint(self, params: Any) -> core.LossFn | None:
+        """A function of inputs that is above 0 where the detector rejects them, in units of a loss."""
+        detector = self.detector
+        if detector is None:
+            return None
+        return lambda x: detector.weight * (core.as_float32(detector.score_fn(params, x)) - detector.threshold)
+
+    def attack(self, attack: Attack) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+        """The jitted `(params, images, labels, index, seed, eps, rank) -> (adversarial inputs, classes, rejected)`."""
         alike = dataclasses.replace(attack, name="", eps=0.0, targets=1)  # what the program does not depend on
         return self.once((alike, _Same(attacks.ATTACKS.get(attack.kind))), lambda: self._attack(alike))
 
-    def _attack(self, attack: Attack) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    def _attack(self, attack: Attack) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
         @jit
         def run(
             params: Any,
@@ -89,13 +126,20 @@ class Programs:
             seed: jax.Array,
             eps: jax.Array,
             rank: jax.Array,
-        ) -> tuple[jax.Array, jax.Array]:
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
             logits_fn = functools.partial(self.apply, params)
             with_budget: Attack = dataclasses.replace(attack, eps=eps)  # type: ignore[arg-type]  # traced
             inputs = with_budget.perturb(
-                logits_fn, self.transform(images), labels, bounds=self.bounds, index=index, seed=seed, rank=rank
+                logits_fn,
+                self.transform(images),
+                labels,
+                bounds=self.bounds,
+                index=index,
+                seed=seed,
+                rank=rank,
+                constraint_fn=self.constraint(params),
             )
-            return inputs, _classes(logits_fn(inputs))
+            return inputs, _classes(self.verdict(params, inputs)), self.rejected(params, inputs)
 
         return run  # type: ignore[no-any-return]
 
@@ -138,14 +182,35 @@ class Programs:
                 _entrance.refuse_outside(count, len(images), float(lowest), float(highest), self.bounds)
 
 
-def programs_of(apply: Apply, transform: Transform | None, bounds: Bounds | None) -> Programs:
+def programs_of(
+    apply: Apply,
+    transform: Transform | None,
+    bounds: Bounds | None,
+    *,
+    params: Any = None,
+    detector: Detector | None = None,
+    draws: int = 0,
+    seed: int = 0,
+) -> Programs:
     """The programs of a function: new ones, or, of functions marked as pure, those of earlier calls.
 
     Args:
       apply: the function, as `_entrance.bind` returns it.
       transform: from images as stored to inputs, or None.
       bounds: range of valid inputs, as `_entrance.as_bounds` returns it; None for any, for what attacks nothing.
+      params: of the model, before `_entrance.bind`; the detector's score is a function of them.
+      detector: of a model that rejects images.
+      draws: number of draws of a random model; 0 of any other.
+      seed: of the draws.
+
+    Raises:
+      ValueError: if `draws` is no whole number, at least 0.
     """
+    _arguments.count("draws", draws, least=0)
+    if detector is not None:
+        detector = dataclasses.replace(detector, score_fn=_entrance.bind(detector.score_fn, params).apply)
+    if detector is not None or draws:
+        return Programs(apply, transform, bounds, detector, draws, seed)
     hashable = bounds is None or all(isinstance(bound, float) for bound in bounds)  # arrays are not
     if hashable and is_pure(apply) and (transform is None or is_pure(transform)):
         return _kept_programs(apply, transform, bounds)
@@ -153,6 +218,16 @@ def programs_of(apply: Apply, transform: Transform | None, bounds: Bounds | None
 
 
 _kept_programs = functools.lru_cache(maxsize=16)(Programs)
+
+
+def _mean_prediction(apply: Apply, draws: int, seed: int, stream: int, params: Any, x: jax.Array) -> jax.Array:
+    """Logits `[N, K]` of a random model's mean probabilities; the draws for an image depend on it, seed and stream alone."""
+
+    def of_keys(keys: jax.Array, x: jax.Array) -> jax.Array:
+        logits = jax.vmap(lambda key, image: apply(params, image[None], key)[0])(keys, x)
+        return jax.nn.log_softmax(core.as_float32(logits))
+
+    return jax.nn.logsumexp(draw(_streams.key(seed, stream), of_keys, x, draws), axis=0) - math.log(draws)
 
 
 def _classes(logits: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ ROOMS = (
     ("attacks",),
     ("defenses",),
     ("networks", "data", "distributed"),
+    ("inference",),
     ("training",),
     ("evaluation",),
     ("reporting",),

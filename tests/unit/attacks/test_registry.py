@@ -50,7 +50,7 @@ def test_run_passes_what_the_attack_takes_and_returns_what_it_returns(name):
     method = ATTACKS[name]
     got, arguments = seen(name, made, steps=7, eps=10.0, bounds=(-1.0, 2.0))
     np.testing.assert_array_equal(got, made)
-    assert set(arguments) == method.parameters - {"targets", "step_size"}
+    assert set(arguments) == method.parameters - {"targets", "step_size", "constraint_fn"}
     plain = {"key": KEYS, "eps": 10.0, "steps": 7, "queries": 7, "restarts": 1, "bounds": (-1.0, 2.0)}
     for argument, value in {**plain, "norm": method.norms[0], "logits_fn": f}.items():
         if argument in arguments:

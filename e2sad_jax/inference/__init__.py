@@ -1,0 +1,40 @@
+"""Defenses at inference: functions around a trained model that clean, score or reject its images.
+
+A defended model is a function of images as any other: `lambda x: logits_fn(attacks.bpda(squeeze)(x))` goes into every attack
+and into `evaluation`. A detector is a function of images `[N, ...]` to scores `[N]`, higher for stranger images, with a
+threshold (`evaluation.Detector`). Every defense of this module has a published attack that breaks it; measure with adaptive
+ones.
+
+* `bit_depth` and `median` squeeze images, `squeezing_score` detects by what that changes (feature squeezing).
+* `label_change` and `sprt` detect by how often a prediction changes under mutations, of the image (`noise`) or of the model
+  (`mutate`, `mutants`).
+* `threshold` fixes a detector's threshold on held-out images.
+"""
+
+from e2sad_jax.inference.detection import squeezing_score, threshold
+from e2sad_jax.inference.mutation import (
+    OPERATORS,
+    changed_by_mutants,
+    changed_by_noise,
+    label_change,
+    mutants,
+    mutate,
+    noise,
+    sprt,
+)
+from e2sad_jax.inference.squeezing import bit_depth, median
+
+__all__ = [
+    "OPERATORS",
+    "bit_depth",
+    "changed_by_mutants",
+    "changed_by_noise",
+    "label_change",
+    "median",
+    "mutants",
+    "mutate",
+    "noise",
+    "sprt",
+    "squeezing_score",
+    "threshold",
+]
