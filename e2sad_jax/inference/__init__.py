@@ -8,10 +8,22 @@ ones.
 * `bit_depth` and `median` squeeze images, `squeezing_score` detects by what that changes (feature squeezing).
 * `label_change` and `sprt` detect by how often a prediction changes under mutations, of the image (`noise`) or of the model
   (`mutate`, `mutants`).
+* `magnet` rejects and reforms images by autoencoders, which `train_autoencoder` trains.
 * `threshold` fixes a detector's threshold on held-out images.
 """
 
 from e2sad_jax.inference.detection import squeezing_score, threshold
+from e2sad_jax.inference.magnet import (
+    Autoencoder,
+    MagNet,
+    autoencoder,
+    divergence_score,
+    diverse_loss,
+    error_score,
+    magnet,
+    reconstruction_loss,
+    train_autoencoder,
+)
 from e2sad_jax.inference.mutation import (
     OPERATORS,
     changed_by_mutants,
@@ -26,15 +38,24 @@ from e2sad_jax.inference.squeezing import bit_depth, median
 
 __all__ = [
     "OPERATORS",
+    "Autoencoder",
+    "MagNet",
+    "autoencoder",
     "bit_depth",
     "changed_by_mutants",
     "changed_by_noise",
+    "divergence_score",
+    "diverse_loss",
+    "error_score",
     "label_change",
+    "magnet",
     "median",
     "mutants",
     "mutate",
     "noise",
+    "reconstruction_loss",
     "sprt",
     "squeezing_score",
     "threshold",
+    "train_autoencoder",
 ]
