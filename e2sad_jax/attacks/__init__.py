@@ -11,6 +11,7 @@ broadcast against one image. All may be traced.
 * Several gradients: `ifgsm`, `mi_fgsm`, `pgd`, and `apgd`, which adapts its step size. `losses.margin`, `losses.dlr` and
   `losses.targeted_dlr` are losses for them, as is the cross-entropy.
 * No gradient: `square`, and `few_pixels`, which changes few pixels.
+* Nothing but the classes that the model says: `substitute` trains another one on them, to be attacked in its place.
 * The smallest change instead of the highest loss within a budget, from logits and labels: `deepfool`, `carlini_wagner`,
   `fab`; the fewest pixels: `greedy_l0`, `jsma`.
 * Against defenses: `bpda` and `eot` for those that round or draw, `evading`, `wrong_and_accepted`, `orthogonal_pgd` and
@@ -39,6 +40,7 @@ from e2sad_jax.attacks.orthogonal_pgd import orthogonal_pgd
 from e2sad_jax.attacks.pgd import pgd
 from e2sad_jax.attacks.second_step import OBJECTIVES, second_step
 from e2sad_jax.attacks.square import square
+from e2sad_jax.attacks.substitute import Substitute, augment, substitute
 
 ATTACKS: dict[str, Method] = {
     "fgsm": Method(fgsm, "gradient", ("linf", "l2")),
@@ -78,7 +80,9 @@ __all__ = [
     "ATTACKS",
     "OBJECTIVES",
     "Method",
+    "Substitute",
     "apgd",
+    "augment",
     "bpda",
     "carlini_wagner",
     "core",
@@ -97,5 +101,6 @@ __all__ = [
     "register",
     "second_step",
     "square",
+    "substitute",
     "wrong_and_accepted",
 ]

@@ -23,7 +23,7 @@ def train(loss, x, y):
     """3,000 steps of Adam on batches of 128; the loss takes logits_fn, images and labels."""
     keys = jax.random.split(jax.random.key(0))
     params = {
-        "w1": 0.2 * jax.random.normal(keys[0], (64, 64)),
+        "w1": 0.1 * jax.random.normal(keys[0], (x[0].size, 64)),
         "b1": jnp.zeros((1, 64)),
         "w2": 0.2 * jax.random.normal(keys[1], (64, 10)),
     }
@@ -64,29 +64,34 @@ def test_masked_gradients_are_found_and_every_attack_that_avoids_them_breaks_the
         return float((f(attack(f)).argmax(1) == labels).mean())
 
     def along(loss):
-        return lambda f: attacks.fgsm(lambda z: loss(f(z)), jnp.asarray(x), eps=EPS)
+        pgd = functools.partial(attacks.pgd, eps=EPS, steps=20)
+        return lambda f: jax.jit(lambda z: pgd(jax.random.key(2), lambda z: loss(f(z)), z))(jnp.asarray(x))
 
-    cross_entropy = along(lambda z: losses.cross_entropy(z, losses.soft_labels(labels, 10, 0)))
+    hard = losses.soft_labels(labels, 10, 0)
+    cross_entropy = along(lambda z: losses.cross_entropy(z, hard))
     clean = {name: accuracy(name, lambda f: jnp.asarray(x)) for name in params}
     assert min(clean.values()) > 0.9
-    # What its authors saw.
-    assert accuracy("student", cross_entropy) > accuracy("natural", cross_entropy) + 0.3
-    found = {name: masking.gradients(evaluation.Model(name, logits_of, own, x, y), EPS) for name, own in params.items()}
-    assert found["student"].zero > 0.5
-    assert found["natural"].zero < 0.02
-    # What breaks it, to within 0.05 of the natural network or below.
-    target = accuracy("natural", cross_entropy)
+    # What its authors saw: nothing that follows the gradient of the cross-entropy does harm.
+    assert accuracy("student", cross_entropy) > 0.8
+    assert accuracy("natural", cross_entropy) < 0.05
+    found = {
+        name: masking.gradients(evaluation.Model(name, logits_of, own, x, y), EPS).zero for name, own in params.items()
+    }
+    assert found["student"] > 0.5
+    assert found["natural"] < 0.02
+    # What breaks it.
     for loss in (
         lambda z: losses.margin(z, labels),
         lambda z: losses.dlr(z, labels),
-        lambda z: losses.cross_entropy(z / T, losses.soft_labels(labels, 10, 0)),
+        lambda z: losses.cross_entropy(z / T, hard),
     ):
-        assert accuracy("student", along(loss)) < target + 0.05
+        assert accuracy("student", along(loss)) < 0.15
 
 
 def test_the_diagnosis_names_zero_gradients(models):
     params, x, y = models
     model = evaluation.Model("student", logits_of, params["student"], x[:100], y[:100])
-    checks = evaluation.diagnose(model, eps=EPS).checks
-    (zero,) = [check for check in checks if check.name == "zero gradients"]
-    assert zero.suspicious
+    effort = evaluation.Effort(budgets=(1.0,), steps=(1,), restarts=1, pgd_steps=5, worst_case=False)
+    checks = evaluation.diagnose(model, eps=EPS, effort=effort)["checks"]
+    (zero,) = [check for check in checks if check["name"] == "zero gradients"]
+    assert zero["suspicious"]
