@@ -16,6 +16,7 @@ TRIES = 20  # mutants drawn for each that `mutants` keeps, at most
 
 Perturb = Callable[[jax.Array, jax.Array], jax.Array]  # keys [N] and images [N, ...] to images [N, ...]
 Changed = Callable[[jax.Array, jax.Array], jax.Array]  # key and number of a mutation to bool [N]
+_State = tuple[jax.Array, jax.Array, jax.Array]  # decisions, steps and changes, [N] each
 
 
 def noise(keys: jax.Array, x: jax.Array, *, size: float, bounds: Bounds = (0.0, 1.0)) -> jax.Array:
@@ -148,7 +149,7 @@ def sprt(
     of_change, of_none = math.log(p1 / p0), math.log((1 - p1) / (1 - p0))
     upper, lower = math.log((1 - beta) / alpha), math.log(beta / (1 - alpha))
 
-    def test(i: int | jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def test(i: int | jax.Array, state: _State) -> _State:
         decision, steps, changes = state
         open_ = decision < 0
         changes = changes + (open_ & changed_fn(jax.random.fold_in(key, i), jnp.asarray(i))).astype(jnp.int32)

@@ -40,8 +40,10 @@ def bit_depth(x: jax.Array, bits: int, *, bounds: Bounds = (0.0, 1.0)) -> jax.Ar
         raise ValueError(
             "bit_depth: bounds=None; it needs the range of valid images, whose ends are the first and last level"
         )
-    lower, width = checked[0], checked[1] - checked[0]
-    return (jnp.rint((core.as_float32(x) - lower) / width * levels) / levels * width + lower).astype(x.dtype)
+    wide = core.as_float32(x)
+    lower, upper = (jnp.asarray(end, wide.dtype) for end in checked)
+    width = upper - lower
+    return (jnp.rint((wide - lower) / width * levels) / levels * width + lower).astype(x.dtype)
 
 
 def median(x: jax.Array, size: int = 2) -> jax.Array:
