@@ -12,7 +12,7 @@ broadcast against one image. All may be traced.
   `losses.targeted_dlr` are losses for them, as is the cross-entropy.
 * No gradient: `square`, and `few_pixels`, which changes few pixels.
 * The smallest change instead of the highest loss within a budget, from logits and labels: `deepfool`, `carlini_wagner`,
-  `fab`; the fewest pixels: `greedy_l0`, `jsma`.
+  `lbfgs`, `fab`; the fewest pixels: `greedy_l0`, `jsma`.
 
 `ATTACKS` has them by name, for suites (`evaluation.Attack`); `register` adds your own. `attacks.core` has the parts of
 attacks.
@@ -31,6 +31,7 @@ from e2sad_jax.attacks.fgsm import fgsm
 from e2sad_jax.attacks.greedy_l0 import greedy_l0
 from e2sad_jax.attacks.ifgsm import ifgsm
 from e2sad_jax.attacks.jsma import jsma
+from e2sad_jax.attacks.lbfgs import lbfgs
 from e2sad_jax.attacks.mi_fgsm import mi_fgsm
 from e2sad_jax.attacks.pgd import pgd
 from e2sad_jax.attacks.second_step import OBJECTIVES, second_step
@@ -46,6 +47,7 @@ ATTACKS: dict[str, Method] = {
     "fab": Method(fab, "minimum-norm", ("linf", "l2")),
     "deepfool": Method(deepfool, "minimum-norm", ("linf", "l2")),
     "carlini_wagner": Method(carlini_wagner, "minimum-norm", ("l2",)),
+    "lbfgs": Method(lbfgs, "minimum-norm", ("l2",)),
     "few_pixels": Method(few_pixels, "score-based", ("l0",)),
     "greedy_l0": Method(greedy_l0, "minimum-norm", ("l0",)),
     "jsma": Method(jsma, "minimum-norm", ("l0",)),
@@ -84,6 +86,7 @@ __all__ = [
     "greedy_l0",
     "ifgsm",
     "jsma",
+    "lbfgs",
     "mi_fgsm",
     "pgd",
     "register",
