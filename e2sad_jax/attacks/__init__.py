@@ -13,7 +13,7 @@ broadcast against one image. All may be traced.
 * No gradient: `square`, and `few_pixels`, which changes few pixels.
 * Nothing but the classes that the model says: `substitute` trains another one on them, to be attacked in its place.
 * The smallest change instead of the highest loss within a budget, from logits and labels: `deepfool`, `carlini_wagner`,
-  `fab`; the fewest pixels: `greedy_l0`, `jsma`.
+  `lbfgs`, `fab`; the fewest pixels: `greedy_l0`, `jsma`.
 * Against defenses: `bpda` and `eot` for those that round or draw, `evading`, `wrong_and_accepted`, `orthogonal_pgd` and
   `carlini_wagner(constraint_fn=...)` for those that reject.
 
@@ -35,6 +35,7 @@ from e2sad_jax.attacks.fgsm import fgsm
 from e2sad_jax.attacks.greedy_l0 import greedy_l0
 from e2sad_jax.attacks.ifgsm import ifgsm
 from e2sad_jax.attacks.jsma import jsma
+from e2sad_jax.attacks.lbfgs import lbfgs
 from e2sad_jax.attacks.mi_fgsm import mi_fgsm
 from e2sad_jax.attacks.orthogonal_pgd import orthogonal_pgd
 from e2sad_jax.attacks.pgd import pgd
@@ -52,6 +53,7 @@ ATTACKS: dict[str, Method] = {
     "fab": Method(fab, "minimum-norm", ("linf", "l2")),
     "deepfool": Method(deepfool, "minimum-norm", ("linf", "l2")),
     "carlini_wagner": Method(carlini_wagner, "minimum-norm", ("l2",)),
+    "lbfgs": Method(lbfgs, "minimum-norm", ("l2",)),
     "few_pixels": Method(few_pixels, "score-based", ("l0",)),
     "greedy_l0": Method(greedy_l0, "minimum-norm", ("l0",)),
     "jsma": Method(jsma, "minimum-norm", ("l0",)),
@@ -95,6 +97,7 @@ __all__ = [
     "greedy_l0",
     "ifgsm",
     "jsma",
+    "lbfgs",
     "mi_fgsm",
     "orthogonal_pgd",
     "pgd",

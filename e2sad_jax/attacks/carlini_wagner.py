@@ -8,30 +8,15 @@ import jax.numpy as jnp
 from e2sad_jax import losses
 from e2sad_jax.attacks import _checks, _loops
 from e2sad_jax.attacks._ball import linf_ball, project_and_cast
-from e2sad_jax.attacks._numerics import as_float32, broadcast, like_sharded, per_image
+from e2sad_jax.attacks._numerics import as_float32, like_sharded, per_image
+from e2sad_jax.attacks._search import Nearest, search_c
 from e2sad_jax.attacks._types import Bounds, LogitsFn, LossFn
-
-
-class _Nearest(NamedTuple):
-    """The nearest image so far that fooled the network, and whether one did under the present c."""
-
-    image: jax.Array
-    distance: jax.Array
-    fooled: jax.Array
 
 
 class _Adam(NamedTuple):
     w: jax.Array
     mean: jax.Array
     square: jax.Array
-
-
-class _Search(NamedTuple):
-    """The search of c, per image: tried in vain up to `low`, with success from `high`."""
-
-    c: jax.Array
-    low: jax.Array
-    high: jax.Array
 
 
 def carlini_wagner(
@@ -98,7 +83,7 @@ def carlini_wagner(
     logits = _checks.logits("carlini_wagner", jax.eval_shape(logits_fn, x), x.shape[0])
     y, wanted = _checks.aims("carlini_wagner", labels, targets, *logits.shape)
     x = jax.lax.stop_gradient(x)
-    n, clean, everywhere = x.shape[0], as_float32(x), linf_ball(x, jnp.inf, checked)
+    clean, everywhere = as_float32(x), linf_ball(x, jnp.inf, checked)
     middle, half = (lower + upper) / 2, (upper - lower) / 2
     # Just inside, since the ends of the range lie at infinity.
     start = jnp.arctanh(jnp.clip((clean - middle) / half, -1, 1) * 0.999999)
@@ -115,7 +100,7 @@ def carlini_wagner(
         valid = excess <= 0
         return valid, hinge + backward(jnp.where(valid, 0, c).astype(excess.dtype))[0]
 
-    def descend(i: int | jax.Array, state: tuple[_Adam, _Nearest, jax.Array]) -> tuple[_Adam, _Nearest, jax.Array]:
+    def descend(i: int | jax.Array, state: tuple[_Adam, Nearest, jax.Array]) -> tuple[_Adam, Nearest, jax.Array]:
         adam, nearest, c = state
         tanh = jnp.tanh(adam.w)
         image = project_and_cast(everywhere, middle + half * tanh, x.dtype)
@@ -130,30 +115,15 @@ def carlini_wagner(
         t = jnp.asarray(i + 1, clean.dtype)
         step = mean / (1 - 0.9**t) / (jnp.sqrt(square / (1 - 0.999**t)) + 1e-8)
         distance = jnp.square(change).sum(tuple(range(1, x.ndim)))
-        fooled = valid & (led_by > confidence)
-        nearer = fooled & (distance < nearest.distance)
-        nearest = _Nearest(
-            jnp.where(broadcast(nearer, x), image, nearest.image),
-            jnp.where(nearer, distance, nearest.distance),
-            nearest.fooled | fooled,
-        )
+        nearest = nearest.keep(image, distance, valid & (led_by > confidence))
         return _Adam(adam.w - learning_rate * step, mean, square), nearest, c
 
-    def search(_: int | jax.Array, state: tuple[_Search, _Nearest]) -> tuple[_Search, _Nearest]:
-        (c, low, high), nearest = state
+    def attempt(c: jax.Array, nearest: Nearest) -> Nearest:
         adam = _Adam(start, *[like_sharded(jnp.zeros_like(start), x)] * 2)
-        nearest = nearest._replace(fooled=like_sharded(jnp.zeros(n, bool), x))
-        nearest = _loops.repeat_long(steps, descend, (adam, nearest, c))[1]
-        low, high = jnp.where(nearest.fooled, low, c), jnp.where(nearest.fooled, c, high)
-        return _Search(jnp.where(jnp.isfinite(high), (low + high) / 2, 10 * c), low, high), nearest
-
-    def filled(value: float) -> jax.Array:
-        return like_sharded(jnp.full(n, value, clean.dtype), x)
+        return _loops.repeat_long(steps, descend, (adam, nearest, c))[1]
 
     already = jax.lax.stop_gradient(lead(x)) > confidence
     if constraint_fn is not None:
         already &= jax.lax.stop_gradient(constraint_fn(x)) <= 0
-    nearest = _Nearest(x, jnp.where(already, 0, filled(jnp.inf)), already)
-    whole = (_Search(filled(initial_c), filled(0), filled(jnp.inf)), nearest)
-    found = _loops.repeat_long(binary_steps, search, whole)[1].image
+    found = search_c(attempt, x, already, initial_c=initial_c, tries=binary_steps, dtype=clean.dtype)
     return jax.lax.stop_gradient(_checks.nan_without_class(found, logits.shape[1], y, wanted))

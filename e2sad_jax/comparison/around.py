@@ -12,6 +12,7 @@ import numpy as np
 from e2sad_jax import attacks, inference, training
 from e2sad_jax.comparison.request import Request
 from e2sad_jax.data import Dataset
+from e2sad_jax.data.dataset import hold_out
 from e2sad_jax.evaluation import Attack
 from e2sad_jax.runs.classifier import Classifier
 
@@ -44,10 +45,10 @@ class Base:
     @classmethod
     def of(cls, request: Request, network: Classifier, dataset: Dataset) -> "Base":
         """That of a network which a comparison has trained on a data set."""
-        train = (
-            dataset.hold_out(request.validation_examples)[0].x_train if request.validation_examples else dataset.x_train
+        train, held_out = hold_out(dataset, request.validation_examples)
+        return cls(
+            request, network, inputs(network, train.x_train), inputs(network, held_out.x_test), dataset.num_classes
         )
-        return cls(request, network, inputs(network, train), inputs(network, held_out), dataset.num_classes)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -152,7 +153,9 @@ def magnet(base: Base) -> Around:
         params = inference.train_autoencoder(key, apply, params, x, epochs=epochs, learning_rate=3e-3, bounds=bounds)
         reconstruct.append(functools.partial(apply, params))
         scores.append(functools.partial(inference.error_score, reconstruct[-1], p=p))
-        gradient = jax.grad(lambda p, z, apply=apply: inference.reconstruction_loss(lambda w: apply(p, w), key, z)[0])
+        gradient = jax.grad(
+            lambda p, z, apply=apply, key=key: inference.reconstruction_loss(lambda w: apply(p, w), key, z)[0]
+        )
         steps = epochs * len(x) // 256
         made += steps * training.function_counts(gradient, params, jnp.zeros((256, *base.image_shape)))["flops"]
     held_out, rate = jnp.asarray(base.held_out), FALSE_POSITIVES / 2

@@ -76,28 +76,28 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
         claimed, adaptive = row["claimed"]["robust"], row["adaptive"]["robust"]
         say(f"{name}: clean {row['clean']:.3f}, claimed attack {claimed:.3f}, adaptive attack {adaptive:.3f}")
 
-    natural, network, held_out = _trained(request, NETWORK, dataset)
+    natural, network = _trained(request, NETWORK, dataset)
     price = step_flops(natural, dataset.image_shape, dataset.num_classes)
     for name in TRAINED:
         if name not in rows:
-            config, classifier, _ = _trained(request, name, dataset)
+            config, classifier = _trained(request, name, dataset)
             own = step_flops(config, dataset.image_shape, dataset.num_classes) / price
             finish(name, _of_trained(request, name, classifier, tests, own))
-    base = Base.of(request, network, dataset, held_out)
+    base = Base.of(request, network, dataset)
     for name, make in AROUND.items():
         if name not in rows:
             finish(name, _of_around(base, name, make(base), tests, price * request.steps))
     return result
 
 
-def _trained(request: Request, name: str, dataset: Dataset) -> tuple[Config, Classifier, np.ndarray]:
-    """An entry's run, its classifier, and the images that were held out of its training set."""
+def _trained(request: Request, name: str, dataset: Dataset) -> tuple[Config, Classifier]:
+    """An entry's run, and the classifier that it has trained."""
     (config,) = dataclasses.replace(request, seeds=1).configs(name)
     with trainer.open_run(config, dataset) as opened, signals.stopping() as stop:
         trainer.train(opened, stop)
         if number := stop():
             raise Stopped(f"stopped in {opened.workdir}; the same command resumes", number)
-        return config, load(config.workdir), opened.validation_set.x_test
+    return config, load(config.workdir)
 
 
 def _model(name: str, network: Classifier, tests: Dataset, **settings: Any) -> Model:

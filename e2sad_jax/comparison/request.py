@@ -151,6 +151,11 @@ class Request:
         False, f"train each as many steps as cost what --steps of {REFERENCE} do, instead of the same number"
     )
     parts: bool = setting(False, "compare what each part of e2SAD's robust preset does, instead of every defense")
+    cited: bool = setting(
+        False,
+        "compare the systems that the paper cites, each under the attack that it was published with and one made for it, "
+        "instead of every defense",
+    )
     seeds: int = setting(1, "number of seeds per entry", lower=1)
     validation_examples: int = setting(
         1000, "training images held out to choose the best checkpoint, 0: use 500 of the training images", lower=0
@@ -179,6 +184,10 @@ class Request:
                 raise ConfigError(f"--entry={name:.100}: must be of {_quoted()}")
         if self.parts and self.entry:
             raise ConfigError(f"--parts: chooses what is compared; leave out --entry={self.entry[0]}, or --parts")
+        if self.cited and (self.entry or self.parts or self.equal_flops or self.show or self.judge != "test"):
+            raise ConfigError(
+                "--cited: chooses what is compared and how; leave out --entry, --parts, --equal_flops, --show and --judge"
+            )
         if self.judge == "held_out" and self.examples > self.validation_examples:
             raise ConfigError(
                 f"--examples={self.examples}: must be at most --validation_examples={self.validation_examples} "

@@ -10,6 +10,7 @@ import numpy as np
 
 from e2sad_jax import data
 from e2sad_jax._io import check_folder, read_json, write_json, write_text
+from e2sad_jax.comparison import cited
 from e2sad_jax.comparison.evaluate_model import evaluate_model
 from e2sad_jax.comparison.flops import match_flops, step_flops
 from e2sad_jax.comparison.request import Request, position
@@ -21,7 +22,7 @@ from e2sad_jax.training import Config
 
 FORMAT = 4
 # Of settings that are younger than a compare.json.
-_DEFAULTS = {"delta": 0.0, "eps_scale": 1.0, "ema": 0.0, "last_only": False, "judge": "test"}
+_DEFAULTS = {"delta": 0.0, "eps_scale": 1.0, "ema": 0.0, "last_only": False, "judge": "test", "cited": False}
 
 
 def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -44,6 +45,8 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
       NonFiniteError: if every run diverged.
       Stopped: after Ctrl-C; what is finished stays.
     """
+    if request.cited:
+        return cited.run(request, say)
     provenance.commit()  # before the results that are written make it one with changes
     folder = pathlib.Path(request.results or request.workdir).expanduser()
     if request.show:

@@ -52,7 +52,7 @@ class Critic(nn.Module):
     """Images `[N, H, W, C]` to one number each, `[N]`, high for real ones.
 
     Attributes:
-      features: d of the convolutional form: 5x5 convolutions of stride 2 with d, 2d and 4d filters, LeakyReLU 0.2, then a linear
+      features: d of the convolutional form: 5x5 convolutions of stride 2 with d, 2d and 4d filters, LeakyReLU 0.2, a linear
         layer.
       hidden: as of `Generator`.
     """

@@ -111,13 +111,15 @@ FAST: dict[str, dict[str, Any]] = {
     "deepfool": {"steps": 5},
     "carlini_wagner": {"steps": 15},
     "few_pixels": {"steps": 3},
+    "lbfgs": {"steps": 10},
 }
 FASTER = {
     "carlini_wagner": functools.partial(attacks.carlini_wagner, learning_rate=0.1, initial_c=1.0, binary_steps=3),
     "few_pixels": functools.partial(attacks.few_pixels, population=24),
     "jsma": functools.partial(attacks.jsma, gamma=1.0),
+    "lbfgs": functools.partial(attacks.lbfgs, binary_steps=4, history=2),
 }
-CLOSE = {"carlini_wagner": 2e-4, "fab": 1e-4}
+CLOSE = {"carlini_wagner": 2e-4, "fab": 1e-4, "lbfgs": 1e-3}
 
 
 def of_method(name: str, norm: str, **settings: Any) -> Case:

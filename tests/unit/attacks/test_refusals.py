@@ -46,6 +46,7 @@ ACCEPTED: dict[str, tuple[Callable[..., jax.Array], dict[str, Any]]] = {
     "few_pixels": (attacks.few_pixels, {"key": KEY, "loss_fn": summed, "population": 4}),
     "greedy_l0": (attacks.greedy_l0, {"logits_fn": itself, "labels": LABELS}),
     "jsma": (attacks.jsma, {"logits_fn": itself, "labels": LABELS}),
+    "lbfgs": (attacks.lbfgs, {"logits_fn": itself, "labels": LABELS}),
 }
 Case = tuple[dict[str, Any], type[Exception], str]
 
@@ -160,6 +161,14 @@ OWN: dict[str, list[Case]] = {
     "greedy_l0": [
         *[({"pixels": v}, ValueError, rf"pixels={v}; .*at least 0") for v in (-1, 1.0, None)],
         ({"bounds": None}, ValueError, "bounds=None; .*needs the range"),
+        *WRONG_LABELS,
+        *WRONG_TARGETS,
+    ],
+    "lbfgs": [
+        *whole("steps"),
+        *whole("binary_steps"),
+        *whole("history"),
+        *above_zero("initial_c"),
         *WRONG_LABELS,
         *WRONG_TARGETS,
     ],

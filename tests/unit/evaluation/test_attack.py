@@ -21,6 +21,7 @@ EVERY_ROW = {
     "fab": Attack("a", "fab", 0.1, 3, loss="targeted_dlr"),
     "deepfool": Attack("a", "deepfool", 0.1, norm="l2"),
     "carlini_wagner": Attack("a", "carlini_wagner", 0.3, 5, norm="l2"),
+    "lbfgs": Attack("a", "lbfgs", 0.3, 10, norm="l2"),
     "few_pixels": Attack("a", "few_pixels", 2, 2, norm="l0"),
     "greedy_l0": Attack("a", "greedy_l0", 4, norm="l0"),
     "jsma": Attack("a", "jsma", 8, norm="l0"),
