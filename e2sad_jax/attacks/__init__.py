@@ -13,8 +13,10 @@ broadcast against one image. All may be traced.
 * No gradient: `square`, and `few_pixels`, which changes few pixels.
 * The smallest change instead of the highest loss within a budget, from logits and labels: `deepfool`, `carlini_wagner`,
   `lbfgs`, `fab`; the fewest pixels: `greedy_l0`, `jsma`.
+* One change for all images: `universal`, `universal_pgd`; `fooling_rate` measures it. They are of a set of images and not of
+  one, so no suite runs them.
 
-`ATTACKS` has them by name, for suites (`evaluation.Attack`); `register` adds your own. `attacks.core` has the parts of
+`ATTACKS` has the others by name, for suites (`evaluation.Attack`); `register` adds your own. `attacks.core` has the parts of
 attacks.
 """
 
@@ -36,6 +38,7 @@ from e2sad_jax.attacks.mi_fgsm import mi_fgsm
 from e2sad_jax.attacks.pgd import pgd
 from e2sad_jax.attacks.second_step import OBJECTIVES, second_step
 from e2sad_jax.attacks.square import square
+from e2sad_jax.attacks.universal import fooling_rate, universal, universal_pgd
 
 ATTACKS: dict[str, Method] = {
     "fgsm": Method(fgsm, "gradient", ("linf", "l2")),
@@ -83,6 +86,7 @@ __all__ = [
     "fab",
     "few_pixels",
     "fgsm",
+    "fooling_rate",
     "greedy_l0",
     "ifgsm",
     "jsma",
@@ -92,4 +96,6 @@ __all__ = [
     "register",
     "second_step",
     "square",
+    "universal",
+    "universal_pgd",
 ]
