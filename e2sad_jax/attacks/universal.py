@@ -176,7 +176,7 @@ def _given(
     bounds: Bounds,
     *,
     step_size: jax.typing.ArrayLike | None = None,
-    **counts: int,
+    **counts: Any,
 ) -> tuple[jax.Array, Any, Any, Bounds, Ball]:
     """What the attacks take, checked, and the ball around no change."""
     x, _, _, checked = _checks.threat_model(name, x, norm=norm, bounds=bounds, **counts)
