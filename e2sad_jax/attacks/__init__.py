@@ -14,10 +14,11 @@ broadcast against one image. All may be traced.
 * Nothing but the classes that the model says: `substitute` trains another one on them, to be attacked in its place.
 * The smallest change instead of the highest loss within a budget, from logits and labels: `deepfool`, `carlini_wagner`,
   `lbfgs`, `fab`; the fewest pixels: `greedy_l0`, `jsma`.
+* One change for all images: `universal`, `universal_pgd`; `fooling_rate` measures it.
 * Against defenses: `bpda` and `eot` for those that round or draw, `evading`, `wrong_and_accepted`, `orthogonal_pgd` and
   `carlini_wagner(constraint_fn=...)` for those that reject.
 
-`ATTACKS` has them by name, for suites (`evaluation.Attack`); `register` adds your own. `attacks.core` has the parts of
+`ATTACKS` has by name those that a suite can run (`evaluation.Attack`); `register` adds your own. `attacks.core` has the parts of
 attacks.
 """
 
@@ -42,6 +43,7 @@ from e2sad_jax.attacks.pgd import pgd
 from e2sad_jax.attacks.second_step import OBJECTIVES, second_step
 from e2sad_jax.attacks.square import square
 from e2sad_jax.attacks.substitute import Substitute, augment, substitute
+from e2sad_jax.attacks.universal import fooling_rate, universal, universal_pgd
 
 ATTACKS: dict[str, Method] = {
     "fgsm": Method(fgsm, "gradient", ("linf", "l2")),
@@ -94,6 +96,7 @@ __all__ = [
     "fab",
     "few_pixels",
     "fgsm",
+    "fooling_rate",
     "greedy_l0",
     "ifgsm",
     "jsma",
@@ -106,4 +109,6 @@ __all__ = [
     "square",
     "substitute",
     "wrong_and_accepted",
+    "universal",
+    "universal_pgd",
 ]

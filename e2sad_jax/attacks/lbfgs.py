@@ -178,7 +178,9 @@ def minimise(
         free = (~against).astype(s.z.dtype)
         towards = direction(s, s.gradient * free, free)
 
-        def halve(_: int | jax.Array, trial: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        def halve(
+            _: int | jax.Array, trial: tuple[jax.Array, jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
             z, length, accepted = trial
             tried = limits.project(s.z + broadcast(length, z) * towards)
             # The values of two near points differ by their rounding too.

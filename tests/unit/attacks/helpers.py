@@ -115,7 +115,7 @@ FAST: dict[str, dict[str, Any]] = {
 }
 FASTER = {
     "carlini_wagner": functools.partial(attacks.carlini_wagner, learning_rate=0.1, initial_c=1.0, binary_steps=3),
-    "few_pixels": functools.partial(attacks.few_pixels, population=24),
+    "few_pixels": functools.partial(attacks.few_pixels, population=12),
     "jsma": functools.partial(attacks.jsma, gamma=1.0),
     "lbfgs": functools.partial(attacks.lbfgs, binary_steps=4, history=2),
 }
