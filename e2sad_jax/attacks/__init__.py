@@ -108,7 +108,7 @@ __all__ = [
     "second_step",
     "square",
     "substitute",
-    "wrong_and_accepted",
     "universal",
     "universal_pgd",
+    "wrong_and_accepted",
 ]

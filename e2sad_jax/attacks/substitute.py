@@ -35,7 +35,7 @@ class Substitute(NamedTuple):
 
 
 def augment(
-    logits_fn: LogitsFn, x: jax.Array, labels: jax.Array, *, step: float, bounds: Bounds = (0.0, 1.0)
+    logits_fn: LogitsFn, x: jax.Array, labels: jax.Array, *, step: jax.typing.ArrayLike, bounds: Bounds = (0.0, 1.0)
 ) -> jax.Array:
     """Jacobian-based augmentation: for each image a new one, where the substitute's output for its class changes fastest.
 
@@ -135,9 +135,16 @@ def substitute(
     Reference: Papernot et al., 2017, https://arxiv.org/abs/1602.02697 (Algorithms 1 and 2); periodic step and reservoir:
     https://arxiv.org/abs/1605.07277
     """
-    counts = {"rounds": rounds, "epochs": epochs, "period": period, "batch_size": batch_size}
-    counts |= {} if reservoir is None else {"reservoir": reservoir}
-    x, *_ = _checks.threat_model("substitute", x, bounds=bounds, **counts)
+    x, *_ = _checks.threat_model(
+        "substitute",
+        x,
+        bounds=bounds,
+        rounds=rounds,
+        epochs=epochs,
+        period=period,
+        batch_size=batch_size,
+        reservoir=1 if reservoir is None else reservoir,
+    )
     _checks.number("substitute", "step", step)
     if not len(x):
         raise ValueError(f"substitute: images have shape {x.shape}; it needs at least one")

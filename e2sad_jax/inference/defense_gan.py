@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from e2sad_jax import networks
 from e2sad_jax.attacks import core
 from e2sad_jax.attacks.core import LossFn
 from e2sad_jax.networks.cnn import Conv
@@ -52,8 +53,8 @@ class Critic(nn.Module):
     """Images `[N, H, W, C]` to one number each, `[N]`, high for real ones.
 
     Attributes:
-      features: d of the convolutional form: 5x5 convolutions of stride 2 with d, 2d and 4d filters, LeakyReLU 0.2, a linear
-        layer.
+      features: d of the convolutional form: 5x5 convolutions of stride 2 with d, 2d and 4d filters, LeakyReLU 0.2, then a
+        linear layer.
       hidden: as of `Generator`.
     """
 
@@ -117,7 +118,7 @@ def gan(
     keys = jax.random.split(core.threefry("gan", key))
     made = jax.jit(generator.init)(keys[0], jnp.zeros((1, latent)))
     judged = jax.jit(critic.init)(keys[1], jnp.zeros((1, *image_shape)))
-    return Gan(generator.apply, critic.apply, made, judged, latent)
+    return Gan(networks.apply_fn(generator), networks.apply_fn(critic), made, judged, latent)
 
 
 def gradient_penalty(critic_fn: LossFn, x: jax.Array) -> jax.Array:
@@ -201,8 +202,9 @@ def train_gan(
 
     Reference: Samangouei et al., 2018, https://arxiv.org/abs/1805.06605
     """
-    counts = {"steps": steps, "critic_steps": critic_steps, "batch_size": batch_size}
-    x = core.checks.threat_model("train_gan", x, bounds=(0.0, 1.0), **counts).x
+    x = core.checks.threat_model(
+        "train_gan", x, bounds=(0.0, 1.0), steps=steps, critic_steps=critic_steps, batch_size=batch_size
+    ).x
     tx = optax.adam(learning_rate, b1=0.5, b2=0.9)
     key = core.threefry("train_gan", key)
 
@@ -221,13 +223,11 @@ def train_gan(
             rows, draw, mix = jax.random.split(some, 3)
             real = images[jax.random.randint(rows, (batch_size,), 0, len(images))]
             fake = model.generate(generator, latents(draw))
-            critic, judged, parts = descend(
-                lambda p, real=real, fake=fake, mix=mix: wgan_gp_critic(
-                    lambda z: model.criticise(p, z), real, fake, mix, weight=weight
-                ),
-                critic,
-                judged,
-            )
+
+            def critic_loss(p: Any, real: jax.Array = real, fake: jax.Array = fake, mix: jax.Array = mix) -> Any:
+                return wgan_gp_critic(lambda z: model.criticise(p, z), real, fake, mix, weight=weight)
+
+            critic, judged, parts = descend(critic_loss, critic, judged)
         z = latents(key)
         generator, made, own = descend(
             lambda p: wgan_generator(lambda x: model.criticise(critic, x), model.generate(p, z)), generator, made
@@ -298,17 +298,16 @@ def project(
       TypeError: if `x` is not floating point.
       ValueError: if an argument is out of range.
 
-    >>> import jax, jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp, numpy as np
     >>> x = jnp.array([[0.25, 0.75], [0.9, 0.9]])
     >>> found = project(jax.random.key(0), lambda z: jnp.concatenate([z, 1 - z], 1), x, latent=1, learning_rate=0.1, restarts=1)
-    >>> print(found.images.round(3), found.error.round(3))
+    >>> print(np.round(np.asarray(found.images), 3), np.round(np.asarray(found.error), 3))
     [[0.25 0.75]
      [0.5  0.5 ]] [0.   0.16]
 
     Reference: Samangouei et al., 2018, https://arxiv.org/abs/1805.06605
     """
-    counts = {"steps": steps, "restarts": restarts, "latent": latent}
-    x = core.checks.threat_model("project", x, bounds=None, **counts).x
+    x = core.checks.threat_model("project", x, bounds=None, steps=steps, restarts=restarts, latent=latent).x
     core.checks.number("project", "learning_rate", learning_rate, positive=True)
     if core.is_number(momentum) and not 0 <= float(momentum) < 1:
         raise ValueError(f"project: momentum={momentum}; it must lie in [0, 1)")

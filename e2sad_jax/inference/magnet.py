@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from e2sad_jax import losses
+from e2sad_jax import losses, networks
 from e2sad_jax._arguments import logits as checked_logits
 from e2sad_jax.attacks import core
 from e2sad_jax.attacks.core import Bounds, LogitsFn
@@ -36,7 +36,7 @@ class Autoencoder(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         channels, last = x.shape[-1], len(self.blocks)
         for place, block in enumerate((*self.blocks, *reversed(self.blocks), channels)):
-            if block != "average":
+            if isinstance(block, int):
                 x = nn.sigmoid(Conv(block, (3, 3), padding=1)(x))
             elif place < last:
                 n, height, width, c = x.shape
@@ -62,11 +62,11 @@ def autoencoder(
     Raises:
       ValueError: if height or width cannot be halved as often as `blocks` says.
     """
-    model, halves = Autoencoder(blocks), 2 ** list(blocks).count("average")
+    model, halves = Autoencoder(tuple(blocks)), 2 ** list(blocks).count("average")
     height, width, _ = image_shape
     if height % halves or width % halves:
         raise ValueError(f"autoencoder: image_shape={tuple(image_shape)}; {blocks} needs multiples of {halves}")
-    return model.apply, jax.jit(model.init)(key, jnp.zeros((1, *image_shape)))
+    return networks.apply_fn(model), jax.jit(model.init)(key, jnp.zeros((1, *image_shape)))
 
 
 def reconstruction_loss(
