@@ -18,8 +18,8 @@ broadcast against one image. All may be traced.
 * Against defenses: `bpda` and `eot` for those that round or draw, `evading`, `wrong_and_accepted`, `orthogonal_pgd` and
   `carlini_wagner(constraint_fn=...)` for those that reject.
 
-`ATTACKS` has by name those that a suite can run (`evaluation.Attack`); `register` adds your own. `attacks.core` has the parts of
-attacks.
+`ATTACKS` has by name those that a suite can run (`evaluation.Attack`); `register` adds your own. `attacks.core` has the parts
+of attacks.
 """
 
 import re
