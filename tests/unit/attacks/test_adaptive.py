@@ -83,6 +83,7 @@ def test_attacks_through_rounding_are_arts(shared, name, bits):
 # EOT.
 
 
+@pytest.mark.slow
 def test_eot_of_a_loss_without_draws_is_that_loss():
     x = images()
     labels = network(x).argmax(1)
@@ -221,6 +222,7 @@ def test_evading_subtracts_the_excess_of_the_score():
         attacks.evading(loss, lambda z: z, THRESHOLD, weight=1.0)(x)
 
 
+@pytest.mark.slow
 def test_attacks_that_evade_the_detector_fool_the_model_where_others_are_rejected():
     x, labels = clean_images()
 

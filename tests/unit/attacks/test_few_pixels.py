@@ -36,6 +36,7 @@ def test_of_a_linear_model_it_changes_the_fewest_pixels_that_there_are(shared):
     np.testing.assert_array_equal(within[best <= 0], given.x[best <= 0])
 
 
+@pytest.mark.slow
 def test_greedy_needs_fewer_pixels_than_jsma_towards_the_same_class(shared):
     """Of the convolutional network, image by image."""
     given, golden = cited.networks(shared), cited.values(shared, "jsma")
@@ -155,6 +156,7 @@ def test_more_pixels_than_there_are_and_none():
     np.testing.assert_array_equal(small(0), X)
 
 
+@pytest.mark.slow
 @fast_to_compile
 def test_an_image_that_is_misclassified_changes_no_more():
     """After two generations as after twenty; and one that is so from the start stays."""

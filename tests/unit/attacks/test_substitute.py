@@ -103,6 +103,7 @@ def test_a_reservoir_bounds_what_is_asked():
     assert result.queries == 108
 
 
+@pytest.mark.slow
 def test_a_linear_oracle_is_learnt_and_attacked_as_if_it_were_known():
     """From 24 images: nearly every answer, and the signs of FGSM's step where they matter."""
     result = trained(Oracle(), rounds=6)

@@ -60,6 +60,7 @@ def test_of_two_classes_both_adversaries_are_one(norm):
     np.testing.assert_allclose(points[1] - np.asarray(x), 0.2 * way, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_alpha_adversary_goes_to_the_nearest_class_of_the_softmax():
     """By hand, in float64: the least |g_y - g_j| / ||H_j - H_y|| over the other classes j, away from y even beyond."""
     (x, y), weights = batch(0), draw()

@@ -41,7 +41,7 @@ def registered(name: str) -> Callable[..., Any]:
     defense = DEFENSES[name]
     carried = UNIVERSAL if defense.carried else DELTA
     offered = {"eps": EPS, "eps1": EPS, "eps2": EPS2, "key": KEY, "delta": carried, "steps": STEPS, "lam": 0.7}
-    offered |= {"temperature": 2.0, "teacher_fn": net(draw(9))}
+    offered |= {"temperature": 2.0, "teacher_fn": net(draw(9)), "norm": "linf"}
     return functools.partial(defense.loss, **{k: v for k, v in offered.items() if defense.takes(k)})
 
 

@@ -88,6 +88,7 @@ def test_adversarial_images_are_misclassified_and_accepted_at_once(judged):
     np.testing.assert_array_equal(model.clean(), result.standing["clean"])
 
 
+@pytest.mark.slow
 def test_each_attack_alone_evades_the_detector_and_rejections_are_reported(judged):
     x, y, result = judged
     outcomes = evaluation.evaluate(sides, PARAMS, x, y, SUITE, detector=DETECTOR, batch_size=42)
@@ -170,6 +171,7 @@ EFFORT = diagnosis.Effort(
 )
 
 
+@pytest.mark.slow
 def test_diagnosis_of_a_rejecting_model_reports_the_pair():
     x, y = images()
     model = evaluation.of_function(sides, x, y, params=PARAMS, detector=DETECTOR)

@@ -94,6 +94,7 @@ def test_a_projection_is_each_images_own():
     assert np.abs(again.error).max() < 1e-10
 
 
+@pytest.mark.slow
 def test_more_restarts_are_never_worse():
     waves = lambda z: line(jnp.sin(20 * z) / 4 + z)  # noqa: E731
     x = jnp.asarray(np.random.RandomState(2).rand(6, 2, 2, 1), jnp.float32)
@@ -109,6 +110,7 @@ def test_more_restarts_are_never_worse():
     assert errors[1].mean() < errors[0].mean()
 
 
+@pytest.mark.slow
 def test_gradients_through_a_projection():
     """None by default; one of the identity by BPDA; the exact one unrolled, against finite differences."""
     x, given = jnp.full((1, 2, 2, 1), 0.6), dict(steps=6, restarts=1, latent=1, learning_rate=0.1)
@@ -129,6 +131,7 @@ def test_gradients_through_a_projection():
     assert np.abs(exact).min() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_papers_networks_have_its_shapes():
     """Latent 128, d = 64: 4x4x256, cut to 7x7x128, 14x14x64, 28x28x1; the critic's convolutions halve."""
     model = jax.eval_shape(lambda: inference.gan(KEY, (28, 28, 1))[2:4])
@@ -153,6 +156,7 @@ def test_the_papers_networks_have_its_shapes():
         assert tiny.criticise(tiny.critic, images).shape == (3,)
 
 
+@pytest.mark.slow
 def test_a_tiny_gan_comes_nearer_to_its_images():
     """And only then can it project them."""
     digits = jnp.asarray(np.float32(data.load("digits").x_train[:256, ::4, ::4] / 255))

@@ -48,6 +48,7 @@ def test_what_is_not_changed_has_no_score(digits):
     np.testing.assert_allclose(np.max(turned), np.log(2), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_architectures_are_the_papers():
     """I: 3x3 convolutions of 3, 3, 3, 3 and 1 filters, halved and doubled in between; II: of 3, 3 and 1."""
     for blocks, filters in (((3, "average", 3), (3, 3, 3, 3, 1)), ((3,), (3, 3, 1))):
@@ -93,6 +94,7 @@ def test_thresholds_reject_exactly_their_share():
         np.testing.assert_array_equal(defense.score(x) > 1, either)
 
 
+@pytest.mark.slow
 def test_a_trained_autoencoder_restores_images_and_scores_noise(digits, trained):
     """On images that it has not seen."""
     before, after = trained
@@ -108,6 +110,7 @@ def test_a_trained_autoencoder_restores_images_and_scores_noise(digits, trained)
     assert float(defense.rejected(noise).mean()) > 0.9
 
 
+@pytest.mark.slow
 def test_a_defended_model_has_gradients_and_takes_clipped_images(digits, trained):
     """What attacks need: no backward pass has to be made up for it."""
     _, after = trained
