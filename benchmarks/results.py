@@ -130,6 +130,11 @@ QUESTIONS = (
         _robust("e2SAD, robust", "ATTA-1", "PGD-3", "RS-FGSM"),
     ),
     Question(
+        "And for four times as many FLOPs, on all test images?",
+        *("mnist_long/compare.md", "mnist_long/compare.json"),
+        _robust("e2SAD, robust", "PGD-3"),
+    ),
+    Question(
         "What does the second point of e2SAD add? (held-out images)",
         *("e2sad_ablation/compare.md", "e2sad_ablation/compare.json"),
         _parts,

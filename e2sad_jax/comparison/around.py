@@ -144,20 +144,23 @@ def model_mutation(base: Base) -> Around:
 
 def magnet(base: Base) -> Around:
     """MagNet with both autoencoders of its paper's for MNIST. All of it has gradients."""
-    epochs = -(-AUTOENCODER_STEPS * 256 // len(base.train))
+    batch = min(256, len(base.train))
+    epochs = -(-AUTOENCODER_STEPS * batch // len(base.train))
     x, bounds = jnp.asarray(base.train), base.network.transform.bounds
     scores, reconstruct, made = [], [], 0.0
     for number, (blocks, p) in enumerate((((3, "average", 3), 2), ((3,), 1))):
         key = jax.random.key(number)
         apply, params = inference.autoencoder(key, base.image_shape, blocks=blocks)
-        params = inference.train_autoencoder(key, apply, params, x, epochs=epochs, learning_rate=3e-3, bounds=bounds)
+        params = inference.train_autoencoder(
+            key, apply, params, x, epochs=epochs, batch_size=batch, learning_rate=3e-3, bounds=bounds
+        )
         reconstruct.append(functools.partial(apply, params))
         scores.append(functools.partial(inference.error_score, reconstruct[-1], p=p))
         gradient = jax.grad(
             lambda p, z, apply=apply, key=key: inference.reconstruction_loss(lambda w: apply(p, w), key, z)[0]
         )
-        steps = epochs * len(x) // 256
-        made += steps * training.function_counts(gradient, params, jnp.zeros((256, *base.image_shape)))["flops"]
+        steps = epochs * len(x) // batch
+        made += steps * training.function_counts(gradient, params, jnp.zeros((batch, *base.image_shape)))["flops"]
     held_out, rate = jnp.asarray(base.held_out), FALSE_POSITIVES / 2
     built = inference.magnet(reconstruct[0], scores, held_out, false_positive_rate=rate, bounds=bounds)
 
