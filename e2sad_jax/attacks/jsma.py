@@ -118,9 +118,8 @@ def _best_pair(a: jax.Array, b: jax.Array, domain: jax.Array) -> tuple[jax.Array
       p and q, `[N]`, and whether there is such a pair, bool `[N]`.
     """
 
-    def scaled(
-        values: jax.Array,
-    ) -> jax.Array:  # neither products of large ones overflow nor those of small ones vanish
+    def scaled(values: jax.Array) -> jax.Array:
+        # Neither do products of large ones overflow nor those of small ones vanish.
         largest = jnp.abs(values).max(1, keepdims=True)
         return values / jnp.where(largest > 0, largest, 1)
 

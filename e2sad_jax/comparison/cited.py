@@ -80,7 +80,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     price = step_flops(natural, dataset.image_shape, dataset.num_classes)
     for name in TRAINED:
         if name not in rows:
-            config, classifier = _trained(request, name, dataset)
+            config, classifier = (natural, network) if name == NETWORK else _trained(request, name, dataset)
             own = step_flops(config, dataset.image_shape, dataset.num_classes) / price
             finish(name, _of_trained(request, name, classifier, tests, own))
     base = Base.of(request, network, dataset)

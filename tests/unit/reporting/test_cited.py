@@ -14,16 +14,7 @@ from e2sad_jax.comparison import run as comparison
 from e2sad_jax.comparison.request import Request
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.reporting import provenance
-
-LITTLE = {
-    "steps": 3,
-    "batch_size": 16,
-    "validation_examples": 10,
-    "examples": 10,
-    "queries": 5,
-    "apgd_steps": 2,
-    "targets": 1,
-}
+from tests.unit.reporting.test_comparison import LITTLE
 
 
 def row(clean, claimed, adaptive):
