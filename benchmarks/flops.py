@@ -23,6 +23,7 @@ STEPS: Mapping[str, Sequence[int]] = {
 BESIDE: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "e2sad": ({"preset": "robust"}, {"preset": "robust", "first_point": "step"}),
     "n_fgsm": ({"training_loss": "qub"},),
+    "strong_adversary": ({"adversary": "alpha"},),
 }  # of the defaults
 
 
