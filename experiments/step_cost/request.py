@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from e2sad_jax import distributed, networks
 from e2sad_jax.data import KNOWN
 from e2sad_jax.defenses import DEFENSES, readers
-from e2sad_jax.errors import ConfigError, DataError
+from e2sad_jax.errors import ConfigError, DataError, Error
 from e2sad_jax.training.config import Config, check_at_least, configure
-from experiments.step_cost import peers
+from experiments.step_cost import peers, targets
 
 NUM_CLASSES = 10
 DATA = {"mnist_cnn": "mnist", "svhn_cnn": "svhn", "digits_cnn": "digits", "preact_resnet18": "svhn"}  # of each model
@@ -20,6 +20,10 @@ OURS = "e2sad_jax"
 def iterated() -> dict[str, tuple[int, ...]]:
     """Defenses whose attack takes a number of steps, and the numbers that are measured by default."""
     return {name: CURVE if name == "ifgsm" else (2, 10) for name in readers("attack_steps")}
+
+
+class StepsFailedError(Error):
+    """Steps could not be measured; their rows say why, the others were written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Request:
     peer: tuple[str, ...] = ()
     compile_seconds: float = 300.0
     steps_per_dispatch: int = 0
+    target: tuple[str, ...] = ()
     results: str = "runs/step_cost"
 
     def __post_init__(self) -> None:
@@ -94,6 +99,10 @@ class Request:
             raise ConfigError(
                 f"--devices={self.devices}: must be 1 for --peer={','.join(self.peer)}, which has but one"
             )
+        for name in self.target:
+            distributed.check_divides(targets.Target.named(name).count, self.batch_size)
+            if self.peer or self.devices != 1:
+                raise ConfigError(f"--target={name}: compiles ahead of time; leave out --peer and --devices")
         for name in self.peer:
             peers.check_installed(name)
 
