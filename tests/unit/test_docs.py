@@ -22,7 +22,6 @@ PAGES = [
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
-    ROOT / "benchmarks" / "scaling.md",
     ROOT / "results" / "README.md",
 ]
 

@@ -71,7 +71,7 @@ def test_the_constraints_pin_all_that_an_installation_brings(file):
     """What the project asks for, and what that asks for in turn, by the metadata of the installed packages."""
     pinned = {normal(line.split("==")[0]) for line in file.read_text().splitlines()}
     extras = PROJECT["optional-dependencies"]
-    assert {*TESTED, "docs", "bench", "cuda", "tpu"} == set(extras)
+    assert {*TESTED, "docs", "aot", "bench", "cuda", "tpu"} == set(extras)
     assert set(extras["docs"]) <= set(extras["dev"]), "the tests build the site"
     wanted = [
         Requirement(text) for text in [*PROJECT["dependencies"], *(text for name in TESTED for text in extras[name])]
