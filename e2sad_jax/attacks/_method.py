@@ -167,7 +167,7 @@ class Method:
 
         given: dict[str, Any] = {
             "key": key,
-            "loss_fn": margin if loss_fn is None else loss_fn,
+            "loss_fn": margin if loss_fn is None or self.family == "score-based" else loss_fn,
             "margin_fn": margin,
             "misclassified_fn": misclassified,
             "logits_fn": logits_fn,

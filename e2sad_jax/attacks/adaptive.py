@@ -131,7 +131,7 @@ def wrong_and_accepted(
     def fooled(x: jax.Array) -> jax.Array:
         logits = logits_fn(x)
         wrong = (logits.argmax(-1) != labels) | jnp.isnan(logits).any(-1)
-        return wrong & ~(per_image("score_fn", score_fn, x) > threshold)
+        return wrong & ~(as_float32(per_image("score_fn", score_fn, x)) > threshold)
 
     return fooled
 

@@ -1,5 +1,6 @@
 """Carlini and Wagner's l2 attack: the smallest change that fools the network, by descent."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from e2sad_jax import losses
 from e2sad_jax.attacks import _checks, _loops
 from e2sad_jax.attacks._ball import linf_ball, project_and_cast
-from e2sad_jax.attacks._numerics import as_float32, like_sharded, per_image
+from e2sad_jax.attacks._numerics import as_float32, broadcast, finite, like_sharded, per_image
 from e2sad_jax.attacks._search import Nearest, search_c
 from e2sad_jax.attacks._types import Bounds, LogitsFn, LossFn
 
@@ -40,7 +41,7 @@ def carlini_wagner(
     `initial_c` ten times larger until the image is fooled, then by bisection. Of all x' that fool the network the one
     nearest to x is kept.
 
-    With `constraint_fn` g the objective has c max(0, g(x')) too, and x' counts as fooling only where g(x') <= 0.
+    With `constraint_fn` g the objective has c max(0, g(x')) too, and x' counts as fooling only where g(x') is not above 0.
 
     It takes `steps * binary_steps` gradients. The l-infinity attack that goes by the same name is another one:
     `pgd(key, lambda z: losses.margin(logits_fn(z), labels), ...)`.
@@ -58,7 +59,7 @@ def carlini_wagner(
         ends the search of c too early, and a smaller one finds nearer images.
       initial_c: first c, above 0.
       confidence: margin by which the other class must lead, at least 0; higher ones transfer better.
-      constraint_fn: images `[N, ...]` to `[N]`, at most 0 where an image is valid, as a detector's score minus its
+      constraint_fn: images `[N, ...]` to `[N]`, above 0 where an image is not valid, as a detector's score minus its
         threshold, divided by the spread of clean scores. None for no constraint.
       bounds: range of valid images, finite; the attack needs one.
 
@@ -92,13 +93,17 @@ def carlini_wagner(
         lead = losses.margin(logits_fn(z), labels) if wanted is None else -losses.margin(logits_fn(z), wanted)
         return lead.astype(clean.dtype)
 
+    def scaled(c: jax.Array, backward: Callable[[jax.Array], tuple[jax.Array]], direction: jax.Array) -> jax.Array:
+        """A gradient times c, for which the network's own dtype may be too narrow."""
+        return broadcast(c, clean) * finite(as_float32(backward(direction)[0]))
+
     def constrained(image: jax.Array, hinge: jax.Array, c: jax.Array) -> tuple[jax.Array | bool, jax.Array]:
         """Whether images are valid, and the gradient with the constraint's."""
         if constraint_fn is None:
             return True, hinge
         excess, backward = jax.vjp(lambda z: per_image("constraint_fn", constraint_fn, z), image)
-        valid = excess <= 0
-        return valid, hinge + backward(jnp.where(valid, 0, c).astype(excess.dtype))[0]
+        valid = ~(excess > 0)  # NaN rejects nothing
+        return valid, hinge + scaled(c, backward, jnp.where(valid, 0, 1).astype(excess.dtype))
 
     def descend(i: int | jax.Array, state: tuple[_Adam, Nearest, jax.Array]) -> tuple[_Adam, Nearest, jax.Array]:
         adam, nearest, c = state
@@ -106,10 +111,10 @@ def carlini_wagner(
         image = project_and_cast(everywhere, middle + half * tanh, x.dtype)
         change = as_float32(image) - clean
         led_by, backward = jax.vjp(lead, image)
-        (hinge,) = backward(jnp.where(led_by <= confidence, -c, 0))
+        hinge = scaled(c, backward, jnp.where(led_by <= confidence, -1, 0).astype(led_by.dtype))
         valid, hinge = constrained(image, hinge, c)
         led_by, hinge = jax.lax.stop_gradient((led_by, hinge))
-        gradient = (2 * change + as_float32(hinge)) * half * (1 - jnp.square(tanh))
+        gradient = (2 * change + hinge) * half * (1 - jnp.square(tanh))
         mean = 0.9 * adam.mean + 0.1 * gradient
         square = 0.999 * adam.square + 0.001 * jnp.square(gradient)
         t = jnp.asarray(i + 1, clean.dtype)
@@ -124,6 +129,6 @@ def carlini_wagner(
 
     already = jax.lax.stop_gradient(lead(x)) > confidence
     if constraint_fn is not None:
-        already &= jax.lax.stop_gradient(constraint_fn(x)) <= 0
+        already &= ~(jax.lax.stop_gradient(constraint_fn(x)) > 0)
     found = search_c(attempt, x, already, initial_c=initial_c, tries=binary_steps, dtype=clean.dtype)
     return jax.lax.stop_gradient(_checks.nan_without_class(found, logits.shape[1], y, wanted))

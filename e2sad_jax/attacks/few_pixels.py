@@ -40,7 +40,7 @@ def few_pixels(
 
         c_i = c_r1 + F (c_r2 - c_r3)
 
-    of three others, drawn at random and distinct, without crossover, and the child replaces it if its loss is higher. Places
+    of three candidates, drawn at random and distinct, without crossover. The child replaces it if its loss is higher. Places
     are uniform at first, colours normal around the middle of the range; what leaves the range is clipped, a place reflected.
 
     With more than one pixel the search is far from exhaustive: where it finds nothing, `greedy_l0` often does. It takes

@@ -101,7 +101,7 @@ def jsma(
     goal = aim("jsma", logits, labels, targets)
     target = goal.towards(logits)
     start = _State(as_float32(x), goal.reached(logits), like_sharded(jnp.zeros(n, bool), x))
-    end = _loops.repeat_while(lambda s: ~(s.reached | s.stuck).all(), int(gamma * d / 2), step, start)
+    end = _loops.repeat_while(lambda s: ~(s.reached | s.stuck).all(), int(round(gamma * d / 2, 9)), step, start)
     found = select(end.reached, image(end.z), x)
     return jax.lax.stop_gradient(goal.nan_without_class(found, logits.shape[1]))
 

@@ -15,6 +15,7 @@ from e2sad_jax.attacks._numerics import (
     per_image,
     per_image_keys,
     select,
+    unit,
 )
 from e2sad_jax.attacks._types import Bounds, LossFn
 
@@ -75,7 +76,7 @@ def orthogonal_pgd(
         start = limits.project(start + eps * limits.sample(per_image_keys("orthogonal_pgd", key, len(x)), start))
 
     def judged(image: jax.Array, score: jax.Array, wrong: jax.Array) -> Candidate:
-        fooled = wrong & ~(score > threshold)
+        fooled = wrong & ~(as_float32(score) > threshold)
         return Candidate(image, fooled, jnp.where(fooled, -as_float32(score), -jnp.inf))
 
     def wrong_at(image: jax.Array) -> jax.Array:
@@ -102,7 +103,6 @@ def orthogonal_pgd(
 
 def _without(direction: jax.Array, other: jax.Array) -> jax.Array:
     """Per image `direction` without its component along `other`; both `[N, ...]`."""
-    axes = tuple(range(1, direction.ndim))
-    squared = jnp.square(other).sum(axes)
-    share = (direction * other).sum(axes) / jnp.where(squared > 0, squared, 1)
+    direction, other = unit(direction), unit(other)  # the square of a saturated network's gradient would be zero
+    share = (direction * other).sum(tuple(range(1, direction.ndim)))
     return direction - broadcast(share, direction) * other

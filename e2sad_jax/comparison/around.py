@@ -149,8 +149,8 @@ def magnet(base: Base) -> Around:
     x, bounds = jnp.asarray(base.train), base.network.transform.bounds
     scores, reconstruct, made = [], [], 0.0
     for number, (blocks, p) in enumerate((((3, "average", 3), 2), ((3,), 1))):
-        key = jax.random.key(number)
-        apply, params = inference.autoencoder(key, base.image_shape, blocks=blocks)
+        first, key = jax.random.split(jax.random.key(number))
+        apply, params = inference.autoencoder(first, base.image_shape, blocks=blocks)
         params = inference.train_autoencoder(
             key, apply, params, x, epochs=epochs, batch_size=batch, learning_rate=3e-3, bounds=bounds
         )

@@ -100,9 +100,8 @@ class Programs:
         """Whether the detector rejects each input, bool `[N]`. It does not reject one whose score is NaN."""
         if self.detector is None:
             return jnp.zeros(len(x), bool)
-        return (
-            core.per_image("detector", functools.partial(self.detector.score_fn, params), x) > self.detector.threshold
-        )
+        score = core.per_image("detector", functools.partial(self.detector.score_fn, params), x)
+        return core.as_float32(score) > self.detector.threshold  # not rounded to the score's own dtype
 
     def constraint(self, params: Any) -> core.LossFn | None:
         """A function of inputs that is above 0 where the detector rejects them, in units of a loss."""

@@ -219,7 +219,8 @@ def train_gan(
     @functools.partial(jax.jit, donate_argnums=0)
     def step(params: Any, images: jax.Array, key: jax.Array) -> tuple[Any, Parts]:
         generator, critic, made, judged = params
-        for some in jax.random.split(key, critic_steps + 1)[1:]:
+        own_key, *others = jax.random.split(key, critic_steps + 1)
+        for some in others:
             rows, draw, mix = jax.random.split(some, 3)
             real = images[jax.random.randint(rows, (batch_size,), 0, len(images))]
             fake = model.generate(generator, latents(draw))
@@ -228,7 +229,7 @@ def train_gan(
                 return wgan_gp_critic(lambda z: model.criticise(p, z), real, fake, mix, weight=weight)
 
             critic, judged, parts = descend(critic_loss, critic, judged)
-        z = latents(key)
+        z = latents(own_key)
         generator, made, own = descend(
             lambda p: wgan_generator(lambda x: model.criticise(critic, x), model.generate(p, z)), generator, made
         )

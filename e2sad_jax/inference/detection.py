@@ -69,5 +69,5 @@ def threshold(scores: Any, false_positive_rate: float) -> float:
         raise ValueError(f"threshold: scores have shape {values.shape}; it must be [N], N at least 1, without NaN")
     if not 0 <= false_positive_rate < 1:
         raise ValueError(f"threshold: false_positive_rate={false_positive_rate}; it must lie in [0, 1)")
-    place = math.ceil(round(len(values) * (1 - false_positive_rate), 9)) - 1  # 100 x 0.95 is a little more in binary
-    return float(np.sort(values)[place])
+    kept = math.ceil(round(len(values) * (1 - false_positive_rate), 9))  # 100 x 0.95 is a little more in binary
+    return float(np.sort(values)[max(kept, 1) - 1])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from e2sad_jax import attacks, losses
+from e2sad_jax.evaluation import Attack, Detector, evaluate
 from tests import cited
 from tests.unit.attacks.helpers import images, size
 from tests.unit.attacks.test_carlini_wagner import cw
@@ -291,6 +292,28 @@ def test_a_step_of_orthogonal_pgd_leaves_the_other_function_alone():
         np.testing.assert_allclose(change, 0.05 * direction / np.linalg.norm(direction), atol=1e-5)
 
 
+def test_orthogonal_pgd_removes_the_component_of_gradients_whose_squares_vanish_or_overflow():
+    a, b = np.asarray([[3.0, 1, 0], [1, 2, 2]], np.float32)
+    x = jnp.full((1, 3), 0.5)
+    judge = {"misclassified_fn": lambda z: z[:, 0] != 0.5, "threshold": 3e38}
+    run = {"eps": 0.1, "steps": 1, "step_size": 0.05, "norm": "l2", **judge}
+    for scale in (1.0, 1e-25, 1e25):
+        made = attacks.orthogonal_pgd(None, lambda z, c=scale: z @ (c * a), lambda z, c=scale: z @ (c * b), x, **run)
+        change = np.float64(made - x)[0]
+        assert abs(np.linalg.norm(change) - 0.05) < 1e-4
+        assert abs(change @ b) < 1e-5
+
+
+def test_a_score_is_compared_with_the_threshold_and_not_with_its_rounding():
+    """In bfloat16 the threshold, a little below the score, is the score."""
+    z, labels = jnp.full((1, 6), 0.75), jnp.zeros(1, jnp.int32)
+    judge = attacks.wrong_and_accepted(two_classes, lambda z: jnp.full(len(z), 0.5, jnp.bfloat16), 0.4999, labels)
+    assert not np.asarray(judge(z)).any()
+    detector = Detector(lambda params, x: jnp.full(len(x), 0.5, jnp.bfloat16), 0.4999, weight=1.0)
+    outcome = evaluate(lambda params, x: two_classes(x), None, z, labels, [Attack("clean", "clean")], detector=detector)
+    assert outcome["clean"].rejected.all()
+
+
 def nearest_valid(x, a, level, b, most):
     """The point nearest to x with a x >= level and b x <= most: a projection onto one or both planes."""
     alone = x + a * (level - a @ x) / (a @ a)
@@ -324,3 +347,29 @@ def test_carlini_wagner_under_a_constraint_that_always_holds_and_one_that_never_
     np.testing.assert_array_equal(cw(f, x, labels, constraint_fn=lambda z: jnp.full(len(z), 1.0), **run), x)
     wrong = (labels + 1) % 3  # images that are misclassified stay only where they are valid
     np.testing.assert_array_equal(cw(f, x, wrong, constraint_fn=lambda z: jnp.full(len(z), -1.0), **run), x)
+
+
+def test_carlini_wagner_goes_on_where_a_constraint_has_no_gradient():
+    """The distance from the start has none there: its square root's is infinite, times zero."""
+    x, labels = clean_images()
+
+    def farther(z):
+        return jnp.sqrt(jnp.square(z - x).sum(1)) - 1
+
+    run = {"steps": 100, "binary_steps": 6}
+    got = cw(two_classes, x, labels, constraint_fn=farther, **run)
+    np.testing.assert_allclose(size(got - x, "l2"), size(cw(two_classes, x, labels, **run) - x, "l2"), atol=1e-3)
+    assert (two_classes(got).argmax(1) != labels).all()
+    hidden = cw(two_classes, x, labels, constraint_fn=lambda z: z.sum(1) * jnp.nan, **run)
+    assert (two_classes(hidden).argmax(1) != labels).all()  # what rejects nothing forbids nothing
+
+
+def test_carlini_wagner_in_float16_with_a_c_beyond_its_numbers():
+    x, labels = clean_images()
+
+    def f(z):
+        lead = (z[:, 0] - 0.5) / 1000
+        return jnp.stack([-lead, lead], 1)
+
+    got = cw(f, x.astype(jnp.float16), labels, initial_c=1e5, binary_steps=1)
+    assert (f(got).argmax(1) != labels).all()

@@ -101,3 +101,14 @@ def test_an_image_without_an_admissible_pair_stays():
     """Where every pixel raises all logits alike, there is no pair: not even that of pixel 0 with itself."""
     same = jnp.ones((D, 2))
     np.testing.assert_array_equal(attacks.jsma(lambda z: z @ same + jnp.array([[1.0, 0.0]]), X, gamma=1.0), X)
+
+
+def test_the_number_of_pixels_is_that_of_the_share_though_binary_fractions_are_a_little_less():
+    """58 % of 100 pixels are 58, in binary 57.99999999999999; no fewer reach the target."""
+    x = jnp.zeros((1, 100))
+
+    def needs(pixels: int):
+        return lambda z: jnp.stack([-z.sum(1), z.sum(1) - 2 * pixels + 1], 1)
+
+    assert attacks.jsma(needs(58), x, gamma=0.58).sum() == 58
+    assert attacks.jsma(needs(59), x, gamma=0.58).sum() == 0
