@@ -13,6 +13,7 @@ from e2sad_jax.defenses import DEFENSES, readers
 from e2sad_jax.training.config import configure
 from experiments.step_cost import ahead
 from experiments.step_cost.compiled import Program
+from experiments.step_cost.step import no_compilation_cache
 from experiments.step_cost.targets import Target, less_optimising
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -23,7 +24,7 @@ SHAPE, CLASSES, IMAGES, BATCH = (8, 8, 1), 10, 64, 32
 @functools.cache
 def compiled(target, defense, steps=1, **settings):
     config = configure(model="digits_cnn", defense=defense, batch_size=BATCH, **settings)
-    with less_optimising():
+    with less_optimising(), no_compilation_cache():  # a program for no device cannot be read back
         return ahead.lower(config, SHAPE, CLASSES, IMAGES, Target.named(target), steps).compile()
 
 
@@ -110,7 +111,7 @@ def test_the_command(tmp_path):
     assert "Traceback" not in done.stderr
     rows = json.loads((tmp_path / "ahead.json").read_text())["rows"]
     assert [(row["label"], row["target"], row["error"]) for row in rows] == [
-        (label, target, None) for label in ("natural", "e2sad") for target in ("h100", "h100x8")
+        (label, target, None) for label in ("natural", "e2sad", "e2sad, robust") for target in ("h100", "h100x8")
     ]
     one, eight = (row for row in rows if row["label"] == "e2sad")
     assert eight["flops"] == one["flops"] / 8
