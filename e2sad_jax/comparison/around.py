@@ -81,6 +81,7 @@ class Around:
       inference: FLOPs of a prediction of `COUNTED` images.
       made: FLOPs of making it, beside the network's training.
       draws: as of `evaluation.auto`.
+      nearest: whether the nearest images that fool it are sought too, at any l2 distance: what it was broken with.
     """
 
     apply: Callable[..., jax.Array]
@@ -89,6 +90,7 @@ class Around:
     inference: float
     made: float = 0.0
     draws: int = 0
+    nearest: bool = False
 
 
 def inputs(network: Classifier, images: np.ndarray) -> np.ndarray:
@@ -105,7 +107,7 @@ def squeezing(base: Base) -> Around:
     bits = functools.partial(inference.bit_depth, bits=1, bounds=base.network.transform.bounds)
     plain = functools.partial(score, [bits, inference.median])
     attacked = functools.partial(score, [attacks.bpda(bits), inference.median])
-    return Around(base.apply, attacked, base.stages, _with_score(base, plain))
+    return Around(base.apply, attacked, base.stages, _with_score(base, plain), nearest=True)
 
 
 def input_mutation(base: Base) -> Around:
@@ -171,7 +173,7 @@ def magnet(base: Base) -> Around:
         return built.score(z)
 
     price = base.flops(lambda params, z: (defended(params, z), built.score(z)))
-    return Around(defended, score, base.stages, price, made)
+    return Around(defended, score, base.stages, price, made, nearest=True)
 
 
 def defense_gan(base: Base) -> Around:

@@ -5,11 +5,14 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from e2sad_jax import data, inference
+from e2sad_jax import attacks, data, inference
+from e2sad_jax._compile import jit
 from e2sad_jax._io import check_folder, read_json, write_json, write_text
-from e2sad_jax.comparison.around import AROUND, COUNTED, FALSE_POSITIVES, Around, Base, in_parts, inputs
+from e2sad_jax.comparison.around import AROUND, COUNTED, FALSE_POSITIVES, Around, Base, Function, in_parts, inputs
 from e2sad_jax.comparison.flops import step_flops
 from e2sad_jax.comparison.request import JUDGES, Request
 from e2sad_jax.data import Dataset
@@ -33,6 +36,8 @@ TRAINED = {
     "e2SAD, robust": "PGD-40",
 }
 WEIGHTS = (1.0, 10.0, 100.0)  # of a detector's score, in 1 / (standard deviation of clean scores)
+NEAREST = 100  # test images whose nearest adversarial image is sought
+SEARCH = {"steps": 200, "binary_steps": 5, "learning_rate": 0.05, "initial_c": 0.1}  # of Carlini and Wagner's attack
 TITLE = "Systems that the paper cites, under claimed and adaptive attacks"
 
 Row = dict[str, Any]
@@ -121,6 +126,7 @@ def _of_trained(request: Request, name: str, network: Classifier, tests: Dataset
         "adaptive": {"attack": ", ".join(stage.name for stage in stages), "robust": float(worst.robust.mean())},
         "training": price + (name == "distillation"),  # its teacher is a natural training more
         "inference": 1.0,
+        "nearest": _nearest(model, network.apply, None) if name == NETWORK else None,
     }
 
 
@@ -144,7 +150,34 @@ def _of_around(base: Base, name: str, around: Around, tests: Dataset, spent: flo
         "adaptive": {"attack": ", ".join(stage.name for stage in around.stages), "robust": float(stood.mean())},
         "training": 1 + around.made / spent,
         "inference": around.inference / base.flops(base.apply),
+        "nearest": _nearest(models[0], around.apply, detectors[0]) if around.nearest else None,
     }
+
+
+def _nearest(model: Model, apply: Function, detector: Detector | None) -> dict[str, float]:
+    """The nearest images that are misclassified and accepted: the share of images that have one, and the median l2 distance.
+
+    Those are by Carlini and Wagner's attack, of the first images that are classified correctly and accepted.
+    """
+    right = np.flatnonzero(model.clean())[:NEAREST]
+    x, y = jnp.asarray(model.images[right]), jnp.asarray(model.labels[right])
+
+    @jit
+    def attack(params: Any) -> jax.Array:
+        def constraint(z: jax.Array) -> jax.Array:
+            assert detector is not None
+            return detector.weight * (detector.score_fn(params, z) - detector.threshold)
+
+        constraint_fn = None if detector is None else constraint
+        return attacks.carlini_wagner(
+            lambda z: apply(params, z), x, y, constraint_fn=constraint_fn, bounds=model.bounds, **SEARCH
+        )
+
+    made = np.array(model.images)
+    made[right] = np.asarray(attack(model.params))
+    fooled = right[~model.right_on(made)[right]]
+    lengths = np.sqrt(np.square(made - model.images)[fooled].reshape(len(fooled), -1).sum(1))
+    return {"fooled": len(fooled) / max(len(right), 1), "l2": float(np.median(lengths)) if len(fooled) else 0.0}
 
 
 def _earlier(path: pathlib.Path, asked: Mapping[str, Any]) -> dict[str, Row]:
@@ -177,6 +210,7 @@ def table(result: Mapping[str, Any]) -> Table:
             "robust",
             "training, natural = 1",
             "inference, network = 1",
+            "at any l2",
         ],
         rows=[
             [
@@ -188,6 +222,7 @@ def table(result: Mapping[str, Any]) -> Table:
                 f"{row['adaptive']['robust']:.3f}",
                 f"{row['training']:.2f}",
                 f"{row['inference']:.1f}",
+                "-" if row["nearest"] is None else f"{row['nearest']['fooled']:.2f} ({row['nearest']['l2']:.2f})",
             ]
             for name, row in result["rows"].items()
         ],
@@ -198,6 +233,8 @@ def table(result: Mapping[str, Any]) -> Table:
             f"Detectors reject {FALSE_POSITIVES:.0%} of the held-out training images. A rejected clean image counts as an "
             f"error, a rejected adversarial one as robust. Adaptive attacks on them: the worst case over weights {weights} of "
             "the score, in 1 / (standard deviation of clean scores).",
+            f"At any l2: the share of {NEAREST} images for which Carlini and Wagner's attack ({SEARCH['binary_steps']} times "
+            f"{SEARCH['steps']} steps) finds one that is misclassified and accepted, and the median distance.",
             f"Training, inference: XLA's count of FLOPs for the CPU; predictions of {COUNTED} images.",
             f"`{result['command']}`, {e['hardware']}, {e['date']}, commit {e['commit']}.",
         ],

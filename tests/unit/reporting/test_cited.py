@@ -24,6 +24,7 @@ def row(clean, claimed, adaptive):
         "adaptive": {"attack": "APGD-CE", "robust": adaptive},
         "training": 1.5,
         "inference": 3.0,
+        "nearest": {"fooled": 0.75, "l2": 1.25} if adaptive < 0.2 else None,
     }
 
 
@@ -46,9 +47,10 @@ def test_the_table_has_both_attacks_and_both_prices(tmp_path):
         "rows": {"natural": row(1.0, 0.5, 0.25), "MagNet": row(0.9, 0.8, 0.125)},
     }
     lines = cited.table(result).markdown().splitlines()
-    assert lines[4] == "| natural | 1.000 | PGD-40 | 0.500 | APGD-CE | 0.250 | 1.50 | 3.0 |"
+    assert lines[4] == "| natural | 1.000 | PGD-40 | 0.500 | APGD-CE | 0.250 | 1.50 | 3.0 | - |"
     assert "MagNet" in lines[5]
     assert "0.125" in lines[5]
+    assert lines[5].endswith("| 0.75 (1.25) |")
     assert any("10 of 50 test images" in line and "0.3" in line for line in lines)
     asked = {"question": request.question(), "data": "d", "commit": "abc"}
     write_json(tmp_path / "cited.json", {"asked": asked, "rows": result["rows"]})
@@ -72,6 +74,7 @@ def test_all_systems_are_made_attacked_once_and_shown(little, tiny, tmp_path, mo
     monkeypatch.setattr(data, "load", lambda name, data_dir: tiny)
     for name, few in {"AUTOENCODER_STEPS": 2, "GAN_STEPS": 2, "PROJECTION_STEPS": 3, "COPIES": 3}.items():
         monkeypatch.setattr(around, name, few)
+    monkeypatch.setattr(cited, "SEARCH", {"steps": 3, "binary_steps": 2})
     monkeypatch.setattr(provenance, "commit", lambda: "a" * 40)
     request = Request(
         data="tiny.npz", cited=True, workdir=str(tmp_path / "runs"), results=str(tmp_path / "out"), **LITTLE
@@ -84,6 +87,7 @@ def test_all_systems_are_made_attacked_once_and_shown(little, tiny, tmp_path, mo
         assert 0 <= found["adaptive"]["robust"] <= 1
         assert found["training"] >= 1
     rows = result["rows"]
+    assert [name for name, found in rows.items() if found["nearest"]] == ["natural", "feature squeezing", "MagNet"]
     assert rows["distillation"]["training"] == pytest.approx(2, abs=0.1), "with its teacher"
     assert rows["feature squeezing"]["inference"] == pytest.approx(3, rel=0.05), "the image and two squeezed ones"
     assert rows["input mutation"]["inference"] == pytest.approx(4, rel=0.05), "the image and three mutations"
