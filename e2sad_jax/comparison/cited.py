@@ -37,7 +37,12 @@ TRAINED = {
 }
 WEIGHTS = (1.0, 10.0, 100.0)  # of a detector's score, in 1 / (standard deviation of clean scores)
 NEAREST = 100  # test images whose nearest adversarial image is sought
-SEARCH = {"steps": 200, "binary_steps": 5, "learning_rate": 0.05, "initial_c": 0.1}  # of Carlini and Wagner's attack
+SEARCH: Mapping[str, Any] = {
+    "steps": 200,
+    "binary_steps": 5,
+    "learning_rate": 0.05,
+    "initial_c": 0.1,
+}  # of Carlini and Wagner's attack
 TITLE = "Systems that the paper cites, under claimed and adaptive attacks"
 
 Row = dict[str, Any]
