@@ -13,7 +13,7 @@ broadcast against one image. All may be traced.
 * No gradient: `square`, and `few_pixels`, which changes few pixels.
 * Nothing but the classes that the model says: `substitute` trains another one on them, to be attacked in its place.
 * The smallest change instead of the highest loss within a budget, from logits and labels: `deepfool`, `carlini_wagner`,
-  `lbfgs`, `fab`; the fewest pixels: `greedy_l0`, `jsma`.
+  `lbfgs`, `fab`, `fmn`; the fewest pixels: `greedy_l0`, `jsma`.
 * One change for all images: `universal`, `universal_pgd`; `fooling_rate` measures it.
 * Against defenses: `bpda` and `eot` for those that round or draw, `evading`, `wrong_and_accepted`, `orthogonal_pgd` and
   `carlini_wagner(constraint_fn=...)` for those that reject.
@@ -33,6 +33,7 @@ from e2sad_jax.attacks.deepfool import deepfool
 from e2sad_jax.attacks.fab import fab
 from e2sad_jax.attacks.few_pixels import few_pixels
 from e2sad_jax.attacks.fgsm import fgsm
+from e2sad_jax.attacks.fmn import fmn
 from e2sad_jax.attacks.greedy_l0 import greedy_l0
 from e2sad_jax.attacks.ifgsm import ifgsm
 from e2sad_jax.attacks.jsma import jsma
@@ -53,6 +54,7 @@ ATTACKS: dict[str, Method] = {
     "apgd": Method(apgd, "gradient", ("linf", "l2")),
     "square": Method(square, "score-based", ("linf", "l2"), ndim=4),
     "fab": Method(fab, "minimum-norm", ("linf", "l2")),
+    "fmn": Method(fmn, "minimum-norm", ("linf", "l2")),
     "deepfool": Method(deepfool, "minimum-norm", ("linf", "l2")),
     "carlini_wagner": Method(carlini_wagner, "minimum-norm", ("l2",)),
     "lbfgs": Method(lbfgs, "minimum-norm", ("l2",)),
@@ -96,6 +98,7 @@ __all__ = [
     "fab",
     "few_pixels",
     "fgsm",
+    "fmn",
     "fooling_rate",
     "greedy_l0",
     "ifgsm",

@@ -108,6 +108,7 @@ FAST: dict[str, dict[str, Any]] = {
     "apgd": {"steps": 4},
     "square": {"steps": 12},
     "fab": {"steps": 5},
+    "fmn": {"steps": 10},
     "deepfool": {"steps": 5},
     "carlini_wagner": {"steps": 15},
     "few_pixels": {"steps": 3},

@@ -43,6 +43,7 @@ ACCEPTED: dict[str, tuple[Callable[..., jax.Array], dict[str, Any]]] = {
     "deepfool": (attacks.deepfool, {"logits_fn": itself, "labels": LABELS}),
     "carlini_wagner": (attacks.carlini_wagner, {"logits_fn": itself, "labels": LABELS}),
     "fab": (attacks.fab, {"logits_fn": itself, "labels": LABELS}),
+    "fmn": (attacks.fmn, {"logits_fn": itself, "labels": LABELS}),
     "few_pixels": (attacks.few_pixels, {"key": KEY, "loss_fn": summed, "population": 4}),
     "greedy_l0": (attacks.greedy_l0, {"logits_fn": itself, "labels": LABELS}),
     "jsma": (attacks.jsma, {"logits_fn": itself, "labels": LABELS}),
@@ -148,6 +149,15 @@ OWN: dict[str, list[Case]] = {
         ({"alpha_max": 1.5}, ValueError, r"alpha_max=1.5; it must lie in \[0, 1\]"),
         ({"overshoot": 0.9}, ValueError, "overshoot=0.9; it must be at least 1"),
         ({"beta": 0}, ValueError, r"beta=0; it must lie in \(0, 1\]"),
+        *WRONG_TARGETS,
+    ],
+    "fmn": [
+        *whole("steps"),
+        *above_zero("step_size"),
+        ({"gamma": 1.0}, ValueError, r"gamma=1.0; it must lie in \[0, 1\)"),
+        ({"last_gamma": -0.1}, ValueError, r"last_gamma=-0.1; it must lie in \[0, 1\)"),
+        UNKNOWN_NORM,
+        *WRONG_LABELS,
         *WRONG_TARGETS,
     ],
     "few_pixels": [

@@ -31,6 +31,8 @@ ATTACKS = {
     "deepfool linf": (functools.partial(attacks.deepfool, norm="linf"), "linf"),
     "carlini_wagner": (functools.partial(attacks.carlini_wagner, steps=300, binary_steps=5, initial_c=0.1), "l2"),
     "lbfgs": (functools.partial(attacks.lbfgs, initial_c=0.1, history=4), "l2"),
+    "fmn": (attacks.fmn, "l2"),
+    "fmn linf": (functools.partial(attacks.fmn, norm="linf"), "linf"),
     "fab": (attacks.fab, "linf"),
     "fab l2": (functools.partial(attacks.fab, norm="l2"), "l2"),
 }
