@@ -18,7 +18,7 @@ from e2sad_jax.reporting import plots, provenance
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.reporting.table import Table
 from e2sad_jax.runs.signals import stopping
-from e2sad_jax.training.config import Config
+from e2sad_jax.training.config import Config, preset
 from e2sad_jax.training.state import shardings
 from experiments.step_cost.compiled import Program
 from experiments.step_cost.counts import peak_bytes
@@ -133,29 +133,40 @@ def run(request: Request) -> None:
         "chips": {target.chip.name: dataclasses.asdict(target.chip) for target in targets},
         "rows": [],
     }
-    with stopping(at_once=True), Bar("step cost", len(targets) * len(request.kinds()), "programs") as bar:
-        for kind in request.kinds():
-            config = request.config(kind)
+    configs = _configs(request)
+    with stopping(at_once=True), Bar("step cost", len(targets) * len(configs), "programs") as bar:
+        for label, config in configs:
             flops = training.step_flops(config, request.image_shape, NUM_CLASSES)
             for target in targets:
-                about = {"target": target.name, "chips": target.count, "label": kind.name, "precision": kind.precision}
+                about = {"target": target.name, "chips": target.count, "label": label, "precision": config.precision}
                 began = time.process_time()
                 try:
                     with less_optimising(), no_compilation_cache():
                         lowered = lower(config, request.image_shape, NUM_CLASSES, examples, target, steps)
-                        row = about | read(lowered.compile(), flops, target, kind.precision) | {"error": None}
+                        row = about | read(lowered.compile(), flops, target, config.precision) | {"error": None}
                 except jax.errors.JaxRuntimeError as error:
                     row = about | {"error": first_line(error)}
                 result["rows"].append(row | {"compile_cpu_seconds": time.process_time() - began})
                 write_json(folder / "ahead.json", result)
                 write_text(folder / "ahead.md", table(result).markdown())
-                bar.update(1, f"{kind.name} for {target.name}")
+                bar.update(1, f"{label} for {target.name}")
     print(table(result).text())
     plot(folder / "ahead.png", result)
     for name in ("ahead.md", "ahead.json", "ahead.png"):
         print(folder / name)
     if failed := [f"{row['label']} for {row['target']}" for row in result["rows"] if row["error"]]:
         raise StepsFailedError(f"{len(failed)} steps did not compile: {', '.join(failed)} (see their rows)")
+
+
+def _configs(request: Request) -> list[tuple[str, Config]]:
+    """The rows with their settings; e2SAD has one for each preset."""
+    found = []
+    for kind in request.kinds():
+        config = request.config(kind)
+        found.append((kind.name, config))
+        if kind.defense == "e2sad":
+            found.append(("e2sad, robust", request.config(kind, **preset("robust", config.eps1))))
+    return found
 
 
 def table(result: Mapping[str, Any]) -> Table:

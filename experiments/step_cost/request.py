@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from e2sad_jax import distributed, networks
 from e2sad_jax.data import KNOWN
@@ -124,7 +125,7 @@ class Request:
                         found += [Kind(by, defense, steps, precision) for by in variants]
         return found
 
-    def config(self, kind: Kind) -> Config:
+    def config(self, kind: Kind, **settings: Any) -> Config:
         """The settings of a run that trains with this step; eps and weights, which cost nothing, are the defaults."""
         own = {"attack_steps": kind.attack_steps} if kind.attack_steps else {}
         return configure(
@@ -134,6 +135,7 @@ class Request:
             devices=self.devices,
             precision=kind.precision,
             **own,
+            **settings,
         )
 
 

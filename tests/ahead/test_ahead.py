@@ -52,7 +52,9 @@ def test_many_steps_for_eight_gpus_send_one_sum_of_the_gradients(defense):
     assert program.transfers == 0
     sent = program.collectives()
     number, total = sent.pop("all-reduce")
-    assert 4 * parameters() <= total <= 4 * parameters() + 20 * BATCH * CLASSES, "no more than the gradients and scalars"
+    assert 4 * parameters() <= total <= 4 * parameters() + 20 * BATCH * CLASSES, (
+        "no more than the gradients and scalars"
+    )
     assert number <= 4
     images = 4 * BATCH * SHAPE[0] * SHAPE[1]
     assert sum(size for _, size in sent.values()) <= 2 * images, "at most what a memory or free training keeps"
