@@ -6,7 +6,7 @@ DEFINITION = pyproject.toml constraints/py311.txt constraints/py312.txt
 pins = constraints/$(shell $(1) -c 'import sys; print("py312" if sys.version_info >= (3, 12) else "py311")').txt
 TOOLS = build cyclonedx-bom hatchling pip-audit uv # of releases, in an environment of their own
 
-.PHONY: train test test-slow torture check docs dist smoke sbom audit lowest clean
+.PHONY: train test test-slow test-ahead torture check docs dist smoke sbom audit lowest clean
 
 train: .venv/.installed  ## Train e2SAD and a natural model on the embedded digits, attack both, report.
 	@$(BIN)/python -m experiments.digits $(ARGS)
@@ -15,10 +15,13 @@ PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loa
 
 test: .venv/.installed-dev  ## Linter, type checker and unit tests.
 	$(MAKE) --no-print-directory check
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not ahead" $(ARGS)
 
 test-slow: .venv/.installed-dev  ## Real trainings, processes, kills, packages.
 	$(PYTEST) -m slow $(ARGS)
+
+test-ahead: .venv/.installed-dev build/ahead/.installed  ## The train steps compiled for TPUs and GPUs that are not here.
+	PYTHONPATH=build/ahead $(PYTEST) -m ahead $(ARGS)
 
 torture: .venv/.installed-dev  ## Faults done to real runs: kill -9, a full disk, damaged files, ... (as root; at most an hour).
 	$(BIN)/python -m benchmarks.faults --results=results/reliability $(ARGS)
@@ -45,6 +48,11 @@ docs: .venv/.installed-dev  ## The documentation's site, into site/; a broken li
 	@echo "Installing with the tools of development into .venv (once) ..."
 	$(BIN)/pip install --quiet --constraint $(call pins,$(BIN)/python) --editable '.[data,dev,export,tensorboard]'
 	@touch $@ .venv/.installed
+
+build/ahead/.installed: $(DEFINITION) | .venv/.installed-dev
+	@echo "Installing the compilers for TPUs and GPUs into build/ahead (once) ..."
+	$(BIN)/pip install --quiet --no-deps --constraint $(call pins,$(BIN)/python) --target build/ahead jax-cuda12-pjrt jax-cuda12-plugin libtpu nvidia-cuda-nvcc-cu12
+	@touch $@
 
 dist: build/tools/.installed  ## Wheel and source distribution of the last commit, built twice and equal byte for byte, into dist/.
 	@benchmarks/dist.sh build/tools/bin/python

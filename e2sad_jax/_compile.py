@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import jaxlib.version
+from jax.sharding import Mesh
 
 F = TypeVar("F", bound=Callable[..., Any])
 _state = threading.local()
@@ -30,8 +31,21 @@ def is_pure(function: Callable[..., Any]) -> bool:
 
 def platform() -> str:
     """Where the program that is being traced will run: "cpu", "gpu" or "tpu"."""
+    if own := getattr(_state, "platform", None):
+        return str(own)
     device = jax.config.jax_default_device  # type: ignore[attr-defined]  # a Device, a platform's name, or None
     return getattr(device, "platform", device) or jax.default_backend()
+
+
+@contextlib.contextmanager
+def built_for(name: str) -> Iterator[None]:
+    """Programs that are traced inside are for a platform that need not be here."""
+    before = getattr(_state, "platform", None)
+    _state.platform = name
+    try:
+        yield
+    finally:
+        _state.platform = before
 
 
 @contextlib.contextmanager
@@ -50,10 +64,23 @@ def straight() -> bool:
     return getattr(_state, "straight", False)
 
 
-def jit(function: Callable[..., Any], **settings: Any) -> Any:
-    """`jax.jit` of a whole program, one that is not called by another: with compiler options for its platform."""
-    options = _cpu_options() if platform() == "cpu" and not straight() else {}
-    return jax.jit(function, compiler_options=options, **settings)
+def jit(function: Callable[..., Any], *, mesh: Mesh | None = None, **settings: Any) -> Any:
+    """`jax.jit` of a whole program, one that is not called by another: with compiler options for its platform.
+
+    Args:
+      function: what is compiled.
+      mesh: the devices that it runs on, which need not be here; None for those that JAX takes.
+      settings: as of `jax.jit`.
+    """
+    name = platform() if mesh is None else mesh.devices.flat[0].platform
+
+    @functools.wraps(function)
+    def on_mesh(*arguments: Any) -> Any:
+        with built_for(name):
+            return function(*arguments)
+
+    options = _cpu_options() if name == "cpu" and not straight() else {}
+    return jax.jit(function if mesh is None else on_mesh, compiler_options=options, **settings)
 
 
 @functools.cache

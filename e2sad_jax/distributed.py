@@ -8,6 +8,7 @@ random numbers are those of one device.
 import functools
 import itertools
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -89,35 +90,49 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def mesh(devices: int, batch_size: int) -> Mesh | None:
+def check_divides(devices: int, batch_size: int) -> None:
+    """Refuses a batch that cannot be split evenly.
+
+    Raises:
+      ConfigError: if the devices do not divide it.
+    """
+    if batch_size % devices:
+        below, above = batch_size // devices * devices, -(-batch_size // devices) * devices
+        sizes = f"{below} or {above}" if below else str(above)
+        raise ConfigError(
+            f"--batch_size={batch_size}: must be a multiple of the {devices} devices; the next are {sizes}"
+        )
+
+
+def mesh(devices: int, batch_size: int, among: Sequence[jax.Device] | None = None) -> Mesh | None:
     """Returns the mesh of a run.
 
     Args:
       devices: number of devices; 0 for all. Several processes must use all.
       batch_size: images a step, over all devices.
+      among: the devices to take from; None for all that JAX sees. They need not be here, as those of
+        `jax.experimental.topologies`: a program for their mesh is compiled ahead of time.
 
     Returns:
-      The mesh; None for one device of one process, where nothing needs to be placed.
+      The mesh; None for one device that JAX sees, where nothing needs to be placed.
 
     Raises:
       ConfigError: if there are fewer devices, or they do not divide the batch, or JAX cannot start.
     """
-    require_backend()
-    there = jax.devices()
+    if among is None:
+        require_backend()
+    there = jax.devices() if among is None else among
     if devices > len(there):
         kind = there[0].platform
         more = "; on the CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N" if kind == "cpu" else ""
-        raise ConfigError(f"--devices={devices}: must be at most {len(there)}, the {kind} devices that JAX sees{more}")
+        raise ConfigError(f"--devices={devices}: must be at most {len(there)}, the {kind} devices that there are{more}")
     if is_multiprocess() and devices not in (0, len(there)):
         raise ConfigError(
             f"--devices={devices}: must be 0 or {len(there)}, all devices of the {jax.process_count()} processes"
         )
     n = devices or len(there)
-    if batch_size % n:
-        below, above = batch_size // n * n, -(-batch_size // n) * n
-        sizes = f"{below} or {above}" if below else str(above)
-        raise ConfigError(f"--batch_size={batch_size}: must be a multiple of the {n} devices; the next are {sizes}")
-    return Mesh(np.asarray(there[:n]), (AXIS,), axis_types=(AxisType.Auto,)) if n > 1 else None
+    check_divides(n, batch_size)
+    return Mesh(np.asarray(there[:n]), (AXIS,), axis_types=(AxisType.Auto,)) if n > 1 or among is not None else None
 
 
 def whole(mesh: Mesh) -> NamedSharding:

@@ -261,7 +261,8 @@ def _by_price(result: Result) -> Any:
     axes.set(xscale="log", xlabel="FLOPs of a training step (natural training = 1)", ylabel="robust accuracy")
     axes.set(ylim=(-0.05, 1.0), xlim=(0.8, end))
     if best[-1][1] > CROWDED:
-        _spread(axes, max(row["last"]["highest"] for row in result["rows"]))
+        lows, highs = zip(*((row["last"]["lowest"], row["last"]["highest"]) for row in result["rows"]), strict=True)
+        _spread(axes, min(lows), max(highs))
     axes.set_xticks(ticks := [t for t in (1, 2, 3, 5, 10, 20, 50) if t <= axes.get_xlim()[1]], list(map(str, ticks)))
     axes.set_xticks([], minor=True)
     axes.grid(color="0.93")
@@ -275,11 +276,15 @@ def _by_price(result: Result) -> Any:
     return figure
 
 
-def _spread(axes: Any, highest: float) -> None:
-    """Gives high accuracies more room: the axis is logarithmic in the error."""
+def _spread(axes: Any, lowest: float, highest: float) -> None:
+    """Gives high accuracies more room: the axis is logarithmic in the error, from below the lowest accuracy."""
+    ticks = [0, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.94, 0.96, 0.98]
+    bottom = max(-0.05, 1.02 - 1.4 * (1.02 - lowest))
+    if bottom > 0.8:
+        ticks = [round(0.01 * t, 2) for t in range(80, 100)]
     axes.set_yscale("function", functions=(lambda y: -np.log(1.02 - np.minimum(y, 1)), lambda z: 1.02 - np.exp(-z)))
-    axes.set(ylim=(-0.05, (1 + 2 * highest) / 3), ylabel="robust accuracy (logarithmic in the error)")
-    axes.set_yticks([t for t in (0, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.94, 0.96, 0.98) if t < axes.get_ylim()[1]])
+    axes.set(ylim=(bottom, (1 + 2 * highest) / 3), ylabel="robust accuracy (logarithmic in the error)")
+    axes.set_yticks([t for t in ticks if bottom < t < axes.get_ylim()[1]])
 
 
 def _by_name(result: Result) -> Any:

@@ -173,7 +173,7 @@ def make_train_step(
     if mesh is not None:
         placed["out_shardings"] = shardings(mesh, population=population), distributed.whole(mesh)
     if steps == 1:
-        return jit(step, donate_argnums=0, **placed)
+        return jit(step, mesh=mesh, donate_argnums=0, **placed)
 
     def train_steps(state: TrainState, *arguments: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         *data, count = arguments
@@ -187,4 +187,4 @@ def make_train_step(
 
         return jax.lax.fori_loop(0, count, body, (state, metrics))
 
-    return jit(train_steps, donate_argnums=0, **placed)
+    return jit(train_steps, mesh=mesh, donate_argnums=0, **placed)

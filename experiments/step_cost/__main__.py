@@ -41,6 +41,8 @@ def define_flags() -> None:
     flags.DEFINE_float("compile_seconds", 300.0, text, **own)
     text = "steps that the host starts at once; at least 1, or 0: what training takes here, 1 on the CPU, else 64"
     flags.DEFINE_integer("steps_per_dispatch", 0, text, **own)
+    text = "compile for these chips, which need not be here, and time nothing; as v5e, v5e:4x4, h100x8, several with commas"
+    flags.DEFINE_list("target", [], text, **own)
     flags.DEFINE_string("results", "runs/step_cost", "folder for step_cost.md, .json and .png", **own)
 
 
@@ -53,9 +55,13 @@ def _attack_steps() -> tuple[int, ...]:
 
 
 def _run() -> None:
+    import jax
+
     from experiments.step_cost import run
     from experiments.step_cost.request import Request
 
+    if FLAGS.target:  # before JAX looks for devices
+        jax.config.update("jax_platforms", "cpu")
     run.run(
         Request(
             defense=tuple(FLAGS.defense),
@@ -70,6 +76,7 @@ def _run() -> None:
             peer=tuple(FLAGS.peer),
             compile_seconds=FLAGS.compile_seconds,
             steps_per_dispatch=FLAGS.steps_per_dispatch,
+            target=tuple(FLAGS.target),
             results=FLAGS.results,
         )
     )

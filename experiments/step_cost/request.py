@@ -3,13 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from e2sad_jax import distributed, networks
 from e2sad_jax.data import KNOWN
 from e2sad_jax.defenses import DEFENSES, readers
-from e2sad_jax.errors import ConfigError, DataError
+from e2sad_jax.errors import ConfigError, DataError, Error
 from e2sad_jax.training.config import Config, check_at_least, configure
-from experiments.step_cost import peers
+from experiments.step_cost import peers, targets
 
 NUM_CLASSES = 10
 DATA = {"mnist_cnn": "mnist", "svhn_cnn": "svhn", "digits_cnn": "digits", "preact_resnet18": "svhn"}  # of each model
@@ -20,6 +21,10 @@ OURS = "e2sad_jax"
 def iterated() -> dict[str, tuple[int, ...]]:
     """Defenses whose attack takes a number of steps, and the numbers that are measured by default."""
     return {name: CURVE if name == "ifgsm" else (2, 10) for name in readers("attack_steps")}
+
+
+class StepsFailedError(Error):
+    """Steps could not be measured; their rows say why, the others were written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Request:
     peer: tuple[str, ...] = ()
     compile_seconds: float = 300.0
     steps_per_dispatch: int = 0
+    target: tuple[str, ...] = ()
     results: str = "runs/step_cost"
 
     def __post_init__(self) -> None:
@@ -94,6 +100,10 @@ class Request:
             raise ConfigError(
                 f"--devices={self.devices}: must be 1 for --peer={','.join(self.peer)}, which has but one"
             )
+        for name in self.target:
+            distributed.check_divides(targets.Target.named(name).count, self.batch_size)
+            if self.peer or self.devices != 1:
+                raise ConfigError(f"--target={name}: compiles ahead of time; leave out --peer and --devices")
         for name in self.peer:
             peers.check_installed(name)
 
@@ -115,7 +125,7 @@ class Request:
                         found += [Kind(by, defense, steps, precision) for by in variants]
         return found
 
-    def config(self, kind: Kind) -> Config:
+    def config(self, kind: Kind, **settings: Any) -> Config:
         """The settings of a run that trains with this step; eps and weights, which cost nothing, are the defaults."""
         own = {"attack_steps": kind.attack_steps} if kind.attack_steps else {}
         return configure(
@@ -125,6 +135,7 @@ class Request:
             devices=self.devices,
             precision=kind.precision,
             **own,
+            **settings,
         )
 
 

@@ -4,25 +4,25 @@ import pathlib
 from typing import Any
 
 from e2sad_jax._io import check_folder, write_json, write_text
-from e2sad_jax.errors import Error
 from e2sad_jax.runs.signals import stopping
-from experiments.step_cost import show
+from experiments.step_cost import ahead, show
 from experiments.step_cost.measure import measure
-from experiments.step_cost.request import OURS, Request
-
-
-class StepsFailedError(Error):
-    """Steps could not be measured; their rows say why, the others were written."""
+from experiments.step_cost.request import OURS, Request, StepsFailedError
 
 
 def run(request: Request) -> None:
-    """Measures, writes step_cost.json and .md after each round, and at the end step_cost.png; prints the table.
+    """Measures, or compiles for targets (`ahead.run`).
+
+    Writes step_cost.json and .md after each round, and at the end step_cost.png; prints the table.
 
     Raises:
       ConfigError: if the folder cannot be written, found before anything is measured.
       StepsFailedError: if a step of ours failed, or a peer's is not ours, after the others were written.
       Stopped: after Ctrl-C or SIGTERM, once what was measured is written.
     """
+    if request.target:
+        ahead.run(request)
+        return
     folder = pathlib.Path(request.results).expanduser()
     check_folder(folder, f"--results={request.results}", make=True)
     latest: dict[str, Any] = {}

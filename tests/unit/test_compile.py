@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from e2sad_jax import _compile
 from e2sad_jax._compile import jit
 
 # The flag of docs/running.md, for programs that are compiled by plain `jax.jit`.
@@ -32,3 +34,18 @@ def test_sums_of_squared_products_are_right():
 def test_the_documented_flag_makes_sums_of_plain_programs_right():
     environment = {**os.environ, "XLA_FLAGS": FLAG, "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", PLAIN], check=True, timeout=300, env=environment)
+
+
+def test_a_program_is_traced_for_the_platform_of_its_mesh():
+    """Whose devices need not be here; what is traced afterwards is for the default device again."""
+    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="tpu")]))
+    seen = []
+
+    def function(x):
+        seen.append(_compile.platform())
+        return x
+
+    assert _compile.jit(function, mesh=mesh)(1) == 1
+    assert _compile.jit(function)(2) == 2
+    assert seen == ["tpu", "cpu"]
+    assert _compile.platform() == "cpu"

@@ -12,10 +12,10 @@ import scipy.signal
 from flax import linen as nn
 from jax.test_util import check_grads
 
-from benchmarks.collectives import collective_bytes
 from e2sad_jax import networks
 from e2sad_jax._compile import straight_line
 from e2sad_jax.networks import cnn, cpu_conv
+from experiments.step_cost.compiled import collective_bytes
 from tests.helpers import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("all_unoptimized")

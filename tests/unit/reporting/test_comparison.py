@@ -437,6 +437,11 @@ def test_the_picture(how, tiny_data, tmp_path, made_up, monkeypatch):
     assert heights[3] - heights[2] > 5 * (heights[1] - heights[0]), "high accuracies have more room"
     assert axes.get_ylim()[0] < 0
     assert 0.98 < axes.get_ylim()[1] <= 1
+    result["rows"][0]["last"] |= {"robust": 0.9, "lowest": 0.88, "highest": 0.91}
+    show.plot(tmp_path / "compare.png", result)
+    (axes,) = figures[-1].axes
+    assert 0.8 < axes.get_ylim()[0] < 0.88, "no room for accuracies that no row has"
+    assert len(axes.get_yticks()) > 5
 
 
 def test_rows_of_a_file_older_than_a_setting_count_where_it_did_what_was_done_then(tiny_data, tmp_path, made_up):

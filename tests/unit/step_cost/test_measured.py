@@ -8,11 +8,12 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.errors import ConfigError, Stopped
-from experiments.step_cost import measure, peers, run, show
+from experiments.step_cost import measure, peers, run, show, targets
 from experiments.step_cost.request import OURS, Kind, Request
 from experiments.step_cost.step import in_turn, no_compilation_cache, timer
 
@@ -303,6 +304,38 @@ def test_a_bad_value_is_refused_with_its_remedy(values, words):
         Request(**values)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_target_is_chips_and_how_many(monkeypatch):
+    monkeypatch.setattr(targets, "_importable", lambda package: True)
+    counts = {name: targets.Target.named(name).count for name in ("v5e", "v5e:4x4", "v6e:2x2", "h100", "h100x16")}
+    assert counts == {"v5e": 1, "v5e:4x4": 16, "v6e:2x2": 4, "h100": 1, "h100x16": 16}
+    for name in ("v4", "v5e:0x2", "h100x", "h100:2x2", "v5e:2x2x2"):
+        with pytest.raises(ConfigError, match=f"--target={name}: must be of v5e"):
+            targets.Target.named(name)
+    with pytest.raises(ConfigError, match="at most 8 chips or whole hosts of 8"):
+        targets.Target.named("h100x12")
+    with pytest.raises(ConfigError, match="--batch_size=12: must be a multiple of the 8 devices"):
+        Request(target=("h100x8",), batch_size=12)
+    with pytest.raises(ConfigError, match="leave out --peer and --devices"):
+        Request(target=("h100",), devices=2)
+    monkeypatch.setattr(targets, "_importable", lambda package: False)
+    with pytest.raises(
+        ConfigError, match=r"--target=v5e: needs libtpu, not installed here: pip install -e '\.\[aot\]'"
+    ):
+        Request(target=("v5e",))
+
+
+def test_a_bound_is_the_work_at_the_peak_of_the_chip(monkeypatch):
+    """Of a sum of n chips each sends 2 (n - 1) / n times its bytes; beyond a host, as fast as hosts are connected."""
+    monkeypatch.setattr(targets, "_importable", lambda package: True)
+    bounds = targets.Target.named("h100x8").bound(989.4e9, 3.35e9, 450e6, "bf16")
+    np.testing.assert_allclose(list(bounds.values()), [1e-3, 1e-3, 2 * 7 / 8 * 1e-3])
+    assert targets.Target.named("h100").bound(1e9, 1e9, 1e9, "tf32")["links"] == 0
+    far = targets.Target.named("h100x16").bound(1e9, 1e9, 50e6, "tf32")["links"]
+    np.testing.assert_allclose(far, 2 * 15 / 16 * 1e-3)
+    v5e = targets.CHIPS["v5e"].peak
+    np.testing.assert_allclose(v5e["bf16"], [6 * v5e["float32"]])
 
 
 def test_a_missing_peer_is_named_with_what_installs_it(monkeypatch):

@@ -1,18 +1,16 @@
 """One run on eight devices: the same numbers as on one device; what is refused; what is sent."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.collectives import collective_bytes
 from e2sad_jax import distributed, networks, training
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.training import Config
+from experiments.step_cost.compiled import collective_bytes
 from tests.helpers import teacher_of, tiny_config
 
 pytestmark = pytest.mark.usefixtures("little")
@@ -113,32 +111,6 @@ def test_each_device_works_on_its_part_of_the_batch_and_sends_gradients_only(def
     assert 0.9 * parameters <= sent["all-reduce"] <= 6 * parameters, defense
     others = sum(size for kind, size in sent.items() if kind != "all-reduce")
     assert others <= 4 * tiny.x_train[:16].size, "at most a batch of images, as free training's perturbation"
-
-
-@pytest.mark.parametrize(
-    ("line", "sent"),
-    [
-        ("%a = f32[8,3]{1,0} all-gather(f32[1,3]{1,0} %x), dimensions={0}", {"all-gather": 8 * 3 * 4}),
-        (
-            "%a = (f32[1,3]{1,0:T(8,128)}, f32[8,3]{1,0:T(8,128)}) all-gather-start(f32[1,3]{1,0} %x), dimensions={0}",
-            {"all-gather": 8 * 3 * 4},
-        ),
-        (
-            "%a = ((f32[1,3]{1,0}, bf16[2]{0}), (f32[8,3]{1,0}, /*index=1*/bf16[16]{0})) all-gather-start(%x, %y)",
-            {"all-gather": 8 * 3 * 4 + 16 * 2},
-        ),
-        (
-            "%p = (f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(f32[5]{0} %x)",
-            {"collective-permute": 5 * 4},
-        ),
-        ("%r = ((f32[8]{0}), f32[1]{0}, u32[]) reduce-scatter-start(f32[8]{0} %x)", {"reduce-scatter": 4}),
-        ("%r = (f32[5]{0}, f32[7]{0}) all-reduce-start(%x, %y), to_apply=%add", {"all-reduce": 12 * 4}),
-        ("%d = f32[8,3]{1,0} all-gather-done((f32[1,3]{1,0}, f32[8,3]{1,0}) %a)", {}),
-    ],
-)
-def test_bytes_of_a_collective_are_those_of_its_result(line, sent):
-    """As XLA prints them: what begins an asynchronous one carries its operands along, except of a sum."""
-    assert collective_bytes(types.SimpleNamespace(as_text=lambda: line)) == sent
 
 
 @pytest.mark.parametrize(

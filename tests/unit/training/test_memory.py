@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.collectives import collective_bytes
 from e2sad_jax import distributed, networks, training
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.defenses._registry import MEMORY
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.training import memory
+from experiments.step_cost.compiled import collective_bytes
 from tests.helpers import register_loss, tiny_config
 
 N, EPS, LEVELS = 50, 0.2, 127

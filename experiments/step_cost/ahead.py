@@ -1,0 +1,260 @@
+"""Steps compiled for accelerators that are not here: what their programs do, and the time that bounds them."""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from e2sad_jax import _streams, distributed, networks, training
+from e2sad_jax._io import check_folder, write_json, write_text
+from e2sad_jax.data import KNOWN
+from e2sad_jax.data.transforms import TRANSFORMS
+from e2sad_jax.errors import first_line
+from e2sad_jax.reporting import plots, provenance
+from e2sad_jax.reporting.progress import Bar
+from e2sad_jax.reporting.table import Table
+from e2sad_jax.runs.signals import stopping
+from e2sad_jax.training.config import Config, preset
+from e2sad_jax.training.state import shardings
+from experiments.step_cost.compiled import Program
+from experiments.step_cost.counts import peak_bytes
+from experiments.step_cost.request import DATA, NUM_CLASSES, Request, StepsFailedError
+from experiments.step_cost.step import no_compilation_cache
+from experiments.step_cost.targets import Target, less_optimising
+
+FORMAT = 1  # of ahead.json
+Row = dict[str, Any]
+
+
+def lower(
+    config: Config, image_shape: tuple[int, ...], num_classes: int, examples: int, target: Target, steps: int = 1
+) -> jax.stages.Lowered:
+    """The train step of a run, unchanged, lowered for chips that are not here.
+
+    Args:
+      config: the run's settings; `devices` is not read.
+      image_shape: (H, W, C).
+      num_classes: number of classes K.
+      examples: images of the training set, which lies on each chip.
+      target: the chips.
+      steps: of a dispatch.
+
+    Raises:
+      ConfigError: if the plugin has no such chips, or they do not divide the batch.
+    """
+    mesh = distributed.mesh(target.count, config.batch_size, target.devices())
+    assert mesh is not None
+    model = networks.create(config.model, num_classes, image_shape, config.precision)
+    step: Any = training.make_train_step(
+        config, model, num_classes, TRANSFORMS[config.transform], steps=steps, mesh=mesh
+    )
+
+    def arguments() -> tuple[Any, ...]:
+        labels, logits = np.zeros(examples, np.int32), np.zeros((examples, num_classes), np.float32)
+        order = training.epoch_order(_streams.key(0, _streams.ORDER), np.uint32(0), examples)
+        return (
+            training.init_state(config, model, image_shape, examples),
+            np.zeros((examples, *image_shape), np.uint8),
+            (labels, logits) if config.entry.learns else labels,
+            order,
+            *([np.int32(steps)] if steps > 1 else []),
+        )
+
+    state, *rest = jax.eval_shape(arguments)
+    return step.lower(_placed(shardings(mesh), state), *_placed([distributed.whole(mesh)] * len(rest), rest))
+
+
+def _placed(places: Any, shapes: Any) -> Any:
+    """Shapes with the places of which `places` has a prefix."""
+    return jax.tree.map(
+        lambda place, some: jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=place), some),
+        places,
+        shapes,
+    )
+
+
+def read(compiled: jax.stages.Compiled, flops: float, target: Target, precision: str) -> Row:
+    """What a compiled step does on each chip, and what bounds it.
+
+    Args:
+      compiled: the program.
+      flops: of the step over all chips, by the project's count: XLA's takes a loop for one turn.
+      target: the chips.
+      precision: of the products.
+    """
+    program = Program.read(compiled.as_text() or "")
+    counted: Any = compiled.cost_analysis()
+    estimate = float((counted or {}).get("optimal_seconds", 0))
+    collectives = {kind: {"number": n, "bytes": sent} for kind, (n, sent) in program.collectives().items()}
+    moved, own = program.bytes_moved, flops / target.count
+    bounds = target.bound(own, moved, sum(kind["bytes"] for kind in collectives.values()), precision)
+    return {
+        "flops": own,
+        "bytes": moved,
+        "peak_bytes": peak_bytes(compiled),
+        "collectives": collectives,
+        "kernels": program.kernels,
+        "transfers": program.transfers,
+        "unknown_loops": program.unknown_loops,
+        "estimate": estimate if estimate > 0 else None,  # a GPU has none
+        "bounds": bounds,
+        # Compute grows with the images of a chip, a sum does not.
+        "hidden_from": bounds["links"] / bounds["compute"] if bounds["compute"] else None,
+    }
+
+
+def run(request: Request) -> None:
+    """Compiles each step for each target, prints the table, and writes ahead.md, .json and .png after each.
+
+    Raises:
+      ConfigError: before anything is compiled.
+      StepsFailedError: if a step did not compile, after the others were written.
+      Stopped: after Ctrl-C or SIGTERM; what was read is written.
+    """
+    folder = pathlib.Path(request.results).expanduser()
+    check_folder(folder, f"--results={request.results}", make=True)
+    targets = [Target.named(name) for name in dict.fromkeys(request.target)]
+    examples = KNOWN[DATA[request.model]].train
+    steps = request.steps_per_dispatch or 1
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "settings": {
+            **{name: getattr(request, name) for name in ("model", "batch_size", "target")},
+            "image_shape": list(request.image_shape),
+            "steps_per_dispatch": steps,
+            "examples": examples,
+        },
+        "command": provenance.command(),
+        "environment": provenance.environment(),
+        "chips": {target.chip.name: dataclasses.asdict(target.chip) for target in targets},
+        "rows": [],
+    }
+    configs = _configs(request)
+    with stopping(at_once=True), Bar("step cost", len(targets) * len(configs), "programs") as bar:
+        for label, config in configs:
+            flops = training.step_flops(config, request.image_shape, NUM_CLASSES)
+            for target in targets:
+                about = {"target": target.name, "chips": target.count, "label": label, "precision": config.precision}
+                began = time.process_time()
+                try:
+                    with less_optimising(), no_compilation_cache():
+                        lowered = lower(config, request.image_shape, NUM_CLASSES, examples, target, steps)
+                        row = about | read(lowered.compile(), flops, target, config.precision) | {"error": None}
+                except jax.errors.JaxRuntimeError as error:
+                    row = about | {"error": first_line(error)}
+                result["rows"].append(row | {"compile_cpu_seconds": time.process_time() - began})
+                write_json(folder / "ahead.json", result)
+                write_text(folder / "ahead.md", table(result).markdown())
+                bar.update(1, f"{label} for {target.name}")
+    print(table(result).text())
+    plot(folder / "ahead.png", result)
+    for name in ("ahead.md", "ahead.json", "ahead.png"):
+        print(folder / name)
+    if failed := [f"{row['label']} for {row['target']}" for row in result["rows"] if row["error"]]:
+        raise StepsFailedError(f"{len(failed)} steps did not compile: {', '.join(failed)} (see their rows)")
+
+
+def _configs(request: Request) -> list[tuple[str, Config]]:
+    """The rows with their settings; e2SAD has one for each preset."""
+    found = []
+    for kind in request.kinds():
+        config = request.config(kind)
+        found.append((kind.name, config))
+        if kind.defense == "e2sad":
+            found.append(("e2sad, robust", request.config(kind, **preset("robust", config.eps1))))
+    return found
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    """A row for each step and target: what its program does on a chip, and the least time by each bound."""
+    s, e = result["settings"], result["environment"]
+    several = len({row["precision"] for row in result["rows"]}) > 1
+    columns = [
+        "step", *(["precision"] if several else []), "target", "GFLOP", "GB moved", "peak\nMB", "sums\nMB", "sums", "kernels",
+        "compute\nms", "memory\nms", "links\nms", "bound\nms", "XLA's\nms", "batch that\nhides sums",
+    ]  # fmt: skip
+    lines = []
+    for row in result["rows"]:
+        head = [row["label"], *([row["precision"]] if several else []), row["target"]]
+        if row["error"]:
+            lines.append([*head, "failed", *["-"] * (len(columns) - len(head) - 1)])
+            continue
+        sums = row["collectives"].get("all-reduce", {"number": 0, "bytes": 0})
+        bounds = row["bounds"]
+        lines.append(
+            [
+                *head,
+                f"{row['flops'] / 1e9:.2f}",
+                f"{row['bytes'] / 1e9:.2f}",
+                f"{row['peak_bytes'] / 1e6:,.0f}",
+                f"{sums['bytes'] / 1e6:.2f}",
+                sums["number"],
+                f"{row['kernels']:,}",
+                *(f"{1e3 * bounds[name]:.3f}" for name in ("compute", "memory", "links")),
+                f"{1e3 * max(bounds.values()):.3f}",
+                "-" if row["estimate"] is None else f"{1e3 * row['estimate']:.3f}",
+                f"{s['batch_size'] * row['hidden_from']:,.0f}" if row["chips"] > 1 else "-",
+            ]
+        )
+    others = sorted({k for row in result["rows"] if not row["error"] for k in row["collectives"]} - {"all-reduce"})
+    moves = sum(row["transfers"] for row in result["rows"] if not row["error"])
+    notes = [
+        f"Compiled for chips that are not here: nothing was run, no time is measured. Steps in a dispatch: "
+        f"{s['steps_per_dispatch']}; a training set of {s['examples']:,} images on each chip. A column is of one chip.",
+        "compute, memory, links: the least time at the chip's peak. bound: the longest of them, which a step cannot go below "
+        "where nothing stays in a cache. XLA's: its own estimate, which a GPU's compiler does not give.",
+        "GFLOP: XLA's count of the CPU's program without loops. GB moved: operands and results of all kernels, a TPU core's "
+        "own memory left out. A sum of n chips sends 2 (n - 1) / n times its bytes.",
+        f"Exchanges with the host: {moves}. Other collectives: {', '.join(others) or 'none'}.",
+        *(_about(c) for c in result["chips"].values()),
+        *(f"{row['label']} for {row['target']}: failed: {row['error']}" for row in result["rows"] if row["error"]),
+        f"Command: `{result['command']}`",
+        f"Compiled {e['date']} on {e['hardware']}; JAX {e['jax']}, jaxlib {e['jaxlib']}; commit {e['commit']}.",
+    ]
+    size = "x".join(map(str, s["image_shape"]))
+    title = f"A training step ahead of time: {s['model']}, batch {s['batch_size']} of {size}"
+    return Table(title=title, columns=columns, rows=lines, notes=notes)
+
+
+def _about(chip: Mapping[str, Any]) -> str:
+    peak = ", ".join(f"{flops / 1e12:.4g} TFLOP/s {precision}" for precision, flops in chip["peak"].items())
+    near = f"{chip['bandwidth'] / 1e9:,.0f} GB/s to its memory, {chip['link'] / 1e9:,.0f} GB/s to its neighbours"
+    far = f", {chip['far'] / 1e9:,.0f} GB/s beyond {chip['host']} chips" if chip["far"] != chip["link"] else ""
+    return f"{chip['name']}: {peak}; {near}{far} ({chip['source']})."
+
+
+def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
+    """Draws the bound of each step against the number of chips, a panel for each kind of chip; links alone are dashed."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in result["rows"] if not row["error"]]
+    kinds = [name for name in result["chips"] if any(row["target"].startswith(name) for row in rows)]
+    if not kinds:
+        return
+    figure = Figure(figsize=(5.5 * len(kinds), 4.6), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0], kinds, strict=True):
+        own = [row for row in rows if row["target"].startswith(kind)]
+        lines = dict.fromkeys((row["label"], row["precision"]) for row in own)
+        several = len({precision for _, precision in lines}) > 1
+        for label, precision in lines:
+            line = sorted(
+                (r for r in own if (r["label"], r["precision"]) == (label, precision)), key=lambda r: r["chips"]
+            )
+            chips = [row["chips"] for row in line]
+            name = f"{label}, {precision}" if several else label
+            (drawn,) = axes.plot(chips, [1e3 * max(r["bounds"].values()) for r in line], "o-", ms=5, label=name)
+            links = [(r["chips"], 1e3 * r["bounds"]["links"]) for r in line if r["chips"] > 1]
+            axes.plot(*zip(*links, strict=True) if links else ([], []), "--", lw=1, color=drawn.get_color())
+        ticks = sorted({row["chips"] for row in own})
+        axes.set(xscale="log", yscale="log", xlabel=f"{kind} chips", title=kind)
+        axes.set_xticks(ticks, list(map(str, ticks)))
+        axes.set_xticks([], minor=True)
+        axes.grid(color="0.93")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False)
+    figure.axes[0].set_ylabel("least ms of a step (dashed: links alone)")
+    plots.save(path, figure, dpi=130)
