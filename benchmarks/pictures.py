@@ -102,7 +102,7 @@ def jsma_steps(logits_fn: LogitsFn, x: jax.Array, theta: float) -> list[jax.Arra
 
 def jsma(path: pathlib.Path, logits_fn: LogitsFn, x: jax.Array) -> None:
     """Draws an image that JSMA brightens and one that it darkens, step by step."""
-    figure = Figure(figsize=(6.6, 3.7), layout="constrained")
+    figure = Figure(figsize=(6.6, 3.5), layout="constrained")
     rows = figure.subplots(2, 4)
     for row, theta, colour, what in zip(
         rows, (1.0, -1.0), ("crimson", "dodgerblue"), ("to white", "to black"), strict=True
