@@ -29,7 +29,7 @@ def noise(keys: jax.Array, x: jax.Array, *, size: float, bounds: Bounds = (0.0, 
       bounds: range of valid images, or None for no clipping.
 
     Returns:
-      Images, same shape and dtype as `x`.
+      Images, same shape and dtype as `x`. A gradient flows through them, for `attacks.eot`.
 
     Raises:
       TypeError: if `x` is not floating point.
@@ -38,9 +38,8 @@ def noise(keys: jax.Array, x: jax.Array, *, size: float, bounds: Bounds = (0.0, 
     x, eps, _, bounds = core.checks.threat_model("noise", x, eps=size, bounds=bounds)
     ball = core.linf_ball(x, eps, bounds)
     wide = core.as_float32(x)
-    return core.project_and_cast(
-        ball, wide + eps * ball.sample(core.per_image_keys("noise", keys, len(x)), wide), x.dtype
-    )
+    moved = wide + eps * ball.sample(core.per_image_keys("noise", keys, len(x)), wide)
+    return core.cast_inside(ball.project(moved), x.dtype, ball)
 
 
 def label_change(key: jax.Array, perturb_fn: Perturb, logits_fn: LogitsFn, x: jax.Array, *, samples: int) -> jax.Array:

@@ -84,6 +84,7 @@ def test_what_pages_link_to_outside_of_docs_is_there(site):
         f"{results}/compare.png",
         "e2sad_jax/networks/cpu_conv.py.html",
         "digits.png",
+        "jsma.png",
     ):
         assert (site / name).is_file(), name
     assert "0.862" in (site / results / "compare.html").read_text()

@@ -60,6 +60,13 @@ def test_errors_are_as_rare_as_asked():
     assert 10 < float(steps.mean()) < 80
 
 
+def test_a_gradient_flows_through_noise():
+    """1 where the noise is not clipped: attacks that average over it depend on that."""
+    x = jnp.full((2, 3), 0.5)
+    keys = jax.random.split(KEY, 2)
+    np.testing.assert_array_equal(jax.grad(lambda z: inference.noise(keys, z, size=0.1).sum())(x), jnp.ones((2, 3)))
+
+
 def test_the_share_of_changes_under_gaussian_noise_has_a_closed_form(shared):
     want, nets = cited.values(shared, "closed_forms"), cited.networks(shared)
     first, second = want["two_classes"]
