@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax import attacks, inference, training
+from e2sad_jax._compile import jit
 from e2sad_jax.comparison.request import Request
 from e2sad_jax.data import Dataset
 from e2sad_jax.data.dataset import hold_out
-from e2sad_jax.evaluation import Attack
+from e2sad_jax.evaluation import Attack, in_batches
 from e2sad_jax.runs.classifier import Classifier
 
 FALSE_POSITIVES = 0.05  # of held-out training images, for every detector
@@ -63,6 +64,12 @@ class Base:
     def apply(self, params: Any, x: jax.Array) -> jax.Array:
         """The network: logits `[N, K]`."""
         return self.network.apply(params, x)
+
+    def on_held_out(self, function: Function) -> np.ndarray:
+        """What a function of the network's parameters and images has for those held out, `[m, ...]`."""
+        program, x = jit(function), self.held_out
+        batches = in_batches(lambda full: program(self.network.params, x[full]), np.arange(len(x)), min(250, len(x)))
+        return np.concatenate([np.asarray(values)[: len(places)] for places, values in batches])
 
     def flops(self, function: Function) -> float:
         """FLOPs of a function of the network's parameters and `COUNTED` images."""
@@ -124,9 +131,7 @@ def input_mutation(base: Base) -> Around:
 
 def model_mutation(base: Base) -> Around:
     """Mutants with negated neurons, at the rate that its paper has for MNIST."""
-    labels = np.concatenate(
-        in_parts(lambda params, x: base.apply(params, x).argmax(-1), base.network.params, base.held_out)
-    )
+    labels = base.on_held_out(lambda params, x: base.apply(params, x).argmax(-1))
     mutants = inference.mutants(
         jax.random.key(0),
         base.network.apply,
@@ -223,9 +228,3 @@ def _changes(mutated: jax.Array, own: jax.Array) -> jax.Array:
     likely = jnp.take_along_axis(jax.nn.softmax(mutated), label[None, :, None], -1)[..., 0].mean(0)
     share = (mutated.argmax(-1) != label[None]).mean(0, dtype=likely.dtype)
     return share - (likely - jax.lax.stop_gradient(likely))
-
-
-def in_parts(function: Function, params: Any, x: np.ndarray, size: int = 250) -> list[np.ndarray]:
-    """The arrays that a function has for images, so many at a time."""
-    compiled = jax.jit(function)
-    return [np.asarray(compiled(params, jnp.asarray(x[at : at + size]))) for at in range(0, len(x), size)]

@@ -12,7 +12,7 @@ import numpy as np
 from e2sad_jax import attacks, data, inference
 from e2sad_jax._compile import jit
 from e2sad_jax._io import check_folder, read_json, write_json, write_text
-from e2sad_jax.comparison.around import AROUND, COUNTED, FALSE_POSITIVES, Around, Base, Function, in_parts, inputs
+from e2sad_jax.comparison.around import AROUND, COUNTED, FALSE_POSITIVES, Around, Base, Function, inputs
 from e2sad_jax.comparison.flops import step_flops
 from e2sad_jax.comparison.request import JUDGES, Request
 from e2sad_jax.data import Dataset
@@ -141,7 +141,7 @@ def _of_around(base: Base, name: str, around: Around, tests: Dataset, spent: flo
     _, images = _model(NETWORK, base.network, tests).under(claimed)
     detectors: list[Detector | None] = [None]
     if around.score_fn is not None:
-        scores = np.concatenate(in_parts(around.score_fn, base.network.params, base.held_out))
+        scores = base.on_held_out(around.score_fn)
         limit, spread = inference.threshold(scores, FALSE_POSITIVES), float(scores.std())
         detectors = [Detector(around.score_fn, limit, weight / max(spread, 1e-6)) for weight in WEIGHTS]
     models = [

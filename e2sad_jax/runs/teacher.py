@@ -13,6 +13,7 @@ from e2sad_jax._io import atomic_file
 from e2sad_jax.data import Dataset
 from e2sad_jax.data.npz import read_members
 from e2sad_jax.errors import ConfigError, DataError, WorkdirError
+from e2sad_jax.evaluation import in_batches
 from e2sad_jax.runs.classifier import load
 from e2sad_jax.runs.folder import read_config, steps_in
 from e2sad_jax.training.config import Config
@@ -71,7 +72,8 @@ def keep_logits(folder: pathlib.Path, train_set: Dataset, workdir: pathlib.Path,
     teacher = load(folder)
     ask = jit(lambda images: teacher.logits(teacher.transform.apply(images)).astype(jnp.float32))
     x = train_set.x_train
-    logits = np.concatenate([np.asarray(ask(x[i : i + batch_size])) for i in range(0, len(x), batch_size)])
+    batches = in_batches(lambda full: ask(x[full]), np.arange(len(x)), min(batch_size, len(x)))
+    logits = np.concatenate([np.asarray(some)[: len(places)] for places, some in batches])
     if not np.isfinite(logits).all():
         raise WorkdirError(f"{folder}: its logits of the training images are not finite; choose another --teacher")
     if distributed.is_main():

@@ -95,7 +95,7 @@ def test_flags_in_commands_exist(page, known_flags):
             assert {name if name in known_flags else name.removeprefix("no") for name in given} <= known_flags, line
 
 
-def test_examples_in_docstrings_print_what_they_say():
+def test_examples_in_docstrings_print_what_they_say(unoptimized):
     ran = 0
     for info in pkgutil.walk_packages(e2sad_jax.__path__, "e2sad_jax."):
         result = doctest.testmod(importlib.import_module(info.name))

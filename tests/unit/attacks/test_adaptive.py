@@ -8,6 +8,7 @@ import pytest
 from e2sad_jax import attacks, losses
 from e2sad_jax.evaluation import Attack, Detector, evaluate
 from tests import cited
+from tests.helpers import mostly_slow
 from tests.unit.attacks.helpers import images, size
 from tests.unit.attacks.test_carlini_wagner import cw
 from tests.unit.attacks.test_deepfool import linear, network
@@ -56,8 +57,10 @@ def test_fgsm_of_a_linear_network_behind_rounding_has_the_signs_of_its_weights()
         np.testing.assert_allclose(got - x, 0.25 * jnp.sign(w)[None], atol=1e-6)
 
 
-@pytest.mark.parametrize("bits", [1, 3])
-@pytest.mark.parametrize("name", ["cnn", "linear"])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    mostly_slow([("cnn", 1), ("cnn", 3), ("linear", 1), ("linear", 3)], [("linear", 1), ("linear", 3)]),
+)
 def test_attacks_through_rounding_are_arts(shared, name, bits):
     """FGSM pixel by pixel; PGD, whose signs soon differ, by how many images it fools."""
     nets, want = cited.networks(shared), cited.values(shared, "bpda")
@@ -109,7 +112,7 @@ def test_eot_of_a_quadratic_loss_under_noise_is_the_loss_plus_the_trace():
         z = z + s * jax.vmap(lambda k: jax.random.normal(k, (d,)))(keys)
         return ((z @ a) * z).sum(1)
 
-    value = attacks.eot(KEY, loss, samples=20_000)
+    value = jax.jit(attacks.eot(KEY, loss, samples=20_000))
     want = ((x @ a) * x).sum(1) + s**2 * jnp.trace(a)
     np.testing.assert_allclose(value(x), want, rtol=0.02)
     np.testing.assert_allclose(jax.grad(lambda z: value(z).sum())(x), 2 * x @ a, atol=0.03)

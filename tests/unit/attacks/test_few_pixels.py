@@ -24,6 +24,7 @@ def changed(got: jax.Array, x: jax.Array) -> np.ndarray:
 # --- greedy
 
 
+@fast_to_compile
 def test_of_a_linear_model_it_changes_the_fewest_pixels_that_there_are(shared):
     given, golden = cited.networks(shared), cited.values(shared, "l0_exact")
     f = given.logits["linear"]
@@ -70,7 +71,7 @@ def test_a_pixel_is_all_channels_of_a_place():
         for need, gain in zip(needs, gains, strict=True)
     ]
     assert max(fewest) > 1
-    got = attacks.greedy_l0(f, x, jnp.asarray(y))
+    got = jax.jit(lambda x: attacks.greedy_l0(f, x, y))(x)
     assert (f(got).argmax(1) == 1).all()
     np.testing.assert_array_equal(np.asarray(got != x).any(-1).reshape(5, -1).sum(1), fewest)
 
@@ -78,10 +79,7 @@ def test_a_pixel_is_all_channels_of_a_place():
 # --- differential evolution
 
 
-@pytest.mark.parametrize(
-    ("net", "images", "steps"),
-    mostly_slow([("linear", 4, 20), ("linear", 16, 100), ("cnn", 16, 100)], [("linear", 4, 20)]),
-)
+@pytest.mark.parametrize(("net", "images", "steps"), mostly_slow([("linear", 16, 100), ("cnn", 16, 100)], []))
 def test_one_pixel_comes_near_the_best_of_all_and_never_beyond(net, images, steps, shared):
     """The least probability of the label over 784 places and 16 levels; between the levels the CNN has slightly less."""
     given, golden = cited.networks(shared), cited.values(shared, "onepixel")
@@ -94,7 +92,7 @@ def test_one_pixel_comes_near_the_best_of_all_and_never_beyond(net, images, step
     least, clean = (golden[f"{net}_{of}_probability"][:images] for of in ("16levels_least", "clean"))
     left = np.asarray(jax.nn.softmax(f(got)))[np.arange(images), y]
     assert (left >= least - (2e-6 if net == "linear" else 2e-3)).all()
-    assert ((clean - left >= 0.95 * (clean - least)).mean()) >= (0.9 if steps == 100 else 0.7)
+    assert ((clean - left >= 0.95 * (clean - least)).mean()) >= 0.9
     np.testing.assert_array_equal(changed(got, x), 1)
 
 

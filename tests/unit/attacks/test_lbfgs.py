@@ -14,6 +14,7 @@ from tests.unit.attacks.helpers import size
 from tests.unit.attacks.test_deepfool import stretched
 
 
+@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("c", mostly_slow(["1.0", "0.1", "0.01"], ["0.01"]))
 def test_comes_to_the_one_minimum_of_a_linear_model(c, shared):
     """Of c ||x' - x||^2 + J in [0, 1]; many pixels of the minimum are at a bound."""

@@ -56,7 +56,7 @@ unbounded = pytest.mark.parametrize(
     ],
 )
 EPS = (0.0, 0.01, 8 / 255, 0.3, 2.0)
-PIXELS = (0.0, 1.0, 3.0)
+PIXELS = (0.0, 1.0, 2.0)
 # The sign of rounding noise is arbitrary, so Eq. 7 to the letter is not compared, and need not move.
 COMPARED = [name for name in CASES if name != "second_literal"]
 FROM_ITS_KEY = [name for name in COMPARED if not CASES[name].one_key]
@@ -211,7 +211,7 @@ def test_a_network_of_nan_gives_finite_images(name):
 @pytest.mark.parametrize("eps", [0.05, 0.2])
 def test_raises_the_loss_of_every_image(name, eps):
     """Above the clean margin, and gradients raise it above that of random signs."""
-    x, eps = images(), eps * {"linf": 1, "l2": 3, "l0": 20}[CASES[name].norm]
+    x, eps = images(), eps * {"linf": 1, "l2": 3, "l0": 20 if eps < 0.1 else 10}[CASES[name].norm]
     y = labels(x)
 
     def margin(z: Any) -> np.ndarray:

@@ -10,6 +10,7 @@ from tests import cited
 from tests.unit.defenses.toy import N, batch, close, draw, net
 
 TEMPERATURES = (1, 2, 5, 10, 20, 30, 40, 50, 100)
+pytestmark = pytest.mark.usefixtures("all_unoptimized")
 
 
 def taught(student, teacher, y, **kwargs):

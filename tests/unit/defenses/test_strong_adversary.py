@@ -11,6 +11,7 @@ from tests.unit.defenses.test_points import W, linear, linear_batch, watching
 from tests.unit.defenses.toy import EPS, N, batch, close, draw, net
 
 FLAT = W.reshape(1, 3, 4, 1)
+pytestmark = pytest.mark.usefixtures("all_unoptimized")
 
 
 def trained_at(logits_fn, x, y, **kwargs):

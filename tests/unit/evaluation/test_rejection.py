@@ -9,6 +9,7 @@ import pytest
 
 from e2sad_jax import evaluation
 from e2sad_jax.evaluation import Attack, Detector, diagnosis
+from tests.helpers import mostly_slow
 from tests.unit.evaluation.conftest import linear
 
 EPS, THRESHOLD = 0.1, -0.05
@@ -120,8 +121,11 @@ def test_fooled_here_and_accepted_there_is_not_fooled():
     np.testing.assert_array_equal(result.standing["clean"], x[:, 0, 0, 0] < 0.5)
 
 
-def test_a_detector_that_rejects_nothing_changes_nothing_and_one_that_rejects_all_leaves_nothing_right(problem):
-    suite = [dataclasses.replace(attack, eps=0.02, steps=5) for attack in SUITE]
+@pytest.mark.parametrize("attacks", mostly_slow([2, 3], [2]))
+def test_a_detector_that_rejects_nothing_changes_nothing_and_one_that_rejects_all_leaves_nothing_right(
+    problem, attacks
+):
+    suite = [dataclasses.replace(attack, eps=0.02, steps=5) for attack in SUITE[:attacks]]
     arguments = (linear, problem.w, problem.images, problem.labels)
     plain = evaluation.evaluate(*arguments, suite)
 

@@ -70,16 +70,20 @@ def test_a_gradient_flows_through_noise():
 def test_the_share_of_changes_under_gaussian_noise_has_a_closed_form(shared):
     want, nets = cited.values(shared, "closed_forms"), cited.networks(shared)
     first, second = want["two_classes"]
-    for name, sigma in (("sigma05", 0.5), ("sigma1", 1.0)):
+    samples = 200
 
-        def noisy(keys, x, sigma=sigma):
+    def two(x):
+        return nets.logits["linear"](x)[:, jnp.asarray([first, second])]
+
+    @jax.jit
+    def share(sigma):
+        def noisy(keys, x):
             return x + sigma * jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(keys)
 
-        def two(x):
-            return nets.logits["linear"](x)[:, jnp.asarray([first, second])]
+        return inference.label_change(KEY, noisy, two, nets.x, samples=samples)
 
-        samples = 200
-        got = inference.label_change(KEY, noisy, two, jnp.asarray(nets.x), samples=samples)
+    for name, sigma in (("sigma05", 0.5), ("sigma1", 1.0)):
+        got = share(jnp.float32(sigma))
         rate = want[f"two_class_rate_{name}"]
         assert (np.abs(got - rate) < 4 * np.sqrt(rate * (1 - rate) / samples) + 1 / samples).all()
         assert rate.max() > 0.05

@@ -92,8 +92,10 @@ def test_scores_are_those_of_probabilities_in_float64(shared, name):
 
 @pytest.mark.parametrize(
     ("squeeze", "eps", "before", "after"),
-    [(inference.median, 0.2, 0.6, 0.9), (lambda v: inference.bit_depth(v, 3), 0.2, 0.05, 0.2)],
-    ids=["median", "bits"],
+    [
+        pytest.param(inference.median, 0.2, 0.6, 0.9, marks=pytest.mark.slow, id="median"),
+        pytest.param(lambda v: inference.bit_depth(v, 3), 0.2, 0.05, 0.2, id="bits"),
+    ],
 )
 def test_detectors_by_squeezing_fall_to_attacks_that_evade_them(shared, squeeze, eps, before, after):
     """A detector stops oblivious FGSM, whose images nearly all fool the network, better than the attack that knows it."""

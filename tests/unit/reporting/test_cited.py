@@ -14,7 +14,7 @@ from e2sad_jax.comparison import run as comparison
 from e2sad_jax.comparison.request import Request
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.reporting import provenance
-from tests.unit.reporting.test_comparison import LITTLE
+from tests.unit.reporting.helpers import LITTLE
 
 
 def row(clean, claimed, adaptive):

@@ -1,4 +1,4 @@
-"""The comparison of defenses: one small one from training to picture, the rest on made-up outcomes."""
+"""The comparison of defenses: what is asked, and its runs; one small one from training to picture."""
 
 import contextlib
 import dataclasses
@@ -15,76 +15,18 @@ from e2sad_jax import data, defenses, training
 from e2sad_jax._io import read_sealed, sealed
 from e2sad_jax.comparison import evaluate_model, flops, show
 from e2sad_jax.comparison import run as comparison
-from e2sad_jax.comparison.request import ENTRIES, PARTS, Request, entries, position
+from e2sad_jax.comparison.request import PARTS, Request, entries, position
 from e2sad_jax.comparison.run import run
 from e2sad_jax.errors import ConfigError, NonFiniteError
 from e2sad_jax.reporting import provenance
 from e2sad_jax.runs import trainer
 from e2sad_jax.runs.classifier import load
+from tests.unit.reporting.helpers import LITTLE, no_more, quiet
 from tests.unit.runs.test_folder import damages
-
-LITTLE = {
-    "steps": 3,
-    "batch_size": 16,
-    "validation_examples": 10,
-    "examples": 10,
-    "queries": 5,
-    "apgd_steps": 2,
-    "targets": 1,
-}
-PRICES = {"natural": 1.0, "rs_fgsm": 1.7, "pgd": 3.0, "e2sad": 3.0, "ifgsm": 20.0}
-
-
-def quiet(line):
-    pass
-
-
-def no_more(*args, **kwargs):
-    raise AssertionError("done before")
-
-
-@pytest.fixture
-def standard():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture
-def tiny_data(tiny, monkeypatch):
-    monkeypatch.setattr(data, "load", lambda name, data_dir: tiny)
-    return tiny
-
-
-@pytest.fixture
-def prices(monkeypatch):
-    """Prices by defense, so that nothing is compiled."""
-    monkeypatch.setattr(comparison, "step_flops", lambda config, *about: PRICES[config.defense])
-    monkeypatch.setattr(flops, "step_flops", lambda config, *about: PRICES[config.defense])
-
-
-@pytest.fixture
-def made_up(prices, monkeypatch):
-    """Outcomes without training: robust accuracy by defense and seed. Returns the settings that were asked for."""
-    seen = []
-
-    def made(request, config, dataset):
-        seen.append(config)
-        if config.defense == "ifgsm" and config.seed:
-            raise NonFiniteError("step 7: loss=nan")
-        robust = PRICES[config.defense] / 40 + 0.1 * config.seed
-        last = {"step": config.steps, "clean": 0.9, "after": {}, "robust": robust}
-        best = {**last, "step": config.steps - 1, "robust": robust + 0.05} if config.defense == "pgd" else last
-        asked = evaluate_model.question(request, dataset)
-        about = {"asked": asked, "seed": config.seed, "eps": config.eps1, "images": 10, "workdir": config.workdir}
-        return {**about, "last": last, "best": best, "chosen_on": "10 held-out images", "train_seconds": 1.0}
-
-    monkeypatch.setattr(comparison, "evaluate_model", made)
-    monkeypatch.setattr(comparison, "plot", lambda path, result: None)
-    return seen
 
 
 @pytest.mark.slow
-def test_models_are_trained_attacked_once_and_shown(little, tiny_data, tmp_path, monkeypatch, standard):
+def test_models_are_trained_attacked_once_and_shown(little, tiny_data, tmp_path, monkeypatch, standard_promotion):
     scores = {"natural": {1: 0.0, 2: 1.0, 3: 1.0}, "rs_fgsm": {1: 0.0, 2: 2.0, 3: 1.0}}
     monkeypatch.setattr(
         trainer, "validate", lambda run, state, stop: {"score": scores[run.config.defense][int(state.step)]}
@@ -167,28 +109,15 @@ def test_an_outcome_counts_for_its_own_question_alone(tiny, tmp_path, capsys):
         assert evaluate_model.known_outcome(path, asked, 3) == {}
 
 
-def test_nan_logits_are_said_in_the_table_and_its_lines(tiny_data, made_up, monkeypatch, tmp_path):
-    said, lines, made = "2 of 10 images have NaN logits: they count as misclassified", [], comparison.evaluate_model
-
-    def broken(request, config, dataset):
-        outcome = made(request, config, dataset)
-        return {**outcome, "last": {**outcome["last"], "nan": said if config.defense == "natural" else ""}}
-
-    monkeypatch.setattr(comparison, "evaluate_model", broken)
-    paths = {"workdir": str(tmp_path / "runs"), "results": str(tmp_path)}
-    run(Request(entry=("natural", "RS-FGSM"), data="tiny.npz", **paths, **LITTLE), lines.append)
-    assert f"natural: last checkpoint, seed 0: {said}" in lines
-    assert f"- natural: last checkpoint, seed 0: {said}." in (tmp_path / "compare.md").read_text()
-    assert sum("NaN" in line for line in lines) == 1
-
-
 def test_other_data_makes_other_runs(tmp_path):
     request = Request(entry=("natural",), data="a.npz", workdir=str(tmp_path), **LITTLE)
     (a,), (b,) = (dataclasses.replace(request, data=name).configs("natural") for name in ("a.npz", "b.npz"))
     assert a.workdir != b.workdir
 
 
-def test_held_out_images_are_attacked_to_choose_settings(tiny_data, tmp_path, prices, monkeypatch, little, standard):
+def test_held_out_images_are_attacked_to_choose_settings(
+    tiny_data, tmp_path, prices, monkeypatch, little, standard_promotion
+):
     seen = []
 
     def attacked(config, which, images, labels, stages):
@@ -263,130 +192,6 @@ def test_a_folder_of_results_that_is_none_is_refused_before_anything_is_trained(
         run(request, quiet)
 
 
-def test_rows_not_asked_for_again_stay_with_their_origin(tiny_data, tmp_path, made_up, monkeypatch):
-    paths = {"workdir": str(tmp_path / "runs"), "results": str(tmp_path)}
-    request = Request(entry=("RS-FGSM",), data="tiny.npz", **paths, **LITTLE)
-    natural = dataclasses.replace(request, entry=("natural",))
-    (rs_fgsm,) = run(request, quiet)["rows"]
-    result = run(natural, quiet)
-    assert [row["name"] for row in result["rows"]] == ["natural", "RS-FGSM"]
-    kept = result["rows"][1]
-    assert {**kept, "origin": 0} == {**rs_fgsm, "origin": 0}
-    assert kept["origin"]["command"] == result["command"]
-    assert json.loads((tmp_path / "compare.json").read_text())["rows"] == result["rows"]
-    then = {**kept["origin"], "environment": {**result["environment"], "date": "then"}}
-    page = show.markdown({**result, "rows": [result["rows"][0], {**kept, "origin": then}]})
-    assert page.count("- Trained and attacked: `") == 2
-    assert "Trained at commit" not in page
-    assert ", then, commit " in page
-    assert ": RS-FGSM.\n" in page
-
-    again = run(request, quiet)
-    assert [row["name"] for row in again["rows"]] == ["natural", "RS-FGSM"]
-    assert "origin" not in again["rows"][1], "asked for, so its own"
-    monkeypatch.chdir(tmp_path)
-    moved = dataclasses.replace(natural, workdir="runs", results=".", data_dir="elsewhere")
-    assert len(run(moved, quiet)["rows"]) == 2, "wherever it lies"
-
-
-def test_rows_may_have_numbers_of_seeds_of_their_own(tiny_data, tmp_path, made_up):
-    """Three for the leading ones, one for the others, in one table."""
-    one = Request(entry=("natural", "RS-FGSM"), data="tiny.npz", workdir=str(tmp_path), **LITTLE)
-    run(one, quiet)
-    result = run(dataclasses.replace(one, entry=("RS-FGSM",), seeds=3), quiet)
-    assert [(row["name"], row["seeds"], len(row["runs"])) for row in result["rows"]] == [
-        ("natural", 1, 1),
-        ("RS-FGSM", 3, 3),
-    ]
-    page = show.markdown(result)
-    assert "1 to 3 seeds, " in page
-    (natural,) = (line for line in page.splitlines() if line.startswith("| natural"))
-    (rs_fgsm,) = (line for line in page.splitlines() if line.startswith("| RS-FGSM"))
-    assert (natural.count(" .. "), rs_fgsm.count(" .. ")) == (0, 2)
-    assert "At most 3 seeds." in show.card(result)
-
-
-def test_rows_of_another_question_are_left_out(tiny_data, tmp_path, made_up, monkeypatch, capsys):
-    request = Request(entry=("RS-FGSM",), data="tiny.npz", workdir=str(tmp_path), **LITTLE)
-    natural = dataclasses.replace(request, entry=("natural",))
-
-    def names(asked, say=quiet):
-        run(request, quiet)
-        return [row["name"] for row in run(asked, say)["rows"]]
-
-    assert names(natural) == ["natural", "RS-FGSM"]
-    said = []
-    with monkeypatch.context() as changed:
-        run(request, quiet)
-        changed.setattr(data, "load", lambda *args: dataclasses.replace(tiny_data, x_test=255 - tiny_data.x_test))
-        assert [row["name"] for row in run(natural, said.append)["rows"]] == ["natural"], "other test images"
-    assert said[0].startswith("RS-FGSM: an earlier row, of other images")
-    with monkeypatch.context() as changed:
-        run(request, quiet)
-        recipe = {**ENTRIES, "RS-FGSM": {"defense": "rs_fgsm", "attack_step_size": 0.5}}
-        changed.setattr("e2sad_jax.comparison.request.ENTRIES", recipe)
-        assert [row["name"] for row in run(natural, quiet)["rows"]] == ["natural"], "another recipe by now"
-    assert names(dataclasses.replace(natural, queries=6)) == ["natural"], "other attacks, another table"
-    (tmp_path / "compare.json").write_text("{}")
-    capsys.readouterr()
-    assert [row["name"] for row in run(natural, quiet)["rows"]] == ["natural"]
-    assert "compare.json is unusable" in capsys.readouterr().err
-
-
-def test_show_counts_prices_again_and_keeps_the_rows(tiny_data, tmp_path, made_up, monkeypatch):
-    request = Request(entry=("RS-FGSM", "PGD-3"), data="tiny.npz", workdir=str(tmp_path), **LITTLE)
-    before = run(request, quiet)
-    assert [row["flops"] for row in before["rows"]] == [3 * 1.7, 3 * 3.0]
-    monkeypatch.setitem(PRICES, "pgd", 1.2)
-    monkeypatch.setattr(comparison, "evaluate_model", no_more)
-    monkeypatch.setattr(data, "load", no_more)
-    after = run(Request(show=True, results=str(tmp_path)), quiet)
-    assert [(row["name"], row["flops"]) for row in after["rows"]] == [("PGD-3", 3 * 1.2), ("RS-FGSM", 3 * 1.7)]
-    assert after["natural_step_flops"] == 1.0, "though natural training is no row"
-    for key in ("request", "environment", "command", "attacks"):
-        assert after[key] == json.loads(json.dumps(before))[key]
-    trained = {row["name"]: row["runs"] for row in before["rows"]}
-    assert {row["name"]: row["runs"] for row in after["rows"]} == trained
-    assert json.loads((tmp_path / "compare.json").read_text()) == json.loads(json.dumps(after))
-    assert "| PGD-3 | 0.900 | 0.075 | 3 | 0.900 | 0.125 | 2 | 3.6 | 1.20 |" in (tmp_path / "compare.md").read_text()
-    with pytest.raises(ConfigError, match=r"has no compare\.json; leave out --show"):
-        run(Request(show=True, results=str(tmp_path / "none")), quiet)
-    (tmp_path / "compare.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"compare\.json is unusable"):
-        run(Request(show=True, results=str(tmp_path)), quiet)
-
-
-def test_the_table_and_card_of_one_seed_and_of_several(tiny_data, tmp_path, made_up):
-    names = ("natural", "PGD-3", "IFGSM-30 (Eq. 3)")
-    one = run(Request(entry=names, data="tiny.npz", workdir=str(tmp_path / "1"), **LITTLE), quiet)
-    page = show.markdown(one)
-    assert page.startswith("# Robust accuracy against the price of training\n\n| defense | clean | robust | steps |")
-    assert ".." not in page.split("\n- ")[0], "no range of one seed"
-    assert "| PGD-3 | 0.900 | 0.075 | 3 | 0.900 | 0.125 | 2 | 9 | 3.00 |" in page
-    assert (
-        "network `digits_cnn`, 3 steps of 16, 1 seed, soft labels (delta 0.25), budget of training 1.1 eps, "
-        "learning rate 0.005 (cyclic)" in page
-    )
-    assert "APGD-CE (2 steps), Square (5 queries); one restart each, eps 0.3" in page, "three classes: no DLR"
-    assert "under PGD-10 on 10 held-out images" in page
-    assert "- FLOPs: XLA's count for the CPU, JAX " in page
-    card = show.card(one)
-    assert "`digits_cnn`, 3 of them: natural; PGD-3; IFGSM-30 (Eq. 3)." in card
-    assert f"SHA-256 of the content `{tiny_data.sha256[:16]}...`" in card
-    assert f"Command:** `{one['command']}`" in card
-    assert "One seed. The standard error of an accuracy on 10 images is up to 0.158." in card
-    assert "from 0.025 to 0.500 (IFGSM-30 (Eq. 3))." in card
-
-    said = []
-    two = run(Request(entry=names, data="tiny.npz", seeds=2, workdir=str(tmp_path / "2"), **LITTLE), said.append)
-    page = show.markdown(two)
-    assert "| robust (lowest .. highest) |" in page
-    assert "| PGD-3 | 0.900 | 0.125 (0.075 .. 0.175) | 3 | 0.900 | 0.175 (0.125 .. 0.225) | 2 |" in page
-    assert "| IFGSM-30 (Eq. 3) (1 of the seeds diverged) | 0.900 | 0.500 (0.500 .. 0.500) |" in page
-    assert "IFGSM-30 (Eq. 3), seed 1: step 7: loss=nan" in said
-    assert "At most 2 seeds." in show.card(two)
-
-
 def test_every_run_diverged(tiny_data, tmp_path, made_up, monkeypatch):
     def diverged(*args):
         raise NonFiniteError("step 1: loss=nan")
@@ -394,94 +199,6 @@ def test_every_run_diverged(tiny_data, tmp_path, made_up, monkeypatch):
     monkeypatch.setattr(comparison, "evaluate_model", diverged)
     with pytest.raises(NonFiniteError, match="every run diverged"):
         run(Request(entry=("natural",), data="tiny.npz", workdir=str(tmp_path), **LITTLE), quiet)
-
-
-@pytest.mark.parametrize("how", ["by price", "equal_flops", "parts"])
-def test_the_picture(how, tiny_data, tmp_path, made_up, monkeypatch):
-    figures = []
-    monkeypatch.setattr(show.plots, "save", lambda path, figure, dpi: figures.append(figure))
-    request = Request(
-        **({"entry": ("natural", "PGD-3", "e2SAD, robust")} if how != "parts" else {"parts": True}),
-        **{"data": "tiny.npz", "workdir": str(tmp_path), "equal_flops": how == "equal_flops", **LITTLE, "seeds": 2},
-    )
-    result = run(request, quiet)
-    show.plot(tmp_path / "compare.png", result)
-    (axes,) = figures[-1].axes
-    figures[-1].draw_without_rendering()
-    title, whole = (figures[-1]._suptitle or axes._left_title).get_window_extent(), figures[-1].bbox
-    assert whole.x0 <= title.x0 < title.x1 <= whole.x1, "the title is there as a whole"
-    marked = [line for line in axes.lines if line.get_marker() != "None"]
-    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in marked]
-    rows = [row["last"] for row in result["rows"]]
-    robust = [row["robust"] for row in rows]
-    if how == "parts":
-        assert [x for x, _ in points] == robust
-        names = [label.get_text() for label in axes.get_yticklabels()]
-        assert names[:3] == ["natural (1.00)", "e2SAD, robust (3.00)", "no memory (3.00)"]
-        return
-    assert points == [(1.0, robust[0]), (3.0, robust[1]), (3.0, robust[2])]
-    assert {text.get_text() for text in axes.texts} == {"natural", "PGD-3", "e2SAD, robust"}
-    assert axes.get_xscale() == "log"
-    frontier, *bars = (line for line in axes.lines if line not in marked)
-    assert list(frontier.get_ydata())[:2] == [robust[0], max(robust)], "the best at each price or below it"
-    assert [tuple(bar.get_ydata()) for bar in bars] == [(row["lowest"], row["highest"]) for row in rows]
-    assert any(row["lowest"] < row["highest"] for row in rows)
-    steps = {row["name"]: row["last"]["steps"][0] for row in result["rows"]}
-    assert how == "by price" or steps == {"natural": 9, "PGD-3": 3, "e2SAD, robust": 3}, "what the same FLOPs buy"
-    for row, high in zip(result["rows"], (0.0, 0.93, 0.97), strict=True):
-        row["last"] |= {"robust": high, "lowest": high, "highest": min(high + 0.01, 1)}
-    show.plot(tmp_path / "compare.png", result)
-    (axes,) = figures[-1].axes
-    heights = axes.transData.transform([(1, y) for y in (0, 0.03, 0.93, 0.97, 0.98)])[:, 1]
-    assert (np.diff(heights) > 0).all()
-    assert heights[3] - heights[2] > 5 * (heights[1] - heights[0]), "high accuracies have more room"
-    assert axes.get_ylim()[0] < 0
-    assert 0.98 < axes.get_ylim()[1] <= 1
-    result["rows"][0]["last"] |= {"robust": 0.9, "lowest": 0.88, "highest": 0.91}
-    show.plot(tmp_path / "compare.png", result)
-    (axes,) = figures[-1].axes
-    assert 0.8 < axes.get_ylim()[0] < 0.88, "no room for accuracies that no row has"
-    assert len(axes.get_yticks()) > 5
-
-
-def test_rows_of_a_file_older_than_a_setting_count_where_it_did_what_was_done_then(tiny_data, tmp_path, made_up):
-    request = Request(
-        entry=("natural",), data="tiny.npz", workdir=str(tmp_path), **{**LITTLE, "delta": 0.0, "eps_scale": 1.0}
-    )
-    before = run(request, quiet)
-    for name in ("delta", "eps_scale", "ema", "last_only"):
-        del before["request"][name]
-    for asked, names in (
-        (dataclasses.replace(request, entry=("RS-FGSM",)), ["natural", "RS-FGSM"]),
-        (dataclasses.replace(request, entry=("RS-FGSM",), delta=0.25), ["RS-FGSM"]),
-    ):
-        (tmp_path / "compare.json").write_text(json.dumps(before))
-        assert [row["name"] for row in run(asked, quiet)["rows"]] == names
-
-
-def test_models_that_were_trained_or_attacked_at_another_commit_say_so(tiny_data, tmp_path, made_up, monkeypatch):
-    """A run that is found is not the work of the command that found it; a resumed one has several commits."""
-    here = comparison.provenance.environment()["commit"]
-    at = {"natural": [here], "rs_fgsm": ["b" * 40, here]}
-    monkeypatch.setattr(
-        comparison,
-        "read_training",
-        lambda workdir: [{"commit": commit} for commit in at["natural" if "natural" in workdir.name else "rs_fgsm"]],
-    )
-    whole = comparison.evaluate_model
-
-    def made(request, config, dataset):
-        outcome = whole(request, config, dataset)
-        known = {} if config.defense == "natural" else {"commit": "a" * 40}
-        return {**outcome, "last": {**outcome["last"], **known}}
-
-    monkeypatch.setattr(comparison, "evaluate_model", made)
-    asked = Request(entry=("natural", "RS-FGSM"), data="tiny.npz", workdir=str(tmp_path), **LITTLE)
-    result = run(asked, quiet)
-    for page, before in ((show.markdown(result), "- "), (show.card(result), "- **Other commits:** ")):
-        assert f"{before}Trained at commit {'b' * 40}: RS-FGSM.\n" in page
-        assert f"{before}Attacked at commit {'a' * 40}: RS-FGSM.\n" in page
-        assert page.count("at commit") == 2
 
 
 def test_with_equal_flops_all_spend_what_e2sad_does(prices, monkeypatch):

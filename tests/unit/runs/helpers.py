@@ -1,13 +1,16 @@
-"""A small run: a linear network on three classes of 50 images, a few steps, a folder of its own."""
+"""A small run: a linear network on three classes of 50 images, a few steps, a folder of its own; and its training."""
 
+import json
 import pathlib
 from collections.abc import Callable
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from e2sad_jax import networks, training
+from e2sad_jax.runs import trainer
 from e2sad_jax.training import Config, configure
 
 SHAPE = (8, 8, 1)
@@ -49,3 +52,50 @@ def stop_after(times: int, number: int = 15) -> Callable[[], int]:
         return number if asked >= times else 0
 
     return stop
+
+
+def never() -> int:
+    return 0
+
+
+def train(config, dataset, stop=never) -> training.TrainState:
+    with trainer.open_run(config, dataset) as run:
+        return trainer.train(run, stop)[0]
+
+
+def losses(workdir) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def same(a: training.TrainState, b: training.TrainState) -> None:
+    chex.assert_trees_all_equal(jax.random.key_data(a.key), jax.random.key_data(b.key))
+    chex.assert_trees_all_equal(a.replace(key=None), b.replace(key=None))
+
+
+def fit_with(monkeypatch, at: int, do) -> None:
+    """Training that does something before the metrics of a step are recorded; `do` may return other metrics."""
+    real = training.fit
+
+    def fit(*args, record, **kwargs):
+        def recording(step, metrics, count):
+            if step == at:
+                with jax.transfer_guard("allow"):
+                    metrics = do(metrics) or metrics
+            record(step, metrics, count)
+
+        return real(*args, record=recording, **kwargs)
+
+    monkeypatch.setattr(trainer, "fit", fit)
+
+
+def members(tmp_path, **changes):
+    own = [{"seed": 3}, {"seed": 3, "lam": 1.0}, {"seed": 4, "eps1": 0.2}]
+    common = {"defense": "e2sad", "eps1": 0.1, "eps2": 0.05, **changes}
+    return [config_of(tmp_path / f"run{i}", **{**common, **values}) for i, values in enumerate(own)]
+
+
+def train_together(configs, dataset, stop=never):
+    with trainer.open_runs(configs, dataset) as runs:
+        trainer.train_together(runs, stop)
+        return [run.restore() for run in runs]

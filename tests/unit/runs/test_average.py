@@ -17,9 +17,8 @@ from e2sad_jax.runs.checkpoint import Checkpoints
 from e2sad_jax.runs.classifier import load
 from e2sad_jax.runs.folder import write_config
 from e2sad_jax.runs.run import train_and_report
-from tests.unit.runs.helpers import config_of, stop_after
+from tests.unit.runs.helpers import config_of, never, same, stop_after, train
 from tests.unit.runs.test_run import predictions, saved
-from tests.unit.runs.test_trainer import never, same, train
 
 EMA = 0.9
 KEYS = {"clean", "robust", "average_clean", "average_robust", "averaged", "score"}

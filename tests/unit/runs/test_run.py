@@ -12,8 +12,7 @@ import e2sad_jax
 from e2sad_jax.errors import ConfigError, DeviceError, OutOfMemoryError, Stopped, WorkdirError
 from e2sad_jax.runs import run, trainer
 from e2sad_jax.runs.run import train_and_report, train_with_baseline
-from tests.unit.runs.helpers import config_of
-from tests.unit.runs.test_trainer import fit_with
+from tests.unit.runs.helpers import config_of, fit_with
 
 ATTACKS = ["clean", "FGSM 0.3"]
 

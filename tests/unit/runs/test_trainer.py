@@ -1,4 +1,4 @@
-"""Training of runs: resumed bit for bit, validated, together, and what ends it names the checkpoint and the remedy."""
+"""Training of runs: opened, resumed bit for bit, validated, together."""
 
 import dataclasses
 import json
@@ -6,28 +6,16 @@ import os
 import pathlib
 import shutil
 import signal
-import time
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from e2sad_jax import errors, training
-from e2sad_jax._io import LOCK, read_sealed, sealed, write_json
 from e2sad_jax.errors import (
     BusyError,
-    CheckpointError,
     ConfigError,
     DataError,
-    DeviceError,
-    Error,
-    GoneError,
-    LostProcessError,
-    NonFiniteError,
-    OutOfMemoryError,
     WorkdirError,
 )
 from e2sad_jax.evaluation import Attack
@@ -35,28 +23,7 @@ from e2sad_jax.runs import signals, trainer
 from e2sad_jax.runs.classifier import load
 from e2sad_jax.runs.folder import read_training, steps_in
 from tests.helpers import count_compilations
-from tests.unit.runs.helpers import config_of, stop_after
-from tests.unit.runs.test_checkpoint import full
-
-
-def never() -> int:
-    return 0
-
-
-def train(config, dataset, stop=never) -> training.TrainState:
-    with trainer.open_run(config, dataset) as run:
-        return trainer.train(run, stop)[0]
-
-
-def losses(workdir) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
-
-
-def same(a: training.TrainState, b: training.TrainState) -> None:
-    chex.assert_trees_all_equal(jax.random.key_data(a.key), jax.random.key_data(b.key))
-    chex.assert_trees_all_equal(a.replace(key=None), b.replace(key=None))
-
+from tests.unit.runs.helpers import config_of, losses, members, never, same, stop_after, train, train_together
 
 # Opening.
 
@@ -336,143 +303,7 @@ def test_the_best_is_named_with_what_chose_it(scores, tiny, tmp_path):
         assert run.best() == (10, "10 held-out images"), "of equals the later"
 
 
-# What ends a run.
-
-
-def fit_with(monkeypatch, at: int, do) -> None:
-    """Training that does something before the metrics of a step are recorded; `do` may return other metrics."""
-    real = training.fit
-
-    def fit(*args, record, **kwargs):
-        def recording(step, metrics, count):
-            if step == at:
-                with jax.transfer_guard("allow"):
-                    metrics = do(metrics) or metrics
-            record(step, metrics, count)
-
-        return real(*args, record=recording, **kwargs)
-
-    monkeypatch.setattr(trainer, "fit", fit)
-
-
-def test_a_loss_that_is_not_finite_names_step_checkpoint_and_remedy(scores, tiny, tmp_path, monkeypatch):
-    fit_with(monkeypatch, 8, lambda metrics: {**metrics, "loss": jnp.float32(jnp.nan)})
-    words = r"step 8: loss=nan; training stopped, the checkpoint of step 5 stays in .* Try a lower --learning_rate"
-    with pytest.raises(NonFiniteError, match=words) as caught:
-        train(config_of(tmp_path), tiny)
-    assert caught.value.exit_code == 3
-    assert load(tmp_path).step == 5
-
-
-def test_no_checkpoint_of_a_broken_update_replaces_a_good_one(scores, tiny, tmp_path):
-    """The first update already ruins the network, and its loss, taken before, is finite."""
-    config = config_of(tmp_path, steps=1)
-    train(config, tiny)
-    broken = dataclasses.replace(config, steps=4, checkpoint_every=1, learning_rate=1e38)
-    values = read_sealed(tmp_path / "config.json")
-    values["config"]["learning_rate"] = 1e38  # as if it had got there by itself
-    write_json(tmp_path / "config.json", sealed(values))
-    with pytest.raises(NonFiniteError, match=r"step 2.*not finite.*checkpoint of step 1 stays"):
-        train(broken, tiny)
-    assert np.isfinite(load(tmp_path)(np.zeros((2, 8, 8, 1), np.uint8))).all()
-
-
-def test_a_full_disk_keeps_what_was_saved_and_with_room_again_the_run_resumes(scores, tiny, tmp_path, monkeypatch):
-    config, save = config_of(tmp_path), ocp.CheckpointManager.save
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            ocp.CheckpointManager, "save", lambda self, step, **k: full() if step > 5 else save(self, step, **k)
-        )
-        with pytest.raises(CheckpointError, match=errors.FULL) as caught:
-            train(config, tiny)
-    assert caught.value.exit_code == 1
-    assert load(tmp_path).step == 5
-    assert int(train(config, tiny).step) == 12
-
-
-def between_checkpoints(workdir, do):
-    """Does something when the checkpoint of step 5 is whole."""
-
-    def doing(metrics):
-        while not steps_in(workdir):
-            time.sleep(0.01)
-        do()
-
-    return doing
-
-
-def test_a_workdir_that_is_deleted_is_named_and_not_made_anew(scores, tiny, tmp_path, monkeypatch):
-    workdir = tmp_path / "w"
-    fit_with(monkeypatch, 8, between_checkpoints(workdir, lambda: shutil.rmtree(workdir)))
-    with pytest.raises(GoneError, match="was deleted or moved while the run was at work in it"):
-        train(config_of(workdir), tiny)
-    assert not workdir.exists()
-
-
-def test_a_lock_file_deleted_under_a_run_does_not_end_it(scores, tiny, tmp_path, monkeypatch):
-    fit_with(monkeypatch, 8, between_checkpoints(tmp_path, (tmp_path / LOCK).unlink))
-    assert int(train(config_of(tmp_path), tiny).step) == 12
-
-
-@pytest.mark.parametrize(
-    ("raised", "kind", "words"),
-    [
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), OutOfMemoryError, r"--batch_size \(now 16\)"),
-        (MemoryError(), OutOfMemoryError, r"--eval_batch_size \(now 250\)"),
-        (jax.errors.JaxRuntimeError("UNAVAILABLE: lost"), DeviceError, "look at the device .* JAX_PLATFORMS=cpu"),
-        (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: a bug"), jax.errors.JaxRuntimeError, "INVALID_ARGUMENT: a bug"),
-    ],
-)
-def test_memory_and_devices_are_named_with_step_checkpoint_and_remedy(
-    raised, kind, words, scores, tiny, tmp_path, monkeypatch
-):
-    def fail(metrics):
-        raise raised
-
-    with monkeypatch.context() as patch:
-        fit_with(patch, 8, fail)
-        with pytest.raises(kind, match=words) as caught:
-            train(config_of(tmp_path), tiny)
-    if isinstance(caught.value, Error):
-        assert caught.value.exit_code == {OutOfMemoryError: 6, DeviceError: 7}[kind]
-        assert caught.match(r"in training, after step [567] \(.*\); the checkpoint of step 5 is intact in")
-    assert load(tmp_path).step == 5
-
-
-@pytest.mark.parametrize(
-    ("several", "cause", "kind"),
-    [
-        (True, jax.errors.JaxRuntimeError("AllGather failed"), LostProcessError),
-        (False, jax.errors.JaxRuntimeError("AllGather failed"), CheckpointError),
-        (True, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), CheckpointError),
-        (True, OSError("no space left on device"), CheckpointError),
-    ],
-)
-def test_a_process_lost_while_a_checkpoint_is_written_is_a_lost_process(
-    several, cause, kind, tiny, tmp_path, monkeypatch
-):
-    def fit(*args, **kwargs):
-        monkeypatch.setattr("e2sad_jax.distributed.is_multiprocess", lambda: several)
-        raise CheckpointError("cannot write a checkpoint") from cause
-
-    monkeypatch.setattr(trainer, "fit", fit)
-    with trainer.open_run(config_of(tmp_path), tiny) as run, pytest.raises(kind):
-        trainer.train(run, never)
-
-
 # Several runs in one step.
-
-
-def members(tmp_path, **changes):
-    own = [{"seed": 3}, {"seed": 3, "lam": 1.0}, {"seed": 4, "eps1": 0.2}]
-    common = {"defense": "e2sad", "eps1": 0.1, "eps2": 0.05, **changes}
-    return [config_of(tmp_path / f"run{i}", **{**common, **values}) for i, values in enumerate(own)]
-
-
-def train_together(configs, dataset, stop=never):
-    with trainer.open_runs(configs, dataset) as runs:
-        trainer.train_together(runs, stop)
-        return [run.restore() for run in runs]
 
 
 @pytest.mark.slow
@@ -489,18 +320,3 @@ def test_runs_train_together_and_one_left_behind_catches_up(scores, tiny, tmp_pa
         np.testing.assert_allclose([loss for _, loss in together], [loss for _, loss in alone], atol=1e-5)
     segments = read_training(tmp_path / "run0")
     assert [(s["from_step"], s["to_step"], s["runs_together"]) for s in segments] == [(0, 5, 1), (5, 12, 3)]
-
-
-@pytest.mark.slow
-def test_one_of_several_that_diverges_is_named_by_its_place_among_all(scores, tiny, tmp_path, monkeypatch):
-    train_together(members(tmp_path, steps=5)[:2], tiny)  # the third is left behind
-    with monkeypatch.context() as patch:
-        fit_with(patch, 2, lambda metrics: {**metrics, "loss": jnp.full_like(metrics["loss"], jnp.nan)})
-        with pytest.raises(NonFiniteError, match=r"step 2: loss=nan") as caught:
-            train_together(members(tmp_path), tiny)
-        assert caught.value.member == 2
-    train_together(members(tmp_path, steps=5), tiny)
-    fit_with(monkeypatch, 7, lambda metrics: {**metrics, "loss": metrics["loss"].at[1].set(jnp.inf)})
-    with pytest.raises(NonFiniteError, match=r"step 7 of run1: loss=inf") as caught:
-        train_together(members(tmp_path), tiny)
-    assert caught.value.member == 1
