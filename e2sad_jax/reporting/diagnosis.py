@@ -62,6 +62,11 @@ def tables(result: Result) -> list[Table]:
                 ],
             )
         )
+    if more := result.get("more"):
+        rows = [[row["attack"], row["norm"], f"{row['eps']:.4g}", _accuracy(row["accuracy"])] for row in more]
+        found.append(
+            Table(title=f"More attacks ({n:,} images)", columns=["attack", "norm", "budget", "accuracy"], rows=rows)
+        )
     rows = [
         [
             check["name"],
