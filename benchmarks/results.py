@@ -132,7 +132,7 @@ QUESTIONS = (
     Question(
         "And for four times as many FLOPs, on all test images?",
         *("mnist_long/compare.md", "mnist_long/compare.json"),
-        _robust("e2SAD, robust", "PGD-3"),
+        _robust("e2SAD, robust", "ATTA-2", "PGD-3"),
     ),
     Question(
         "What does the second point of e2SAD add? (held-out images)",

@@ -168,7 +168,7 @@ def _nearest(model: Model, apply: Function, detector: Detector | None) -> dict[s
     x, y = jnp.asarray(model.images[right]), jnp.asarray(model.labels[right])
 
     @jit
-    def attack(params: Any) -> jax.Array:
+    def attack(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         def constraint(z: jax.Array) -> jax.Array:
             assert detector is not None
             return detector.weight * (detector.score_fn(params, z) - detector.threshold)
@@ -179,7 +179,7 @@ def _nearest(model: Model, apply: Function, detector: Detector | None) -> dict[s
         )
 
     made = np.array(model.images)
-    made[right] = np.asarray(attack(model.params))
+    made[right] = np.asarray(attack(model.params, x, y))
     fooled = right[~model.right_on(made)[right]]
     lengths = np.sqrt(np.square(made - model.images)[fooled].reshape(len(fooled), -1).sum(1))
     return {"fooled": len(fooled) / max(len(right), 1), "l2": float(np.median(lengths)) if len(fooled) else 0.0}

@@ -136,7 +136,7 @@ NAMED = {
         ("docs/e2sad.md", 3, "e2sad_ablation", 12),
         ("docs/e2sad.md", 4, "defenses_mnist", 7),
         ("docs/e2sad.md", 5, "mnist_short", 11),
-        ("docs/e2sad.md", 6, "mnist_long", 2),
+        ("docs/e2sad.md", 6, "mnist_long", 3),
     ],
 )
 def test_the_numbers_of_every_defense_are_those_of_the_comparison(page, number, folder, rows):
