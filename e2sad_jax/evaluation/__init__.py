@@ -29,6 +29,7 @@ from e2sad_jax.evaluation.grey import quantize
 from e2sad_jax.evaluation.masking import Check
 from e2sad_jax.evaluation.model import Model, of_classifier, of_function
 from e2sad_jax.evaluation.programs import in_batches
+from e2sad_jax.evaluation.verification import Verification, verify
 
 __all__ = [
     "FAB",
@@ -43,6 +44,7 @@ __all__ = [
     "Model",
     "Outcome",
     "Outcomes",
+    "Verification",
     "auto",
     "diagnose",
     "evaluate",
@@ -53,4 +55,5 @@ __all__ = [
     "predict",
     "quantize",
     "transfer",
+    "verify",
 ]

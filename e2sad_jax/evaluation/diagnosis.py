@@ -13,6 +13,7 @@ from e2sad_jax.evaluation.attack import Attack
 from e2sad_jax.evaluation.autoattack import FAB, STAGES
 from e2sad_jax.evaluation.evaluator import Outcome, Progress, nan_logits
 from e2sad_jax.evaluation.model import Model
+from e2sad_jax.evaluation.verification import verify
 
 FORMAT = 2  # of evaluation.json
 _GRADIENTS = 2  # that the checks take per image: at it and at a point of its ball
@@ -102,8 +103,8 @@ def diagnose(
     Returns:
       What evaluation.json holds: curves, worst case, checks and verdict. Every accuracy has its attack, steps, restarts and
       number of images with it. `robust` is the accuracy on the worst image of each, of all that were found within `eps`, by
-      the forward pass of the clean accuracy. With `keep`, `worst_images` has them, `[N, ...]`: one that fools the model, or
-      that of the highest margin.
+      the forward pass of the clean accuracy and by one in batches of another size; `verified` is what `verify` says of those
+      images. With `keep`, `worst_images` has them, `[N, ...]`: one that fools the model, or that of the highest margin.
 
     Raises:
       ValueError: if `eps` is no number above 0, `norm` is unknown, the model's `bounds` are not finite, or `substitute` has
@@ -192,7 +193,8 @@ def diagnose(
             else:
                 white_box = white_box & after
             before = result.standing[stage.name]
-    robust = model.right_on(worst.images)
+    verified = verify(model, worst.images, eps=eps, norm=norm)
+    robust = ~verified.fooled
     fallen = fallen | ~np.all([white_box, *black_box.values()], axis=0)
     if effort.worst_case:
         worst_case = {
@@ -222,6 +224,7 @@ def diagnose(
         "clean": outcome.accuracy,
         **({} if outcome.rejected is None else {"rejected": float(outcome.rejected.mean())}),
         "robust": float(robust.mean()),
+        "verified": verified.as_dict(),
         "overturned": int((fallen & robust).sum()),  # fooled within an attack's program, not by the clean forward pass
         "nan": {name: count for name, count in nan.items() if count or name == "clean"},
         "over_eps": {

@@ -62,6 +62,11 @@ def tables(result: Result) -> list[Table]:
                 ],
             )
         )
+    if more := result.get("more"):
+        rows = [[row["attack"], row["norm"], f"{row['eps']:.4g}", _accuracy(row["accuracy"])] for row in more]
+        found.append(
+            Table(title=f"More attacks ({n:,} images)", columns=["attack", "norm", "budget", "accuracy"], rows=rows)
+        )
     rows = [
         [
             check["name"],
@@ -85,6 +90,16 @@ def sentences(result: Result) -> list[str]:
     said, n = [], result["images"]
     if nan := nan_logits(result["nan"], n):
         said.append(f"NaN: {nan}.")
+    if verified := result.get("verified"):
+        small, large = sorted(verified["batch_sizes"])
+        outside = f"{verified['outside']:,} of them lie outside the ball or the range"
+        where = outside if verified["outside"] else "all of them lie in the ball and the range"
+        said.append(
+            f"Verified: {verified['fooled']:,} of {n:,} images fool the model, in batches of {large:,} and of {small:,}; "
+            f"{where} (largest change {verified['largest']:.6g})."
+        )
+        if verified["differ"]:
+            said.append(f"{verified['differ']:,} predictions depend on the batch size.")
     if count := result["overturned"]:
         said.append(
             f"{count:,} of {n:,} images fool the model within an attack's program but not in the forward pass of the clean "

@@ -12,9 +12,9 @@ import numpy as np
 
 from e2sad_jax import data, distributed
 from e2sad_jax._io import check_folder, write_json, write_text
-from e2sad_jax.attacks import core
+from e2sad_jax.attacks import ATTACKS, core
 from e2sad_jax.errors import ConfigError, DataError
-from e2sad_jax.evaluation import Effort, Model, diagnose, of_classifier, of_function, quantize
+from e2sad_jax.evaluation import Attack, Effort, Model, diagnose, of_classifier, of_function, quantize
 from e2sad_jax.reporting import diagnosis, provenance
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs import saved_images
@@ -60,6 +60,11 @@ class Request:
     targets: int = setting(9, "wrong classes that the targeted APGD tries", lower=1)
     fab: int = setting(0, "wrong classes that FAB tries, before Square, 0: leave it out", lower=0)
     restarts: int = setting(5, "random starts of PGD-40", lower=1)
+    attack: tuple[str, ...] = setting(
+        (),
+        f"one more attack, NAME:EPS or NAME:EPS:STEPS, of {', '.join(ATTACKS)}; EPS is in --norm, or else in the norm that "
+        "the attack has (of few_pixels, greedy_l0 and jsma a number of pixels); may be given several times",
+    )
     save_images: bool = setting(
         False,
         f"write {WORST}: the worst image of each test image, which --data reads back",
@@ -85,6 +90,8 @@ class Request:
             raise ConfigError("--eps=0: must be above 0 with --predict, which has no run's budget")
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
+        for text in self.attack:
+            _attack(text, "linf")
         if self.fab and not self.auto:
             raise ConfigError(f"--fab={self.fab}: is a part of the worst case; leave it out, or --noauto")
 
@@ -124,7 +131,15 @@ def run(request: Request) -> dict[str, Any]:
         restarts=request.restarts,
         worst_case=request.auto,
     )
-    total = effort.work(len(model.images), model.num_classes, substitute is not None, model.images.ndim)
+    more = [_attack(text, asked.norm) for text in dict.fromkeys(request.attack)]
+    for attack in more:
+        try:
+            attack.check(model.num_classes, model.images.ndim)
+        except ValueError as error:
+            raise ConfigError(f"--attack={attack.name}: {error}") from error
+    n = len(model.images)
+    total = effort.work(n, model.num_classes, substitute is not None, model.images.ndim)
+    total += n * sum(attack.gradients(model.num_classes) for attack in more)
     with Bar(f"evaluate {model.name}", total, "gradients") as bar:
         result = diagnose(
             model,
@@ -135,6 +150,11 @@ def run(request: Request) -> dict[str, Any]:
             keep=True,
             progress=lambda what, gradients: bar.update(gradients, what),
         )
+        found = model.evaluate(more, progress=lambda what, gradients: bar.update(gradients, what)) if more else {}
+    result["more"] = [
+        {"attack": a.name, "norm": a.norm, "eps": a.eps, "accuracy": float(found[a.name].withstood.mean())}
+        for a in more
+    ]
     worst = result.pop("worst_images")
     files = ["evaluation.md", "evaluation.json", "evaluation.png"]
     result["quantized"] = None
@@ -162,6 +182,26 @@ def run(request: Request) -> dict[str, Any]:
         accuracy = {WORST: result["robust"], WORST_8BIT: result["quantized"]}.get(name)
         print(f"{folder / name}{'' if accuracy is None else f' (--data reads it back: clean accuracy {accuracy:.4f})'}")
     return result
+
+
+def _attack(text: str, norm: str) -> Attack:
+    """The attack of NAME:EPS or NAME:EPS:STEPS, in `norm` if it has that, else in its own.
+
+    Raises:
+      ConfigError: if there is none of that name, or the numbers are none.
+    """
+    name, *numbers = text.split(":")
+    try:
+        eps, steps = float(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
+        if name not in ATTACKS or len(numbers) > 2 or eps < 0 or steps < 0:
+            raise ValueError
+        norms = ATTACKS[name].norms
+        return Attack(text, name, eps, steps, norm=norm if norm in norms else norms[0])
+    except (ValueError, IndexError) as error:
+        raise ConfigError(
+            f"--attack={text:.100}: must be NAME:EPS or NAME:EPS:STEPS, with a budget of at least 0 and a NAME of "
+            f"{', '.join(ATTACKS)}"
+        ) from error
 
 
 class _Asked(NamedTuple):

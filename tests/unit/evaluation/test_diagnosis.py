@@ -158,6 +158,9 @@ def test_the_l2_ball_throughout(problem):
     np.testing.assert_array_equal(wrong[~near], (distance < eps)[~near])
     assert result["robust"] == (~wrong).mean()
     assert 0 < wrong.sum() < N
+    verified = result["verified"]
+    assert (verified["fooled"], verified["differ"], verified["outside"]) == (wrong.sum(), 0, 0)
+    np.testing.assert_allclose(verified["largest"], change[wrong].max(), rtol=1e-6)
     assert result["overturned"] == 0
     assert value(result, "correct in the whole range")["value"] == 0
     assert value(result, "gradient alignment")["value"] > 0.9

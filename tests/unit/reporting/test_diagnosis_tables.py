@@ -70,6 +70,16 @@ def test_what_no_table_holds_is_said_in_sentences():
     assert "rounded to grey levels inside the ball: accuracy 0.3456 (0.3400 before rounding)" in text
     assert "Worst case: accuracy after each attack in turn (l2 eps 0.2, 1,500 images)" in text
     assert "NaN" not in diagnosis.text(RESULT)
+    verified = {"fooled": 990, "differ": 0, "largest": 0.2, "outside": 0, "batch_sizes": [250, 126]}
+    text = diagnosis.text({**RESULT, "verified": verified})
+    assert (
+        "Verified: 990 of 1,500 images fool the model, in batches of 250 and of 126; all of them lie in the ball"
+        in text
+    )
+    assert "depend on the batch size" not in text
+    text = diagnosis.text({**RESULT, "verified": {**verified, "differ": 4, "outside": 3}})
+    assert "3 of them lie outside the ball or the range (largest change 0.2)" in text
+    assert "4 predictions depend on the batch size." in text
 
 
 def test_the_picture_is_written(tmp_path):

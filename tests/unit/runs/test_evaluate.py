@@ -54,6 +54,21 @@ def mine(tmp_path, monkeypatch):
     return str(tmp_path / "test.npz")
 
 
+def test_more_attacks_have_a_table_of_their_own(mine, tmp_path, monkeypatch, capsys):
+    """Each in the norm of the budget if it has that, else in its own."""
+    monkeypatch.setattr(evaluate, "Effort", lambda **given: TINY)
+    asked = ("greedy_l0:1", "greedy_l0:16", "pgd:0.2:5", "fmn:0.2", "lbfgs:0.01")
+    result = evaluate.run(Request(predict="mine:predict", data=mine, eps=0.1, results="here", attack=asked))
+    more = {row["attack"]: row for row in result["more"]}
+    assert [row["norm"] for row in more.values()] == ["l0", "l0", "linf", "linf", "l2"]
+    assert more["greedy_l0:16"]["accuracy"] <= more["greedy_l0:1"]["accuracy"] < 1
+    assert more["fmn:0.2"]["accuracy"] <= more["pgd:0.2:5"]["accuracy"] < 1
+    assert "More attacks (10 images)" in capsys.readouterr().out
+    assert "greedy_l0:16" in (tmp_path / "here" / "evaluation.md").read_text()
+    with pytest.raises(ConfigError, match=r"--attack=pgd:0.2: .*steps=0; it must be at least 1"):
+        evaluate.run(Request(predict="mine:predict", data=mine, eps=0.1, attack=("pgd:0.2",)))
+
+
 TINY = Effort(budgets=(1.0,), steps=(1,), restarts=1, pgd_steps=1, worst_case=False)
 
 
@@ -164,6 +179,10 @@ def test_a_sample_of_a_file_sorted_by_class_has_every_class(mine, tmp_path):
         ({"workdir": "a", "eps": float("nan")}, r"--eps=nan: must be at least 0"),
         ({"workdir": "a", "norm": "l1"}, r"--norm=l1: must be one of .*linf, l2"),
         ({"workdir": "a", "which": "first"}, r"--which=first: must be one of last, best"),
+        ({"workdir": "a", "attack": ("jsma",)}, "--attack=jsma: must be NAME:EPS or NAME:EPS:STEPS"),
+        ({"workdir": "a", "attack": ("pgd:0.1:5", "pgdd:0.1")}, "--attack=pgdd:0.1: must be NAME:EPS"),
+        ({"workdir": "a", "attack": ("pgd:x",)}, "--attack=pgd:x: must be .* a NAME of fgsm, ifgsm"),
+        ({"workdir": "a", "attack": ("pgd:-1:5",)}, "--attack=pgd:-1:5: must be .* at least 0"),
         ({"workdir": "a", "fab": 3, "auto": False}, r"--fab=3: is a part of the worst case; leave it out, or --noauto"),
     ],
 )
