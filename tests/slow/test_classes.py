@@ -50,7 +50,9 @@ def test_an_attack(name, norm, k):
     """The ball is kept and the margin raised; an image falls where a hyperplane is nearer than the budget, and no other."""
     (w, x, y), eps = model(k), EPS[k][norm]
     method, settings = attacks.ATTACKS[name], dict(FAST.get(name, {}))
-    settings |= {"steps": 200} if name in ("carlini_wagner", "square", "ddn") else {"steps": 20} if name != "fgsm" else {}
+    settings |= (
+        {"steps": 200} if name in ("carlini_wagner", "square", "ddn") else {"steps": 20} if name != "fgsm" else {}
+    )
 
     def attack(w, x, y):
         def logits_fn(z):
