@@ -211,6 +211,7 @@ def diagnose(
         black_box=black_box,
         whole_range=whole_range,
         gradients=gradients,
+        outputs=masking.outputs(model),
         loss_decreased=loss_decreased,
     )
     return {

@@ -1,6 +1,7 @@
 """Checks for gradient masking: each compares a measured number with a bound.
 
-From Athalye et al., 2018 (https://arxiv.org/abs/1802.00420), Carlini et al., 2019 (https://arxiv.org/abs/1902.06705), and,
+Those of outputs are flags of AutoAttack's code (https://github.com/fra31/auto-attack). The others are
+from Athalye et al., 2018 (https://arxiv.org/abs/1802.00420), Carlini et al., 2019 (https://arxiv.org/abs/1902.06705), and,
 for catastrophic overfitting, Andriushchenko & Flammarion, 2020 (https://arxiv.org/abs/2007.02617).
 """
 
@@ -34,6 +35,7 @@ class Check:
       bound: what it is held to.
       below: whether the value must be at most, rather than at least, `bound`.
       means: what a value beyond the bound says about the model, a clause.
+      then: what to do next, a clause.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Check:
     bound: float
     below: bool
     means: str
+    then: str
 
     @property
     def suspicious(self) -> bool:
@@ -61,6 +64,19 @@ class Gradients:
     alignment: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What the model returns.
+
+    Attributes:
+      probabilities: share of images whose outputs are at least 0 and sum to 1.
+      random: share of images whose outputs differ between two passes.
+    """
+
+    probabilities: float
+    random: float
+
+
 def run_checks(
     *,
     clean: np.ndarray,
@@ -70,6 +86,7 @@ def run_checks(
     black_box: Mapping[str, np.ndarray],
     whole_range: np.ndarray,
     gradients: Gradients,
+    outputs: Outputs,
     loss_decreased: float,
 ) -> list[Check]:
     """Makes the checks from predictions under attacks and from gradients.
@@ -82,6 +99,7 @@ def run_checks(
       black_box: under each attack that takes none of this model's, by name.
       whole_range: under PGD that may turn an image into any other.
       gradients: at the clean images.
+      outputs: at the clean images.
       loss_decreased: share of the images that PGD leaves with a lower loss than they had.
     """
     gaps = [
@@ -91,6 +109,7 @@ def run_checks(
             MAX_SHARE,
             True,
             "images that FGSM made are easier than clean ones (label leaking)",
+            "train on FGSM's images with a random start, or on PGD's",
         ),
         Check(
             "FGSM above PGD",
@@ -99,6 +118,7 @@ def run_checks(
             True,
             "one large step fails where small ones succeed: the loss is bent along the first gradient (catastrophic "
             "overfitting)",
+            "report attacks of many steps; train with a rising budget (--eps_warmup) or more attack steps",
         ),
     ]
     without_gradients = [
@@ -108,10 +128,30 @@ def run_checks(
             MAX_SHARE,
             True,
             f"{name}, without gradients, fools images that no attack with them does",
+            "give what has no gradient one (attacks.bpda), average over what is random (draws=), attack the margin",
         )
         for name, right in black_box.items()
     ]
+    kinds = [
+        Check(
+            "outputs are probabilities",
+            outputs.probabilities,
+            MAX_SHARE,
+            True,
+            "the model returns probabilities, on which losses of logits saturate",
+            "return logits: leave out the last softmax, or take its logarithm",
+        ),
+        Check(
+            "outputs are random",
+            outputs.random,
+            MAX_SHARE,
+            True,
+            "the model answers differently when it is asked again",
+            "pass a key to the model and evaluate it with draws=",
+        ),
+    ]
     return [
+        *kinds,
         *gaps,
         *without_gradients,
         Check(
@@ -120,6 +160,7 @@ def run_checks(
             MAX_SHARE,
             True,
             "some images have no gradient to follow (saturation or rounding)",
+            "attack logits divided by a temperature or losses.margin; replace rounding by attacks.bpda",
         ),
         Check(
             "loss lower after the attack",
@@ -127,6 +168,7 @@ def run_checks(
             MAX_SHARE,
             True,
             "following the gradient does not raise the loss",
+            "take smaller steps and more of them; replace what has a wrong gradient by attacks.bpda",
         ),
         Check(
             "correct in the whole range",
@@ -134,6 +176,7 @@ def run_checks(
             MAX_SHARE,
             True,
             "images stay correct under an attack that may turn them into anything",
+            "the attack fails, not the ball: look for gradients that are zero, wrong or random",
         ),
         Check(
             "gradient alignment",
@@ -141,6 +184,7 @@ def run_checks(
             MIN_ALIGNMENT,
             False,
             "the gradient changes its direction within the ball: single-step attacks see another loss than there is",
+            "report attacks of many steps with several restarts",
         ),
     ]
 
@@ -166,9 +210,10 @@ def verdict(name: str, found: Sequence[Check], images: int, nan: str = "") -> st
             "under the strongest attack is still only an upper bound of the robust accuracy."
         )
     why = "; ".join(f"{check.name} {check.value:.3f}, {check.means}" for check in breaches)
+    then = "; ".join(dict.fromkeys(check.then for check in breaches))
     return (
         f"{name}: {len(breaches)} of {len(found)} checks on {images:,} images indicate gradient masking ({why}). Do not "
-        "trust accuracies under gradient attacks alone."
+        f"trust accuracies under gradient attacks alone. Next: {then}."
     )
 
 
@@ -177,6 +222,15 @@ def gradients(model: Model, eps: float, norm: str = "linf") -> Gradients:
     radius = np.asarray(eps, np.float64 if model.images.dtype == np.float64 else np.float32)
     zero, cosine = model.per_image(_GRADIENTS[norm], np.uint32(model.seed), radius)
     return Gradients(float(zero.mean()), float(cosine.mean()))
+
+
+def outputs(model: Model) -> Outputs:
+    """Looks at the outputs for the clean images in two passes."""
+    (probabilities, *once), (_, *again) = (model.per_image(_outputs) for _ in range(2))
+    differ = ~np.all(
+        [np.isclose(a, b, rtol=1e-5, atol=0, equal_nan=True) for a, b in zip(once, again, strict=True)], axis=0
+    )
+    return Outputs(float(probabilities.mean()), float(differ.mean()))
 
 
 def losses(model: Model, images: np.ndarray) -> np.ndarray:
@@ -208,6 +262,15 @@ def _losses(
     programs: Programs, params: Any, x: jax.Array, labels: jax.Array, places: jax.Array
 ) -> tuple[jax.Array, ...]:
     return (_loss(programs, params, x, labels),)
+
+
+def _outputs(
+    programs: Programs, params: Any, x: jax.Array, labels: jax.Array, places: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Whether outputs are probabilities, and two numbers that other outputs have not."""
+    logits = core.as_float32(programs.apply(params, x))
+    are = (logits >= 0).all(1) & (jnp.abs(logits.sum(1) - 1) < 1e-3)
+    return are, logits.max(1), logits @ jnp.arange(1, logits.shape[1] + 1, dtype=logits.dtype)
 
 
 def _danger(

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def masked(problem):
 
 def test_an_honest_model_is_not_suspected(honest):
     assert [check["name"] for check in honest["checks"] if check["suspicious"]] == []
-    assert "none of 8 checks on 40 images" in honest["verdict"]
+    assert "none of 10 checks on 40 images" in honest["verdict"]
     assert honest["clean"] == 1
     fgsm, pgd = honest["over_eps"]["accuracy"]["FGSM"], honest["over_eps"]["accuracy"]["PGD-5"]
     assert 1 > pgd[0] > pgd[1]
@@ -115,6 +116,25 @@ def test_a_model_without_gradients_is_found_out(masked):
     assert "rounding: " in masked["verdict"]
     assert "Square beats gradients" in masked["verdict"]
     assert "Do not trust accuracies under gradient attacks alone" in masked["verdict"]
+
+
+def test_outputs_that_attacks_cannot_work_on_are_found(problem):
+    """A softmax inside of the model, and one that draws at each call."""
+    w, images, labels = problem
+
+    def logits(x):
+        return x.reshape(len(x), -1) @ w
+
+    def noisy(x):
+        noise = jax.pure_callback(lambda: np.float32(rng.normal(size=())), jax.ShapeDtypeStruct((), jnp.float32))
+        return logits(x) + noise * jnp.arange(K, dtype=jnp.float32)[None]
+
+    rng = np.random.default_rng(0)
+    kinds = {"logits": logits, "softmax": lambda x: jax.nn.softmax(logits(x)), "noisy": noisy}
+    found = {name: masking.outputs(of_function(kind, images, labels)) for name, kind in kinds.items()}
+    assert found["logits"] == masking.Outputs(0, 0)
+    assert found["softmax"] == masking.Outputs(1, 0)
+    assert found["noisy"] == masking.Outputs(0, 1)
 
 
 def test_gradient_alignment_against_its_definition(problem):
@@ -203,11 +223,13 @@ def test_the_worst_images_are_those_that_fool(honest, problem):
         ({"alignment": 0.1}, "gradient alignment"),
         ({"alignment": float("nan")}, "gradient alignment"),
         ({"zero": 0.5}, "zero gradients"),
+        ({"probabilities": 0.5}, "outputs are probabilities"),
+        ({"random": 0.5}, "outputs are random"),
     ],
 )
 def test_each_check_finds_its_weakness_and_no_other(changes, name):
     numbers = {"clean": 0.9, "fgsm": 0.5, "pgd": 0.4, "white": 0.4, "black": 0.4, "whole": 0.0, "loss_decreased": 0.0}
-    numbers |= {"zero": 0.0, "alignment": 0.8, **changes}
+    numbers |= {"zero": 0.0, "alignment": 0.8, "probabilities": 0.0, "random": 0.0, **changes}
     right = {key: np.arange(100) < 100 * number for key, number in numbers.items()}
     found = masking.run_checks(
         clean=right["clean"],
@@ -217,10 +239,15 @@ def test_each_check_finds_its_weakness_and_no_other(changes, name):
         black_box={"Square": right["black"]},
         whole_range=right["whole"],
         gradients=masking.Gradients(numbers["zero"], numbers["alignment"]),
+        outputs=masking.Outputs(numbers["probabilities"], numbers["random"]),
         loss_decreased=numbers["loss_decreased"],
     )
     assert [check.name for check in found if check.suspicious] == [name]
-    assert name in masking.verdict("model", found, 100)
+    (check,) = (check for check in found if check.suspicious)
+    assert masking.verdict("model", found, 100).endswith(
+        f"({name} {check.value:.3f}, {check.means}). Do not trust accuracies under "
+        f"gradient attacks alone. Next: {check.then}."
+    )
 
 
 @pytest.mark.parametrize(
