@@ -13,7 +13,7 @@ broadcast against one image. All may be traced.
 * No gradient: `square`, and `few_pixels`, which changes few pixels.
 * Nothing but the classes that the model says: `substitute` trains another one on them, to be attacked in its place.
 * The smallest change instead of the highest loss within a budget, from logits and labels: `deepfool`, `carlini_wagner`,
-  `lbfgs`, `fab`, `fmn`; the fewest pixels: `greedy_l0`, `jsma`.
+  `lbfgs`, `fab`, `fmn`, `ddn`; the fewest pixels: `greedy_l0`, `jsma`.
 * One change for all images: `universal`, `universal_pgd`; `fooling_rate` measures it.
 * Against defenses: `bpda` and `eot` for those that round or draw, `evading`, `wrong_and_accepted`, `orthogonal_pgd` and
   `carlini_wagner(constraint_fn=...)` for those that reject.
@@ -29,6 +29,7 @@ from e2sad_jax.attacks._method import Method
 from e2sad_jax.attacks.adaptive import bpda, eot, evading, wrong_and_accepted
 from e2sad_jax.attacks.apgd import apgd
 from e2sad_jax.attacks.carlini_wagner import carlini_wagner
+from e2sad_jax.attacks.ddn import ddn
 from e2sad_jax.attacks.deepfool import deepfool
 from e2sad_jax.attacks.fab import fab
 from e2sad_jax.attacks.few_pixels import few_pixels
@@ -55,6 +56,7 @@ ATTACKS: dict[str, Method] = {
     "square": Method(square, "score-based", ("linf", "l2"), ndim=4),
     "fab": Method(fab, "minimum-norm", ("linf", "l2")),
     "fmn": Method(fmn, "minimum-norm", ("linf", "l2")),
+    "ddn": Method(ddn, "minimum-norm", ("l2",)),
     "deepfool": Method(deepfool, "minimum-norm", ("linf", "l2")),
     "carlini_wagner": Method(carlini_wagner, "minimum-norm", ("l2",)),
     "lbfgs": Method(lbfgs, "minimum-norm", ("l2",)),
@@ -92,6 +94,7 @@ __all__ = [
     "bpda",
     "carlini_wagner",
     "core",
+    "ddn",
     "deepfool",
     "eot",
     "evading",

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from e2sad_jax import losses
 from e2sad_jax.attacks import _checks
 
 
@@ -23,6 +24,10 @@ class Aim(NamedTuple):
         """Whether the class of `logits` `[N, K]` is the target, or without targets another one; bool `[N]`."""
         found = logits.argmax(-1)
         return jnp.not_equal(found, self.leave) if self.targets is None else jnp.equal(found, self.targets)
+
+    def lead(self, logits: jax.Array) -> jax.Array:
+        """By how much the target leads in `logits` `[N, K]`, or without targets the best class other than `leave`; `[N]`."""
+        return losses.margin(logits, self.leave) if self.targets is None else -losses.margin(logits, self.targets)
 
     def towards(self, logits: jax.Array) -> jax.Array:
         """The targets, or without targets the likeliest class by `logits` `[N, K]` other than `leave`; `[N]`."""

@@ -238,7 +238,7 @@ def image_range(name: str, bounds: Any, x: jax.Array) -> Bounds:
             else:
                 where = f"have {found[0]:.4g} where bounds are {_entries(outside, *known)}"
             remedy = (
-                "give the range that they have, or None, or let the model normalise images in [0, 1] itself"
+                "give the range that they have, or None, or let the model normalise images in [0, 1] itself (evaluation.wrap)"
                 if np.isfinite(found).all()
                 else "remove NaN and infinity"
             )

@@ -1,37 +1,16 @@
 """FMN: the smallest change that fools the network, by gradient steps within a ball whose radius closes in on the boundary."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from e2sad_jax import losses
-from e2sad_jax.attacks import _checks, _loops
-from e2sad_jax.attacks._aim import aim
-from e2sad_jax.attacks._ball import ball, linf_ball, project_and_cast
-from e2sad_jax.attacks._numerics import (
-    as_float32,
-    broadcast,
-    finite,
-    like_sharded,
-    losses_and_gradient,
-    norms,
-    select,
-    unit,
-)
-from e2sad_jax.attacks._search import Nearest
+from e2sad_jax.attacks import _checks
+from e2sad_jax.attacks._aim import Aim
+from e2sad_jax.attacks._ball import ball
+from e2sad_jax.attacks._closing import LAST, Point, close_in
+from e2sad_jax.attacks._numerics import broadcast, norms, unit
 from e2sad_jax.attacks._types import Bounds, LogitsFn
 
-LAST = 0.01  # share of the first step that the last one has
 DUAL = {"linf": "l1", "l2": "l2"}
-
-
-class _State(NamedTuple):
-    """The present point, the radius of the ball around the image `[N]`, and the nearest image found."""
-
-    z: jax.Array
-    radius: jax.Array
-    nearest: Nearest
 
 
 def fmn(
@@ -89,44 +68,28 @@ def fmn(
     for name, value in (("gamma", gamma), ("last_gamma", last_gamma)):
         if not 0 <= value < 1:
             raise ValueError(f"fmn: {name}={value}; it must lie in [0, 1), the paper takes 0.05 and 0.001")
-    if not len(x):  # nothing that a model could be asked
-        return x
-    x = jax.lax.stop_gradient(x)
-    clean, everywhere = as_float32(x), linf_ball(x, jnp.inf, bounds)
-    logits = jax.lax.stop_gradient(as_float32(_checks.logits("fmn", logits_fn(x), len(x))))
-    goal = aim("fmn", logits, labels, targets)
-    already = goal.reached(logits)
 
-    def lead(z: jax.Array) -> jax.Array:
-        """Above 0 where the network is fooled."""
-        logits = logits_fn(z)
-        return losses.margin(logits, goal.leave) if goal.targets is None else -losses.margin(logits, goal.targets)
-
-    def filled(value: float) -> jax.Array:
-        return like_sharded(jnp.full(len(x), value, clean.dtype), x)
-
-    def step(i: int | jax.Array, state: _State) -> _State:
-        share = (1 + jnp.cos(jnp.pi * jnp.asarray(i, clean.dtype) / steps)) / 2
-        rate = last_gamma + (gamma - last_gamma) * share
-        image = project_and_cast(everywhere, state.z, x.dtype)
-        led, gradient = losses_and_gradient(lead, image)
-        led, gradient = led.astype(clean.dtype), finite(as_float32(gradient))
-        change = as_float32(image) - clean
-        distance = norms(change, norm)
-        nearest = state.nearest.keep(image, distance, led > 0)
-        slope = norms(gradient, DUAL[norm])
-        boundary = distance + jnp.abs(led) / jnp.where(slope > 0, slope, 1)
+    def advance(at: Point) -> tuple[jax.Array, jax.Array]:
+        rate = last_gamma + (gamma - last_gamma) * at.share
+        slope = norms(at.gradient, DUAL[norm])
+        boundary = at.distance + jnp.abs(at.loss) / jnp.where(slope > 0, slope, 1)
         # A share beyond the boundary, on which rounding would decide.
-        outside = (1 + rate) * jnp.where(nearest.fooled, state.radius, jnp.where(slope > 0, boundary, distance))
-        radius = jnp.where(led > 0, jnp.minimum((1 - rate) * state.radius, nearest.distance), outside)
-        radius = jnp.where(jnp.isfinite(radius), radius, distance)
-        moved = clean + change + first * (LAST + (1 - LAST) * share) * unit(gradient)
-        z = ball(norm, clean, broadcast(radius, clean), bounds).project(moved)
-        return _State(select(already, clean, z), radius, nearest)
+        outside = (1 + rate) * jnp.where(at.nearest.fooled, at.radius, jnp.where(slope > 0, boundary, at.distance))
+        radius = jnp.where(at.fooled, jnp.minimum((1 - rate) * at.radius, at.nearest.distance), outside)
+        radius = jnp.where(jnp.isfinite(radius), radius, at.distance)
+        moved = at.clean + at.change + first * (LAST + (1 - LAST) * at.share) * unit(at.gradient)
+        return ball(norm, at.clean, broadcast(radius, at.clean), bounds).project(moved), radius
 
-    start = _State(clean, filled(jnp.inf), Nearest(x, jnp.where(already, 0, filled(jnp.inf)), already))
-    end = _loops.repeat_long(steps, step, start)
-    image = project_and_cast(everywhere, end.z, x.dtype)
-    led = jax.lax.stop_gradient(as_float32(lead(image)))
-    found = end.nearest.keep(image, norms(as_float32(image) - clean, norm), led > 0).image
-    return jax.lax.stop_gradient(goal.nan_without_class(found, logits.shape[1]))
+    return close_in(
+        "fmn",
+        logits_fn,
+        x,
+        labels,
+        targets,
+        objective=Aim.lead,
+        advance=advance,
+        radius=jnp.inf,
+        steps=steps,
+        norm=norm,
+        bounds=bounds,
+    )

@@ -16,6 +16,8 @@ It takes functions, of any model library:
 * `auto` measures the worst case by AutoAttack's protocol.
 * `transfer` shows the images made for one model to others.
 * `diagnose` measures curves, worst case and transfer of a `Model`, and makes the checks of `masking`.
+* `distances` and `accuracy_at` make the accuracy at every budget of one minimum-norm attack.
+* `wrap` puts normalisation and layout inside a model.
 * `quantize` rounds adversarial images to 8-bit grey levels inside the ball.
 * `surfaces` computes the loss around images.
 """
@@ -23,6 +25,7 @@ It takes functions, of any model library:
 from e2sad_jax.evaluation._entrance import Apply, Detector
 from e2sad_jax.evaluation.attack import SUITES, Attack
 from e2sad_jax.evaluation.autoattack import FAB, STAGES, AutoResult, auto
+from e2sad_jax.evaluation.curves import accuracy_at, distances
 from e2sad_jax.evaluation.diagnosis import Effort, diagnose
 from e2sad_jax.evaluation.evaluator import Outcome, Outcomes, evaluate, nan_logits, predict, transfer
 from e2sad_jax.evaluation.grey import quantize
@@ -30,6 +33,7 @@ from e2sad_jax.evaluation.masking import Check
 from e2sad_jax.evaluation.model import Model, of_classifier, of_function
 from e2sad_jax.evaluation.programs import in_batches
 from e2sad_jax.evaluation.verification import Verification, verify
+from e2sad_jax.evaluation.wrapping import wrap
 
 __all__ = [
     "FAB",
@@ -45,8 +49,10 @@ __all__ = [
     "Outcome",
     "Outcomes",
     "Verification",
+    "accuracy_at",
     "auto",
     "diagnose",
+    "distances",
     "evaluate",
     "in_batches",
     "nan_logits",
@@ -56,4 +62,5 @@ __all__ = [
     "quantize",
     "transfer",
     "verify",
+    "wrap",
 ]

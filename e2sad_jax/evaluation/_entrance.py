@@ -204,8 +204,8 @@ def refuse_outside(outside: int, n: int, low: float, high: float, bounds: Bounds
         remedy = "divide pixels of 0..255 by 255"
     else:
         remedy = (
-            "give their range as bounds; normalisation belongs inside the model: apply=lambda params, x: "
-            "apply(params, (x - mean) / std)"
+            "normalisation belongs inside the model: give images in [0, 1] and evaluation.wrap(apply, mean=..., std=...); or "
+            "give their range as bounds"
         )
     raise ValueError(f"{outside} of {n} images reach outside {within}, from {low:.4g} to {high:.4g}; {remedy}")
 

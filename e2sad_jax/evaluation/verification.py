@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from e2sad_jax.evaluation.curves import SLACK, distances
 from e2sad_jax.evaluation.model import Model
-
-SLACK = 1e-6  # of the budget and the range, relative to the range's width: the rounding of float32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,8 +47,7 @@ def verify(model: Model, images: np.ndarray, *, eps: float, norm: str = "linf") 
     other = dataclasses.replace(model, batch_size=own // 2 + 1 if own > 2 else 3 - own)
     seen, again = model.judge(images), other.judge(images)
     fooled = ~seen.withstood & ~again.withstood
-    change = (np.float64(images) - np.float64(model.images)).reshape(n, -1)
-    lengths = np.abs(change).max(1, initial=0) if norm == "linf" else np.linalg.norm(change, axis=1)
+    lengths = distances(model.images, images, np.ones(n, bool), norm=norm)
     low, high = (np.asarray(bound, np.float64) for bound in model.bounds)
     slack = SLACK * float(np.max(high - low))
     beyond = ((images < low - slack) | (images > high + slack)).reshape(n, -1).any(1)

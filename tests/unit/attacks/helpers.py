@@ -109,6 +109,7 @@ FAST: dict[str, dict[str, Any]] = {
     "square": {"steps": 12},
     "fab": {"steps": 5},
     "fmn": {"steps": 10},
+    "ddn": {"steps": 10},
     "deepfool": {"steps": 5},
     "carlini_wagner": {"steps": 15},
     "few_pixels": {"steps": 3},

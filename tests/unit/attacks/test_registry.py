@@ -79,7 +79,7 @@ def test_run_passes_what_the_attack_takes_and_returns_what_it_returns(name):
             assert given is jnp.ravel
 
 
-@pytest.mark.parametrize("name", ["fab", "fmn", "deepfool", "carlini_wagner", "lbfgs"])
+@pytest.mark.parametrize("name", ["fab", "fmn", "ddn", "deepfool", "carlini_wagner", "lbfgs"])
 def test_of_a_minimum_norm_attack_what_is_within_the_budget_is_kept(name):
     """In its norm and inside the range; the other images stay."""
     x = images()
@@ -150,7 +150,7 @@ def test_entries_say_what_they_are():
     }
     assert {name for name, method in ATTACKS.items() if "restarts" in method.parameters} == {"pgd", "apgd", "fab"}
     assert {name for name, method in ATTACKS.items() if method.family == "minimum-norm"} == {
-        *("fab", "fmn", "deepfool", "carlini_wagner", "lbfgs", "greedy_l0", "jsma")
+        *("fab", "fmn", "ddn", "deepfool", "carlini_wagner", "lbfgs", "greedy_l0", "jsma")
     }
     assert all(getattr(attacks, name) is method.function for name, method in ATTACKS.items())
 

@@ -34,6 +34,7 @@ ATTACKS = {
     "lbfgs": (functools.partial(attacks.lbfgs, initial_c=0.1, history=4), "l2"),
     "fmn": (attacks.fmn, "l2"),
     "fmn linf": (functools.partial(attacks.fmn, norm="linf"), "linf"),
+    "ddn": (attacks.ddn, "l2"),
     "fab": (attacks.fab, "linf"),
     "fab l2": (functools.partial(attacks.fab, norm="l2"), "l2"),
 }

@@ -20,6 +20,7 @@ EVERY_ROW = {
     "square": Attack("a", "square", 0.1, 10),
     "fab": Attack("a", "fab", 0.1, 3, loss="targeted_dlr"),
     "fmn": Attack("a", "fmn", 0.1, 5),
+    "ddn": Attack("a", "ddn", 0.3, 30, norm="l2"),
     "deepfool": Attack("a", "deepfool", 0.1, norm="l2"),
     "carlini_wagner": Attack("a", "carlini_wagner", 0.3, 5, norm="l2"),
     "lbfgs": Attack("a", "lbfgs", 0.3, 10, norm="l2"),

@@ -1,0 +1,86 @@
+"""How far adversarial images are, and the robust accuracy at every budget that follows: one minimum-norm run for all."""
+
+from typing import Any
+
+import numpy as np
+
+from e2sad_jax.attacks._ball import pixels_of
+from e2sad_jax.evaluation import _entrance
+
+SLACK = 1e-6  # of images in [0, 1]: the rounding of float32 at the edge of a ball
+NORMS = ("linf", "l2", "l0")
+
+
+def distances(clean: Any, adversarial: Any, fooled: Any, *, norm: str) -> np.ndarray:
+    """Measures how far each adversarial image is from its clean one; infinity where it fools nothing.
+
+    After an attack of minimum norm (`attacks.fmn`, `ddn`, `fab`, `carlini_wagner`, `lbfgs`, `deepfool`; `greedy_l0` and `jsma`
+    in l0). Of several attacks take `numpy.minimum`.
+
+    Args:
+      clean: images `[N, ...]`, uint8, which is divided by 255, or floating point.
+      adversarial: images that an attack made of them, same shape. An image that was misclassified before stays as it is: its
+        distance is 0.
+      fooled: bool `[N]`, whether the model misclassifies them: `predict(apply, params, adversarial) != labels`.
+      norm: "linf", "l2" or "l0", the number of pixels.
+
+    Returns:
+      float64 `[N]`, in the units of the images.
+
+    Raises:
+      ValueError: if the shapes differ, an image is not finite, or `norm` is unknown.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"distances: norm={norm!r}; it must be one of {', '.join(NORMS)}")
+    a, b = (_wide(name, images) for name, images in (("clean", clean), ("adversarial", adversarial)))
+    if a.shape != b.shape:
+        raise ValueError(f"distances: adversarial images have shape {b.shape}; it must be that of clean, {a.shape}")
+    n, found = len(a), np.asarray(fooled)
+    if found.shape != (n,) or found.dtype != np.bool_:
+        raise ValueError(
+            f"distances: fooled is {found.dtype} {found.shape}; it must be bool, one for each of {n} images: "
+            "evaluation.predict(apply, params, adversarial) != labels"
+        )
+    change = (b - a).reshape(n, -1)
+    if norm == "linf":
+        length = np.abs(change).max(1)
+    elif norm == "l2":
+        length = np.linalg.norm(change, axis=1)
+    else:
+        length = (change != 0).reshape(n, *pixels_of(a.shape)).any(2).sum(1).astype(np.float64)
+    return np.where(found, length, np.inf)
+
+
+def accuracy_at(distances: Any, budgets: Any) -> np.ndarray:
+    """Computes the robust accuracy at each budget: the fraction of images that nothing within it fools.
+
+    It is an upper bound, as any measured robust accuracy. At budget 0 it is the clean accuracy.
+
+    Args:
+      distances: `[N]`, as `distances` returns them, the least of all attacks.
+      budgets: a number, or an array of any shape, each at least 0.
+
+    Returns:
+      float64, of the shape of `budgets`. An image at the budget itself has fallen, and one a millionth beyond, where rounding
+      to float32 may put it.
+
+    Raises:
+      ValueError: if there are no distances, or one of them or a budget is NaN or below 0.
+    """
+    far, radius = np.asarray(distances, np.float64), np.asarray(budgets, np.float64)
+    if far.ndim != 1 or not len(far):
+        raise ValueError(f"accuracy_at: distances have shape {far.shape}; it must be [N], N at least 1")
+    for name, values in (("distances", far), ("budgets", radius)):
+        if (wrong := ~(values >= 0)).any():
+            raise ValueError(f"accuracy_at: {name} contain {values[wrong][0]:g}; each must be at least 0")
+    return np.asarray((far > (radius + np.minimum(SLACK, radius))[..., None]).mean(-1))
+
+
+def _wide(name: str, images: Any) -> np.ndarray:
+    array = _entrance.as_images(images)
+    if array.dtype == np.uint8:
+        array = array.astype(np.float32) / 255  # as the model reads it
+    wide = array.astype(np.float64)
+    if not np.isfinite(wide).all():
+        raise ValueError(f"distances: {name} images contain NaN or infinity; remove them")
+    return wide
