@@ -30,6 +30,7 @@ __all__ = [
     "number",
     "read",
     "threat_model",
+    "threshold",
 ]
 LARGEST = float(np.finfo(np.float32).max)  # budget: attacks compute in float32
 ROUNDING = (
@@ -171,6 +172,14 @@ def budget(name: str, argument: str, value: object, x: jax.Array, *, norm: str =
                 f"{name}: {argument}[{', '.join(map(str, entry))}]={known[place]}; it must be finite and at least 0"
             )
     return _wide(value, x)
+
+
+def threshold(name: str, value: object) -> None:
+    """Refuses a detector's threshold that is NaN: no score would be above it, and every image accepted."""
+    if is_readable(value) and np.isnan(read(value)).any():  # type: ignore[arg-type]
+        raise ValueError(
+            f"{name}: threshold={value}; it must be a number, as inference.threshold makes it of clean scores"
+        )
 
 
 def perturbation(name: str, argument: str, value: object, x: jax.Array) -> jax.Array:

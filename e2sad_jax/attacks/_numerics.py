@@ -78,14 +78,15 @@ def per_image(name: str, function: LossFn, x: jax.Array) -> jax.Array:
       ValueError: if the values are not `[N]`.
     """
     values = function(x)
+    what = "per-example losses" if name == "loss_fn" else "one value for each image"
     if not isinstance(values, (jax.Array, np.ndarray)):
         raise TypeError(
-            f"{name} returned a {type(values).__name__}; it must return one array, per-example losses [N]: of several "
-            "outputs pass the losses alone, lambda x: f(x)[0]"
+            f"{name} returned a {type(values).__name__}; it must return one array, {what} [N]: of several outputs pass "
+            "these alone, lambda x: f(x)[0]"
         )
     if values.shape != x.shape[:1]:
         raise ValueError(
-            f"{name} returned shape {values.shape} for {x.shape[0]} images; it must return per-example losses, "
+            f"{name} returned shape {values.shape} for {x.shape[0]} images; it must return {what}, "
             f"shape ({x.shape[0]},), neither summed nor averaged"
         )
     return values

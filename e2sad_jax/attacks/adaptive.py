@@ -98,14 +98,22 @@ def evading(loss_fn: LossFn, score_fn: LossFn, threshold: jax.typing.ArrayLike, 
       A function of images `[N, ...]` to `[N]`.
 
     Raises:
-      ValueError: if `weight` is not above 0, or a function does not return one value per image.
+      TypeError: if `score_fn` returns no floating point numbers; a rejection alone, bool, has no gradient.
+      ValueError: if `weight` is not above 0, `threshold` is NaN, or a function does not return one value per image.
 
     Reference: Carlini and Wagner, 2017, https://arxiv.org/abs/1705.07263
     """
     _checks.number("evading", "weight", weight, positive=True)
+    _checks.threshold("evading", threshold)
 
     def evaded(x: jax.Array) -> jax.Array:
-        excess = jnp.maximum(as_float32(per_image("score_fn", score_fn, x)) - threshold, 0)
+        score = per_image("score_fn", score_fn, x)
+        if not jnp.issubdtype(score.dtype, jnp.floating):
+            raise TypeError(
+                f"evading: score_fn returned {score.dtype}; it must return floating point scores, before they are compared "
+                "with the threshold: an attack follows their gradient"
+            )
+        excess = jnp.maximum(as_float32(score) - threshold, 0)
         return as_float32(per_image("loss_fn", loss_fn, x)) - weight * excess
 
     return evaded
@@ -125,12 +133,18 @@ def wrong_and_accepted(
       labels: integer classes, `[N]`.
 
     Returns:
-      A function of images `[N, ...]` to bool `[N]`.
+      A function of images `[N, ...]` to bool `[N]`. With a traced label out of range an image counts as misclassified.
+
+    Raises:
+      TypeError: if `labels` are not integers.
+      ValueError: if `threshold` is NaN, `labels` are no classes `[N]`, or the logits are not `[N, K]`.
     """
+    _checks.threshold("wrong_and_accepted", threshold)
 
     def fooled(x: jax.Array) -> jax.Array:
-        logits = logits_fn(x)
-        wrong = (logits.argmax(-1) != labels) | jnp.isnan(logits).any(-1)
+        logits = _checks.logits("wrong_and_accepted", logits_fn(x), len(x))
+        own = _checks.classes("wrong_and_accepted", "labels", labels, *logits.shape)
+        wrong = (logits.argmax(-1) != own) | jnp.isnan(logits).any(-1)
         return wrong & ~(as_float32(per_image("score_fn", score_fn, x)) > threshold)
 
     return fooled

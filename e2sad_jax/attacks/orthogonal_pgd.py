@@ -59,8 +59,8 @@ def orthogonal_pgd(
 
     Raises:
       TypeError: if `x` is not floating point.
-      ValueError: if a budget is out of range, `norm` is unknown, `key` has neither one key nor N, or a function does not
-        return one value per image.
+      ValueError: if a budget is out of range, `norm` is unknown, `key` has neither one key nor N, `threshold` is NaN, or a
+        function does not return one value per image.
 
     Reference: Bryniarski et al., 2021, https://arxiv.org/abs/2106.15023
     """
@@ -69,6 +69,7 @@ def orthogonal_pgd(
     )
     if not len(x):  # nothing that a model could be asked
         return x
+    _checks.threshold("orthogonal_pgd", threshold)
     step_size = 2.5 * eps / steps if step_size is None else step_size
     x = jax.lax.stop_gradient(x)
     limits, start = ball(norm, x, eps, bounds), as_float32(x)
@@ -87,7 +88,7 @@ def orthogonal_pgd(
         image = cast_inside(point, x.dtype, limits)
         wrong = wrong_at(image)
         up = finite(as_float32(losses_and_gradient(loss_fn, image)[1]))
-        score, away = losses_and_gradient(score_fn, image)
+        score, away = losses_and_gradient(lambda z: per_image("score_fn", score_fn, z), image)
         down = -finite(as_float32(away))
         direction = select(wrong, _without(down, up), _without(up, down))
         moved = limits.project(point + step_size * limits.steepest(direction))

@@ -99,7 +99,8 @@ def substitute(
     N 2^(rounds - 1), each asked once.
 
     Then attack `lambda z: apply(result.params, z)` by any attack, and show the images to the model: `evaluation.transfer`
-    counts. Evaluate on other images than `x`, with several keys: results differ much between them.
+    counts. Evaluate on other images than `x`, with several keys: results differ much between them. It does not run under `jit`
+    or `vmap`: it calls the oracle, and compiles its training itself.
 
     Args:
       key: a random key.

@@ -31,10 +31,13 @@ def squeezing_score(
       Scores `[N]` in [0, 2].
 
     Raises:
+      TypeError: if `squeezers` is no list or tuple of functions.
       ValueError: if there is no squeezer, or the logits are not `[N, K]`.
 
     Reference: Xu et al., 2018, https://arxiv.org/abs/1704.01155
     """
+    if not isinstance(squeezers, Sequence) or not all(map(callable, squeezers)):
+        raise TypeError("squeezing_score: squeezers must be a list of functions of images, [inference.median] for one")
     if not squeezers:
         raise ValueError("squeezing_score: squeezers is empty; it must hold at least one function of images")
 

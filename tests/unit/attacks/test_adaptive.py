@@ -208,6 +208,29 @@ def test_wrong_and_accepted_asks_both_of_one_image():
     assert np.asarray(accepted).tolist() == [False, True, True]
 
 
+def test_attacks_on_detectors_refuse_what_they_cannot_use():
+    x, labels = clean_images()
+
+    def climb(score_fn=score, threshold=THRESHOLD):
+        return attacks.orthogonal_pgd(
+            None, score, score_fn, x, misclassified_fn=lambda z: z[:, 0] > 0.5, threshold=threshold, eps=0.1, steps=1
+        )
+
+    cases = {
+        "wrong_and_accepted: threshold=nan": lambda: attacks.wrong_and_accepted(two_classes, score, np.nan, labels),
+        "evading: threshold=nan": lambda: attacks.evading(score, score, np.nan, weight=1),
+        "orthogonal_pgd: threshold=nan": lambda: climb(threshold=jnp.nan),
+        r"labels have shape \(4,\)": lambda: attacks.wrong_and_accepted(two_classes, score, 0, labels[:4])(x),
+        "labels contain 2": lambda: attacks.wrong_and_accepted(two_classes, score, 0, labels + 2)(x),
+        r"score_fn returned shape \(\) for 8 images; it must return one value": lambda: climb(lambda z: z.sum()),
+    }
+    for message, refused in cases.items():
+        with pytest.raises(ValueError, match=message):
+            refused()
+    with pytest.raises(TypeError, match="score_fn returned bool"):
+        attacks.evading(score, lambda z: score(z) > THRESHOLD, 0.5, weight=1)(x)
+
+
 def test_evading_subtracts_the_excess_of_the_score():
     x, labels = clean_images()
 

@@ -71,6 +71,9 @@ def test_squeezers_keep_the_dtype_and_refuse_what_they_cannot_use():
     for message, refused in cases.items():
         with pytest.raises(ValueError, match=message):
             refused()
+    for squeezers in (inference.median, x, [x]):
+        with pytest.raises(TypeError, match=r"\[inference.median\] for one"):
+            inference.squeezing_score(lambda z: z, squeezers, x)
 
 
 @pytest.mark.parametrize("name", ["cnn", "linear"])
