@@ -95,6 +95,25 @@ def _step(result: Content) -> str:
     return f"e2SAD {rows['e2sad', 'e2sad_jax']['time_natural']:.2f} natural steps, {eager:.2f} of eager PyTorch's time"
 
 
+def _bounds(result: Content) -> str:
+    """The bound of e2SAD's robust step on one chip, by precision."""
+    bounds = {
+        row["precision"]: f"{1e3 * max(row['bounds'].values()):.2f} ms in {row['precision']}"
+        for row in result["rows"]
+        if (row["label"], row["chips"]) == ("e2sad, robust", 1)
+    }
+    return f"e2SAD, robust, on one chip: at least {', '.join(bounds.values())}"
+
+
+def _cited(result: Content) -> str:
+    rows = result["rows"]
+    shown = ("distillation", "feature squeezing", "MagNet", "Defense-GAN", "e2SAD, robust")
+    return "; ".join(
+        f"{name} {rows[name]['claimed']['robust']:.3f}, adaptive {rows[name]['adaptive']['robust']:.3f}"
+        for name in shown
+    )
+
+
 def _flops(text: Content) -> str:
     """By `benchmarks.flops`: name, GFLOP, natural steps."""
     rows = dict(re.findall(r"^\| ([^|]+) \| [\d.]+ \| ([\d.]+) \|$", text, re.M))
@@ -135,6 +154,13 @@ QUESTIONS = (
         _robust("e2SAD, robust", "ATTA-2", "PGD-3"),
     ),
     Question(
+        "What do the defenses that the paper cites withstand? (digits; the claimed attack, then an adaptive one)",
+        *("cited_digits/cited.md", "cited_digits/cited.json"),
+        _cited,
+        "python -m experiments.compare --cited --data=digits --eps=0.2 --steps=1000 --batch_size=32 --apgd_steps=30 "
+        "--targets=3 --queries=300 --results=results/cited_digits",
+    ),
+    Question(
         "What does the second point of e2SAD add? (held-out images)",
         *("e2sad_ablation/compare.md", "e2sad_ablation/compare.json"),
         _parts,
@@ -171,6 +197,18 @@ QUESTIONS = (
         "What does a step cost in time with AVX-512? (an older commit)",
         *("step_cost/avx512/step_cost.md", "step_cost/avx512/step_cost.json"),
         _step,
+    ),
+    Question(
+        "What bounds a step on H100s? (compiled for them, not run)",
+        *("accelerators/h100/ahead.md", "accelerators/h100/ahead.json"),
+        _bounds,
+    ),
+    Question(
+        "What bounds a step on TPUs v5e? (compiled for them, not run)",
+        *("accelerators/v5e/ahead.md", "accelerators/v5e/ahead.json"),
+        _bounds,
+        "python -m experiments.step_cost --target=v5e,v5e:2x2,v5e:16x16 --precision=bf16 --defense=natural,fgsm,e2sad "
+        "--results=results/accelerators/v5e",
     ),
     Question(
         "Are our attacks as strong as ART's, on MNIST?", "attacks_vs_art/mnist.md", "attacks_vs_art/mnist.md", _peers

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -228,33 +229,41 @@ def _about(chip: Mapping[str, Any]) -> str:
 
 
 def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
-    """Draws the bound of each step against the number of chips, a panel for each kind of chip; links alone are dashed."""
+    """Draws the bound of each step against the number of chips, a panel for each kind of chip and precision."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     rows = [row for row in result["rows"] if not row["error"]]
-    kinds = [name for name in result["chips"] if any(row["target"].startswith(name) for row in rows)]
-    if not kinds:
+    panels = list(dict.fromkeys((_kind(row), row["precision"]) for row in rows))
+    if not panels:
         return
-    figure = Figure(figsize=(5.5 * len(kinds), 4.6), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0], kinds, strict=True):
-        own = [row for row in rows if row["target"].startswith(kind)]
-        lines = dict.fromkeys((row["label"], row["precision"]) for row in own)
-        several = len({precision for _, precision in lines}) > 1
-        for label, precision in lines:
-            line = sorted(
-                (r for r in own if (r["label"], r["precision"]) == (label, precision)), key=lambda r: r["chips"]
-            )
-            chips = [row["chips"] for row in line]
-            name = f"{label}, {precision}" if several else label
-            (drawn,) = axes.plot(chips, [1e3 * max(r["bounds"].values()) for r in line], "o-", ms=5, label=name)
-            links = [(r["chips"], 1e3 * r["bounds"]["links"]) for r in line if r["chips"] > 1]
-            axes.plot(*zip(*links, strict=True) if links else ([], []), "--", lw=1, color=drawn.get_color())
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    figure = Figure(figsize=(3.6 * len(panels) + 0.6, 4.4), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
+        own = sorted((row for row in rows if (_kind(row), row["precision"]) == panel), key=lambda row: row["chips"])
+        for label in labels:
+            line = [(row["chips"], 1e3 * max(row["bounds"].values())) for row in own if row["label"] == label]
+            if line:
+                axes.plot(*zip(*line, strict=True), "o-", ms=5, color=f"C{labels.index(label)}")
+        links: dict[int, float] = {}
+        for row in own:
+            links[row["chips"]] = max(1e3 * row["bounds"]["links"], links.get(row["chips"], 0))
+        links = {chips: ms for chips, ms in links.items() if chips > 1}
+        axes.plot(list(links), list(links.values()), "--", lw=1.2, color="0.5", zorder=1)
         ticks = sorted({row["chips"] for row in own})
-        axes.set(xscale="log", yscale="log", xlabel=f"{kind} chips", title=kind)
+        axes.set(xscale="log", yscale="log", xlabel=f"{panel[0]} chips", title=f"{panel[0]}, {panel[1]}")
         axes.set_xticks(ticks, list(map(str, ticks)))
         axes.set_xticks([], minor=True)
         axes.grid(color="0.93")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, frameon=False)
-    figure.axes[0].set_ylabel("least ms of a step (dashed: links alone)")
-    plots.save(path, figure, dpi=130)
+    figure.axes[0].set_ylabel("least ms of a step")
+    figure.axes[0].yaxis.set_major_formatter("{x:g}")
+    marks = [Line2D([], [], marker="o", ms=5, color=f"C{i}", label=label) for i, label in enumerate(labels)]
+    marks.append(Line2D([], [], ls="--", lw=1.2, color="0.5", label="links alone"))
+    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize=9, frameon=False)
+    plots.save(path, figure, dpi=120)
+
+
+def _kind(row: Row) -> str:
+    """The kind of chip of a row's target."""
+    return re.split("[:x]", row["target"])[0]
