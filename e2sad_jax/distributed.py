@@ -124,8 +124,9 @@ def mesh(devices: int, batch_size: int, among: Sequence[jax.Device] | None = Non
     there = jax.devices() if among is None else among
     if devices > len(there):
         kind = there[0].platform
+        seen = "JAX sees" if among is None else "there are"
         more = "; on the CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N" if kind == "cpu" else ""
-        raise ConfigError(f"--devices={devices}: must be at most {len(there)}, the {kind} devices that there are{more}")
+        raise ConfigError(f"--devices={devices}: must be at most {len(there)}, the {kind} devices that {seen}{more}")
     if is_multiprocess() and devices not in (0, len(there)):
         raise ConfigError(
             f"--devices={devices}: must be 0 or {len(there)}, all devices of the {jax.process_count()} processes"

@@ -220,8 +220,9 @@ def test_every_attack_is_here():
 def test_refuses_losses_that_are_not_per_image(name):
     attack, accepted = ACCEPTED[name]
     argument = "margin_fn" if name == "square" else "loss_fn"
+    wanted = "per-example losses" if argument == "loss_fn" else "one value for each image"
     for loss in (jnp.sum, jnp.mean, itself, lambda z: summed(z)[:1]):
-        with pytest.raises(ValueError, match=rf"{argument} returned shape .* for 2 images; .*per-example.*\(2,\)"):
+        with pytest.raises(ValueError, match=rf"{argument} returned shape .* for 2 images; .*{wanted}.*\(2,\)"):
             attack(**{"x": IMAGES, **accepted, argument: loss})
 
 
