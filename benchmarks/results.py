@@ -107,11 +107,11 @@ def _bounds(result: Content) -> str:
 
 def _cited(result: Content) -> str:
     rows = result["rows"]
-    shown = ("distillation", "feature squeezing", "MagNet", "Defense-GAN", "e2SAD, robust")
-    return "; ".join(
-        f"{name} {rows[name]['claimed']['robust']:.3f}, adaptive {rows[name]['adaptive']['robust']:.3f}"
-        for name in shown
-    )
+    names = ("distillation", "feature squeezing", "MagNet", "Defense-GAN", "e2SAD, robust")
+    shown = [
+        (name, rows[name]["claimed"]["robust"], rows[name]["adaptive"]["robust"]) for name in names if name in rows
+    ]
+    return "; ".join(f"{name} {claimed:.3f}, adaptive {adaptive:.3f}" for name, claimed, adaptive in shown)
 
 
 def _flops(text: Content) -> str:
