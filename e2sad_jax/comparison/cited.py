@@ -181,7 +181,7 @@ def _nearest(model: Model, apply: Function, detector: Detector | None) -> dict[s
     made = np.array(model.images)
     made[right] = np.asarray(attack(model.params, x, y))
     fooled = right[~model.right_on(made)[right]]
-    lengths = np.sqrt(np.square(made - model.images)[fooled].reshape(len(fooled), -1).sum(1))
+    lengths = np.linalg.norm((made - model.images).reshape(len(made), -1), axis=1)[fooled]
     return {"fooled": len(fooled) / max(len(right), 1), "l2": float(np.median(lengths)) if len(fooled) else 0.0}
 
 
