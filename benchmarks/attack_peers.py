@@ -22,12 +22,12 @@ from e2sad_jax._compile import jit
 from e2sad_jax.data.dataset import in_words
 from e2sad_jax.errors import Error
 from e2sad_jax.evaluation import Attack, Model, of_classifier
+from e2sad_jax.evaluation.curves import SLACK
 from e2sad_jax.reporting import provenance
 from e2sad_jax.runs.classifier import Classifier, load
 from experiments.step_cost.peers import PACKAGES, SHIPPED_BY, pytorch
 
 TOLERANCE = 0.01  # of accuracy
-SLACK = 1e-6  # of a pixel, for the float32 of either side
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("workdir", [], "folders of the runs, several with commas")

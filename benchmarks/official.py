@@ -28,7 +28,8 @@ from e2sad_jax._io import check_folder, write_json, write_text
 from e2sad_jax.comparison.request import JUDGES
 from e2sad_jax.data.dataset import hold_out, in_words
 from e2sad_jax.errors import ConfigError
-from e2sad_jax.evaluation import FAB, STAGES, Attack, Model, in_batches, of_classifier
+from e2sad_jax.evaluation import FAB, STAGES, Attack, Model, distances, in_batches, of_classifier
+from e2sad_jax.evaluation.curves import SLACK
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.reporting.table import Table
@@ -41,7 +42,6 @@ NORMS = {"linf": "Linf", "l2": "L2"}
 MODELS = (networks.MnistCNN, networks.SvhnCNN)
 AGREE = 1e-4  # of a logit, between the two networks
 TOLERANCE = 0.01  # of accuracy
-SLACK = 1e-6  # of a pixel, for the float32 of either side
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,12 +229,6 @@ def ours(model: Model, stages: Sequence[Attack], *, eps: float, norm: str) -> Si
     return Side(list(result.standing.values()), list(np.diff(times)), result.adversarial)
 
 
-def distances(made: np.ndarray, images: np.ndarray, norm: str) -> np.ndarray:
-    """Length of each change, `[N]`."""
-    change = (made.astype(np.float64) - images).reshape(len(images), -1)
-    return np.linalg.norm(change, axis=1) if norm == "l2" else np.abs(change).max(1, initial=0)
-
-
 def outcome(stages: Sequence[str], theirs: Side, own: Side, places: np.ndarray) -> dict[str, Any]:
     """Both sides after each attack, and every image on which they disagree at the end.
 
@@ -367,7 +361,7 @@ def run(asked: Request) -> None:
     own = ours(model, stages, eps=config.eps1, norm=config.norm)
 
     def checked(side: Side, wrong: np.ndarray) -> dict[str, Any]:
-        lengths = distances(side.images, model.images, config.norm)[side.found]
+        lengths = distances(model.images, side.images, side.found, norm=config.norm)[side.found]
         found = side.images[side.found].reshape(len(lengths), -1)
         outside = (lengths > config.eps1 + SLACK) | ((found < 0) | (found > 1)).any(1)
         return {

@@ -39,8 +39,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.freeze()
 gc.set_threshold(100_000)
 
-SLOW = pathlib.Path(__file__).resolve().parent / "slow"
-AHEAD = pathlib.Path(__file__).resolve().parent / "ahead"
+TESTS = pathlib.Path(__file__).resolve().parent
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -58,10 +57,9 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Orders files, within which tests stay as they are, and marks those of tests/slow and tests/ahead."""
     for item in items:
-        if item.path.is_relative_to(SLOW):
-            item.add_marker(pytest.mark.slow)
-        if item.path.is_relative_to(AHEAD):
-            item.add_marker(pytest.mark.ahead)
+        for folder in ("slow", "ahead"):
+            if item.path.is_relative_to(TESTS / folder):
+                item.add_marker(folder)
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 

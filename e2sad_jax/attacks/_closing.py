@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from e2sad_jax.attacks import _checks, _loops
 from e2sad_jax.attacks._aim import Aim, aim
 from e2sad_jax.attacks._ball import linf_ball, project_and_cast
-from e2sad_jax.attacks._numerics import as_float32, finite, like_sharded, norms, select
+from e2sad_jax.attacks._numerics import as_float32, finite, like_sharded, norms, select, unit
 from e2sad_jax.attacks._search import Nearest
 from e2sad_jax.attacks._types import Bounds, LogitsFn
 
@@ -24,6 +24,7 @@ class Point(NamedTuple):
       change: from them, `[N, ...]`.
       distance: its norm, `[N]`.
       fooled: whether it fools the network, bool `[N]`.
+      moved: the change after a step along the gradient, `[N, ...]`.
       loss: the objective, `[N]`.
       gradient: its gradient, `[N, ...]`, finite.
       share: half a cosine from 1 in the first step towards 0 after the last, a scalar.
@@ -35,6 +36,7 @@ class Point(NamedTuple):
     change: jax.Array
     distance: jax.Array
     fooled: jax.Array
+    moved: jax.Array
     loss: jax.Array
     gradient: jax.Array
     share: jax.Array
@@ -59,6 +61,7 @@ def close_in(
     *,
     objective: Callable[[Aim, jax.Array], jax.Array],
     advance: Callable[[Point], tuple[jax.Array, jax.Array]],
+    step_size: jax.typing.ArrayLike,
     radius: jax.typing.ArrayLike,
     steps: int,
     norm: str,
@@ -74,6 +77,7 @@ def close_in(
       targets: as of the attack.
       objective: what the gradient is taken of, of what the attack aims at and logits to `[N]`.
       advance: from a point to the next one, `[N, ...]`, not yet clipped, and its radius `[N]`.
+      step_size: l2 length of the first step along the gradient, as `threat_model` returns it; it falls to `LAST` of that.
       radius: the first one.
       steps: number of steps.
       norm: of distances.
@@ -106,7 +110,8 @@ def close_in(
         distance = norms(change, norm)
         nearest = state.nearest.keep(image, distance, fooled)
         loss, gradient = loss.astype(clean.dtype), finite(as_float32(gradient))
-        z, radius = advance(Point(clean, change, distance, fooled, loss, gradient, share, state.radius, nearest))
+        moved = change + step_size * (LAST + (1 - LAST) * share) * unit(gradient)
+        z, radius = advance(Point(clean, change, distance, fooled, moved, loss, gradient, share, state.radius, nearest))
         return _State(select(already, clean, z), radius, nearest)
 
     start = _State(clean, filled(radius), Nearest(x, jnp.where(already, 0, filled(jnp.inf)), already))

@@ -7,7 +7,7 @@ from e2sad_jax import losses
 from e2sad_jax.attacks import _checks
 from e2sad_jax.attacks._aim import Aim
 from e2sad_jax.attacks._ball import linf_ball
-from e2sad_jax.attacks._closing import LAST, Point, close_in
+from e2sad_jax.attacks._closing import Point, close_in
 from e2sad_jax.attacks._numerics import broadcast, norms, unit
 from e2sad_jax.attacks._types import Bounds, LogitsFn
 
@@ -73,8 +73,7 @@ def ddn(
         farthest = norms(jnp.maximum(everywhere.upper - at.clean, at.clean - everywhere.lower), "l2")
         changed = jnp.where(at.fooled, 1 - gamma, 1 + gamma) * at.radius
         changed = jnp.minimum(changed, jnp.minimum(farthest, jnp.finfo(changed.dtype).max))
-        moved = at.change + first * (LAST + (1 - LAST) * at.share) * unit(at.gradient)
-        return at.clean + broadcast(changed, at.clean) * unit(moved), changed
+        return at.clean + broadcast(changed, at.clean) * unit(at.moved), changed
 
     return close_in(
         "ddn",
@@ -84,6 +83,7 @@ def ddn(
         targets,
         objective=_cross_entropy,
         advance=advance,
+        step_size=first,
         radius=radius,
         steps=steps,
         norm="l2",

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from e2sad_jax.attacks import _checks
 from e2sad_jax.attacks._aim import Aim
 from e2sad_jax.attacks._ball import ball
-from e2sad_jax.attacks._closing import LAST, Point, close_in
-from e2sad_jax.attacks._numerics import broadcast, norms, unit
+from e2sad_jax.attacks._closing import Point, close_in
+from e2sad_jax.attacks._numerics import broadcast, norms
 from e2sad_jax.attacks._types import Bounds, LogitsFn
 
 DUAL = {"linf": "l1", "l2": "l2"}
@@ -77,8 +77,7 @@ def fmn(
         outside = (1 + rate) * jnp.where(at.nearest.fooled, at.radius, jnp.where(slope > 0, boundary, at.distance))
         radius = jnp.where(at.fooled, jnp.minimum((1 - rate) * at.radius, at.nearest.distance), outside)
         radius = jnp.where(jnp.isfinite(radius), radius, at.distance)
-        moved = at.clean + at.change + first * (LAST + (1 - LAST) * at.share) * unit(at.gradient)
-        return ball(norm, at.clean, broadcast(radius, at.clean), bounds).project(moved), radius
+        return ball(norm, at.clean, broadcast(radius, at.clean), bounds).project(at.clean + at.moved), radius
 
     return close_in(
         "fmn",
@@ -88,6 +87,7 @@ def fmn(
         targets,
         objective=Aim.lead,
         advance=advance,
+        step_size=first,
         radius=jnp.inf,
         steps=steps,
         norm=norm,

@@ -18,7 +18,7 @@ from e2sad_jax.comparison.request import JUDGES, Request
 from e2sad_jax.data import Dataset
 from e2sad_jax.data.dataset import in_words
 from e2sad_jax.errors import Stopped
-from e2sad_jax.evaluation import Attack, Detector, Model
+from e2sad_jax.evaluation import Attack, Detector, Model, distances
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.table import Table
 from e2sad_jax.runs import signals, trainer
@@ -180,9 +180,9 @@ def _nearest(model: Model, apply: Function, detector: Detector | None) -> dict[s
 
     made = np.array(model.images)
     made[right] = np.asarray(attack(model.params, x, y))
-    fooled = right[~model.right_on(made)[right]]
-    lengths = np.linalg.norm((made - model.images).reshape(len(made), -1), axis=1)[fooled]
-    return {"fooled": len(fooled) / max(len(right), 1), "l2": float(np.median(lengths)) if len(fooled) else 0.0}
+    fooled = ~model.right_on(made)[right]
+    lengths = distances(model.images[right], made[right], fooled, norm="l2")[fooled]
+    return {"fooled": len(lengths) / max(len(right), 1), "l2": float(np.median(lengths)) if len(lengths) else 0.0}
 
 
 def _earlier(path: pathlib.Path, asked: Mapping[str, Any]) -> dict[str, Row]:

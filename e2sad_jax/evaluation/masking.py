@@ -267,7 +267,7 @@ def _losses(
 def _outputs(
     programs: Programs, params: Any, x: jax.Array, labels: jax.Array, places: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Whether outputs are probabilities, and two numbers that other outputs have not."""
+    """Whether outputs are probabilities, and two numbers that tell other outputs from them."""
     logits = core.as_float32(programs.apply(params, x))
     are = (logits >= 0).all(1) & (jnp.abs(logits.sum(1) - 1) < 1e-3)
     return are, logits.max(1), logits @ jnp.arange(1, logits.shape[1] + 1, dtype=logits.dtype)

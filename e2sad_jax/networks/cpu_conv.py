@@ -115,9 +115,8 @@ def max_pool(x: jax.Array) -> jax.Array:
 
     On the CPU and the GPU it is taken over four strided slices, and its gradient is put together of four arrays. XLA's own
     pooling is more than ten times slower on the CPU: half the time of a training step. On the GPU it keeps four arrays of
-    indices and scatters: e2SAD's step then takes twice the temporary memory. On the TPU, where XLA's own moves fewer bytes,
-    it stays. Values are the same, NaN included, and so is the gradient, but where there is NaN: where several are largest
-    it goes to the first.
+    indices and scatters. On the TPU, where XLA's own moves fewer bytes, it stays. Values are the same, NaN included, and so is
+    the gradient, but where there is NaN: where several are largest it goes to the first.
 
     Args:
       x: `[N, H, W, C]`.

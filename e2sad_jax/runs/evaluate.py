@@ -141,6 +141,10 @@ def run(request: Request) -> dict[str, Any]:
     total = effort.work(n, model.num_classes, substitute is not None, model.images.ndim)
     total += n * sum(attack.gradients(model.num_classes) for attack in more)
     with Bar(f"evaluate {model.name}", total, "gradients") as bar:
+
+        def progress(what: str, gradients: int) -> None:
+            bar.update(gradients, what)
+
         result = diagnose(
             model,
             eps=eps,
@@ -148,9 +152,9 @@ def run(request: Request) -> dict[str, Any]:
             effort=effort,
             substitute=substitute,
             keep=True,
-            progress=lambda what, gradients: bar.update(gradients, what),
+            progress=progress,
         )
-        found = model.evaluate(more, progress=lambda what, gradients: bar.update(gradients, what)) if more else {}
+        found = model.evaluate(more, progress=progress) if more else {}
     result["more"] = [
         {"attack": a.name, "norm": a.norm, "eps": a.eps, "accuracy": float(found[a.name].withstood.mean())}
         for a in more

@@ -4,15 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from e2sad_jax import _streams, networks
+from e2sad_jax import networks
 from e2sad_jax._compile import straight_line
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.training.config import Config
-from e2sad_jax.training.state import init_state
-from e2sad_jax.training.step import epoch_order, make_train_step
+from e2sad_jax.training.step import make_train_step, step_arguments
 
 
 def step_flops(config: Config, image_shape: Sequence[int], num_classes: int) -> float:
@@ -41,19 +39,9 @@ def step_counts(config: Config, image_shape: Sequence[int], num_classes: int) ->
     except RuntimeError:  # JAX_PLATFORMS names others only
         return None
     model = networks.create(config.model, num_classes, image_shape, config.precision)
-    n = config.batch_size
     with jax.default_device(cpu), straight_line():
         step = make_train_step(config, model, num_classes, TRANSFORMS[config.transform])
-        shapes = jax.eval_shape(
-            lambda: (
-                init_state(config, model, image_shape, n),
-                jnp.zeros((n, *image_shape), jnp.uint8),
-                (jnp.zeros(n, jnp.int32), jnp.zeros((n, num_classes)))
-                if config.entry.learns
-                else jnp.zeros(n, jnp.int32),
-                epoch_order(_streams.key(0, _streams.ORDER), jnp.zeros((), jnp.uint32), n),
-            )
-        )
+        shapes = step_arguments(config, model, image_shape, num_classes, config.batch_size)
         return _counts(step.lower(*shapes))  # type: ignore[attr-defined]
 
 

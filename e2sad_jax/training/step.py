@@ -7,7 +7,7 @@ carry a leading axis P, one entry for each run.
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from e2sad_jax import distributed, networks
+from e2sad_jax import _streams, distributed, networks
 from e2sad_jax._compile import jit, platform, straight_line
 from e2sad_jax.data.transforms import Transform
 from e2sad_jax.defenses._types import Parts
@@ -25,7 +25,7 @@ from e2sad_jax.networks import batch_stats
 from e2sad_jax.training.config import Config
 from e2sad_jax.training.memory import check_rows, note, recall
 from e2sad_jax.training.optimizer import optimizer
-from e2sad_jax.training.state import TrainState, shardings
+from e2sad_jax.training.state import TrainState, init_state, shardings
 
 TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # see `make_train_step`
 
@@ -69,6 +69,31 @@ def epoch_order(key: jax.Array, epoch: jax.Array, n: int) -> jax.Array:
         return jax.random.permutation(jax.random.fold_in(key, e), n).astype(jnp.int32)
 
     return jnp.concatenate([permutation(epoch), permutation(epoch + 1)])
+
+
+def step_arguments(
+    config: Config, model: nn.Module, image_shape: Sequence[int], num_classes: int, examples: int
+) -> tuple[Any, ...]:
+    """Shapes and dtypes of what the step of one run takes: state, images, labels, order; to lower it without data.
+
+    Args:
+      config: the run's settings.
+      model: the network.
+      image_shape: (H, W, C).
+      num_classes: number of classes K.
+      examples: number of training images n.
+    """
+
+    def arguments() -> tuple[Any, ...]:
+        labels = jnp.zeros(examples, jnp.int32)
+        return (
+            init_state(config, model, image_shape, examples),
+            jnp.zeros((examples, *image_shape), jnp.uint8),
+            (labels, jnp.zeros((examples, num_classes))) if config.entry.learns else labels,
+            epoch_order(_streams.key(0, _streams.ORDER), jnp.zeros((), jnp.uint32), examples),
+        )
+
+    return jax.eval_shape(arguments)
 
 
 def make_train_step(

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from e2sad_jax import _streams, distributed, networks, training
+from e2sad_jax import distributed, networks, training
 from e2sad_jax._io import check_folder, write_json, write_text
 from e2sad_jax.data import KNOWN
 from e2sad_jax.data.transforms import TRANSFORMS
@@ -21,6 +21,7 @@ from e2sad_jax.reporting.table import Table
 from e2sad_jax.runs.signals import stopping
 from e2sad_jax.training.config import Config, preset
 from e2sad_jax.training.state import shardings
+from e2sad_jax.training.step import step_arguments
 from experiments.step_cost.compiled import Program
 from experiments.step_cost.counts import peak_bytes
 from experiments.step_cost.request import DATA, NUM_CLASSES, Request, StepsFailedError
@@ -54,18 +55,9 @@ def lower(
         config, model, num_classes, TRANSFORMS[config.transform], steps=steps, mesh=mesh
     )
 
-    def arguments() -> tuple[Any, ...]:
-        labels, logits = np.zeros(examples, np.int32), np.zeros((examples, num_classes), np.float32)
-        order = training.epoch_order(_streams.key(0, _streams.ORDER), np.uint32(0), examples)
-        return (
-            training.init_state(config, model, image_shape, examples),
-            np.zeros((examples, *image_shape), np.uint8),
-            (labels, logits) if config.entry.learns else labels,
-            order,
-            *([np.int32(steps)] if steps > 1 else []),
-        )
-
-    state, *rest = jax.eval_shape(arguments)
+    state, *rest = step_arguments(config, model, image_shape, num_classes, examples)
+    if steps > 1:
+        rest.append(jax.ShapeDtypeStruct((), np.int32))
     return step.lower(_placed(shardings(mesh), state), *_placed([distributed.whole(mesh)] * len(rest), rest))
 
 

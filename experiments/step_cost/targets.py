@@ -111,7 +111,7 @@ class Target:
         chip, count = CHIPS[tpu or gpu], int(number or int(rows or 1) * int(columns or 1))
         if count > chip.host and count % chip.host:
             raise ConfigError(f"--target={name}: must be at most {chip.host} chips or whole hosts of {chip.host}")
-        if not _importable(chip.package):
+        if not importable(chip.package):
             raise ConfigError(
                 f"--target={name}: needs {chip.package}, not installed here: pip install -e '.[aot]', in an environment "
                 "of its own"
@@ -161,7 +161,8 @@ class Target:
         }
 
 
-def _importable(package: str) -> bool:
+def importable(package: str) -> bool:
+    """Whether a package, which may be inside of another, is installed."""
     try:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:

@@ -14,9 +14,14 @@ from e2sad_jax.training.config import configure
 from experiments.step_cost import ahead
 from experiments.step_cost.compiled import Program
 from experiments.step_cost.step import no_compilation_cache
-from experiments.step_cost.targets import Target, less_optimising
+from experiments.step_cost.targets import CHIPS, Target, importable, less_optimising
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [
+    pytest.mark.usefixtures("standard_promotion"),
+    pytest.mark.skipif(
+        not all(importable(chip.package) for chip in CHIPS.values()), reason="needs the packages of make test-ahead"
+    ),
+]
 
 SHAPE, CLASSES, IMAGES, BATCH = (8, 8, 1), 10, 64, 32
 

@@ -105,5 +105,5 @@ def test_distances_are_those_of_the_norm():
     images = np.zeros((2, 2, 2, 1), np.float32)
     made = images.copy()
     made[1, 0, :, 0] = 3, -4
-    assert official.distances(made, images, "linf").tolist() == [0, 4]
-    assert official.distances(made, images, "l2").tolist() == [0, 5]
+    assert official.distances(images, made, np.ones(2, bool), norm="linf").tolist() == [0, 4]
+    assert official.distances(images, made, np.ones(2, bool), norm="l2").tolist() == [0, 5]

@@ -307,7 +307,7 @@ def test_a_bad_value_is_refused_with_its_remedy(values, words):
 
 
 def test_a_target_is_chips_and_how_many(monkeypatch):
-    monkeypatch.setattr(targets, "_importable", lambda package: True)
+    monkeypatch.setattr(targets, "importable", lambda package: True)
     counts = {name: targets.Target.named(name).count for name in ("v5e", "v5e:4x4", "v6e:2x2", "h100", "h100x16")}
     assert counts == {"v5e": 1, "v5e:4x4": 16, "v6e:2x2": 4, "h100": 1, "h100x16": 16}
     for name in ("v4", "v5e:0x2", "h100x", "h100:2x2", "v5e:2x2x2"):
@@ -319,7 +319,7 @@ def test_a_target_is_chips_and_how_many(monkeypatch):
         Request(target=("h100x8",), batch_size=12)
     with pytest.raises(ConfigError, match="leave out --peer and --devices"):
         Request(target=("h100",), devices=2)
-    monkeypatch.setattr(targets, "_importable", lambda package: False)
+    monkeypatch.setattr(targets, "importable", lambda package: False)
     with pytest.raises(
         ConfigError, match=r"--target=v5e: needs libtpu, not installed here: pip install -e '\.\[aot\]'"
     ):
@@ -328,7 +328,7 @@ def test_a_target_is_chips_and_how_many(monkeypatch):
 
 def test_a_bound_is_the_work_at_the_peak_of_the_chip(monkeypatch):
     """Of a sum of n chips each sends 2 (n - 1) / n times its bytes; beyond a host, as fast as hosts are connected."""
-    monkeypatch.setattr(targets, "_importable", lambda package: True)
+    monkeypatch.setattr(targets, "importable", lambda package: True)
     bounds = targets.Target.named("h100x8").bound(989.4e9, 3.35e9, 450e6, "bf16")
     np.testing.assert_allclose(list(bounds.values()), [1e-3, 1e-3, 2 * 7 / 8 * 1e-3])
     assert targets.Target.named("h100").bound(1e9, 1e9, 1e9, "tf32")["links"] == 0
