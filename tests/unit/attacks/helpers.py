@@ -117,6 +117,7 @@ FAST: dict[str, dict[str, Any]] = {
 }
 FASTER = {
     "carlini_wagner": functools.partial(attacks.carlini_wagner, learning_rate=0.1, initial_c=1.0, binary_steps=3),
+    "ddn": functools.partial(attacks.ddn, radius=0.3, gamma=0.2),
     "few_pixels": functools.partial(attacks.few_pixels, population=12),
     "jsma": functools.partial(attacks.jsma, gamma=1.0),
     "lbfgs": functools.partial(attacks.lbfgs, binary_steps=4, history=2),
