@@ -182,16 +182,16 @@ def magnet(base: Base) -> Around:
 
 
 def defense_gan(base: Base) -> Around:
-    """Defense-GAN with a dense generator. A projection starts anew for each query; the attack takes it for the identity."""
+    """Defense-GAN with a dense generator. A projection starts anew for each query; the attack takes its own gradient."""
     latent, x = 16, jnp.asarray(base.train)
     gan = inference.gan(jax.random.key(0), base.image_shape, latent=latent, hidden=(64, 64))
     gan, _ = inference.train_gan(jax.random.key(1), gan, x, steps=GAN_STEPS, learning_rate=1e-3)
 
     def projected(key: jax.Array, z: jax.Array, steps: int = PROJECTION_STEPS) -> jax.Array:
-        return inference.project(key, gan.generate_fn, z, steps=steps, restarts=4, latent=latent).images
+        return inference.project(key, gan.generate_fn, z, steps=steps, restarts=4, latent=latent, unroll=True).images
 
     def apply(params: Any, z: jax.Array, key: jax.Array) -> jax.Array:
-        return base.apply(params, attacks.bpda(functools.partial(projected, key))(z))
+        return base.apply(params, projected(key, z))
 
     def price(steps: int) -> float:
         return base.flops(lambda params, z: base.apply(params, projected(jax.random.key(0), z, steps)))
@@ -202,7 +202,7 @@ def defense_gan(base: Base) -> Around:
     return Around(
         apply,
         None,
-        [Attack("PGD-20 by BPDA", "pgd", base.request.eps, 20)],
+        [Attack("PGD-40 through the projection", "pgd", base.request.eps, 40, base.request.eps / 10)],
         one + (PROJECTION_STEPS - 1) * (two - one),
         GAN_STEPS * 5 * step,  # five of the critic for each of the generator, which costs less than one of them
         draws=1,

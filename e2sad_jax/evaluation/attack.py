@@ -26,7 +26,8 @@ class Attack:
       name: the row's name, unique in its suite.
       kind: "clean" for no attack, or a key of `attacks.ATTACKS`, to which `attacks.register` adds attacks of your own.
       eps: budget in the units of the network's input, at least 0; in the l0 ball the number of pixels.
-      steps: gradient steps, or queries of a score-based attack; 0 for the attack's default, if it has one.
+      steps: gradient steps, or queries of a score-based attack; 0 for the attack's default, if it has one. An attack without
+        a number of steps takes 0 or 1.
       step_size: length of a step; None for the attack's default.
       restarts: number of random restarts.
       loss: what the attack raises, "ce", "margin", "dlr" or "targeted_dlr". A score-based attack always lowers the margin.
@@ -100,6 +101,8 @@ class Attack:
             _arguments.count(f"{name}: targets", self.targets)
         _arguments.count(f"{name}: restarts", self.restarts)
         _arguments.count(f"{name}: steps", self.steps, least=1 if _needs_steps(method) else 0)
+        if self.steps > 1 and not {"steps", "queries"} & method.parameters:
+            raise ValueError(f"{name}: steps={self.steps}; {self.kind} has no number of steps to choose, leave it out")
         method.check(name, norm=self.norm, restarts=self.restarts, step_size=self.step_size, ndim=ndim)
         if self.targeted and method.family != "gradient" and "targets" not in method.parameters:
             raise ValueError(f"{name}: loss={self.loss!r}; {self.kind} has no targets to walk to, leave the loss out")

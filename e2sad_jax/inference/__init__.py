@@ -2,8 +2,8 @@
 
 A defended model is a function of images as any other: `lambda x: logits_fn(attacks.bpda(squeeze)(x))` goes into every attack
 and into `evaluation`. A detector is a function of images `[N, ...]` to scores `[N]`, higher for stranger images, with a
-threshold (`evaluation.Detector`). Every defense of this module has a published attack that breaks it; measure with adaptive
-ones.
+threshold (`evaluation.Detector`). Published attacks break every defense of this module but mutation testing, of which no
+break by name is known. Measure with adaptive attacks.
 
 * `bit_depth` and `median` squeeze images, `squeezing_score` detects by what that changes (feature squeezing).
 * `label_change` and `sprt` detect by how often a prediction changes under mutations, of the image (`noise`) or of the model

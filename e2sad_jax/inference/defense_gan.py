@@ -274,10 +274,11 @@ def project(
     min over z of mean_pixels (G(z) - x)^2, by `steps` steps of descent with momentum from each of `restarts` starts
     z ~ N(0, 1 / latent); the rate is a tenth in the last fifth of the steps. The best of the final points counts.
 
-    The model is then asked about `images`. Its own gradient is of no use through so many steps. **That is no robustness:** an
-    attack through `attacks.bpda(lambda x: project(key, G, x).images)` finds adversarial images (Athalye et al., 2018,
-    https://arxiv.org/abs/1802.00420), and others lie among the generator's own (Jalal et al., 2017,
-    https://arxiv.org/abs/1712.09196). Draw another key for each query (`attacks.eot`): with one key the attack is overstated.
+    The model is then asked about `images`, which are a constant to a gradient unless `unroll`. **That is no robustness:** the
+    gradient through all steps, of `unroll`, makes adversarial images, and so does that of the identity, through
+    `attacks.bpda(lambda x: project(key, G, x).images)` (Athalye et al., 2018, https://arxiv.org/abs/1802.00420). Others lie
+    among the generator's own images (Jalal et al., 2017, https://arxiv.org/abs/1712.09196). Draw another key for each query
+    (`attacks.eot`): with one key the attack is overstated.
 
     Args:
       key: a random key, one or one per image; not read with `start`.

@@ -99,6 +99,7 @@ def test_an_attack_of_the_users_own_is_a_row(problem, monkeypatch):
         (Attack("a", "fab", 0.1, -1), r"steps=-1; it must be at least 0"),
         (Attack("a", "mi_fgsm", 0.1, 2, norm="l2"), r"norm='l2'; it must be linf"),
         (Attack("a", "fgsm", 0.1, restarts=2), r"restarts=2; it has no random restarts"),
+        (Attack("a", "jsma", 3, 5, norm="l0"), r"steps=5; jsma has no number of steps to choose, leave it out"),
         (Attack("a", "apgd", 0.1, 2, loss="targeted_dlr", targets=0), r"targets=0; it must be at least 1"),
         (Attack("a", "untargeted", 0.1, loss="targeted_dlr"), r"untargeted has no targets to walk to"),
         (Attack("a", "square", 0.1, 2), r"images have 2 axes; it needs 4"),
