@@ -81,8 +81,8 @@ class Command(NamedTuple):
 REQUESTS: Mapping[str, Command] = {
     "evaluate": Command(
         "e2sad_jax.runs.evaluate",
-        "the same command measures again",
-        False,
+        "finished batches are safe",
+        True,
         "measures the robust accuracy of a model: curves, the worst case over strong attacks, checks for gradient masking",
     ),
     "compare": Command(
@@ -187,8 +187,7 @@ def launch(run: Callable[[], None], saved: str, *, resumes: bool = True) -> None
     """
     failed, interrupted = saved, saved
     if resumes:
-        failed = f"{saved}, and the same command resumes from there"
-        interrupted = "the same command resumes from the last checkpoint"
+        failed = interrupted = f"{saved}, and the same command resumes from there"
     app.run(lambda argv: _guarded(run, failed, interrupted), flags_parser=_parse)
 
 

@@ -1,6 +1,7 @@
 """AutoAttack's protocol: the worst case over strong attacks, each run on the images that are still correct."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from e2sad_jax.evaluation import _entrance
 from e2sad_jax.evaluation._entrance import Apply, Bounds, Detector, Transform
 from e2sad_jax.evaluation.attack import CLEAN, Attack
 from e2sad_jax.evaluation.evaluator import Evaluation, Progress
+from e2sad_jax.evaluation.finished import Finished
 from e2sad_jax.evaluation.programs import programs_of
 
 # Croce & Hein's standard version but for FAB, which in their Table 2 hardly ever lowers what the other three leave.
@@ -71,6 +73,7 @@ def auto(
     progress: Progress | None = None,
     detector: Detector | None = None,
     draws: int = 0,
+    resume: str | os.PathLike[str] | None = None,
 ) -> AutoResult:
     """Measures robust accuracy in the worst case over several strong attacks (AutoAttack).
 
@@ -95,6 +98,7 @@ def auto(
       progress: as of `evaluate`: called with a stage's name and the number of gradients taken since the last call.
       detector: of a model that rejects images, as of `evaluate`.
       draws: number of draws of a random model, as of `evaluate`.
+      resume: folder in which finished batches are kept, as of `evaluate`: a call that was killed goes on from there.
 
     Returns:
       An `AutoResult`. Of a model that rejects images its `accuracy` has the pair to report: "clean", where rejections count as
@@ -104,6 +108,7 @@ def auto(
     Raises:
       ValueError: if the arguments do not fit together, or a stage is not possible (its loss needs more classes, Square
         images `[N, H, W, C]`); before anything is attacked.
+      OSError: if `resume` cannot be written.
 
     Reference: Croce & Hein, 2020, https://arxiv.org/abs/2003.01690
     """
@@ -111,7 +116,8 @@ def auto(
     bound = _entrance.bind(apply, params)
     limits, random = _entrance.as_bounds(bounds), {"draws": draws, "seed": seed}
     programs = programs_of(bound.apply, transform, limits, params=params, detector=detector, **random)
-    evaluation = Evaluation(programs, bound.arrays, images, labels, batch_size, seed, mesh, progress)
+    finished = None if resume is None else Finished(resume)
+    evaluation = Evaluation(programs, bound.arrays, images, labels, batch_size, seed, mesh, progress, finished)
     return run_stages(evaluation, stages, eps=eps, norm=norm, keep=keep)
 
 

@@ -4,7 +4,10 @@ Everything that attacks images in batches goes through here: suites, the worst c
 gradient masking, the choice of checkpoints, comparisons.
 """
 
+import copy
 import dataclasses
+import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,9 +19,11 @@ from e2sad_jax import _arguments, distributed
 from e2sad_jax.evaluation import _entrance
 from e2sad_jax.evaluation._entrance import Apply, Bounds, Detector, Transform
 from e2sad_jax.evaluation.attack import CLEAN, Attack
+from e2sad_jax.evaluation.finished import Finished, Judged
 from e2sad_jax.evaluation.programs import Programs, in_batches, placed, programs_of
 
 Progress = Callable[[str, int], None]  # name of an attack, gradients since the last call
+BEFORE = "finished before"  # instead of the name, for what an earlier call has taken
 Visit = Callable[[Attack, np.ndarray, np.ndarray, np.ndarray], None]  # attack, places, inputs, which of them withstood
 
 
@@ -117,6 +122,7 @@ def evaluate(
     cascade: bool = False,
     detector: Detector | None = None,
     draws: int = 0,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Outcomes:
     """Runs each attack on every image and returns the predictions.
 
@@ -141,8 +147,9 @@ def evaluate(
       seed: seed of the random numbers.
       mesh: devices to split batches over, if they divide them.
       progress: called with an attack's name and the number of gradients taken since the last call, summed over the images;
-        with 0 when an attack begins. All calls sum to N times `attack.gradients(K)` of all attacks: gradients that need
-        not be taken any more count as taken.
+        with 0 when an attack begins, and with "finished before" instead of the name for a batch of `resume`. With `cascade`
+        the robust accuracy so far follows the name in parentheses. All calls sum to N times `attack.gradients(K)` of all
+        attacks: gradients that need not be taken any more count as taken.
       cascade: whether later attacks leave out the images that have fallen. Then `correct` says of each attack whether the
         image withstood it and all before, and `prediction` of an image that has fallen is the wrong one.
       detector: of a model that rejects images. Attacks evade it, and an image falls only if one and the same image is
@@ -150,17 +157,23 @@ def evaluate(
       draws: for a random model, `apply(params, inputs, key)`: its prediction is the mean of the probabilities of so many
         draws. Attacks average over as many at each step, and the verdict takes others, which no attack has seen. The draws
         for an image depend on `seed` and on the image alone. 0 for any other model.
+      resume: folder in which finished batches are kept. A call that was killed goes on from there if it is made again; so
+        does one with more attacks, or other budgets. A batch counts again only for the same images, labels, parameters, seed,
+        attack, versions of JAX and of this library, and clean predictions. A function that differs in its gradient alone is
+        not told apart. Delete the folder when all is done.
 
     Returns:
       The `Outcomes`, `[A, N]`.
 
     Raises:
       ValueError: if the arguments do not fit together or an attack is not possible; before anything is attacked.
+      OSError: if `resume` cannot be written.
     """
     bound = _entrance.bind(apply, params)
     limits, random = _entrance.as_bounds(bounds), {"draws": draws, "seed": seed}
     programs = programs_of(bound.apply, transform, limits, params=params, detector=detector, **random)
-    evaluation = Evaluation(programs, bound.arrays, images, labels, batch_size, seed, mesh, progress)
+    finished = None if resume is None else Finished(resume)
+    evaluation = Evaluation(programs, bound.arrays, images, labels, batch_size, seed, mesh, progress, finished)
     return evaluation.outcomes(attacks, cascade=cascade)
 
 
@@ -274,6 +287,7 @@ class Evaluation:
         seed: int,
         mesh: Mesh | None = None,
         progress: Progress | None = None,
+        finished: Finished | None = None,
     ):
         self.images = _entrance.as_images(images, stored=programs.own_transform)
         n = len(self.images)
@@ -287,6 +301,7 @@ class Evaluation:
             programs.check_inputs(self.images, self.batch_size)
         self.programs, self.params, self.mesh = programs, placed(params, mesh), mesh
         self.progress: Progress = progress or (lambda name, gradients: None)
+        self.finished = finished
 
     def check(self, attacks: Sequence[Attack]) -> None:
         """Raises an error if an attack cannot run, or two have the same name.
@@ -313,7 +328,9 @@ class Evaluation:
         for row, attack in enumerate(attacks):
             if cascade and row:
                 places, prediction[row] = np.flatnonzero(correct[row - 1] | rejected[row - 1]), prediction[row - 1]
-            for batch in self.run(attack, places):
+            fallen_only = cascade and attack.kind != CLEAN
+            kept = "none" if visit is None else "fallen" if fallen_only else "all"
+            for batch in self.run(attack, places, keep=kept, cascade=cascade):
                 prediction[row, batch.places], rejected[row, batch.places] = batch.prediction, batch.rejected
                 if visit is not None:
                     withstood = (batch.prediction == self.labels[batch.places]) | batch.rejected
@@ -324,7 +341,13 @@ class Evaluation:
         return Outcomes(names, correct, prediction, None if self.programs.detector is None else rejected)
 
     def run(
-        self, attack: Attack, places: np.ndarray, show: Callable[[jax.Array, Any], Any] | None = None
+        self,
+        attack: Attack,
+        places: np.ndarray,
+        show: Callable[[jax.Array, Any], Any] | None = None,
+        *,
+        keep: str = "all",
+        cascade: bool = False,
     ) -> Iterator[Batch]:
         """Attacks the images with the indices `places`, batch by batch.
 
@@ -335,17 +358,36 @@ class Evaluation:
           attack: the attack.
           places: of the images, `[B]`.
           show: called with adversarial inputs and their `(images, labels, places)` while they are on the device; what it
-            returns, without waiting, is in `Batch.shown`.
+            returns, without waiting, is in `Batch.shown`. No batch that was finished before counts then.
+          keep: the images whose inputs are needed: "all", "fallen" or "none".
+          cascade: whether the progress names the share of all images that stand.
         """
         ranks = attack.ranks(self.num_classes)
         of_rank = attack.gradients(self.num_classes) // len(ranks)
-        fallen_before = len(self.images) - len(places)
-        self.progress(attack.name, fallen_before * of_rank * len(ranks))
+        n, standing = len(self.images), len(places)
+
+        def name() -> str:
+            return (
+                f"{attack.name} ({standing / n:.3f} robust so far)" if cascade and attack.kind != CLEAN else attack.name
+            )
+
+        self.progress(name(), (n - standing) * of_rank * len(ranks))
         program = self.programs.attack(attack)
         wide = np.float64 if self.inputs.dtype == np.float64 else np.float32
+        finished = None if show is not None or attack.kind == CLEAN else self.finished
+        if finished is not None:
+            finished.ask(*self._question())
         for rank in ranks:
 
-            def dispatch(full: np.ndarray, rank: int = rank) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+            def needed(full: np.ndarray, judged: Judged) -> np.ndarray:
+                fallen = (judged.prediction != self.labels[full]) & ~judged.rejected
+                return fallen if keep == "fallen" else np.full(len(full), keep == "all")
+
+            def dispatch(full: np.ndarray, rank: int = rank) -> Any:
+                if finished is not None:
+                    before = finished.read(attack, self.seed, rank, full, functools.partial(needed, full))
+                    if before is not None:
+                        return *before, BEFORE
                 batch = distributed.split_batch(self.mesh, (self.images[full], self.labels[full], np.int32(full)))
                 numbers = np.uint32(self.seed), np.asarray(attack.eps, wide), np.int32(rank)
                 inputs, prediction, rejected = program(self.params, *batch, *jax.device_put(numbers))
@@ -353,13 +395,34 @@ class Evaluation:
 
             left = []
             for some, (inputs, *judged, shown) in in_batches(dispatch, places, self.batch_size):
-                prediction, rejected = (column[: len(some)] for column in jax.device_get(judged))
+                judged = jax.device_get(judged)
+                if finished is not None and shown is not BEFORE:
+                    full, whole = np.resize(some, self.batch_size), Judged(jax.device_get(inputs), *judged)
+                    finished.write(attack, self.seed, rank, full, whole, needed(full, whole))
+                prediction, rejected = (column[: len(some)] for column in judged)
                 withstood = (prediction == self.labels[some]) | rejected
                 yield Batch(some, prediction, rejected, inputs, shown)
                 left.append(some[withstood])
-                done_with = len(some) + (len(ranks) - rank) * int((~withstood).sum())
-                self.progress(attack.name, done_with * of_rank)
+                standing -= (fallen := int((~withstood).sum()))
+                done_with = len(some) + (len(ranks) - rank) * fallen
+                self.progress(BEFORE if shown is BEFORE else name(), done_with * of_rank)
             places = np.concatenate([places[:0], *left])
+
+    def _question(self) -> tuple[Callable[[], dict[str, Any]], str]:
+        """What the outcomes depend on beside the attack: for `Finished.ask`."""
+        programs = self.programs
+
+        def arrays() -> dict[str, Any]:
+            clean, quiet = np.zeros((2, len(self.images)), np.int32), copy.copy(self)
+            quiet.progress = lambda name, gradients: None
+            for batch in quiet.run(_CLEAN, np.arange(len(self.images))):
+                clean[:, batch.places] = batch.prediction, batch.rejected
+            of_params = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(self.params))}
+            low, high = programs.bounds
+            return {"images": self.images, "labels": self.labels, "clean": clean, "low": low, "high": high, **of_params}
+
+        detector = programs.detector
+        return arrays, f"{detector and (detector.threshold, detector.weight)}, {programs.random}"
 
 
 _CLEAN = Attack("clean", CLEAN)

@@ -19,6 +19,7 @@ from e2sad_jax.evaluation._entrance import Apply, Bounds, Detector
 from e2sad_jax.evaluation.attack import CLEAN, Attack
 from e2sad_jax.evaluation.autoattack import AutoResult, run_stages
 from e2sad_jax.evaluation.evaluator import Evaluation, Outcome, Outcomes, Progress
+from e2sad_jax.evaluation.finished import Finished
 from e2sad_jax.evaluation.programs import Programs, in_batches, programs_of
 
 
@@ -39,6 +40,7 @@ class Model:
       mesh: devices to split batches over, if they divide them; None for one device.
       detector: of a model that rejects images, as of `evaluate`; None for one that rejects none.
       draws: number of draws of a random model, as of `evaluate`; 0 for any other.
+      finished: where finished batches are kept, so that a measurement that was killed goes on; None for nowhere.
 
     Raises:
       ValueError: if the images, labels or numbers do not fit together; of the function only when it is asked.
@@ -55,6 +57,7 @@ class Model:
     mesh: Mesh | None = None
     detector: Detector | None = None
     draws: int = 0
+    finished: Finished | None = None
     _kept: tuple[Programs, Any] | None = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -189,7 +192,8 @@ class Model:
         seed = zlib.crc32(f"{self.seed} {restart}".encode()) if restart else self.seed
         images, labels = (self.images if images is None else images), (self.labels if labels is None else labels)
         programs, params = self._compiled()
-        return Evaluation(programs, params, images, labels, self.batch_size, seed, self.mesh, progress)
+        finished = self.finished if images is self.images and labels is self.labels else None
+        return Evaluation(programs, params, images, labels, self.batch_size, seed, self.mesh, progress, finished)
 
 
 class Classifier(Protocol):

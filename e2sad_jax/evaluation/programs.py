@@ -65,6 +65,7 @@ class Programs:
       apply: the model as attacks see it, `(params, inputs) -> logits`.
       verdict: as it is judged: a random model by draws that no attack has seen, any other as `apply`.
       detector: of a model that rejects images, or None.
+      random: number of draws of a random model and their seed; zeros of any other.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Programs:
         seed: int = 0,
     ):
         self.apply = self.verdict = apply
+        self.random = draws, seed if draws else 0
         if draws:
             self.apply, self.verdict = (
                 functools.partial(_mean_prediction, apply, draws, seed, stream)

@@ -63,6 +63,15 @@ class Bar:
             parts = [f"{self.title}: {self.done:,}/{self.total:,} {self.unit}", note, end]
             print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
 
+    def skip(self, amount: int, note: str = "") -> None:
+        """Adds `amount` units that took no time: the time left does not depend on them."""
+        if self._clock is not None:
+            self._clock = self._clock[0], self._clock[1] + amount
+            self.update(amount, note)
+        else:
+            self.update(amount, note)
+            self._clock = None
+
     def _left(self, now: float) -> str:
         """The time left, from the speed since the first update; empty before there is one."""
         if self._clock is None:

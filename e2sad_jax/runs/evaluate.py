@@ -15,12 +15,15 @@ from e2sad_jax._io import check_folder, write_json, write_text
 from e2sad_jax.attacks import ATTACKS, core
 from e2sad_jax.errors import ConfigError, DataError
 from e2sad_jax.evaluation import Attack, Effort, Model, diagnose, of_classifier, of_function, quantize
+from e2sad_jax.evaluation.evaluator import BEFORE
+from e2sad_jax.evaluation.finished import Finished
 from e2sad_jax.reporting import diagnosis, provenance
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs import saved_images
 from e2sad_jax.runs.classifier import CHOICES, load
 from e2sad_jax.training.config import Config, check, setting
 
+UNFINISHED = "unfinished"  # folder of finished batches, until all of them are
 WORST, WORST_8BIT = "worst_images.npz", "worst_images_8bit.npz"
 
 
@@ -97,7 +100,7 @@ class Request:
 
 
 def run(request: Request) -> dict[str, Any]:
-    """Evaluates, prints the tables, and writes evaluation.json, .md and .png.
+    """Evaluates, prints the tables, and writes evaluation.json, .md and .png; goes on where it was stopped.
 
     Raises:
       ConfigError, DataError, WorkdirError: before anything is measured.
@@ -124,6 +127,13 @@ def run(request: Request) -> dict[str, Any]:
             model, name=classifier.config.defense, apply=classifier.apply, params=classifier.params
         )
     check_folder(folder, f"--results={folder}", make=True)
+    finished = Finished(folder / UNFINISHED)
+    if there := len(finished):
+        print(
+            f"{finished.folder}: {there:,} finished batches are there; those of the same question count",
+            file=sys.stderr,
+        )
+    model = dataclasses.replace(model, finished=finished)
     effort = Effort(
         queries=request.queries,
         targets=request.targets,
@@ -143,7 +153,7 @@ def run(request: Request) -> dict[str, Any]:
     with Bar(f"evaluate {model.name}", total, "gradients") as bar:
 
         def progress(what: str, gradients: int) -> None:
-            bar.update(gradients, what)
+            (bar.skip if what == BEFORE else bar.update)(gradients, what)
 
         result = diagnose(
             model,
@@ -181,6 +191,7 @@ def run(request: Request) -> dict[str, Any]:
     write_json(folder / "evaluation.json", result)
     write_text(folder / "evaluation.md", diagnosis.markdown(result))
     diagnosis.plot(folder / "evaluation.png", [result])
+    finished.clear()
     print(f"\n{diagnosis.text(result)}\n")
     for name in files:
         accuracy = {WORST: result["robust"], WORST_8BIT: result["quantized"]}.get(name)
