@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,8 +58,8 @@ class AutoResult:
 def auto(
     apply: Apply,
     params: Any,
-    images: np.ndarray,
-    labels: np.ndarray,
+    images: np.ndarray | Iterable[tuple[np.ndarray, np.ndarray]],
+    labels: np.ndarray | None,
     *,
     eps: float,
     norm: str = "linf",
@@ -84,8 +84,9 @@ def auto(
     Args:
       apply: parameters and inputs `[N, ...]` to logits `[N, K]`.
       params: passed on to `apply`, as of `evaluate`.
-      images: `[N, ...]`, before `transform`.
-      labels: `[N]`, integers in `[0, K)`.
+      images: `[N, ...]`, before `transform`. Of a data set larger than memory an iterable of parts, `(images, labels)` each, of
+        any length: the result is that of all parts in one array.
+      labels: `[N]`, integers in `[0, K)`; None if the parts have them.
       eps: budget in the units of the inputs, at least 0.
       norm: "linf" or "l2".
       transform: from images to what `apply` takes. None: uint8 is divided by 255, floating point stays as it is.
@@ -116,9 +117,35 @@ def auto(
     bound = _entrance.bind(apply, params)
     limits, random = _entrance.as_bounds(bounds), {"draws": draws, "seed": seed}
     programs = programs_of(bound.apply, transform, limits, params=params, detector=detector, **random)
-    finished = None if resume is None else Finished(resume)
-    evaluation = Evaluation(programs, bound.arrays, images, labels, batch_size, seed, mesh, progress, finished)
-    return run_stages(evaluation, stages, eps=eps, norm=norm, keep=keep)
+    finished, of_all = None if resume is None else Finished(resume), 0
+    parts: Iterable[tuple[Any, Any]] = images if labels is None else [(images, labels)]
+    results: list[AutoResult] = []
+    for some, own in parts:
+        evaluation = Evaluation(
+            programs, bound.arrays, some, own, batch_size, seed, mesh, progress, finished, first=of_all
+        )
+        batch_size = evaluation.batch_size if not of_all else batch_size  # that of the first part, for one program
+        evaluation.batch_size = batch_size
+        results.append(run_stages(evaluation, stages, eps=eps, norm=norm, keep=keep))
+        of_all += len(evaluation.images)
+    if not results:
+        raise ValueError("auto: images has no parts; it must have at least one, (images, labels)")
+    return results[0] if len(results) == 1 else _joined(results)
+
+
+def _joined(results: Sequence[AutoResult]) -> AutoResult:
+    """The result of all parts of a data set."""
+
+    def together(columns: Sequence[np.ndarray | None]) -> np.ndarray | None:
+        return None if columns[0] is None else np.concatenate(columns)  # type: ignore[arg-type]
+
+    return AutoResult(
+        {name: np.concatenate([r.standing[name] for r in results]) for name in results[0].standing},
+        {name: sum(r.alone[name] for r in results) for name in results[0].alone},
+        {name: sum(r.nan[name] for r in results) for name in results[0].nan},
+        together([r.adversarial for r in results]),
+        together([r.rejected for r in results]),
+    )
 
 
 def run_stages(

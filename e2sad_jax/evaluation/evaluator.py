@@ -288,7 +288,9 @@ class Evaluation:
         mesh: Mesh | None = None,
         progress: Progress | None = None,
         finished: Finished | None = None,
+        first: int = 0,
     ):
+        """Checks the arguments, which are those of `evaluate`; `first` is the place of the first image in the data set."""
         self.images = _entrance.as_images(images, stored=programs.own_transform)
         n = len(self.images)
         self.labels = _entrance.as_labels(labels, n)
@@ -301,7 +303,7 @@ class Evaluation:
             programs.check_inputs(self.images, self.batch_size)
         self.programs, self.params, self.mesh = programs, placed(params, mesh), mesh
         self.progress: Progress = progress or (lambda name, gradients: None)
-        self.finished = finished
+        self.finished, self.first = finished, first
 
     def check(self, attacks: Sequence[Attack]) -> None:
         """Raises an error if an attack cannot run, or two have the same name.
@@ -384,11 +386,12 @@ class Evaluation:
                 return fallen if keep == "fallen" else np.full(len(full), keep == "all")
 
             def dispatch(full: np.ndarray, rank: int = rank) -> Any:
+                places = full + self.first
                 if finished is not None:
-                    before = finished.read(attack, self.seed, rank, full, functools.partial(needed, full))
+                    before = finished.read(attack, self.seed, rank, places, functools.partial(needed, full))
                     if before is not None:
                         return *before, BEFORE
-                batch = distributed.split_batch(self.mesh, (self.images[full], self.labels[full], np.int32(full)))
+                batch = distributed.split_batch(self.mesh, (self.images[full], self.labels[full], np.int32(places)))
                 numbers = np.uint32(self.seed), np.asarray(attack.eps, wide), np.int32(rank)
                 inputs, prediction, rejected = program(self.params, *batch, *jax.device_put(numbers))
                 return inputs, prediction, rejected, None if show is None else show(inputs, batch)
@@ -398,7 +401,7 @@ class Evaluation:
                 judged = jax.device_get(judged)
                 if finished is not None and shown is not BEFORE:
                     full, whole = np.resize(some, self.batch_size), Judged(jax.device_get(inputs), *judged)
-                    finished.write(attack, self.seed, rank, full, whole, needed(full, whole))
+                    finished.write(attack, self.seed, rank, full + self.first, whole, needed(full, whole))
                 prediction, rejected = (column[: len(some)] for column in judged)
                 withstood = (prediction == self.labels[some]) | rejected
                 yield Batch(some, prediction, rejected, inputs, shown)

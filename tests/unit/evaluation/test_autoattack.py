@@ -56,6 +56,30 @@ def test_it_does_not_depend_on_the_batch_size(problem, result):
         np.testing.assert_array_equal(result.standing[name], other.standing[name])
 
 
+def test_the_parts_of_a_data_set_give_what_all_of_it_gives(problem, result):
+    """Of any lengths, read one after the other; random starts belong to the place in the whole."""
+    cuts, traced = [0, 17, 20, N], []
+
+    def parts():
+        for first, end in itertools.pairwise(cuts):
+            yield problem.images[first:end], problem.labels[first:end]
+
+    def apply(params, x):
+        traced.append(x.shape)
+        return linear(params, x)
+
+    other = auto(apply, problem.w, parts(), None, eps=EPS, stages=STAGES, batch_size=16, keep=True)
+    np.testing.assert_allclose(result.adversarial, other.adversarial, atol=1e-6)
+    for name in result.standing:
+        np.testing.assert_array_equal(result.standing[name], other.standing[name])
+    assert (other.alone, other.nan) == (result.alone, result.nan)
+    of_all = len(traced)
+    auto(apply, problem.w, itertools.islice(parts(), 1), None, eps=EPS, stages=STAGES, batch_size=16)
+    assert len(traced) == 2 * of_all, "later parts compile nothing"
+    with pytest.raises(ValueError, match="images has no parts; it must have at least one"):
+        auto(kept, problem.w, [], None, eps=EPS)
+
+
 def test_square_finds_what_gradients_do_not_show(problem):
     def rounded(params, z):  # no gradient anywhere
         return linear(params, jnp.round(z * 40) / 40)
