@@ -30,7 +30,7 @@ from e2sad_jax.evaluation.diagnosis import Effort, diagnose
 from e2sad_jax.evaluation.evaluator import Outcome, Outcomes, evaluate, nan_logits, predict, transfer
 from e2sad_jax.evaluation.grey import quantize
 from e2sad_jax.evaluation.masking import Check
-from e2sad_jax.evaluation.model import Model, of_classifier, of_function
+from e2sad_jax.evaluation.model import Model, of_classifier, of_function, of_stablehlo
 from e2sad_jax.evaluation.programs import in_batches
 from e2sad_jax.evaluation.verification import Verification, verify
 from e2sad_jax.evaluation.wrapping import wrap
@@ -58,6 +58,7 @@ __all__ = [
     "nan_logits",
     "of_classifier",
     "of_function",
+    "of_stablehlo",
     "predict",
     "quantize",
     "transfer",

@@ -3,17 +3,21 @@
 import contextlib
 import dataclasses
 import functools
+import os
+import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.export
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from e2sad_jax import _arguments, distributed
 from e2sad_jax._compile import jit
-from e2sad_jax.errors import DataError
+from e2sad_jax.errors import DataError, first_line
 from e2sad_jax.evaluation import _entrance
 from e2sad_jax.evaluation._entrance import Apply, Bounds, Detector
 from e2sad_jax.evaluation.attack import CLEAN, Attack
@@ -288,6 +292,91 @@ def of_function(
         model = Model(name, apply, params, images, labels, bounds, batch_size, seed, mesh, detector, draws)
         _entrance.check_labels(model.labels, model.num_classes)
     return model
+
+
+def of_stablehlo(
+    path: str | os.PathLike[str],
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    bounds: Bounds = (0.0, 1.0),
+    name: str = "",
+    batch_size: int = 250,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+) -> Model:
+    """Makes a `Model` of a function that `jax.export` wrote as StableHLO, and the images to evaluate it on.
+
+    One that was serialized with its gradient (`exported.serialize(vjp_order=1)`, as `experiments.export` does) takes every
+    attack. One without takes those without gradients: `model.auto([evaluation.STAGES[2]], eps=...)`. A function of batches of
+    one size is called on as many as there are, the last one filled up.
+
+    Args:
+      path: the file, of a function of images `[N, ...]`, float32 inside `bounds`, to logits `[N, K]`.
+      images: as of `of_function`.
+      labels: as of `of_function`.
+      bounds: as of `of_function`.
+      name: its name in tables; empty for that of the file.
+      batch_size: as of `of_function`.
+      seed: as of `of_function`.
+      mesh: as of `of_function`.
+
+    Raises:
+      DataError: if the file cannot be read, or holds no such function.
+    """
+    path = pathlib.Path(path).expanduser()
+    function = stablehlo(path)
+    return of_function(
+        function,
+        images,
+        labels,
+        bounds=bounds,
+        name=name or path.name,
+        batch_size=batch_size,
+        seed=seed,
+        mesh=mesh,
+    )
+
+
+def stablehlo(path: str | os.PathLike[str]) -> Callable[[jax.Array], jax.Array]:
+    """The function of images that `of_stablehlo` evaluates.
+
+    Raises:
+      DataError: if the file cannot be read, or holds no function of one array.
+    """
+    try:
+        exported = jax.export.deserialize(bytearray(pathlib.Path(path).read_bytes()))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    except Exception as error:  # flatbuffers raises whatever it comes upon
+        raise DataError(f"{path}: is no file that jax.export serialized ({first_line(error)})") from error
+    if len(exported.in_avals) != 1 or len(exported.out_avals) != 1 or not exported.in_avals[0].shape:
+        raise DataError(
+            f"{path}: takes {len(exported.in_avals)} arrays and returns {len(exported.out_avals)}; it must take images "
+            "[N, ...] alone and return logits [N, K]"
+        )
+    size = exported.in_avals[0].shape[0]
+
+    @jax.custom_vjp
+    def without_gradient(x: jax.Array) -> jax.Array:
+        return exported.call(x)  # type: ignore[no-any-return]
+
+    def refuse(x: jax.Array) -> Any:
+        raise ValueError(
+            f"{path}: was exported without its gradient; serialize(vjp_order=1), or attack it without gradients (Square)"
+        )
+
+    without_gradient.defvjp(refuse, lambda residuals, cotangent: (cotangent,))
+    call = exported.call if exported.has_vjp() else without_gradient
+
+    def function(x: jax.Array) -> jax.Array:
+        if not isinstance(size, int):
+            return call(x)  # type: ignore[no-any-return]
+        filled = jnp.concatenate([x, jnp.zeros((-len(x) % size, *x.shape[1:]), x.dtype)])
+        logits = jax.lax.map(call, filled.reshape(-1, size, *x.shape[1:]))
+        return logits.reshape(len(filled), -1)[: len(x)]  # type: ignore[no-any-return]
+
+    return function
 
 
 @contextlib.contextmanager

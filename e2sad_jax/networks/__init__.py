@@ -22,6 +22,7 @@ from e2sad_jax.errors import DataError
 from e2sad_jax.networks import batch_stats
 from e2sad_jax.networks.cnn import MnistCNN, SvhnCNN
 from e2sad_jax.networks.preact_resnet import PreActResNet18
+from e2sad_jax.networks.torch_weights import from_torch, to_torch
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "mnist_cnn": MnistCNN,  # Table 4
@@ -109,5 +110,7 @@ __all__ = [
     "count_parameters",
     "create",
     "describe",
+    "from_torch",
     "logits_fn",
+    "to_torch",
 ]

@@ -17,6 +17,7 @@ from e2sad_jax.errors import ConfigError, DataError
 from e2sad_jax.evaluation import Attack, Effort, Model, diagnose, of_classifier, of_function, quantize
 from e2sad_jax.evaluation.evaluator import BEFORE
 from e2sad_jax.evaluation.finished import Finished
+from e2sad_jax.evaluation.model import stablehlo
 from e2sad_jax.reporting import diagnosis, provenance
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs import saved_images
@@ -38,7 +39,9 @@ class Request:
     workdir: str = setting("", "folder of the run to evaluate")
     which: str = setting("last", "weights of the run", choices=CHOICES)
     predict: str = setting(
-        "", "instead of a run: MODULE:FUNCTION, from images in [0, 1] to logits, in JAX; needs --data and --eps"
+        "",
+        "instead of a run: MODULE:FUNCTION, from images in [0, 1] to logits, in JAX, or PATH.stablehlo, such a function as "
+        "jax.export wrote it with its gradient; needs --data and --eps",
     )
     data: str = setting("", "data set whose test images are attacked; empty: that of the run")
     data_dir: str = setting("", "folder of data sets; empty: that of the run")
@@ -85,8 +88,8 @@ class Request:
             raise ConfigError(
                 "--workdir or --predict: exactly one of them must be given, a run's folder or MODULE:FUNCTION"
             )
-        if self.predict and ":" not in self.predict:
-            raise ConfigError(f"--predict={self.predict}: must be MODULE:FUNCTION")
+        if self.predict and ":" not in self.predict and not _is_exported(self.predict):
+            raise ConfigError(f"--predict={self.predict}: must be MODULE:FUNCTION or PATH.stablehlo")
         if self.predict and not self.data.endswith(".npz"):
             raise ConfigError(f"--data={self.data}: must be PATH.npz with --predict")
         if self.predict and not self.eps:
@@ -252,8 +255,11 @@ def _asked(request: Request) -> _Asked:
     results = pathlib.Path(request.results).expanduser() if request.results else None
     make: Callable[..., Model]
     if request.predict:
-        name = request.predict.split(":")[1]
-        make = functools.partial(of_function, _function(request.predict), name=name, **how)
+        if _is_exported(request.predict):
+            function, name = stablehlo(request.predict), pathlib.Path(request.predict).name
+        else:
+            function, name = _function(request.predict), request.predict.split(":")[1]
+        make = functools.partial(of_function, function, name=name, **how)
         transform, eps, folder = "unit", request.eps, results or pathlib.Path("runs/evaluation")
         norm = request.norm or "linf"
     else:
@@ -310,6 +316,10 @@ def _asked(request: Request) -> _Asked:
         except ValueError as error:
             raise ConfigError(f"--quantize: {error}") from error
     return _Asked(model, tests, eps, norm, folder, make, transform)
+
+
+def _is_exported(name: str) -> bool:
+    return name.lower().endswith(".stablehlo")
 
 
 def _is_file(name: str) -> bool:

@@ -72,19 +72,10 @@ def network(config: Config, image_shape: tuple[int, ...], num_classes: int, para
     net = nn.Sequential(*layers, nn.Linear(model.hidden, num_classes))
     net = net.to(device(), memory_format=torch.channels_last)
     modules = [module for module in net if hasattr(module, "weight")]
-    flax = parameters["params"]
-    names = [f"Conv_{i}" for i in range(len(kernels))] + ["Dense_0", "Dense_1"]
     with torch.no_grad():
-        for module, name in zip(modules, names, strict=True):
-            kernel = np.asarray(flax[name]["kernel"])
-            if kernel.ndim == 4:
-                kernel = kernel.transpose(3, 2, 0, 1)  # HWIO -> OIHW
-            elif name == "Dense_0":  # Flax flattens [H, W, C], nn.Flatten [C, H, W]
-                kernel = kernel.reshape(height, width, channels, -1).transpose(3, 2, 0, 1).reshape(kernel.shape[::-1])
-            else:
-                kernel = kernel.T
-            module.weight.copy_(torch.tensor(kernel))
-            module.bias.copy_(torch.tensor(np.asarray(flax[name]["bias"])))
+        for module, (weight, bias) in zip(modules, networks.to_torch(model, parameters, image_shape), strict=True):
+            module.weight.copy_(torch.tensor(weight))
+            module.bias.copy_(torch.tensor(bias))
     return net
 
 

@@ -1,0 +1,66 @@
+"""Models from files that jax.export wrote, with or without their gradient, of any batch or of one size."""
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from e2sad_jax import evaluation
+from e2sad_jax.errors import DataError
+from e2sad_jax.evaluation import Attack
+from tests.unit.evaluation.conftest import SHAPE, N
+
+STAGES = (
+    Attack("APGD-CE", "apgd", steps=5),
+    Attack("FAB-T", "fab", steps=3, loss="targeted_dlr", targets=2),
+    Attack("Square", "square", steps=30),
+)
+
+
+def write(path, w, *, size=None, gradient=True):
+    n = (size,) if size else jax.export.symbolic_shape("N")
+
+    def function(x):
+        return jnp.tanh(x.reshape(x.shape[0], -1) - 0.5) @ w
+
+    exported = jax.export.export(jax.jit(function))(jax.ShapeDtypeStruct((*n, *SHAPE), jnp.float32))
+    path.write_bytes(exported.serialize(vjp_order=int(gradient)))
+    return function
+
+
+@pytest.mark.parametrize("size", [None, 1, 7])
+def test_attacks_find_what_they_find_in_the_function_itself(problem, tmp_path, size):
+    path = tmp_path / "model.stablehlo"
+    function = write(path, problem.w, size=size)
+    given = {"labels": problem.labels, "batch_size": 16}
+    model = evaluation.of_stablehlo(path, problem.images, **given)
+    assert model.name == "model.stablehlo"
+    results = [
+        m.auto(STAGES, eps=0.02, keep=True) for m in (model, evaluation.of_function(function, problem.images, **given))
+    ]
+    assert 0 < results[0].robust.sum() < N - 10
+    np.testing.assert_array_equal(results[0].robust, results[1].robust)
+    np.testing.assert_allclose(results[0].adversarial, results[1].adversarial, atol=1e-5)
+
+
+def test_without_its_gradient_it_takes_attacks_that_need_none(problem, tmp_path):
+    path = tmp_path / "model.stablehlo"
+    write(path, problem.w, gradient=False)
+    model = evaluation.of_stablehlo(path, problem.images, problem.labels)
+    assert model.auto(STAGES[2:], eps=0.05).robust.sum() < model.clean().sum()
+    with pytest.raises(ValueError, match=r"was exported without its gradient; serialize\(vjp_order=1\)"):
+        model.auto(STAGES[:1], eps=0.05)
+
+
+def test_other_files_are_refused(problem, tmp_path):
+    path = tmp_path / "model.stablehlo"
+    with pytest.raises(DataError, match="No such file"):
+        evaluation.of_stablehlo(path, problem.images, problem.labels)
+    path.write_bytes(b"no such thing" * 9)
+    with pytest.raises(DataError, match=r"model\.stablehlo: is no file that jax.export serialized"):
+        evaluation.of_stablehlo(path, problem.images, problem.labels)
+    two = jax.export.export(jax.jit(lambda w, x: x @ w))(*(jax.ShapeDtypeStruct((3, 3), jnp.float32),) * 2)
+    path.write_bytes(two.serialize())
+    with pytest.raises(DataError, match="takes 2 arrays and returns 1; it must take images"):
+        evaluation.of_stablehlo(path, problem.images, problem.labels)
