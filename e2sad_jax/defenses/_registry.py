@@ -164,6 +164,11 @@ class Defense:
         return argument in inspect.signature(self.loss).parameters
 
     @property
+    def attacks(self) -> bool:
+        """Whether the loss has a budget, in which it looks for adversarial images."""
+        return self.takes("eps") or self.takes("eps1")
+
+    @property
     def carries(self) -> bool:
         """Whether a perturbation is kept from step to step, of the batch or as `carried` says."""
         return self.takes("delta")

@@ -72,6 +72,13 @@ class Bar:
             self.update(amount, note)
             self._clock = None
 
+    def say(self, text: str) -> None:
+        """Prints a line above the bar, or among the lines of a log."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif not self._silent:
+            print(text, file=sys.stderr, flush=True)
+
     def _left(self, now: float) -> str:
         """The time left, from the speed since the first update; empty before there is one."""
         if self._clock is None:

@@ -6,7 +6,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -28,10 +28,11 @@ from e2sad_jax.errors import (
     as_device_error,
     first_line,
 )
-from e2sad_jax.evaluation import Attack, Outcomes, evaluate
+from e2sad_jax.evaluation import Attack, Outcomes, evaluate, masking, of_classifier
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs.checkpoint import Checkpoints, quarantine_damaged
+from e2sad_jax.runs.classifier import Classifier
 from e2sad_jax.runs.folder import ensure_exists, note_training, open_workdir, steps_in, workdir_of, write_config
 from e2sad_jax.runs.metrics import Recorder
 from e2sad_jax.runs.signals import Interrupted
@@ -39,6 +40,7 @@ from e2sad_jax.runs.teacher import FILE, check_teacher, config_of, keep_logits, 
 from e2sad_jax.training import TrainState, fit, gather, init_state, nbytes, place, stack, unstack
 from e2sad_jax.training.config import Config
 
+ALIGNED = 500  # validation images at which gradients are compared
 UNJUDGED = -1.0  # score of a checkpoint that was not validated, because the run was stopped: below all others
 
 
@@ -307,6 +309,7 @@ class _Trainer:
             )
             print(f"Memory of perturbations ({first.config.memory}): {size / 1e6:,.1f} MB{share}", file=sys.stderr)
         with Bar(title, steps, "steps", initial=self._start, silent=silent) as bar:
+            self._bar, self._told = bar, set[int]()
             self._record = Recorder(
                 [run.workdir for run in runs],
                 bar,
@@ -352,10 +355,28 @@ class _Trainer:
             for member, (run, own) in enumerate(zip(self._runs, states, strict=True)):
                 metrics = validate(run, own, self._stop)
                 if metrics["score"] != UNJUDGED:
+                    metrics |= self._watch(run, member, step, own.params, metrics)
                     self._record.write(step, {f"validation_{name}": value for name, value in metrics.items()}, member)
                 self._note(run, step)
                 run.checkpoints.save(step, own, {**metrics, "seconds": self.seconds(member)})
         self._record.restart_clock()
+
+    def _watch(
+        self, run: Run, member: int, step: int, params: Any, metrics: Mapping[str, float]
+    ) -> Mapping[str, float]:
+        """Measures whether training has overfitted to its one step, says so once, and returns what was measured."""
+        if "robust" not in metrics or not run.config.entry.attacks or not distributed.is_main():
+            return {}
+        found = overfitting(run, params, metrics["robust"])
+        if found["collapsed"] and member not in self._told:
+            self._told.add(member)
+            where = f" of {run.workdir.name}" if len(self._runs) > 1 else ""
+            self._bar.say(
+                f"step {step:,}{where}: catastrophic overfitting. Accuracy on {run.chosen_on} is {found['fgsm']:.3f} under "
+                f"FGSM and {metrics['robust']:.3f} under PGD-10 (gradient alignment {found['alignment']:.2f}). Train with a "
+                "rising budget (--eps_warmup=0.5), more attack steps, or a lower --eps1"
+            )
+        return found
 
     def _refuse_broken(self, step: int, states: Sequence[TrainState]) -> None:
         """Refuses states that the last update, which no metric has seen, left with logits that are not finite."""
@@ -468,6 +489,29 @@ def _validated(run: Run, params: Any, stop: Callable[[], int]) -> dict[str, floa
             values = {"clean": clean / n, "robust": robust / n, "score": robust + clean / (n + 1)}
     values = distributed.broadcast_from_main(values)
     return values if values["score"] != UNJUDGED else {"score": UNJUDGED}
+
+
+def overfitting(run: Run, params: Any, robust: float) -> dict[str, float]:
+    """Signs on the validation set that training has overfitted to attacks of one step (catastrophic overfitting).
+
+    Args:
+      run: the run.
+      params: the network's variables.
+      robust: accuracy under PGD-10.
+
+    Returns:
+      `fgsm`, the accuracy under FGSM; `alignment`, that of `masking.alignment` on up to `ALIGNED` images; `collapsed`, 1 where
+      FGSM's accuracy is above PGD's by more than the bound of the check "FGSM above PGD", else 0.
+    """
+    config, images = run.config, run.validation_set
+    attack = Attack("fgsm", "fgsm", config.eps1, 1, norm=config.norm)
+    fgsm = run.attack(params, images, [attack])["fgsm"].accuracy
+    shown = Classifier(config, {}, 0, run.model, distributed.local(params), run.transform)
+    model = of_classifier(
+        shown, images.x_test[:ALIGNED], images.y_test[:ALIGNED], batch_size=config.eval_batch_size, seed=config.seed
+    )
+    alignment = masking.alignment(model, config.eps1, config.norm)
+    return {"fgsm": fgsm, "alignment": alignment, "collapsed": float(fgsm - robust > masking.MAX_GAP)}
 
 
 def _check_sizes(config: Config, train_set: Dataset, steps: int) -> None:

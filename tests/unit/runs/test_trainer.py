@@ -260,6 +260,41 @@ def test_validation_is_pgd_on_the_validation_set_and_robust_comes_before_clean(w
     assert values["clean"] > 0.5
 
 
+def test_fgsm_on_a_linear_network_misleads_nobody(tiny, tmp_path):
+    """Its gradient is nearly the same everywhere: FGSM and PGD agree."""
+    config = config_of(tmp_path / "w", defense="fgsm", eps1=0.05)
+    with trainer.open_run(config, tiny) as run:
+        trainer.train(run, never)
+        state = run.restore()
+        robust = trainer.validate(run, state, never)["robust"]
+        found = trainer.overfitting(run, state.params, robust)
+        fgsm = run.attack(state.params, run.validation_set, [Attack("a", "fgsm", 0.05, 1)])["a"].accuracy
+    lines = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
+    validated = [line for line in lines if "validation_alignment" in line]
+    assert [line["step"] for line in validated] == [5, 10, 12]
+    assert validated[-1]["validation_fgsm"] == found["fgsm"] == fgsm
+    assert found["alignment"] == pytest.approx(validated[-1]["validation_alignment"], abs=1e-6)
+    assert found["alignment"] > 0.9
+    assert found["collapsed"] == 0
+
+
+def test_catastrophic_overfitting_is_said_once(tiny, tmp_path, monkeypatch, capfd):
+    found = {"fgsm": 0.95, "alignment": -0.02, "collapsed": 1.0}
+    monkeypatch.setattr(trainer, "overfitting", lambda run, params, robust: found)
+    for defense in ("fgsm", "natural"):
+        with trainer.open_run(config_of(tmp_path / defense, defense=defense, eps1=0.05), tiny) as run:
+            trainer.train(run, never)
+    said = [line for line in capfd.readouterr().err.splitlines() if "overfitting" in line]
+    assert len(said) == 1
+    assert said[0].startswith(
+        "step 5: catastrophic overfitting. Accuracy on 50 training images is 0.950 under FGSM and"
+    )
+    assert "--eps_warmup=0.5" in said[0]
+    lines = (tmp_path / "fgsm" / "metrics.jsonl").read_text()
+    assert lines.count('"validation_collapsed": 1.0') == 3
+    assert "collapsed" not in (tmp_path / "natural" / "metrics.jsonl").read_text()
+
+
 def test_the_test_set_has_no_say_in_which_is_best(workdir, tiny, tmp_path):
     """Test labels that are all wrong: judged on them, who has learnt most would be the worst."""
     wrong = dataclasses.replace(tiny, y_test=(tiny.y_test + 1) % 3)
