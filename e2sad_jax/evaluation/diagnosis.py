@@ -11,6 +11,7 @@ from e2sad_jax.attacks import core
 from e2sad_jax.evaluation import _entrance, masking
 from e2sad_jax.evaluation.attack import Attack
 from e2sad_jax.evaluation.autoattack import FAB, STAGES
+from e2sad_jax.evaluation.curves import SLACK, accuracy_at, distances
 from e2sad_jax.evaluation.evaluator import Outcome, Progress, nan_logits
 from e2sad_jax.evaluation.model import Model
 from e2sad_jax.evaluation.verification import verify
@@ -32,6 +33,8 @@ class Effort:
       queries: of Square in the worst case; 0 leaves it out.
       targets: wrong classes that the targeted APGD tries.
       fab: wrong classes that FAB tries, before Square; 0 leaves it out.
+      fmn: steps of FMN, which looks for the nearest adversarial image: its distances give the accuracy at every budget; 0
+        leaves it out, and so does a model that rejects images.
       worst_case: whether to measure the worst case.
     """
 
@@ -43,6 +46,7 @@ class Effort:
     queries: int = 5000
     targets: int = 9
     fab: int = 0
+    fmn: int = 100
     worst_case: bool = True
 
     def stages(self, num_classes: int, ndim: int = 4) -> list[Attack]:
@@ -61,7 +65,7 @@ class Effort:
             stages.append(dataclasses.replace(square, steps=self.queries))
         return stages
 
-    def work(self, images: int, num_classes: int, transfer: bool, ndim: int = 4) -> int:
+    def work(self, images: int, num_classes: int, transfer: bool, ndim: int = 4, rejects: bool = False) -> int:
         """The total number of gradients that `diagnose` reports as progress.
 
         Args:
@@ -69,12 +73,14 @@ class Effort:
           num_classes: of the model.
           transfer: whether there is a substitute.
           ndim: number of axes of a batch of images.
+          rejects: whether the model rejects images.
         """
         pgd = self.pgd_steps
         budgets = 1 + 2 * pgd  # FGSM, PGD on two losses
         curves = len({*self.budgets, 1.0}) * budgets + sum(self.steps) + (self.restarts - 1) * pgd
         worst = [Attack("clean", "clean"), *self.stages(num_classes, ndim)] if self.worst_case else []
         rest = 1 + _GRADIENTS + pgd + (pgd if transfer else 0)  # clean, checks, the whole range
+        rest += 0 if rejects else self.fmn
         return images * (curves + rest + sum(attack.gradients(num_classes) for attack in worst))
 
 
@@ -162,6 +168,15 @@ def diagnose(
     whole_range = attacked(dataclasses.replace(pgd, name="the whole range", eps=reach))[0].correct
 
     white_box = np.all([worst_of_restarts[-1], right[fgsm.name, 1.0], right[margin.name, 1.0], *over_steps], axis=0)
+    nearest = None
+    if effort.fmn and model.detector is None:
+        fmn = Attack(f"FMN-{effort.fmn}", "fmn", reach, effort.fmn, norm=norm)
+        found, images = attacked(fmn)
+        far = distances(model.images, images, ~found.correct, norm=norm)
+        near = far * (1 + SLACK) <= eps
+        worst.offer(np.where(near.reshape(-1, *[1] * (images.ndim - 1)), images, model.images))
+        white_box = white_box & ~near
+        nearest = {"attack": fmn.name, "distances": [float(d) if np.isfinite(d) else None for d in far]}
     black_box: dict[str, np.ndarray] = {}
     transfer = None
     if substitute is not None:
@@ -203,7 +218,7 @@ def diagnose(
             "fooled": dict(result.alone),
             "robust": float(robust.mean()),
         }
-    found = masking.run_checks(
+    checks = masking.run_checks(
         clean=clean,
         fgsm=right[fgsm.name, 1.0],
         pgd=right[pgd.name, 1.0],
@@ -234,8 +249,11 @@ def diagnose(
             "accuracy": {
                 attack.name: [float(right[attack.name, fraction].mean()) for fraction in effort.budgets]
                 for attack in (fgsm, pgd, margin)
-            },
+            }
+            | ({} if nearest is None else {nearest["attack"]: _at(far, eps, effort.budgets)}),
         },
+        "nearest": nearest,
+        "per_class": _per_class(model.labels, outcome.correct, robust),
         "over_steps": {
             "attack": "PGD",
             "restarts": 1,
@@ -245,10 +263,24 @@ def diagnose(
         "over_restarts": {"attack": pgd.name, "accuracy": [float(correct.mean()) for correct in worst_of_restarts]},
         "transfer": transfer,
         "worst_case": worst_case,
-        "checks": [{**dataclasses.asdict(check), "suspicious": check.suspicious} for check in found],
-        "verdict": masking.verdict(model.name, found, n, nan_logits(nan, n)),
+        "checks": [{**dataclasses.asdict(check), "suspicious": check.suspicious} for check in checks],
+        "verdict": masking.verdict(model.name, checks, n, nan_logits(nan, n)),
         **({"worst_images": worst.images} if keep else {}),
     }
+
+
+def _at(far: np.ndarray, eps: float, budgets: Sequence[float]) -> list[float]:
+    return [float(value) for value in accuracy_at(far, [fraction * eps for fraction in budgets])]
+
+
+def _per_class(labels: np.ndarray, clean: np.ndarray, robust: np.ndarray) -> list[dict[str, Any]]:
+    """Number of images, clean and robust accuracy of each class that has images."""
+    rows = []
+    for label in np.unique(labels):
+        own = labels == label
+        means = {"clean": float(clean[own].mean()), "robust": float(robust[own].mean())}
+        rows.append({"class": int(label), "images": int(own.sum()), **means})
+    return rows
 
 
 class _Worst:

@@ -1,18 +1,24 @@
 """Shows a diagnosis as text, as Markdown and as a picture."""
 
+import base64
+import html
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from e2sad_jax import attacks
 from e2sad_jax.data.dataset import in_words
-from e2sad_jax.evaluation import nan_logits
+from e2sad_jax.evaluation import accuracy_at, nan_logits
 from e2sad_jax.reporting import plots, provenance
 from e2sad_jax.reporting.card import WORST
 from e2sad_jax.reporting.table import Table
 
 Result = Mapping[str, Any]
 NORMS = {"linf": "l-inf", "l2": "l2"}
+CLASSES = 20  # rows of the table by class, at most
+QUANTILES = (0.1, 0.5, 0.9)  # of the distances of nearest adversarial images
 
 
 def tables(result: Result) -> list[Table]:
@@ -49,6 +55,19 @@ def tables(result: Result) -> list[Table]:
                 rows=[*rows, [f"{WORST}, those above included", _accuracy(worst["robust"]), ""]],
                 notes=[f"{describe(stage)}." for stage in worst["stages"]],
                 footer=1,
+            )
+        )
+    if classes := result.get("per_class"):
+        shown = sorted(classes, key=lambda row: row["robust"])[:CLASSES]
+        some = f", the {CLASSES} least robust of {len(classes)}" if len(classes) > CLASSES else ""
+        found.append(
+            Table(
+                title=f"Accuracy by class ({eps}, all attacks combined{some})",
+                columns=["class", "images", "clean", "robust"],
+                rows=[
+                    [row["class"], row["images"], _accuracy(row["clean"]), _accuracy(row["robust"])]
+                    for row in (shown if some else classes)
+                ],
             )
         )
     if transfer := result["transfer"]:
@@ -90,6 +109,12 @@ def sentences(result: Result) -> list[str]:
     said, n = [], result["images"]
     if nan := nan_logits(result["nan"], n):
         said.append(f"NaN: {nan}.")
+    if (nearest := result.get("nearest")) and (far := sorted(d for d in nearest["distances"] if d)):
+        low, middle, high = (far[int(q * (len(far) - 1))] for q in QUANTILES)
+        said.append(
+            f"Nearest adversarial images ({nearest['attack']}, {NORMS[result['norm']]}): median distance {middle:.4g}, from "
+            f"{low:.4g} to {high:.4g} for 80 % of {len(far):,} images that are classified correctly without attack."
+        )
     if verified := result.get("verified"):
         small, large = sorted(verified["batch_sizes"])
         outside = f"{verified['outside']:,} of them lie outside the ball or the range"
@@ -146,8 +171,108 @@ def markdown(result: Result) -> str:
     blocks += [table.markdown(level=2).strip() for table in tables(result)]
     blocks += sentences(result)
     blocks.append("![Accuracy against budget and steps](evaluation.png)")
+    if result.get("examples"):
+        blocks.append(f"![Images and their worst images]({result['examples']})")
+    blocks.append(f"## For a model card\n\n{paragraph(result)}")
     blocks.append(f"Command: `{result['command']}`. {provenance.sentence(result['environment'])}")
     return "\n\n".join(blocks) + "\n"
+
+
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse;display:block;overflow-x:auto}"
+    "td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #ddd;font-variant-numeric:tabular-nums}"
+    "td:first-child,th:first-child{text-align:left}img{max-width:100%}footer{margin-top:2rem;color:#666;font-size:13px}"
+)
+
+
+def page(result: Result, folder: pathlib.Path) -> str:
+    """evaluation.html: what `markdown` says, as a page that needs no other file.
+
+    Args:
+      result: what evaluation.json holds.
+      folder: of the pictures; one that is missing is left out.
+    """
+    title = f"Robustness of {result['name']}"
+    pictures = [name for name in ("evaluation.png", result.get("examples")) if name and (folder / name).exists()]
+    sources = [base64.b64encode((folder / name).read_bytes()).decode() for name in pictures]
+    footer = f"Command: {result['command']}. {provenance.sentence(result['environment'])}"
+    blocks = [
+        f"<h1>{html.escape(title)}</h1>",
+        _block("p", f"Measured on {images_of(result)}."),
+        _block("p", result["verdict"]),
+        *(f'<p><img alt="" src="data:image/png;base64,{source}"/></p>' for source in sources),
+        *(table.html(level=2) for table in tables(result)),
+        *(_block("p", sentence) for sentence in sentences(result)),
+        _block("h2", "For a model card"),
+        _block("p", paragraph(result)),
+        _block("footer", footer),
+    ]
+    head = f'<meta charset="utf-8"/><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    body = "\n".join(blocks)
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
+
+
+def _block(tag: str, words: str) -> str:
+    return f"<{tag}>{html.escape(words)}</{tag}>"
+
+
+def paragraph(result: Result) -> str:
+    """The evaluation in a few sentences, for a model card."""
+    worst, norm = result["worst_case"], NORMS[result["norm"]]
+    attacks_of = (
+        "the worst case of "
+        + "; ".join(describe(stage) for stage in worst["stages"])
+        + "; and all attacks of the curves"
+        if worst
+        else "the attacks of the curves"
+    )
+    suspicious = [check["name"] for check in result["checks"] if check["suspicious"]]
+    masking = (
+        f"Checks for gradient masking are suspicious ({', '.join(suspicious)})"
+        if suspicious
+        else f"None of {len(result['checks'])} checks finds a sign of gradient masking"
+    )
+    return (
+        f"On {images_of(result)}, accuracy is {result['clean']:.3f} without attack and {result['robust']:.3f} under "
+        f"{attacks_of}, in {norm} balls of {result['eps']:.4g} within images in {_range(result)}. {masking}. The images that "
+        "fool the model were classified again in batches of another size. This robust accuracy is an upper bound."
+    )
+
+
+def _range(result: Result) -> str:
+    low, high = result["bounds"]
+    return f"[{low:g}, {high:g}]" if isinstance(low, (int, float)) else "their range"
+
+
+def examples(path: pathlib.Path, clean: np.ndarray, worst: np.ndarray, titles: Sequence[str], width: float) -> None:
+    """Draws images, their worst images and the change between them, a column for each.
+
+    Args:
+      path: of the PNG.
+      clean: images `[n, H, W, C]`.
+      worst: as `clean`.
+      titles: above each column.
+      width: of the images' range.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.3 * len(clean) + 0.6, 4.4), layout="constrained")
+    change = worst - clean
+    largest = float(np.abs(change).max()) or 1.0
+    low = float(min(clean.min(), worst.min(), 0.0))
+    rows = ("image", (clean - low) / width), ("worst", (worst - low) / width), ("change", change / (2 * largest) + 0.5)
+    for axes, (name, images) in zip(figure.subplots(3, len(clean), squeeze=False), rows, strict=True):
+        for column, image in enumerate(images):
+            grey = image.shape[-1] == 1
+            axes[column].imshow(
+                np.clip(image[..., 0] if grey else image, 0, 1), cmap="gray" if grey else None, vmin=0, vmax=1
+            )
+            axes[column].set(xticks=[], yticks=[])
+            if name == "image":
+                axes[column].set_title(titles[column], fontsize="small")
+        axes[0].set_ylabel(name if name != "change" else f"change, +-{largest:.3g}")
+    plots.save(path, figure, dpi=120)
 
 
 def plot(path: pathlib.Path, results: Sequence[Result]) -> None:
@@ -160,7 +285,20 @@ def plot(path: pathlib.Path, results: Sequence[Result]) -> None:
     for i, result in enumerate(results):
         colour = f"C{i}"
         curve = result["over_eps"]
-        for style, (name, values) in zip(styles, curve["accuracy"].items(), strict=False):
+        nearest = result.get("nearest")
+        fixed = {name: values for name, values in curve["accuracy"].items() if not nearest or name != nearest["attack"]}
+        if nearest:
+            far = np.array([np.inf if d is None else d for d in nearest["distances"]])
+            budgets = np.linspace(0, curve["eps"][-1], 200)
+            left.plot(
+                budgets,
+                accuracy_at(far, budgets),
+                color=colour,
+                alpha=0.5,
+                lw=3,
+                label=f"{nearest['attack']}, every budget",
+            )
+        for style, (name, values) in zip(styles, fixed.items(), strict=False):
             label = f"{result['name']}, {name}" if len(results) > 1 else name
             left.plot([0, *curve["eps"]], [result["clean"], *values], style, color=colour, marker=".", label=label)
         if worst := result["worst_case"]:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import html
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -108,6 +109,22 @@ class Table:
         if self.notes:
             blocks.append("\n".join(f"- {note}" for note in self.notes))
         return "\n\n".join(blocks) + "\n"
+
+    def html(self, level: int = 1) -> str:
+        """The table in HTML: title as a heading, rows, notes as a list.
+
+        Args:
+          level: of the heading.
+        """
+
+        def row(tag: str, cells: Sequence[Any]) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(_shown(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+        title = f"<h{level}>{html.escape(self.title)}</h{level}>\n" if self.title else ""
+        head = row("th", [heading.replace("\n", " ").strip() for heading in self.columns])
+        body = "\n".join(row("td", cells) for cells in self.rows)
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        return f"{title}<table>\n{head}\n{body}\n</table>" + (f"\n<ul>{notes}</ul>" if notes else "")
 
     def csv(self) -> str:
         """The columns and rows as comma-separated values, a line each, without title and notes."""

@@ -25,6 +25,7 @@ from e2sad_jax.runs.classifier import CHOICES, load
 from e2sad_jax.training.config import Config, check, setting
 
 UNFINISHED = "unfinished"  # folder of finished batches, until all of them are
+EXAMPLES, SHOWN = "examples.png", 10  # columns of the picture, at most
 WORST, WORST_8BIT = "worst_images.npz", "worst_images_8bit.npz"
 
 
@@ -80,7 +81,7 @@ class Request:
         f"measure the worst images rounded to 8-bit grey levels in the ball too; with --save_images, write {WORST_8BIT}",
     )
     results: str = setting(
-        "", "folder for evaluation.md, .json and .png; empty: WORKDIR/evaluation, or runs/evaluation for --predict"
+        "", "folder for evaluation.html, .md, .json and .png; empty: WORKDIR/evaluation, or runs/evaluation for --predict"
     )
 
     def __post_init__(self) -> None:
@@ -103,7 +104,7 @@ class Request:
 
 
 def run(request: Request) -> dict[str, Any]:
-    """Evaluates, prints the tables, and writes evaluation.json, .md and .png; goes on where it was stopped.
+    """Evaluates, prints the tables, and writes evaluation.html, .md, .json and .png; goes on where it was stopped.
 
     Raises:
       ConfigError, DataError, WorkdirError: before anything is measured.
@@ -151,7 +152,7 @@ def run(request: Request) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigError(f"--attack={attack.name}: {error}") from error
     n = len(model.images)
-    total = effort.work(n, model.num_classes, substitute is not None, model.images.ndim)
+    total = effort.work(n, model.num_classes, substitute is not None, model.images.ndim, model.detector is not None)
     total += n * sum(attack.gradients(model.num_classes) for attack in more)
     with Bar(f"evaluate {model.name}", total, "gradients") as bar:
 
@@ -173,7 +174,7 @@ def run(request: Request) -> dict[str, Any]:
         for a in more
     ]
     worst = result.pop("worst_images")
-    files = ["evaluation.md", "evaluation.json", "evaluation.png"]
+    files = ["evaluation.html", "evaluation.md", "evaluation.json", "evaluation.png"]
     result["quantized"] = None
     if request.quantize:
         grey = quantize(worst, model.images, eps=eps, norm=asked.norm)
@@ -185,7 +186,10 @@ def run(request: Request) -> dict[str, Any]:
             saved_images.write(folder / WORST_8BIT, grey, model.labels, model.num_classes)
             files.append(WORST_8BIT)
     classes = {"classes": len(np.unique(model.labels)), "num_classes": model.num_classes}
+    examples = _examples(folder / EXAMPLES, model, worst)
+    files += [EXAMPLES] if examples else []
     result |= {
+        "examples": EXAMPLES if examples else "",
         "test_images": asked.test_images,
         **classes,
         "command": provenance.command(),
@@ -194,12 +198,31 @@ def run(request: Request) -> dict[str, Any]:
     write_json(folder / "evaluation.json", result)
     write_text(folder / "evaluation.md", diagnosis.markdown(result))
     diagnosis.plot(folder / "evaluation.png", [result])
+    write_text(folder / "evaluation.html", diagnosis.page(result, folder))
     finished.clear()
     print(f"\n{diagnosis.text(result)}\n")
     for name in files:
         accuracy = {WORST: result["robust"], WORST_8BIT: result["quantized"]}.get(name)
         print(f"{folder / name}{'' if accuracy is None else f' (--data reads it back: clean accuracy {accuracy:.4f})'}")
     return result
+
+
+def _examples(path: pathlib.Path, model: Model, worst: np.ndarray) -> bool:
+    """Draws the first images of each class that are classified correctly, and their worst images; whether there are any."""
+    outcome = model.judge(model.images)
+    right = np.flatnonzero(outcome.correct)
+    _, first = np.unique(model.labels[right], return_index=True)
+    chosen = right[first][:SHOWN]
+    if model.images.ndim != 4 or model.images.shape[-1] not in (1, 3) or not len(chosen):
+        return False
+    seen = model.judge(worst).prediction
+    titles = [
+        f"{model.labels[i]}, then {seen[i]}" if seen[i] != model.labels[i] else f"{model.labels[i]}, kept"
+        for i in chosen
+    ]
+    width = float(np.max(np.subtract(*model.bounds[::-1])))
+    diagnosis.examples(path, model.images[chosen], worst[chosen], titles, width)
+    return True
 
 
 def _attack(text: str, norm: str) -> Attack:

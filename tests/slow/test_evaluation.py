@@ -15,7 +15,7 @@ from tests.unit.evaluation.conftest import linear, problem  # noqa: F401  # a fi
 
 EPS = 0.02
 FGSM = Attack("FGSM", "fgsm", EPS, 1)
-LITTLE = Effort(budgets=(1.0,), steps=(1,), restarts=2, pgd_steps=1, apgd_steps=1, queries=3, targets=1, fab=1)
+LITTLE = Effort(budgets=(1.0,), steps=(1,), restarts=2, pgd_steps=1, apgd_steps=1, queries=3, targets=1, fab=1, fmn=1)
 kept = pure(lambda params, x: linear(params, x))
 
 

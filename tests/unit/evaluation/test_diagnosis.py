@@ -12,7 +12,7 @@ from e2sad_jax.errors import DataError
 from e2sad_jax.evaluation import Attack, Effort, Model, diagnose, masking, of_function
 
 N, K, EPS = 40, 4, 0.1
-LITTLE = Effort(budgets=(0.5, 1.0), steps=(1, 5), restarts=2, pgd_steps=5, apgd_steps=5, queries=150, targets=2)
+LITTLE = Effort(budgets=(0.5, 1.0), steps=(1, 5), restarts=2, pgd_steps=5, apgd_steps=5, queries=150, targets=2, fmn=5)
 
 
 @pytest.fixture(scope="module")
@@ -92,17 +92,44 @@ def test_an_honest_model_is_not_suspected(honest):
     assert value(honest, "correct in the whole range")["value"] == 0
 
 
+def test_one_minimum_norm_run_gives_the_accuracy_at_every_budget(problem):
+    """On a linear model, whose distances are known: FMN comes near them from above, and its images count in the worst case."""
+    w, images, labels = problem
+    logits, wide = np.float64(images.reshape(N, -1) @ np.asarray(w)), np.asarray(w, np.float64)
+    exact = np.array(
+        [
+            min((logits[i, y] - logits[i, k]) / np.linalg.norm(wide[:, y] - wide[:, k]) for k in range(K) if k != y)
+            for i, y in enumerate(labels)
+        ]
+    )
+    model = of_function(lambda x: x.reshape(len(x), -1) @ w, images, labels, bounds=(-9, 9), batch_size=25)
+    effort = dataclasses.replace(LITTLE, fmn=60, pgd_steps=1, steps=(), restarts=1, worst_case=False)
+    result = diagnose(model, eps=0.3, norm="l2", effort=effort, keep=True)
+    far = np.array(result["nearest"]["distances"])
+    assert (far >= exact * 0.999).all()
+    assert np.median(far / exact) < 1.02
+    assert result["over_eps"]["accuracy"]["FMN-60"] == [float((far > e * (1 + 1e-6)).mean()) for e in (0.15, 0.3)]
+    assert result["robust"] <= (far > 0.3).mean()
+    classes = result["per_class"]
+    assert [row["class"] for row in classes] == sorted(set(labels.tolist()))
+    assert sum(row["images"] * row["robust"] for row in classes) / N == pytest.approx(result["robust"])
+    assert sum(row["images"] for row in classes) == N
+    assert diagnose(model, eps=0.3, effort=dataclasses.replace(effort, fmn=0))["nearest"] is None
+
+
 def test_progress_counts_every_gradient_once(honest, told):
     names, taken = [name for name, _ in told], np.cumsum([gradients for _, gradients in told])
-    curves = N * (3 + 2 * (1 + 5 + 5) + (1 + 5) + 5 + 5 + 5)  # clean, budgets, steps, the restart, the range, transfer
+    # clean, budgets, steps, the restart, the range, FMN, transfer
+    curves = N * (3 + 2 * (1 + 5 + 5) + (1 + 5) + 5 + 5 + 5 + 5)
     worst = N * (1 + 5 + 2 * 5 + 150 // 3)
+    names = [name.split(" (")[0] for name in names]
     first = names.index("APGD-CE")
     assert curves <= taken[first] <= curves + 2 * N, "where the worst case begins, after its own clean pass"
     assert taken[-1] == curves + worst == LITTLE.work(N, K, transfer=True)
     assert list(dict.fromkeys(names))[-4:] == ["transfer from model", "APGD-CE", "APGD-T", "Square"]
     many = dataclasses.replace(LITTLE, targets=9)
     assert many.work(N, 4, transfer=True) == curves + worst + N * 5, "there are three other classes"
-    for changes in ({"budgets": (0.5,)}, {"worst_case": False}, {"restarts": 1}):
+    for changes in ({"budgets": (0.5,)}, {"worst_case": False}, {"restarts": 1}, {"fmn": 0}):
         assert dataclasses.replace(LITTLE, **changes).work(N, K, transfer=True) <= curves + worst
 
 

@@ -18,7 +18,7 @@ from tests.unit.evaluation.conftest import K, linear
 
 EPS, N = 0.02, 8
 FGSM = Attack("FGSM", "fgsm", EPS, 1)
-LITTLE = Effort(budgets=(1.0,), steps=(), restarts=1, pgd_steps=1, worst_case=False)
+LITTLE = Effort(budgets=(1.0,), steps=(), restarts=1, pgd_steps=1, fmn=1, worst_case=False)
 kept = pure(lambda params, x: linear(params, x))
 
 

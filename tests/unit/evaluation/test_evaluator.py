@@ -299,7 +299,9 @@ def by_model(problem):
 
 
 def by_diagnose(problem):
-    effort = evaluation.Effort(budgets=(1.0,), steps=(1,), restarts=1, pgd_steps=1, apgd_steps=1, queries=3, targets=1)
+    effort = evaluation.Effort(
+        budgets=(1.0,), steps=(1,), restarts=1, pgd_steps=1, apgd_steps=1, queries=3, targets=1, fmn=1
+    )
     model = evaluation.of_function(lambda x: nan(problem.w, x), problem.images, ALL_ZERO)
     result = evaluation.diagnose(model, eps=EPS, effort=effort, substitute=model)
     suspicious = {check["name"] for check in result["checks"] if check["suspicious"]}

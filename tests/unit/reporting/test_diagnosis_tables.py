@@ -1,5 +1,10 @@
 """A diagnosis in tables and a picture, on a made-up result."""
 
+import base64
+from xml.etree import ElementTree
+
+import numpy as np
+
 from e2sad_jax.reporting import diagnosis, provenance
 
 RESULT = {
@@ -10,6 +15,7 @@ RESULT = {
     "num_classes": 10,
     "eps": 0.2,
     "norm": "linf",
+    "bounds": [0.0, 1.0],
     "clean": 0.98,
     "robust": 0.34,
     "overturned": 0,
@@ -52,6 +58,45 @@ def test_markdown_has_every_number_and_its_effort():
     assert f"Command: `{RESULT['command']}`. {provenance.sentence(RESULT['environment'])}\n" in text
 
 
+NEAREST = {"attack": "FMN-100", "distances": [0.0, None, *[i / 100 for i in range(1, 102)]]}
+
+
+def test_classes_distances_and_the_paragraph_for_a_card():
+    rows = [{"class": k, "images": 10, "clean": 0.9, "robust": k / 100} for k in range(30)]
+    text = diagnosis.markdown({**RESULT, "per_class": rows, "nearest": NEAREST, "examples": "examples.png"})
+    assert "## Accuracy by class (eps 0.2, all attacks combined, the 20 least robust of 30)" in text
+    assert "| 19 | 10 | 0.900 | 0.190 |" in text
+    assert "| 20 | 10 |" not in text
+    assert "(FMN-100, l-inf): median distance 0.51, from 0.11 to 0.91 for 80 % of 101 images" in text
+    assert "![Images and their worst images](examples.png)" in text
+    card = text.split("## For a model card\n\n")[1].split("\n")[0]
+    assert card.startswith(
+        "On 1,500 of 2,000 test images, 9 of 10 classes, accuracy is 0.980 without attack and 0.340 under"
+    )
+    assert "APGD-T: 100 steps towards each of 9 classes, 1 restart" in card
+    assert (
+        "in l-inf balls of 0.2 within images in [0, 1]. Checks for gradient masking are suspicious (zero gradients)."
+        in card
+    )
+
+
+def test_the_page_stands_alone(tmp_path):
+    (tmp_path / "evaluation.png").write_bytes(b"picture")
+    page = diagnosis.page({**RESULT, "name": "<mine> & yours", "examples": "examples.png"}, tmp_path)
+    root = ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>\n"))
+    assert root.find("head/title").text == "Robustness of <mine> & yours"
+    assert [h.text for h in root.iter("h2")] == [table.title for table in diagnosis.tables(RESULT)] + [
+        "For a model card"
+    ]
+    pictures = [image.get("src") for image in root.iter("img")]
+    assert pictures == ["data:image/png;base64," + base64.b64encode(b"picture").decode()], (
+        "one that is missing is left out"
+    )
+    cells = [cell.text for cell in root.iter("td")]
+    assert "SUSPICIOUS" in cells
+    assert "0.410" in cells
+
+
 def test_text_has_the_verdict_last_and_leaves_out_what_was_not_measured():
     text = diagnosis.text({**RESULT, "worst_case": None, "transfer": None})
     assert text.endswith("\n\nmine: SUSPICIOUS")
@@ -80,6 +125,13 @@ def test_what_no_table_holds_is_said_in_sentences():
     text = diagnosis.text({**RESULT, "verified": {**verified, "differ": 4, "outside": 3}})
     assert "3 of them lie outside the ball or the range (largest change 0.2)" in text
     assert "4 predictions depend on the batch size." in text
+
+
+def test_images_and_their_worst_are_drawn(tmp_path):
+    images = np.random.default_rng(0).uniform(size=(3, 8, 8, 3)).astype(np.float32)
+    path = tmp_path / "a.png"
+    diagnosis.examples(path, images, np.clip(images + 0.1, 0, 1), ["1", "2", "3, then 4"], 1.0)
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_picture_is_written(tmp_path):

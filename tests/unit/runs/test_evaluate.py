@@ -13,7 +13,7 @@ from e2sad_jax.evaluation import Effort
 from e2sad_jax.runs import evaluate, folder
 from e2sad_jax.runs.evaluate import Request
 
-LITTLE = Effort(budgets=(0.5, 1.0), steps=(1, 5), restarts=2, pgd_steps=5, apgd_steps=5, queries=50, targets=1)
+LITTLE = Effort(budgets=(0.5, 1.0), steps=(1, 5), restarts=2, pgd_steps=5, apgd_steps=5, queries=50, targets=1, fmn=5)
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def test_more_attacks_have_a_table_of_their_own(mine, tmp_path, monkeypatch, cap
         evaluate.run(Request(predict="mine:predict", data=mine, eps=0.1, attack=("pgd:0.2",)))
 
 
-TINY = Effort(budgets=(1.0,), steps=(1,), restarts=1, pgd_steps=1, worst_case=False)
+TINY = Effort(budgets=(1.0,), steps=(1,), restarts=1, pgd_steps=1, fmn=1, worst_case=False)
 
 
 def read_back(monkeypatch, **flags):
@@ -152,7 +152,7 @@ def test_nan_logits_are_said_in_plain_sight(mine, tmp_path, monkeypatch, capsys)
     said = "10 of 10 images have NaN logits"
     out = capsys.readouterr().out
     assert f"NaN: {said}: they count as misclassified." in out
-    assert f"nan: {said}" in out.splitlines()[-5], "the verdict begins with it"
+    assert f"nan: {said}" in out.splitlines()[-6], "the verdict begins with it"
     assert said in (tmp_path / "here" / "evaluation.md").read_text()
     assert json.loads((tmp_path / "here" / "evaluation.json").read_text())["nan"]["clean"] == 10
     assert result["robust"] == result["clean"] == 0
