@@ -118,6 +118,7 @@ class Defense:
       replays: name of the setting that says how many steps in a row train on the same batch; empty: one.
       idle: from the values of all its settings to those that have no effect beside the others, with the reason. It raises
         `ConfigError` where they do not fit together. None: each has an effect.
+      broken: reference of the attack that breaks it, for model cards; empty: none is known.
 
     Raises:
       ValueError: if the loss does not take what the settings are for, or what is said of `delta` does not fit it.
@@ -132,6 +133,7 @@ class Defense:
     remembers: tuple[str, ...] = ("delta",)
     replays: str = ""
     idle: Callable[[Mapping[str, Any]], Mapping[str, str]] | None = None
+    broken: str = ""
 
     def __post_init__(self) -> None:
         for setting in self.settings:

@@ -107,5 +107,6 @@ TEACHER = Setting(
     "in WORKDIR/teacher",
     argument=None,
 )
-register("tempered", Defense(tempered, "teacher at temperature T", (TEMPERATURE,)))
-register("distillation", Defense(distillation, "distillation", (TEMPERATURE, TEACHER)))
+BROKEN = "Carlini and Wagner, 2016, https://arxiv.org/abs/1607.04311"
+register("tempered", Defense(tempered, "teacher at temperature T", (TEMPERATURE,), broken=BROKEN))
+register("distillation", Defense(distillation, "distillation", (TEMPERATURE, TEACHER), broken=BROKEN))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from e2sad_jax.data.dataset import in_words
+from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.evaluation import nan_logits
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.table import Table
@@ -105,6 +106,11 @@ def model_card(results: Mapping[str, Any]) -> str:
     ]
     if nan := nan_logits({row["name"]: row.get("nan", 0) for row in results["attacks"]}, n):
         lines.append(f"- {nan}.")
+    if broken := DEFENSES[config["defense"]].broken if config["defense"] in DEFENSES else "":
+        lines.append(
+            f"- This defense is broken ({broken}): accuracy under attacks that follow the gradient of its loss says nothing. "
+            "Measure it by `experiments.evaluate`."
+        )
     if results["worst_case_accuracy"] < 0.5:
         lines.append(
             "- All attacks combined fool the model on more than half of the images: not robust at these budgets."

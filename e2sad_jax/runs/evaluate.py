@@ -81,7 +81,8 @@ class Request:
         f"measure the worst images rounded to 8-bit grey levels in the ball too; with --save_images, write {WORST_8BIT}",
     )
     results: str = setting(
-        "", "folder for evaluation.html, .md, .json and .png; empty: WORKDIR/evaluation, or runs/evaluation for --predict"
+        "",
+        "folder for evaluation.html, .md, .json and .png; empty: WORKDIR/evaluation, or runs/evaluation for --predict",
     )
 
     def __post_init__(self) -> None:

@@ -161,6 +161,11 @@ def test_a_model_card_holds_what_a_number_needs():
     assert "is up to 0.010." in text
     assert "not robust at these budgets" in text
     assert "not robust" not in card.model_card(build("mnist", 9_000))
+    assert "is broken" not in text
+    distilled = {**made, "config": {**made["config"], "defense": "distillation"}}
+    assert "- This defense is broken (Carlini and Wagner, 2016, https://arxiv.org/abs/1607.04311)" in card.model_card(
+        distilled
+    )
     flags = text.split("steps of 64, `")[1].split("`")[0].split()
     assert sorted(flags) == [
         *(
