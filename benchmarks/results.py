@@ -260,6 +260,7 @@ def provenance_of(content: Content) -> list[dict[str, str]]:
         parts = [content["provenance"]]
     elif "environment" in content:
         rows = content.get("rows", [])
+        rows = rows.values() if isinstance(rows, dict) else rows
         parts = [content, *(row["origin"] for row in rows if "origin" in row)]
     else:
         parts = list(content.values())

@@ -124,7 +124,8 @@ def input_mutation(base: Base) -> Around:
 
     def score(params: Any, x: jax.Array) -> jax.Array:
         moved = jnp.clip(x[None] + base.request.eps / 2 * draws.astype(x.dtype), low, high)
-        return _changes(jax.vmap(functools.partial(base.apply, params))(moved), base.apply(params, x))
+        logits = base.apply(params, moved.reshape(-1, *x.shape[1:]))
+        return _changes(logits.reshape(COPIES, len(x), -1), base.apply(params, x))
 
     return Around(base.apply, score, base.stages[:1], _with_score(base, score))
 
@@ -144,7 +145,10 @@ def model_mutation(base: Base) -> Around:
     )
 
     def score(params: Any, x: jax.Array) -> jax.Array:
-        return _changes(jax.vmap(base.apply, (0, None))(mutants, x), base.apply(params, x))
+        logits = jax.lax.map(
+            lambda mutant: base.apply(mutant, x), mutants
+        )  # under vmap convolutions have groups, which are slow
+        return _changes(logits, base.apply(params, x))
 
     return Around(base.apply, score, base.stages[:1], _with_score(base, score))
 

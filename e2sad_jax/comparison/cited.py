@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from e2sad_jax.comparison.flops import step_flops
 from e2sad_jax.comparison.request import JUDGES, Request
 from e2sad_jax.data import Dataset
 from e2sad_jax.data.dataset import in_words
-from e2sad_jax.errors import Stopped
+from e2sad_jax.errors import ConfigError, Stopped
 from e2sad_jax.evaluation import Attack, Detector, Model, distances
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.table import Table
@@ -35,7 +35,9 @@ TRAINED = {
     "PGD-3": "PGD-40",
     "e2SAD, robust": "PGD-40",
 }
-WEIGHTS = (1.0, 10.0, 100.0)  # of a detector's score, in 1 / (standard deviation of clean scores)
+# Of a detector's score, in 1 / (standard deviation of clean scores). With a high one an attack does not cross a region of high
+# scores, such as that around the boundary where mutations change the prediction.
+WEIGHTS = (0.01, 1.0, 100.0)
 NEAREST = 100  # test images whose nearest adversarial image is sought
 SEARCH: Mapping[str, Any] = {
     "steps": 200,
@@ -52,7 +54,8 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Trains or builds each system, attacks it, and writes cited.json and .md after each; resumes where it was stopped.
 
     Args:
-      request: data, length, budget and effort; its entries are not read.
+      request: data, length, budget and effort. Its entries are the systems to attack again, of `TRAINED` and `AROUND`; the
+        rows of the others stay, whatever commit they are of. None: all that have no row of this commit.
       say: takes a line of progress.
 
     Returns:
@@ -62,6 +65,8 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
       ConfigError: if the data is too small for the request, or the folder of the results cannot be written.
       Stopped: after Ctrl-C; what is finished stays.
     """
+    if unknown := [name for name in request.entry if name not in (*TRAINED, *AROUND)]:
+        raise ConfigError(f"--entry={unknown[0]:.100}: must be of {', '.join((*TRAINED, *AROUND))} with --cited")
     commit = provenance.commit()  # before the results that are written make it one with changes
     folder = pathlib.Path(request.results or request.workdir).expanduser()
     check_folder(folder, f"--results={folder}")
@@ -76,26 +81,35 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
         "environment": provenance.environment(),
         "rows": {},
     }
-    rows = result["rows"] = _earlier(folder / "cited.json", result["asked"])
+    rows = result["rows"] = _earlier(folder / "cited.json", result["asked"], request.entry)
+    origin = {
+        "command": result["command"],
+        "commit": commit,
+        **{k: result["environment"][k] for k in ("hardware", "date")},
+    }
+    order = [*TRAINED, *AROUND]
 
     def finish(name: str, row: Row) -> None:
-        rows[name] = row
+        rows.update(_earlier(folder / "cited.json", result["asked"], request.entry))  # of another process, too
+        rows[name] = {**row, "origin": origin}
+        result["rows"] = {known: rows[known] for known in order if known in rows}
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "cited.json", result)
         write_text(folder / "cited.md", table(result).markdown())
         claimed, adaptive = row["claimed"]["robust"], row["adaptive"]["robust"]
         say(f"{name}: clean {row['clean']:.3f}, claimed attack {claimed:.3f}, adaptive attack {adaptive:.3f}")
 
+    asked = request.entry or order
     natural, network = _trained(request, NETWORK, dataset)
     price = step_flops(natural, dataset.image_shape, dataset.num_classes)
     for name in TRAINED:
-        if name not in rows:
+        if name in asked and name not in rows:
             config, classifier = (natural, network) if name == NETWORK else _trained(request, name, dataset)
             own = step_flops(config, dataset.image_shape, dataset.num_classes) / price
             finish(name, _of_trained(request, name, classifier, tests, own))
     base = Base.of(request, network, dataset)
     for name, make in AROUND.items():
-        if name not in rows:
+        if name in asked and name not in rows:
             finish(name, _of_around(base, name, make(base), tests, price * request.steps))
     return result
 
@@ -148,10 +162,11 @@ def _of_around(base: Base, name: str, around: Around, tests: Dataset, spent: flo
         _model(name, base.network, tests, apply=around.apply, detector=detector, draws=around.draws)
         for detector in detectors
     ]
-    stood = np.all([model.auto(around.stages, eps=eps).robust for model in models], axis=0)
+    shown = models[0].right_on(images)
+    stood = np.all([shown, *(model.auto(around.stages, eps=eps).robust for model in models)], axis=0)
     return {
         "clean": float(models[0].clean().mean()),
-        "claimed": {"attack": f"{claimed.name} on the network", "robust": float(models[0].right_on(images).mean())},
+        "claimed": {"attack": f"{claimed.name} on the network", "robust": float(shown.mean())},
         "adaptive": {"attack": ", ".join(stage.name for stage in around.stages), "robust": float(stood.mean())},
         "training": 1 + around.made / spent,
         "inference": around.inference / base.flops(base.apply),
@@ -185,15 +200,31 @@ def _nearest(model: Model, apply: Function, detector: Detector | None) -> dict[s
     return {"fooled": len(lengths) / max(len(right), 1), "l2": float(np.median(lengths)) if len(lengths) else 0.0}
 
 
-def _earlier(path: pathlib.Path, asked: Mapping[str, Any]) -> dict[str, Row]:
-    """Rows that the same code has of the same question."""
+def _earlier(path: pathlib.Path, asked: Mapping[str, Any], again: Sequence[str]) -> dict[str, Row]:
+    """Rows of the same question: those of this commit, and with `again` all but the named ones of other commits."""
     try:
         before = read_json(path)
-        return (
-            dict(before["rows"]) if before["asked"] == asked and "with changes" not in (asked["commit"] or "") else {}
-        )
+        then = {key: value for key, value in before["asked"].items() if key != "commit"}
+        if then != {key: value for key, value in asked.items() if key != "commit"}:
+            return {}
+        environment, rows = before["environment"], dict[str, Row]()
+        for name, row in before["rows"].items():
+            origin = row.get("origin") or {k: environment[k] for k in ("hardware", "date", "commit")}
+            same = origin["commit"] == asked["commit"] and "with changes" not in (asked["commit"] or "")
+            if same or (again and name not in again):
+                rows[name] = {**row, "origin": {"command": before["command"], **origin}}
+        return rows
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _origins(rows: Mapping[str, Row]) -> list[str]:
+    """Commands, hardware, dates and commits, each with its rows if there are several."""
+    by: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        o = row["origin"]
+        by.setdefault(f"`{o['command']}`, {o['hardware']}, {o['date']}, commit {o['commit']}", []).append(name)
+    return [f"{origin}." if len(by) == 1 else f"{origin}: {'; '.join(names)}." for origin, names in by.items()]
 
 
 def table(result: Mapping[str, Any]) -> Table:
@@ -202,7 +233,7 @@ def table(result: Mapping[str, Any]) -> Table:
     Args:
       result: what cited.json holds.
     """
-    r, e = result["request"], result["environment"]
+    r = result["request"]
     weights = ", ".join(f"{weight:g}" for weight in WEIGHTS)
     return Table(
         title=TITLE,
@@ -237,10 +268,10 @@ def table(result: Mapping[str, Any]) -> Table:
             f"Robust: the share of {result['images']}, eps {r['eps']:.4g}.",
             f"Detectors reject {FALSE_POSITIVES:.0%} of the held-out training images. A rejected clean image counts as an "
             f"error, a rejected adversarial one as robust. Adaptive attacks on them: the worst case over weights {weights} of "
-            "the score, in 1 / (standard deviation of clean scores).",
+            "the score, in 1 / (standard deviation of clean scores), and the images of the claimed attack.",
             f"At any l2: the share of {NEAREST} images for which Carlini and Wagner's attack ({SEARCH['binary_steps']} times "
             f"{SEARCH['steps']} steps) finds one that is misclassified and accepted, and the median distance.",
             f"Training, inference: XLA's count of FLOPs for the CPU; predictions of {COUNTED} images.",
-            f"`{result['command']}`, {e['hardware']}, {e['date']}, commit {e['commit']}.",
+            *_origins(result["rows"]),
         ],
     )

@@ -179,14 +179,14 @@ class Request:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
-        for name in self.entry:
+        for name in () if self.cited else self.entry:  # those of --cited are other systems
             if name not in known():
                 raise ConfigError(f"--entry={name:.100}: must be of {_quoted()}")
         if self.parts and self.entry:
             raise ConfigError(f"--parts: chooses what is compared; leave out --entry={self.entry[0]}, or --parts")
-        if self.cited and (self.entry or self.parts or self.equal_flops or self.show or self.judge != "test"):
+        if self.cited and (self.parts or self.equal_flops or self.show or self.judge != "test"):
             raise ConfigError(
-                "--cited: chooses what is compared and how; leave out --entry, --parts, --equal_flops, --show and --judge"
+                "--cited: chooses what is compared and how; leave out --parts, --equal_flops, --show and --judge"
             )
         if self.judge == "held_out" and self.examples > self.validation_examples:
             raise ConfigError(

@@ -1,5 +1,6 @@
 """The comparison of cited systems: its table on made-up rows, its parts by hand, and one small run of all of it."""
 
+import dataclasses
 import json
 
 import jax
@@ -17,7 +18,7 @@ from e2sad_jax.reporting import provenance
 from tests.unit.reporting.helpers import LITTLE
 
 
-def row(clean, claimed, adaptive):
+def row(clean, claimed, adaptive, commit="abc"):
     return {
         "clean": clean,
         "claimed": {"attack": "PGD-40", "robust": claimed},
@@ -25,6 +26,7 @@ def row(clean, claimed, adaptive):
         "training": 1.5,
         "inference": 3.0,
         "nearest": {"fooled": 0.75, "l2": 1.25} if adaptive < 0.2 else None,
+        "origin": {"command": "python", "hardware": "CPU", "date": "2026-11-29", "commit": commit},
     }
 
 
@@ -52,18 +54,29 @@ def test_the_table_has_both_attacks_and_both_prices(tmp_path):
     assert "0.125" in lines[5]
     assert lines[5].endswith("| 0.75 (1.25) |")
     assert any("10 of 50 test images" in line and "0.3" in line for line in lines)
-    asked = {"question": request.question(), "data": "d", "commit": "abc"}
-    write_json(tmp_path / "cited.json", {"asked": asked, "rows": result["rows"]})
-    assert cited._earlier(tmp_path / "cited.json", asked) == result["rows"]
-    for other in ({**asked, "commit": "abd"}, {**asked, "data": "e"}):
-        assert cited._earlier(tmp_path / "cited.json", other) == {}
-    (tmp_path / "cited.json").write_text("{")
-    assert cited._earlier(tmp_path / "cited.json", asked) == {}
+    assert lines[-1] == "- `python`, CPU, 2026-11-29, commit abc."
+    result["rows"]["MagNet"] = row(0.9, 0.8, 0.125, commit="abd")
+    assert cited.table(result).markdown().splitlines()[-2:] == [
+        "- `python`, CPU, 2026-11-29, commit abc: natural.",
+        "- `python`, CPU, 2026-11-29, commit abd: MagNet.",
+    ]
+    path, asked = tmp_path / "cited.json", {"question": request.question(), "data": "d", "commit": "abc"}
+    write_json(path, {**result, "asked": asked})
+    both = result["rows"]
+    assert cited._earlier(path, asked, ()) == {"natural": both["natural"]}, "of this commit"
+    assert cited._earlier(path, {**asked, "commit": "abe"}, ("natural",)) == {"MagNet": both["MagNet"]}
+    assert cited._earlier(path, {**asked, "commit": "abe"}, ("feature squeezing",)) == both
+    assert cited._earlier(path, {**asked, "commit": "abe"}, ()) == {}
+    assert cited._earlier(path, {**asked, "data": "e"}, ("natural",)) == {}
+    for found in both.values():
+        del found["origin"]
+    write_json(path, {**result, "asked": asked})
+    assert set(cited._earlier(path, {**asked, "commit": "abc"}, ())) == set(both), "as older files are"
+    path.write_text("{")
+    assert cited._earlier(path, asked, ()) == {}
 
 
-@pytest.mark.parametrize(
-    "other", [{"parts": True}, {"entry": ("natural",)}, {"equal_flops": True}, {"judge": "held_out"}]
-)
+@pytest.mark.parametrize("other", [{"parts": True}, {"equal_flops": True}, {"judge": "held_out"}])
 def test_what_it_does_not_read_is_refused(other):
     with pytest.raises(ConfigError, match="--cited: chooses what is compared"):
         Request(cited=True, **{**LITTLE, **other})
@@ -93,6 +106,17 @@ def test_all_systems_are_made_attacked_once_and_shown(little, tiny, tmp_path, mo
     assert rows["input mutation"]["inference"] == pytest.approx(4, rel=0.05), "the image and three mutations"
     assert rows["natural"]["adaptive"]["robust"] <= rows["natural"]["clean"]
     assert json.loads((tmp_path / "out" / "cited.json").read_text())["rows"] == rows
-    monkeypatch.setattr(cited, "_of_trained", None)
+    with pytest.raises(ConfigError, match=r"--entry=PGD-2: must be of natural, .*Defense-GAN with --cited"):
+        comparison.run(dataclasses.replace(request, entry=("PGD-2",)), said.append)
+    monkeypatch.setattr(provenance, "commit", lambda: "b" * 40)
     monkeypatch.setattr(cited, "_of_around", None)
+    with jax.numpy_rank_promotion("allow"):
+        again = comparison.run(dataclasses.replace(request, entry=("natural",)), said.append)["rows"]
+    assert list(again) == list(rows)
+    assert [name for name, found in again.items() if found["origin"]["commit"] == "b" * 40] == ["natural"]
+    assert {**again["natural"], "origin": 0} == {**rows["natural"], "origin": 0}
+    monkeypatch.setattr(provenance, "commit", lambda: "a" * 40)
+    with jax.numpy_rank_promotion("allow"):
+        rows = comparison.run(dataclasses.replace(request, entry=("natural",)), said.append)["rows"]
+    monkeypatch.setattr(cited, "_of_trained", None)
     assert comparison.run(request, said.append)["rows"] == rows, "nothing is attacked again"
