@@ -3,6 +3,7 @@
 python -m benchmarks.results
 """
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -149,6 +150,11 @@ QUESTIONS = (
         _robust("e2SAD, robust", "ATTA-1", "PGD-3", "RS-FGSM"),
     ),
     Question(
+        "And on the digits, a small data set?",
+        *("digits_flops/compare.md", "digits_flops/compare.json"),
+        _robust("e2SAD, robust", "ATTA-1", "FGSM-PGI", "PGD-3"),
+    ),
+    Question(
         "And for four times as many FLOPs, on all test images?",
         *("mnist_long/compare.md", "mnist_long/compare.json"),
         _robust("e2SAD, robust", "ATTA-2", "PGD-3"),
@@ -246,7 +252,7 @@ def read(path: pathlib.Path) -> Content:
 
 
 def provenance_of(content: Content) -> list[dict[str, str]]:
-    """Command, hardware, date and commit of all that a result holds, the newest part first."""
+    """Command, hardware, date, commit and number of rows of all that a result holds, the newest part first."""
     if isinstance(content, str):
         line = re.findall(r"^`(.*)`, .*$", content, re.M)[-1]
         about = content[content.rindex(line) :]
@@ -261,11 +267,13 @@ def provenance_of(content: Content) -> list[dict[str, str]]:
     elif "environment" in content:
         rows = content.get("rows", [])
         rows = rows.values() if isinstance(rows, dict) else rows
-        parts = [content, *(row["origin"] for row in rows if "origin" in row)]
+        parts = [content] * sum("origin" not in row for row in rows) or [content]
+        parts += [row["origin"] for row in rows if "origin" in row]
     else:
         parts = list(content.values())
     flat = [{**part, **part.get("environment", {})} for part in parts]
-    unique = {(p["command"], p["commit"]): p for p in flat}
+    rows_of = collections.Counter((p["command"], p["commit"]) for p in flat)
+    unique = {(p["command"], p["commit"]): {**p, "rows": rows_of[p["command"], p["commit"]]} for p in flat}
     return sorted(unique.values(), key=lambda p: str(p["date"]), reverse=True)
 
 
@@ -287,7 +295,7 @@ def table(root: pathlib.Path = ROOT) -> Table:
         if (root / question.source).exists():
             content = read(root / question.source)
             parts = provenance_of(content)
-            whole = min((part["command"] for part in parts), key=len)  # longer ones made some of the rows again
+            whole = max(parts, key=lambda part: (part.get("rows", 0), -len(part["command"])))["command"]
             command = command_now(whole, question.page)
             about = [_each(parts, "hardware"), _each(parts, "date", 10), _each(parts, "commit", 7)]
             rows.append([f"[{question.text}]({question.page})", question.answer(content), f"`{command}`", *about])

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from e2sad_jax import _arguments, _streams, attacks
 from e2sad_jax.evaluation._entrance import Bounds, as_budget, classes_in
@@ -51,6 +52,9 @@ class Attack:
 
     def __post_init__(self) -> None:
         name = f"attack {self.name!r}"  # NumPy's and JAX's numbers become Python's, which can be hashed and stored
+        for count in ("steps", "restarts", "targets"):
+            if isinstance(value := getattr(self, count), np.integer):
+                object.__setattr__(self, count, int(value))
         if not isinstance(self.eps, jax.core.Tracer):
             object.__setattr__(self, "eps", as_budget(name, self.eps))
         if self.step_size is not None and not isinstance(self.step_size, jax.core.Tracer):

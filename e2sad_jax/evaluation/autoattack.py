@@ -85,7 +85,7 @@ def auto(
       apply: parameters and inputs `[N, ...]` to logits `[N, K]`.
       params: passed on to `apply`, as of `evaluate`.
       images: `[N, ...]`, before `transform`. Of a data set larger than memory an iterable of parts, `(images, labels)` each, of
-        any length: the result is that of all parts in one array.
+        any length: the result is that of all parts in one array. Each is checked when it comes; the progress is that of a part.
       labels: `[N]`, integers in `[0, K)`; None if the parts have them.
       eps: budget in the units of the inputs, at least 0.
       norm: "linf" or "l2".
@@ -109,7 +109,6 @@ def auto(
     Raises:
       ValueError: if the arguments do not fit together, or a stage is not possible (its loss needs more classes, Square
         images `[N, H, W, C]`); before anything is attacked.
-      OSError: if `resume` cannot be written.
 
     Reference: Croce & Hein, 2020, https://arxiv.org/abs/2003.01690
     """
@@ -120,12 +119,19 @@ def auto(
     finished, of_all = None if resume is None else Finished(resume), 0
     parts: Iterable[tuple[Any, Any]] = images if labels is None else [(images, labels)]
     results: list[AutoResult] = []
-    for some, own in parts:
+    for number, part in enumerate(parts):
+        if not isinstance(part, tuple | list) or len(part) != 2:
+            raise ValueError(
+                f"auto: part {number} of images is a {type(part).__name__}; it must be (images, labels), or give labels"
+            )
+        some, own = part
+        if labels is None and not len(some):
+            continue
         evaluation = Evaluation(
             programs, bound.arrays, some, own, batch_size, seed, mesh, progress, finished, first=of_all
         )
-        batch_size = evaluation.batch_size if not of_all else batch_size  # that of the first part, for one program
-        evaluation.batch_size = batch_size
+        if labels is None:
+            evaluation.batch_size = batch_size  # of a short part too, for one program
         results.append(run_stages(evaluation, stages, eps=eps, norm=norm, keep=keep))
         of_all += len(evaluation.images)
     if not results:

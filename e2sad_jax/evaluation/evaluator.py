@@ -4,7 +4,6 @@ Everything that attacks images in batches goes through here: suites, the worst c
 gradient masking, the choice of checkpoints, comparisons.
 """
 
-import copy
 import dataclasses
 import functools
 import os
@@ -16,10 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from e2sad_jax import _arguments, distributed
+from e2sad_jax._compile import jit
 from e2sad_jax.evaluation import _entrance
 from e2sad_jax.evaluation._entrance import Apply, Bounds, Detector, Transform
 from e2sad_jax.evaluation.attack import CLEAN, Attack
-from e2sad_jax.evaluation.finished import Finished, Judged
+from e2sad_jax.evaluation.finished import Finished, Judged, Key, question
 from e2sad_jax.evaluation.programs import Programs, in_batches, placed, programs_of
 
 Progress = Callable[[str, int], None]  # name of an attack, gradients since the last call
@@ -158,16 +158,16 @@ def evaluate(
         draws. Attacks average over as many at each step, and the verdict takes others, which no attack has seen. The draws
         for an image depend on `seed` and on the image alone. 0 for any other model.
       resume: folder in which finished batches are kept. A call that was killed goes on from there if it is made again; so
-        does one with more attacks, or other budgets. A batch counts again only for the same images, labels, parameters, seed,
-        attack, versions of JAX and of this library, and clean predictions. A function that differs in its gradient alone is
-        not told apart. Delete the folder when all is done.
+        does one with more attacks, or other budgets. A batch counts again only for the same images, labels, parameters, clean
+        logits, seed, attack, and versions of JAX and of this library. A function that differs in its gradient alone is not
+        told apart. A batch takes the space of its adversarial inputs, with `cascade` of those that fool the model. Delete the
+        folder when all is done.
 
     Returns:
       The `Outcomes`, `[A, N]`.
 
     Raises:
       ValueError: if the arguments do not fit together or an attack is not possible; before anything is attacked.
-      OSError: if `resume` cannot be written.
     """
     bound = _entrance.bind(apply, params)
     limits, random = _entrance.as_bounds(bounds), {"draws": draws, "seed": seed}
@@ -377,9 +377,10 @@ class Evaluation:
         program = self.programs.attack(attack)
         wide = np.float64 if self.inputs.dtype == np.float64 else np.float32
         finished = None if show is not None or attack.kind == CLEAN else self.finished
-        if finished is not None:
-            finished.ask(*self._question())
         for rank in ranks:
+
+            def key(full: np.ndarray, rank: int = rank) -> Key:
+                return Key(self._question, attack, self.seed, rank, full + self.first)
 
             def needed(full: np.ndarray, judged: Judged) -> np.ndarray:
                 fallen = (judged.prediction != self.labels[full]) & ~judged.rejected
@@ -388,7 +389,7 @@ class Evaluation:
             def dispatch(full: np.ndarray, rank: int = rank) -> Any:
                 places = full + self.first
                 if finished is not None:
-                    before = finished.read(attack, self.seed, rank, places, functools.partial(needed, full))
+                    before = finished.read(key(full, rank), functools.partial(needed, full))
                     if before is not None:
                         return *before, BEFORE
                 batch = distributed.split_batch(self.mesh, (self.images[full], self.labels[full], np.int32(places)))
@@ -400,8 +401,10 @@ class Evaluation:
             for some, (inputs, *judged, shown) in in_batches(dispatch, places, self.batch_size):
                 judged = jax.device_get(judged)
                 if finished is not None and shown is not BEFORE:
-                    full, whole = np.resize(some, self.batch_size), Judged(jax.device_get(inputs), *judged)
-                    finished.write(attack, self.seed, rank, full + self.first, whole, needed(full, whole))
+                    full = np.resize(some, self.batch_size)
+                    nothing = np.broadcast_to(np.zeros((), inputs.dtype), inputs.shape)
+                    whole = Judged(nothing if keep == "none" else jax.device_get(inputs), *judged)
+                    finished.write(key(full), whole, needed(full, whole))
                 prediction, rejected = (column[: len(some)] for column in judged)
                 withstood = (prediction == self.labels[some]) | rejected
                 yield Batch(some, prediction, rejected, inputs, shown)
@@ -411,21 +414,25 @@ class Evaluation:
                 self.progress(BEFORE if shown is BEFORE else name(), done_with * of_rank)
             places = np.concatenate([places[:0], *left])
 
-    def _question(self) -> tuple[Callable[[], dict[str, Any]], str]:
-        """What the outcomes depend on beside the attack: for `Finished.ask`."""
-        programs = self.programs
+    @functools.cached_property
+    def _question(self) -> str:
+        """What the outcomes depend on beside the attack. Of the function itself its clean logits, and scores, speak."""
+        programs, n = self.programs, len(self.images)
 
-        def arrays() -> dict[str, Any]:
-            clean, quiet = np.zeros((2, len(self.images)), np.int32), copy.copy(self)
-            quiet.progress = lambda name, gradients: None
-            for batch in quiet.run(_CLEAN, np.arange(len(self.images))):
-                clean[:, batch.places] = batch.prediction, batch.rejected
-            of_params = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(self.params))}
-            low, high = programs.bounds
-            return {"images": self.images, "labels": self.labels, "clean": clean, "low": low, "high": high, **of_params}
+        def outputs(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+            inputs = programs.transform(images)
+            scores = () if programs.detector is None else (programs.detector.score_fn(params, inputs),)
+            return programs.verdict(params, inputs), *scores
 
-        detector = programs.detector
-        return arrays, f"{detector and (detector.threshold, detector.weight)}, {programs.random}"
+        program = programs.once("outputs", lambda: jit(outputs))
+        run = in_batches(lambda full: program(self.params, self.images[full]), np.arange(n), self.batch_size)
+        clean = [np.concatenate(c) for c in zip(*(jax.device_get(made) for _, made in run), strict=True)]
+        of_params = {f"parameter {i}": leaf for i, leaf in enumerate(jax.tree.leaves(self.params))}
+        low, high = programs.bounds
+        arrays = {"images": self.images, "labels": self.labels, "low": low, "high": high, **of_params}
+        arrays |= {f"output {i}": column for i, column in enumerate(clean)}
+        detector = programs.detector and (programs.detector.threshold, programs.detector.weight)
+        return question(arrays, f"{detector}, {programs.random}")
 
 
 _CLEAN = Attack("clean", CLEAN)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from e2sad_jax import _arguments, distributed
-from e2sad_jax._compile import jit
+from e2sad_jax._compile import jit, platform
 from e2sad_jax.errors import DataError, first_line
 from e2sad_jax.evaluation import _entrance
 from e2sad_jax.evaluation._entrance import Apply, Bounds, Detector
@@ -307,9 +307,10 @@ def of_stablehlo(
 ) -> Model:
     """Makes a `Model` of a function that `jax.export` wrote as StableHLO, and the images to evaluate it on.
 
-    One that was serialized with its gradient (`exported.serialize(vjp_order=1)`, as `experiments.export` does) takes every
-    attack. One without takes those without gradients: `model.auto([evaluation.STAGES[2]], eps=...)`. A function of batches of
-    one size is called on as many as there are, the last one filled up.
+    One that was serialized with its gradient (`exported.serialize(vjp_order=1)`, as `experiments.export` does) takes the
+    attacks of `diagnose` and `auto`; `deepfool`, `jsma` and `few_pixels` need `vmap`, which `jax.export` does not have. One
+    without its gradient takes Square: `model.auto([evaluation.STAGES[2]], eps=...)`. A function of batches of one size is
+    called on as many as there are, the last one filled up.
 
     Args:
       path: the file, of a function of images `[N, ...]`, float32 inside `bounds`, to logits `[N, K]`.
@@ -324,14 +325,13 @@ def of_stablehlo(
     Raises:
       DataError: if the file cannot be read, or holds no such function.
     """
-    path = pathlib.Path(path).expanduser()
     function = stablehlo(path)
     return of_function(
         function,
         images,
         labels,
         bounds=bounds,
-        name=name or path.name,
+        name=name or pathlib.Path(path).name,
         batch_size=batch_size,
         seed=seed,
         mesh=mesh,
@@ -344,25 +344,35 @@ def stablehlo(path: str | os.PathLike[str]) -> Callable[[jax.Array], jax.Array]:
     Raises:
       DataError: if the file cannot be read, or holds no function of one array.
     """
+    path = pathlib.Path(path).expanduser()
     try:
-        exported = jax.export.deserialize(bytearray(pathlib.Path(path).read_bytes()))
+        exported = jax.export.deserialize(bytearray(path.read_bytes()))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     except Exception as error:  # flatbuffers raises whatever it comes upon
         raise DataError(f"{path}: is no file that jax.export serialized ({first_line(error)})") from error
-    if len(exported.in_avals) != 1 or len(exported.out_avals) != 1 or not exported.in_avals[0].shape:
+    inputs, outputs = exported.in_avals, exported.out_avals
+    if len(inputs) != 1 or len(outputs) != 1 or not inputs[0].shape or len(outputs[0].shape) != 2:
+        shapes = [[tuple(map(str, aval.shape)) for aval in avals] for avals in (inputs, outputs)]
         raise DataError(
-            f"{path}: takes {len(exported.in_avals)} arrays and returns {len(exported.out_avals)}; it must take images "
-            "[N, ...] alone and return logits [N, K]"
+            f"{path}: takes {shapes[0]} and returns {shapes[1]}; it must take images [N, ...] alone and return logits [N, K]"
         )
-    size = exported.in_avals[0].shape[0]
+    here = {"gpu": ("cuda", "rocm")}.get(platform(), (platform(),))
+    if not set(here) & set(exported.platforms):
+        raise DataError(
+            f"{path}: was exported for {', '.join(exported.platforms)}, and JAX runs on {platform()}; export it with "
+            f"platforms=[{here[0]!r}]"
+        )
+    size = inputs[0].shape[0]
+    if outputs[0].shape[0] != size:
+        raise DataError(f"{path}: returns {outputs[0].shape[0]} rows for {size} images; it must return one for each")
 
     @jax.custom_vjp
     def without_gradient(x: jax.Array) -> jax.Array:
         return exported.call(x)  # type: ignore[no-any-return]
 
     def refuse(x: jax.Array) -> Any:
-        raise ValueError(
+        raise DataError(
             f"{path}: was exported without its gradient; serialize(vjp_order=1), or attack it without gradients (Square)"
         )
 

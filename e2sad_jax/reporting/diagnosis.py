@@ -109,11 +109,14 @@ def sentences(result: Result) -> list[str]:
     said, n = [], result["images"]
     if nan := nan_logits(result["nan"], n):
         said.append(f"NaN: {nan}.")
-    if (nearest := result.get("nearest")) and (far := sorted(d for d in nearest["distances"] if d)):
+    if (nearest := result.get("nearest")) and (
+        far := sorted(np.inf if d is None else d for d in nearest["distances"] if d != 0)
+    ):
         low, middle, high = (far[int(q * (len(far) - 1))] for q in QUANTILES)
         said.append(
-            f"Nearest adversarial images ({nearest['attack']}, {NORMS[result['norm']]}): median distance {middle:.4g}, from "
-            f"{low:.4g} to {high:.4g} for 80 % of {len(far):,} images that are classified correctly without attack."
+            f"Nearest adversarial images ({nearest['attack']}, {NORMS[result['norm']]}), of the {len(far):,} images that are "
+            f"classified correctly without attack: median distance {_distance(middle)}, from {_distance(low)} to "
+            f"{_distance(high)} for 80 % of them."
         )
     if verified := result.get("verified"):
         small, large = sorted(verified["batch_sizes"])
@@ -240,9 +243,13 @@ def paragraph(result: Result) -> str:
     )
 
 
+def _distance(value: float) -> str:
+    return f"{value:.4g}" if np.isfinite(value) else "infinity (none was found)"
+
+
 def _range(result: Result) -> str:
     low, high = result["bounds"]
-    return f"[{low:g}, {high:g}]" if isinstance(low, (int, float)) else "their range"
+    return f"[{low:g}, {high:g}]" if all(isinstance(bound, int | float) for bound in (low, high)) else "their range"
 
 
 def examples(path: pathlib.Path, clean: np.ndarray, worst: np.ndarray, titles: Sequence[str], width: float) -> None:
@@ -289,7 +296,7 @@ def plot(path: pathlib.Path, results: Sequence[Result]) -> None:
         fixed = {name: values for name, values in curve["accuracy"].items() if not nearest or name != nearest["attack"]}
         if nearest:
             far = np.array([np.inf if d is None else d for d in nearest["distances"]])
-            budgets = np.linspace(0, curve["eps"][-1], 200)
+            budgets = np.linspace(0, max([result["eps"], *curve["eps"]]), 200)
             left.plot(
                 budgets,
                 accuracy_at(far, budgets),

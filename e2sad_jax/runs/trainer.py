@@ -365,16 +365,19 @@ class _Trainer:
         self, run: Run, member: int, step: int, params: Any, metrics: Mapping[str, float]
     ) -> Mapping[str, float]:
         """Measures whether training has overfitted to its one step, says so once, and returns what was measured."""
-        if "robust" not in metrics or not run.config.entry.attacks or not distributed.is_main():
+        config = run.config
+        if "robust" not in metrics or not config.entry.attacks or not distributed.is_main():
             return {}
+        if config.eps_warmup and step < config.warmup_steps(run.steps):
+            return {}  # a network that has not seen the whole budget yet is not robust to it
         found = overfitting(run, params, metrics["robust"])
         if found["collapsed"] and member not in self._told:
             self._told.add(member)
             where = f" of {run.workdir.name}" if len(self._runs) > 1 else ""
             self._bar.say(
                 f"step {step:,}{where}: catastrophic overfitting. Accuracy on {run.chosen_on} is {found['fgsm']:.3f} under "
-                f"FGSM and {metrics['robust']:.3f} under PGD-10 (gradient alignment {found['alignment']:.2f}). Train with a "
-                "rising budget (--eps_warmup=0.5), more attack steps, or a lower --eps1"
+                f"FGSM and {metrics['robust']:.3f} under PGD-10 (gradient alignment {found['alignment']:.2f}). Train with "
+                f"{'' if config.eps_warmup else 'a rising budget (--eps_warmup=0.5), '}more attack steps, or a lower --eps1"
             )
         return found
 
@@ -501,7 +504,7 @@ def overfitting(run: Run, params: Any, robust: float) -> dict[str, float]:
 
     Returns:
       `fgsm`, the accuracy under FGSM; `alignment`, that of `masking.alignment` on up to `ALIGNED` images; `collapsed`, 1 where
-      FGSM's accuracy is above PGD's by more than the bound of the check "FGSM above PGD", else 0.
+      PGD's accuracy is below half of FGSM's, by more than the bound of the check "FGSM above PGD", else 0.
     """
     config, images = run.config, run.validation_set
     attack = Attack("fgsm", "fgsm", config.eps1, 1, norm=config.norm)
@@ -511,7 +514,11 @@ def overfitting(run: Run, params: Any, robust: float) -> dict[str, float]:
         shown, images.x_test[:ALIGNED], images.y_test[:ALIGNED], batch_size=config.eval_batch_size, seed=config.seed
     )
     alignment = masking.alignment(model, config.eps1, config.norm)
-    return {"fgsm": fgsm, "alignment": alignment, "collapsed": float(fgsm - robust > masking.MAX_GAP)}
+    return {
+        "fgsm": fgsm,
+        "alignment": alignment,
+        "collapsed": float(fgsm - robust > masking.MAX_GAP and 2 * robust < fgsm),
+    }
 
 
 def _check_sizes(config: Config, train_set: Dataset, steps: int) -> None:

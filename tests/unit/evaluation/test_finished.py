@@ -1,5 +1,8 @@
 """An evaluation that was killed goes on from its finished batches, and from no others."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -85,7 +88,7 @@ def test_batches_of_another_question_do_not_count(problem, tmp_path, what):
         "params": problem.w * np.float32(1.001),
         "eps": 0.021,
         "seed": 1,
-        "apply": lambda params, x: linear(params, x) + 2 * jnp.arange(5)[None] / 5,
+        "apply": lambda params, x: 3 * linear(params, x),  # of the same predictions
     }[what]
     measured(problem, tmp_path, stages=STAGES[:1])
     taken = Taken()
@@ -128,3 +131,42 @@ def test_a_suite_keeps_every_image(problem, tmp_path):
     assert taken.before == 3 * N
     assert np.abs(other - images).max() > 0
     assert outcome.correct.shape == (N,)
+
+
+def test_a_later_part_and_another_model_are_questions_of_their_own(problem, tmp_path):
+    """Of as many images, at the same places."""
+    halves = [(problem.images[:20], problem.labels[:20]), (problem.images[20:], problem.labels[20:])]
+    turned = [halves[0], (halves[1][0][::-1], halves[1][1][::-1])]
+    results, taken = [], Taken()
+    for parts, folder in ((halves, tmp_path), (turned, None), (turned, tmp_path)):
+        given = {"images": parts, "labels": None, "stages": STAGES[:1], "batch_size": 20}
+        results.append(measured(problem, folder, taken if folder else None, **given))
+    same(results[2], results[1])
+    assert taken.before == 15 * 5, "the first half again, but for five images that are misclassified without attack"
+    first = evaluation.of_function(lambda x: linear(problem.w, x), problem.images, problem.labels, batch_size=20)
+    object.__setattr__(first, "finished", Finished(tmp_path))
+    second = dataclasses.replace(first, apply=lambda _, x: 0.5 * linear(problem.w, x))
+    for model, before in ((first, 0), (second, 0), (first, 2 * N), (second, 2 * N)):
+        taken = Taken()
+        model.evaluate([Attack("PGD", "pgd", 0.02, 2)], progress=taken)
+        assert taken.before == before
+
+
+def test_keys_integers_and_bfloat16_are_kept_too(problem, tmp_path):
+    given = {
+        "params": {"w": problem.w, "key": jax.random.key(0)},
+        "apply": lambda params, x: linear(params["w"], x.astype(jnp.float32)),
+        "images": problem.images.astype(jnp.bfloat16),
+        "stages": [Attack("a", "pgd", steps=np.int64(3))],
+        "bounds": (0.0, 1.0),
+    }
+    first, taken = measured(problem, tmp_path, **given), Taken()
+    same(measured(problem, tmp_path, taken, **given), first)
+    assert taken.before > 0
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_but_time(problem, whole, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="finished batches cannot be kept") as said:
+        same(measured(problem, tmp_path / "file" / "folder"), whole)
+    assert len(said) == 1

@@ -49,7 +49,7 @@ def test_without_its_gradient_it_takes_attacks_that_need_none(problem, tmp_path)
     write(path, problem.w, gradient=False)
     model = evaluation.of_stablehlo(path, problem.images, problem.labels)
     assert model.auto(STAGES[2:], eps=0.05).robust.sum() < model.clean().sum()
-    with pytest.raises(ValueError, match=r"was exported without its gradient; serialize\(vjp_order=1\)"):
+    with pytest.raises(DataError, match=r"was exported without its gradient; serialize\(vjp_order=1\)"):
         model.auto(STAGES[:1], eps=0.05)
 
 
@@ -62,5 +62,19 @@ def test_other_files_are_refused(problem, tmp_path):
         evaluation.of_stablehlo(path, problem.images, problem.labels)
     two = jax.export.export(jax.jit(lambda w, x: x @ w))(*(jax.ShapeDtypeStruct((3, 3), jnp.float32),) * 2)
     path.write_bytes(two.serialize())
-    with pytest.raises(DataError, match="takes 2 arrays and returns 1; it must take images"):
+    with pytest.raises(DataError, match=r"takes .* and returns .*; it must take images \[N, ...\] alone"):
+        evaluation.of_stablehlo(path, problem.images, problem.labels)
+    for function, message in (
+        (lambda x: jnp.zeros((7, 3, 5)) + x.sum(), r"returns \[\('7', '3', '5'\)\]; it must take"),
+        (lambda x: jnp.zeros((14, 5)) + x.sum(), "returns 14 rows for 7 images; it must return one for each"),
+    ):
+        shape = jax.ShapeDtypeStruct((7, *SHAPE), jnp.float32)
+        path.write_bytes(jax.export.export(jax.jit(function))(shape).serialize())
+        with pytest.raises(DataError, match=message):
+            evaluation.of_stablehlo(path, problem.images, problem.labels)
+    elsewhere = jax.export.export(jax.jit(lambda x: x.reshape(7, -1)), platforms=["tpu"])
+    path.write_bytes(elsewhere(jax.ShapeDtypeStruct((7, *SHAPE), jnp.float32)).serialize())
+    with pytest.raises(
+        DataError, match=r"was exported for tpu, and JAX runs on cpu; export it with platforms=\['cpu'\]"
+    ):
         evaluation.of_stablehlo(path, problem.images, problem.labels)

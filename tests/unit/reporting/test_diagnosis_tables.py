@@ -67,7 +67,16 @@ def test_classes_distances_and_the_paragraph_for_a_card():
     assert "## Accuracy by class (eps 0.2, all attacks combined, the 20 least robust of 30)" in text
     assert "| 19 | 10 | 0.900 | 0.190 |" in text
     assert "| 20 | 10 |" not in text
-    assert "(FMN-100, l-inf): median distance 0.51, from 0.11 to 0.91 for 80 % of 101 images" in text
+    assert (
+        "(FMN-100, l-inf), of the 102 images that are classified correctly without attack: median distance 0.51" in text
+    )
+    assert "from 0.11 to 0.91 for 80 % of them" in text
+    none = diagnosis.sentences({**RESULT, "nearest": {**NEAREST, "distances": [0.0, *[None] * 8, 0.01]}})[0]
+    assert (
+        "of the 9 images that are classified correctly without attack: median distance infinity (none was found)"
+        in none
+    )
+    assert "within images in their range" in diagnosis.paragraph({**RESULT, "bounds": [0.0, [[1.0]]]})
     assert "![Images and their worst images](examples.png)" in text
     card = text.split("## For a model card\n\n")[1].split("\n")[0]
     assert card.startswith(

@@ -276,6 +276,9 @@ def test_fgsm_on_a_linear_network_misleads_nobody(tiny, tmp_path):
     assert found["alignment"] == pytest.approx(validated[-1]["validation_alignment"], abs=1e-6)
     assert found["alignment"] > 0.9
     assert found["collapsed"] == 0
+    with trainer.open_run(config, tiny) as run:
+        assert trainer.overfitting(run, state.params, fgsm / 2 - 0.01)["collapsed"] == float(fgsm > 0.4) == 1
+        assert trainer.overfitting(run, state.params, fgsm / 2 + 0.01)["collapsed"] == 0
 
 
 def test_catastrophic_overfitting_is_said_once(tiny, tmp_path, monkeypatch, capfd):
@@ -293,6 +296,14 @@ def test_catastrophic_overfitting_is_said_once(tiny, tmp_path, monkeypatch, capf
     lines = (tmp_path / "fgsm" / "metrics.jsonl").read_text()
     assert lines.count('"validation_collapsed": 1.0') == 3
     assert "collapsed" not in (tmp_path / "natural" / "metrics.jsonl").read_text()
+
+
+def test_a_network_is_not_watched_while_the_budget_rises(tiny, tmp_path):
+    with trainer.open_run(config_of(tmp_path, defense="fgsm", eps1=0.05, eps_warmup=0.7), tiny) as run:
+        trainer.train(run, never)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation_robust" in line] == [5, 10, 12]
+    assert [line["step"] for line in lines if "validation_alignment" in line] == [10, 12]
 
 
 def test_the_test_set_has_no_say_in_which_is_best(workdir, tiny, tmp_path):
