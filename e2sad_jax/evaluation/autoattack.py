@@ -127,9 +127,12 @@ def auto(
         some, own = part
         if labels is None and not len(some):
             continue
-        evaluation = Evaluation(
-            programs, bound.arrays, some, own, batch_size, seed, mesh, progress, finished, first=of_all
-        )
+        try:
+            evaluation = Evaluation(
+                programs, bound.arrays, some, own, batch_size, seed, mesh, progress, finished, first=of_all
+            )
+        except ValueError as error:
+            raise ValueError(f"auto: part {number}: {error}") if labels is None else error from None
         if labels is None:
             evaluation.batch_size = batch_size  # of a short part too, for one program
         results.append(run_stages(evaluation, stages, eps=eps, norm=norm, keep=keep))

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from e2sad_jax import _arguments, distributed
+from e2sad_jax import _arguments, distributed, losses
 from e2sad_jax._compile import jit
 from e2sad_jax.evaluation import _entrance
 from e2sad_jax.evaluation._entrance import Apply, Bounds, Detector, Transform
@@ -159,9 +159,8 @@ def evaluate(
         for an image depend on `seed` and on the image alone. 0 for any other model.
       resume: folder in which finished batches are kept. A call that was killed goes on from there if it is made again; so
         does one with more attacks, or other budgets. A batch counts again only for the same images, labels, parameters, clean
-        logits, seed, attack, and versions of JAX and of this library. A function that differs in its gradient alone is not
-        told apart. A batch takes the space of its adversarial inputs, with `cascade` of those that fool the model. Delete the
-        folder when all is done.
+        logits, gradients of the first batch, seed, attack, and versions of JAX and of this library. A batch takes the space
+        of its adversarial inputs, with `cascade` of those that fool the model. Delete the folder when all is done.
 
     Returns:
       The `Outcomes`, `[A, N]`.
@@ -431,8 +430,24 @@ class Evaluation:
         low, high = programs.bounds
         arrays = {"images": self.images, "labels": self.labels, "low": low, "high": high, **of_params}
         arrays |= {f"output {i}": column for i, column in enumerate(clean)}
+        arrays["gradient"] = self._gradient()
         detector = programs.detector and (programs.detector.threshold, programs.detector.weight)
         return question(arrays, f"{detector}, {programs.random}")
+
+    def _gradient(self) -> np.ndarray:
+        """That of the margin of the first batch, which rounding may have been given; empty if there is none."""
+        programs, full = self.programs, np.resize(np.arange(len(self.images)), self.batch_size)
+
+        def gradient(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+            return jax.grad(lambda x: losses.margin(programs.apply(params, x), labels).sum())(
+                programs.transform(images)
+            )
+
+        try:
+            program = programs.once("gradient", lambda: jit(gradient))
+            return np.asarray(program(self.params, self.images[full], self.labels[full]))
+        except Exception:  # whatever a function raises that has none
+            return np.zeros(0, np.float32)
 
 
 _CLEAN = Attack("clean", CLEAN)

@@ -46,6 +46,8 @@ class Finished:
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
+        if not os.fspath(folder):
+            raise ValueError("resume is empty; it must name a folder")
         self.folder = pathlib.Path(folder).expanduser()
         self._full = False
 
@@ -110,7 +112,7 @@ class Key(NamedTuple):
     """What a batch is the answer to.
 
     Attributes:
-      question: a digest of images, labels, parameters, clean logits, and of what else outcomes depend on.
+      question: a digest of images, labels, parameters, clean logits, a gradient, and of what else outcomes depend on.
       attack: as it was run.
       seed: of the random numbers.
       rank: of the wrong class that it walks to.

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from e2sad_jax import _arguments, distributed
 from e2sad_jax._compile import jit, platform
-from e2sad_jax.errors import DataError, first_line
+from e2sad_jax.errors import DataError
 from e2sad_jax.evaluation import _entrance
 from e2sad_jax.evaluation._entrance import Apply, Bounds, Detector
 from e2sad_jax.evaluation.attack import CLEAN, Attack
@@ -350,13 +350,17 @@ def stablehlo(path: str | os.PathLike[str]) -> Callable[[jax.Array], jax.Array]:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     except Exception as error:  # flatbuffers raises whatever it comes upon
-        raise DataError(f"{path}: is no file that jax.export serialized ({first_line(error)})") from error
+        raise DataError(
+            f"{path}: is no file that jax.export serialized; write it with exported.serialize(vjp_order=1)"
+        ) from error
     inputs, outputs = exported.in_avals, exported.out_avals
     if len(inputs) != 1 or len(outputs) != 1 or not inputs[0].shape or len(outputs[0].shape) != 2:
         shapes = [[tuple(map(str, aval.shape)) for aval in avals] for avals in (inputs, outputs)]
         raise DataError(
             f"{path}: takes {shapes[0]} and returns {shapes[1]}; it must take images [N, ...] alone and return logits [N, K]"
         )
+    if inputs[0].dtype != jnp.float32:
+        raise DataError(f"{path}: takes {inputs[0].dtype}; export the function for float32 images")
     here = {"gpu": ("cuda", "rocm")}.get(platform(), (platform(),))
     if not set(here) & set(exported.platforms):
         raise DataError(

@@ -28,9 +28,15 @@ def from_torch(model: nn.Module, weights: Mapping[str, Any], image_shape: Sequen
       Variables of `model`, float32, as `model.init` makes them.
 
     Raises:
-      TypeError: if `model` is another network.
-      ValueError: if the weights are not those of `model`, with the name of the first that is not.
+      TypeError: if `model` is another network, or `weights` no mapping.
+      ValueError: if `image_shape` is not (H, W, C), or the weights are not those of `model`, with the name of the first that
+        is not.
     """
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"from_torch: weights is a {type(weights).__name__}; it must be a state_dict, name to array: "
+            "torch.load(path, weights_only=True)"
+        )
     like, last = _like(model, image_shape)
     expected = [shape for kernel, bias in _shapes(like) for shape in (kernel, bias)]
     found = {name: np.asarray(value, np.float32) for name, value in weights.items()}
@@ -86,6 +92,10 @@ def _like(model: Any, image_shape: Sequence[int]) -> tuple[Mapping[str, Any], tu
     """Shapes of the parameters by layer, in the order of the layers; (C, H, W) of what the first dense layer takes."""
     if not isinstance(model, (MnistCNN, SvhnCNN)):
         raise TypeError(f"model is a {type(model).__name__}; it must be MnistCNN or SvhnCNN")
+    if len(image_shape) != 3 or min(image_shape[:2]) < model.min_size:
+        raise ValueError(
+            f"image_shape={tuple(image_shape)}; it must be (H, W, C), H and W at least {model.min_size} for this network"
+        )
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))["params"]
     names = [f"Conv_{i}" for i in range(len(model.features))] + ["Dense_0", "Dense_1"]
     height, width = (((n - 8) // 2 - 2) // 2 if isinstance(model, SvhnCNN) else n // 2 // 2 for n in image_shape[:2])

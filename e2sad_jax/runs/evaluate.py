@@ -25,6 +25,7 @@ from e2sad_jax.runs.classifier import CHOICES, load
 from e2sad_jax.training.config import Config, check, setting
 
 UNFINISHED = "unfinished"  # folder of finished batches, until all of them are
+NEED_VMAP = ("deepfool", "jsma", "few_pixels")
 EXAMPLES, SHOWN = "examples.png", 10  # columns of the picture, at most
 WORST, WORST_8BIT = "worst_images.npz", "worst_images_8bit.npz"
 
@@ -99,7 +100,12 @@ class Request:
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
         for text in self.attack:
-            _attack(text, "linf")
+            kind = _attack(text, "linf").kind
+            if kind in NEED_VMAP and _is_exported(self.predict):
+                raise ConfigError(
+                    f"--attack={text:.100}: needs vmap, which exported functions do not have; leave it out, or give "
+                    "--predict=MODULE:FUNCTION"
+                )
         if self.fab and not self.auto:
             raise ConfigError(f"--fab={self.fab}: is a part of the worst case; leave it out, or --noauto")
 
@@ -135,7 +141,7 @@ def run(request: Request) -> dict[str, Any]:
     finished = Finished(folder / UNFINISHED)
     if there := len(finished):
         print(
-            f"{finished.folder}: {there:,} finished batches are there; those of the same question count",
+            f"{finished.folder}: {there:,} finished batches found; each counts if images, model, attack and seed are the same",
             file=sys.stderr,
         )
     model = dataclasses.replace(model, finished=finished)
@@ -210,6 +216,7 @@ def run(request: Request) -> dict[str, Any]:
 
 def _examples(path: pathlib.Path, model: Model, worst: np.ndarray) -> bool:
     """Draws the first images of each class that are classified correctly, and their worst images; whether there are any."""
+    path.unlink(missing_ok=True)  # that of another model
     outcome = model.judge(model.images)
     right = np.flatnonzero(outcome.correct)
     _, first = np.unique(model.labels[right], return_index=True)

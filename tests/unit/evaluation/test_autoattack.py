@@ -76,6 +76,12 @@ def test_the_parts_of_a_data_set_give_what_all_of_it_gives(problem, result):
     of_all = len(traced)
     auto(apply, problem.w, itertools.islice(parts(), 1), None, eps=EPS, stages=STAGES, batch_size=16)
     assert len(traced) == 2 * of_all, "later parts compile nothing"
+    with pytest.raises(ValueError, match=r"auto: part 1: labels"):
+        auto(kept, problem.w, [(problem.images, problem.labels), (problem.images, problem.labels[:3])], None, eps=EPS)
+    with pytest.raises(
+        ValueError, match=r"auto: part 0 of images is a ndarray; it must be \(images, labels\), or give labels"
+    ):
+        auto(kept, problem.w, problem.images, None, eps=EPS)
     with pytest.raises(ValueError, match="images has no parts; it must have at least one"):
         auto(kept, problem.w, [], None, eps=EPS)
 

@@ -117,6 +117,16 @@ def test_one_minimum_norm_run_gives_the_accuracy_at_every_budget(problem):
     assert diagnose(model, eps=0.3, effort=dataclasses.replace(effort, fmn=0))["nearest"] is None
 
 
+def test_a_model_that_knows_nothing_is_not_called_robust_or_unmasked(problem):
+    w, images, labels = problem
+    model = of_function(lambda x: x.reshape(len(x), -1) @ w, images, (labels + 1) % K, batch_size=25)
+    effort = dataclasses.replace(LITTLE, pgd_steps=1, fmn=1, steps=(), restarts=1, worst_case=False)
+    verdict = diagnose(model, eps=EPS, effort=effort)["verdict"]
+    assert verdict.startswith(
+        "model: accuracy without attack is 0.000, no better than chance (0.250). Check the labels"
+    )
+
+
 def test_progress_counts_every_gradient_once(honest, told):
     names, taken = [name for name, _ in told], np.cumsum([gradients for _, gradients in told])
     # clean, budgets, steps, the restart, the range, FMN, transfer

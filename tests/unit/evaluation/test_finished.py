@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from e2sad_jax import evaluation
+from e2sad_jax import attacks, evaluation
 from e2sad_jax.evaluation import Attack, auto
 from e2sad_jax.evaluation.finished import Finished
 from tests.unit.evaluation.conftest import N, linear
@@ -150,6 +150,19 @@ def test_a_later_part_and_another_model_are_questions_of_their_own(problem, tmp_
         taken = Taken()
         model.evaluate([Attack("PGD", "pgd", 0.02, 2)], progress=taken)
         assert taken.before == before
+
+
+def test_a_gradient_that_was_given_to_rounding_is_another_question(problem, tmp_path):
+    def rounded(params, x):
+        return linear(params, jnp.round(x * 50) / 50)
+
+    def through(params, x):
+        return linear(params, attacks.bpda(lambda z: jnp.round(z * 50) / 50)(x))
+
+    masked = measured(problem, tmp_path, stages=STAGES[:1], apply=rounded)
+    assert masked.robust.sum() > measured(problem, tmp_path, stages=STAGES[:1], apply=through).robust.sum()
+    with pytest.raises(ValueError, match="resume is empty; it must name a folder"):
+        measured(problem, "")
 
 
 def test_keys_integers_and_bfloat16_are_kept_too(problem, tmp_path):

@@ -58,7 +58,7 @@ def test_other_files_are_refused(problem, tmp_path):
     with pytest.raises(DataError, match="No such file"):
         evaluation.of_stablehlo(path, problem.images, problem.labels)
     path.write_bytes(b"no such thing" * 9)
-    with pytest.raises(DataError, match=r"model\.stablehlo: is no file that jax.export serialized"):
+    with pytest.raises(DataError, match=r"model\.stablehlo: is no file that jax.export serialized; write it with"):
         evaluation.of_stablehlo(path, problem.images, problem.labels)
     two = jax.export.export(jax.jit(lambda w, x: x @ w))(*(jax.ShapeDtypeStruct((3, 3), jnp.float32),) * 2)
     path.write_bytes(two.serialize())

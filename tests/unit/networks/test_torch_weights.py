@@ -72,6 +72,10 @@ def test_weights_of_another_network_are_refused(case):
         networks.from_torch(model, state(turned), shape)
     with pytest.raises(ValueError, match=rf"holds {2 * len(layers) - 2} arrays; .* needs {2 * len(layers)}"):
         networks.from_torch(model, state(layers[:-1]), shape)
+    with pytest.raises(TypeError, match="weights is a str; it must be a state_dict"):
+        networks.from_torch(model, "model.pt", shape)
+    with pytest.raises(ValueError, match=r"image_shape=\(1, 8, 8\); it must be \(H, W, C\)"):
+        networks.from_torch(model, state(layers), (1, 8, 8))
     with pytest.raises(TypeError, match="model is a PreActResNet18; it must be MnistCNN or SvhnCNN"):
         networks.from_torch(networks.create("preact_resnet18", 10, (32, 32, 3)), {}, (32, 32, 3))
 
