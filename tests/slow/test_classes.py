@@ -134,10 +134,10 @@ def test_a_suite(k):
     stages = []
     for name, norm in REGISTERED:
         if norm == "linf":
-            targeted = k > 2 and attacks.ATTACKS[name].family == "gradient"
-            stages.append(
-                evaluation.Attack(name, name, steps=5, loss="targeted_dlr" if targeted else "margin", targets=2)
-            )
+            method = attacks.ATTACKS[name]
+            steps = 5 if {"steps", "queries"} & method.parameters else 0
+            loss = "targeted_dlr" if k > 2 and method.family == "gradient" else "margin"
+            stages.append(evaluation.Attack(name, name, steps=steps, loss=loss, targets=2))
 
     def apply(w, z):
         return z.reshape(len(z), -1) @ w
