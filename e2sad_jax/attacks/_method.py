@@ -68,6 +68,11 @@ class Method:
         return frozenset(inspect.signature(self.function).parameters) & frozenset(GIVEN)
 
     @property
+    def counts(self) -> str:
+        """The name of its number of steps, "steps" or "queries"; empty if there is none to choose."""
+        return next(iter({"steps", "queries"} & self.parameters), "")
+
+    @property
     def random(self) -> bool:
         """Whether the attack draws random numbers."""
         return "key" in self.parameters

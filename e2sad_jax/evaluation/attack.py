@@ -105,7 +105,7 @@ class Attack:
             _arguments.count(f"{name}: targets", self.targets)
         _arguments.count(f"{name}: restarts", self.restarts)
         _arguments.count(f"{name}: steps", self.steps, least=1 if _needs_steps(method) else 0)
-        if self.steps > 1 and not {"steps", "queries"} & method.parameters:
+        if self.steps > 1 and not method.counts:
             raise ValueError(f"{name}: steps={self.steps}; {self.kind} has no number of steps to choose, leave it out")
         method.check(name, norm=self.norm, restarts=self.restarts, step_size=self.step_size, ndim=ndim)
         if self.targeted and method.family != "gradient" and "targets" not in method.parameters:
@@ -193,7 +193,7 @@ def _streams_of(seed: jax.typing.ArrayLike, index: jax.Array) -> jax.Array:
 
 def _needs_steps(method: attacks.Method) -> bool:
     parameters: Mapping[str, Any] = inspect.signature(method.function).parameters
-    return any(n in parameters and parameters[n].default is inspect.Parameter.empty for n in ("steps", "queries"))
+    return bool(method.counts) and parameters[method.counts].default is inspect.Parameter.empty
 
 
 SUITES: Mapping[str, tuple[Attack, ...]] = {

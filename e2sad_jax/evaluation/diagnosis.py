@@ -264,24 +264,15 @@ def diagnose(
         "transfer": transfer,
         "worst_case": worst_case,
         "checks": [{**dataclasses.asdict(check), "suspicious": check.suspicious} for check in checks],
-        "verdict": ("" if nan_logits(nan, n) else _no_better_than_chance(model.name, outcome.accuracy, num_classes))
-        or masking.verdict(model.name, checks, n, nan_logits(nan, n)),
+        "verdict": masking.verdict(
+            model.name, checks, n, nan_logits(nan, n), clean=outcome.accuracy, chance=1 / num_classes
+        ),
         **({"worst_images": worst.images} if keep else {}),
     }
 
 
 def _at(far: np.ndarray, eps: float, budgets: Sequence[float]) -> list[float]:
     return [float(value) for value in accuracy_at(far, [fraction * eps for fraction in budgets])]
-
-
-def _no_better_than_chance(name: str, accuracy: float, num_classes: int) -> str:
-    """What to do about a model that knows nothing; empty of any other."""
-    if accuracy > 1 / num_classes:
-        return ""
-    return (
-        f"{name}: accuracy without attack is {accuracy:.3f}, no better than chance ({1 / num_classes:.3f}). Check the "
-        "labels, the order of the classes and the normalisation. The checks mean nothing here."
-    )
 
 
 def _per_class(labels: np.ndarray, clean: np.ndarray, robust: np.ndarray) -> list[dict[str, Any]]:

@@ -329,8 +329,7 @@ class Evaluation:
         for row, attack in enumerate(attacks):
             if cascade and row:
                 places, prediction[row] = np.flatnonzero(correct[row - 1] | rejected[row - 1]), prediction[row - 1]
-            fallen_only = cascade and attack.kind != CLEAN
-            kept = "none" if visit is None else "fallen" if fallen_only else "all"
+            kept = "none" if visit is None else "fallen" if cascade and attack.kind != CLEAN else "all"
             for batch in self.run(attack, places, keep=kept, cascade=cascade):
                 prediction[row, batch.places], rejected[row, batch.places] = batch.prediction, batch.rejected
                 if visit is not None:
@@ -386,12 +385,13 @@ class Evaluation:
                 return fallen if keep == "fallen" else np.full(len(full), keep == "all")
 
             def dispatch(full: np.ndarray, rank: int = rank) -> Any:
-                places = full + self.first
                 if finished is not None:
                     before = finished.read(key(full, rank), functools.partial(needed, full))
                     if before is not None:
                         return *before, BEFORE
-                batch = distributed.split_batch(self.mesh, (self.images[full], self.labels[full], np.int32(places)))
+                batch = distributed.split_batch(
+                    self.mesh, (self.images[full], self.labels[full], np.int32(full + self.first))
+                )
                 numbers = np.uint32(self.seed), np.asarray(attack.eps, wide), np.int32(rank)
                 inputs, prediction, rejected = program(self.params, *batch, *jax.device_put(numbers))
                 return inputs, prediction, rejected, None if show is None else show(inputs, batch)
@@ -402,7 +402,8 @@ class Evaluation:
                 if finished is not None and shown is not BEFORE:
                     full = np.resize(some, self.batch_size)
                     nothing = np.broadcast_to(np.zeros((), inputs.dtype), inputs.shape)
-                    whole = Judged(nothing if keep == "none" else jax.device_get(inputs), *judged)
+                    inputs = nothing if keep == "none" else jax.device_get(inputs)
+                    whole = Judged(inputs, *judged)
                     finished.write(key(full), whole, needed(full, whole))
                 prediction, rejected = (column[: len(some)] for column in judged)
                 withstood = (prediction == self.labels[some]) | rejected

@@ -38,6 +38,35 @@ class Judged(NamedTuple):
     rejected: np.ndarray
 
 
+class Key(NamedTuple):
+    """What a batch is the answer to.
+
+    Attributes:
+      question: a digest of images, labels, parameters, clean logits, a gradient, and of what else outcomes depend on.
+      attack: as it was run.
+      seed: of the random numbers.
+      rank: of the wrong class that it walks to.
+      places: of the images, `[B]`.
+    """
+
+    question: str
+    attack: Attack
+    seed: int
+    rank: int
+    places: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """The file's."""
+        settings = {**dataclasses.asdict(self.attack), "name": "", "targets": 1}  # of which its program does not depend
+        function = attacks.ATTACKS[self.attack.kind].function
+        code = getattr(getattr(function, "__code__", None), "co_code", b"")
+        words = json.dumps(
+            [self.question, settings, self.seed, self.rank], sort_keys=True, default=lambda number: number.item()
+        )
+        return NAME.format(hashlib.sha256(words.encode() + np.int64(self.places).tobytes() + code).hexdigest()[:40])
+
+
 class Finished:
     """A file for each finished batch, named by what it is the answer to.
 
@@ -51,7 +80,7 @@ class Finished:
         self.folder = pathlib.Path(folder).expanduser()
         self._full = False
 
-    def read(self, key: "Key", needed: Callable[[Judged], np.ndarray]) -> Judged | None:
+    def read(self, key: Key, needed: Callable[[Judged], np.ndarray]) -> Judged | None:
         """A batch, if it is there with all that is needed of it.
 
         Args:
@@ -71,7 +100,7 @@ class Finished:
                 return judged
         return None
 
-    def write(self, key: "Key", judged: Judged, rows: np.ndarray) -> None:
+    def write(self, key: Key, judged: Judged, rows: np.ndarray) -> None:
         """Keeps a batch, of its inputs those of `rows`, bool `[B]`. If that fails it says so once: only time is lost."""
         inputs = judged.inputs[rows]
         small = inputs.dtype.itemsize < 4  # which NumPy's files do not know
@@ -106,35 +135,6 @@ class Finished:
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
-
-
-class Key(NamedTuple):
-    """What a batch is the answer to.
-
-    Attributes:
-      question: a digest of images, labels, parameters, clean logits, a gradient, and of what else outcomes depend on.
-      attack: as it was run.
-      seed: of the random numbers.
-      rank: of the wrong class that it walks to.
-      places: of the images, `[B]`.
-    """
-
-    question: str
-    attack: Attack
-    seed: int
-    rank: int
-    places: np.ndarray
-
-    @property
-    def name(self) -> str:
-        """The file's."""
-        settings = {**dataclasses.asdict(self.attack), "name": "", "targets": 1}  # of which its program does not depend
-        function = attacks.ATTACKS[self.attack.kind].function
-        code = getattr(getattr(function, "__code__", None), "co_code", b"")
-        words = json.dumps(
-            [self.question, settings, self.seed, self.rank], sort_keys=True, default=lambda number: number.item()
-        )
-        return NAME.format(hashlib.sha256(words.encode() + np.int64(self.places).tobytes() + code).hexdigest()[:40])
 
 
 def question(arrays: Mapping[str, Any], text: str) -> str:

@@ -189,7 +189,9 @@ def run_checks(
     ]
 
 
-def verdict(name: str, found: Sequence[Check], images: int, nan: str = "") -> str:
+def verdict(
+    name: str, found: Sequence[Check], images: int, nan: str = "", *, clean: float = 1.0, chance: float = 0.0
+) -> str:
     """The conclusion of the checks, in one or two sentences.
 
     Args:
@@ -197,12 +199,19 @@ def verdict(name: str, found: Sequence[Check], images: int, nan: str = "") -> st
       found: the checks.
       images: the number of images that they were made on.
       nan: what `nan_logits` says of them; then the checks mean nothing.
+      clean: accuracy without attack; where it is no better than `chance`, the checks mean nothing either.
+      chance: accuracy of a guess.
     """
     if nan:
         advice = (
             "Do not trust any number before it is mended: JAX's setting jax_debug_nans shows where the model makes NaN"
         )
         return f"{name}: {nan}. {advice}."
+    if clean <= chance:
+        return (
+            f"{name}: accuracy without attack is {clean:.3f}, no better than chance ({chance:.3f}). Check the labels, the "
+            "order of the classes and the normalisation. The checks mean nothing here."
+        )
     breaches = [check for check in found if check.suspicious]
     if not breaches:
         return (

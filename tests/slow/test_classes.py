@@ -135,7 +135,7 @@ def test_a_suite(k):
     for name, norm in REGISTERED:
         if norm == "linf":
             method = attacks.ATTACKS[name]
-            steps = 5 if {"steps", "queries"} & method.parameters else 0
+            steps = 5 if method.counts else 0
             loss = "targeted_dlr" if k > 2 and method.family == "gradient" else "margin"
             stages.append(evaluation.Attack(name, name, steps=steps, loss=loss, targets=2))
 

@@ -198,7 +198,7 @@ def test_a_suite_takes_no_label_that_is_no_class(name):
 
     def perturbed(y):
         norm = ATTACKS[name].norms[-1]
-        steps = 2 if {"steps", "queries"} & ATTACKS[name].parameters else 0
+        steps = 2 if ATTACKS[name].counts else 0
         attack = evaluation.Attack("a", name, 2 if norm == "l0" else 0.1, steps, norm=norm)
         return attack.perturb(lambda z: z.reshape(len(z), -1) @ w, x, y, bounds=(0.0, 1.0), index=jnp.arange(3))
 
