@@ -10,19 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.export
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from e2sad_jax import _arguments, distributed
-from e2sad_jax._compile import jit, platform
+from e2sad_jax._compile import jit
 from e2sad_jax.errors import DataError
 from e2sad_jax.evaluation import _entrance
 from e2sad_jax.evaluation._entrance import Apply, Bounds, Detector
 from e2sad_jax.evaluation.attack import CLEAN, Attack
 from e2sad_jax.evaluation.autoattack import AutoResult, run_stages
 from e2sad_jax.evaluation.evaluator import Evaluation, Outcome, Outcomes, Progress
+from e2sad_jax.evaluation.exported import stablehlo
 from e2sad_jax.evaluation.finished import Finished
 from e2sad_jax.evaluation.programs import Programs, in_batches, programs_of
 
@@ -336,61 +335,6 @@ def of_stablehlo(
         seed=seed,
         mesh=mesh,
     )
-
-
-def stablehlo(path: str | os.PathLike[str]) -> Callable[[jax.Array], jax.Array]:
-    """The function of images that `of_stablehlo` evaluates.
-
-    Raises:
-      DataError: if the file cannot be read, or holds no function of one array.
-    """
-    path = pathlib.Path(path).expanduser()
-    try:
-        exported = jax.export.deserialize(bytearray(path.read_bytes()))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    except Exception as error:  # flatbuffers raises whatever it comes upon
-        raise DataError(
-            f"{path}: is no file that jax.export serialized; write it with exported.serialize(vjp_order=1)"
-        ) from error
-    inputs, outputs = exported.in_avals, exported.out_avals
-    if len(inputs) != 1 or len(outputs) != 1 or not inputs[0].shape or len(outputs[0].shape) != 2:
-        shapes = [[tuple(map(str, aval.shape)) for aval in avals] for avals in (inputs, outputs)]
-        raise DataError(
-            f"{path}: takes {shapes[0]} and returns {shapes[1]}; it must take images [N, ...] alone and return logits [N, K]"
-        )
-    if inputs[0].dtype != jnp.float32:
-        raise DataError(f"{path}: takes {inputs[0].dtype}; export the function for float32 images")
-    here = {"gpu": ("cuda", "rocm")}.get(platform(), (platform(),))
-    if not set(here) & set(exported.platforms):
-        raise DataError(
-            f"{path}: was exported for {', '.join(exported.platforms)}, and JAX runs on {platform()}; export it with "
-            f"platforms=[{here[0]!r}]"
-        )
-    size = inputs[0].shape[0]
-    if outputs[0].shape[0] != size:
-        raise DataError(f"{path}: returns {outputs[0].shape[0]} rows for {size} images; it must return one for each")
-
-    @jax.custom_vjp
-    def without_gradient(x: jax.Array) -> jax.Array:
-        return exported.call(x)  # type: ignore[no-any-return]
-
-    def refuse(x: jax.Array) -> Any:
-        raise DataError(
-            f"{path}: was exported without its gradient; serialize(vjp_order=1), or attack it without gradients (Square)"
-        )
-
-    without_gradient.defvjp(refuse, lambda residuals, cotangent: (cotangent,))
-    call = exported.call if exported.has_vjp() else without_gradient
-
-    def function(x: jax.Array) -> jax.Array:
-        if not isinstance(size, int):
-            return call(x)  # type: ignore[no-any-return]
-        filled = jnp.concatenate([x, jnp.zeros((-len(x) % size, *x.shape[1:]), x.dtype)])
-        logits = jax.lax.map(call, filled.reshape(-1, size, *x.shape[1:]))
-        return logits.reshape(len(filled), -1)[: len(x)]  # type: ignore[no-any-return]
-
-    return function
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from e2sad_jax.attacks import ATTACKS, core
 from e2sad_jax.errors import ConfigError, DataError
 from e2sad_jax.evaluation import Attack, Effort, Model, diagnose, of_classifier, of_function, quantize
 from e2sad_jax.evaluation.evaluator import BEFORE
+from e2sad_jax.evaluation.exported import stablehlo
 from e2sad_jax.evaluation.finished import Finished
-from e2sad_jax.evaluation.model import stablehlo
 from e2sad_jax.reporting import diagnosis, provenance
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs import saved_images
