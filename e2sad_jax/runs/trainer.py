@@ -28,20 +28,16 @@ from e2sad_jax.errors import (
     as_device_error,
     first_line,
 )
-from e2sad_jax.evaluation import Attack, Outcomes, evaluate, masking, of_classifier
+from e2sad_jax.evaluation import Attack, Outcomes, evaluate
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs.checkpoint import Checkpoints, quarantine_damaged
-from e2sad_jax.runs.classifier import Classifier
 from e2sad_jax.runs.folder import ensure_exists, note_training, open_workdir, steps_in, workdir_of, write_config
 from e2sad_jax.runs.metrics import Recorder
-from e2sad_jax.runs.signals import Interrupted
 from e2sad_jax.runs.teacher import FILE, check_teacher, config_of, keep_logits, read_logits
+from e2sad_jax.runs.validation import UNJUDGED, overfitting, validate
 from e2sad_jax.training import TrainState, fit, gather, init_state, nbytes, place, stack, unstack
 from e2sad_jax.training.config import Config
-
-ALIGNED = 500  # validation images at which gradients are compared
-UNJUDGED = -1.0  # score of a checkpoint that was not validated, because the run was stopped: below all others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -444,81 +440,6 @@ class _Trainer:
             if named := as_device_error(error, f"in training, after step {bar.done:,}", kept, lower):
                 raise named from error
             raise
-
-
-def validate(run: Run, state: TrainState, stop: Callable[[], int]) -> dict[str, float]:
-    """Clean accuracy and robust accuracy under PGD-10 on the validation set, and the score that orders checkpoints.
-
-    Args:
-      run: the run.
-      state: what to validate.
-      stop: whether the run is asked to stop: then nobody waits for an attack.
-
-    Returns:
-      `clean` and `robust`, in [0, 1], and `score`: images that are classified right under attack, equal numbers ordered
-      by clean accuracy. With averaged weights also theirs, `average_clean` and `average_robust`; `averaged`, 1 where they
-      are better than the raw ones, else 0; and the score of the better. If the run is stopped meanwhile only `score`,
-      `UNJUDGED`.
-    """
-    raw = _validated(run, state.params, stop)
-    if state.average is None or raw["score"] == UNJUDGED:
-        return raw
-    average = _validated(run, state.average, stop)
-    if average["score"] == UNJUDGED:
-        return average
-    return {
-        **raw,
-        **{f"average_{name}": average[name] for name in ("clean", "robust")},
-        "averaged": float(average["score"] > raw["score"]),
-        "score": max(average["score"], raw["score"]),
-    }
-
-
-def _validated(run: Run, params: Any, stop: Callable[[], int]) -> dict[str, float]:
-    if distributed.max_over_processes(stop()):
-        return {"score": UNJUDGED}
-    eps, n = run.config.eps1, len(run.validation_set.x_test)
-    suite = [Attack("clean", "clean"), Attack("robust", "pgd", eps, 10, eps / 4 or None, norm=run.config.norm)]
-    values = {"clean": 0.0, "robust": 0.0, "score": UNJUDGED}
-
-    def progress(name: str, gradients: int) -> None:
-        if number := stop():
-            raise Interrupted(number)
-
-    if distributed.is_main():
-        with contextlib.suppress(Interrupted):
-            outcomes = run.attack(params, run.validation_set, suite, progress=progress)
-            clean, robust = (int(outcomes[name].correct.sum()) for name in ("clean", "robust"))
-            values = {"clean": clean / n, "robust": robust / n, "score": robust + clean / (n + 1)}
-    values = distributed.broadcast_from_main(values)
-    return values if values["score"] != UNJUDGED else {"score": UNJUDGED}
-
-
-def overfitting(run: Run, params: Any, robust: float) -> dict[str, float]:
-    """Signs on the validation set that training has overfitted to attacks of one step (catastrophic overfitting).
-
-    Args:
-      run: the run.
-      params: the network's variables.
-      robust: accuracy under PGD-10.
-
-    Returns:
-      `fgsm`, the accuracy under FGSM; `alignment`, that of `masking.alignment` on up to `ALIGNED` images; `collapsed`, 1 where
-      PGD's accuracy is below half of FGSM's, by more than the bound of the check "FGSM above PGD", else 0.
-    """
-    config, images = run.config, run.validation_set
-    attack = Attack("fgsm", "fgsm", config.eps1, 1, norm=config.norm)
-    fgsm = run.attack(params, images, [attack])["fgsm"].accuracy
-    shown = Classifier(config, {}, 0, run.model, distributed.local(params), run.transform)
-    model = of_classifier(
-        shown, images.x_test[:ALIGNED], images.y_test[:ALIGNED], batch_size=config.eval_batch_size, seed=config.seed
-    )
-    alignment = masking.alignment(model, config.eps1, config.norm)
-    return {
-        "fgsm": fgsm,
-        "alignment": alignment,
-        "collapsed": float(fgsm - robust > masking.MAX_GAP and 2 * robust < fgsm),
-    }
 
 
 def _check_sizes(config: Config, train_set: Dataset, steps: int) -> None:

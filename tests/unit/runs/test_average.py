@@ -12,7 +12,7 @@ import pytest
 
 from e2sad_jax import export
 from e2sad_jax.errors import ConfigError
-from e2sad_jax.runs import evaluate, run, trainer
+from e2sad_jax.runs import evaluate, run, trainer, validation
 from e2sad_jax.runs.checkpoint import Checkpoints
 from e2sad_jax.runs.classifier import load
 from e2sad_jax.runs.folder import write_config
@@ -35,7 +35,7 @@ def judged():
             robust = left.pop(0)
             return {"clean": 0.9, "robust": robust, "score": 50 * robust + 0.9}
 
-        patch.setattr(trainer, "_validated", validated)
+        patch.setattr(validation, "_validated", validated)
         return left
 
     return replace
@@ -125,7 +125,7 @@ def test_of_equals_the_raw_weights_are_the_better_and_stopped_between_the_two_no
     judged(monkeypatch, 0.5, 0.5)
     assert trainer.validate(None, state, never)["averaged"] == 0
     found = [{"clean": 0.9, "robust": 0.5, "score": 25.9}, {"score": trainer.UNJUDGED}]
-    monkeypatch.setattr(trainer, "_validated", lambda run, params, stop: found.pop(0))
+    monkeypatch.setattr(validation, "_validated", lambda run, params, stop: found.pop(0))
     assert trainer.validate(None, state, never) == {"score": trainer.UNJUDGED}
     assert not found
 
