@@ -237,7 +237,7 @@ def alignment(model: Model, eps: float, norm: str = "linf") -> float:
     """The mean cosine of the loss's gradients at an image and at FGSM's point in its ball: near 0 where FGSM's step misleads.
 
     Fast adversarial training that overfits to its one step loses it (PertAlign, https://openreview.net/forum?id=u1lUbEDQsU).
-    Where budgets are large it is low for robust models too: about 0.03 on MNIST at 0.3. So alone it proves nothing.
+    Under large budgets it is low for robust models, too. So alone it proves nothing.
     """
     radius = np.asarray(eps, np.float64 if model.images.dtype == np.float64 else np.float32)
     (cosine,) = model.per_image(_ALIGNMENT[norm], radius)
