@@ -1,5 +1,6 @@
 """Mutation testing: adversarial images lie near a boundary, so small changes of image or model change their prediction."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -84,14 +85,29 @@ def changed_by_mutants(
     Args:
       apply: parameters and images `[N, ...]` to logits `[N, K]`.
       params: of the model.
-      mutated: those of M mutants, stacked, as `mutants` returns them. `limit` of `sprt` must be at most M.
+      mutated: those of M mutants, stacked, as `mutants` returns them. `sprt` refuses a `limit` above M.
       x: images `[N, ...]`.
 
     Returns:
       A function of a key, which is not used, and the number of a mutant to bool `[N]`.
     """
     label = apply(params, x).argmax(-1)
-    return lambda _, i: apply(jax.tree.map(lambda leaf: leaf[i], mutated), x).argmax(-1) != label
+
+    def changed(_: jax.Array, i: jax.Array) -> jax.Array:
+        return apply(jax.tree.map(lambda leaf: leaf[i], mutated), x).argmax(-1) != label
+
+    return _OfMutants(changed, len(jax.tree.leaves(mutated)[0]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfMutants:
+    """A `changed_fn` that knows how many mutants it has: JAX would take the last for every number beyond."""
+
+    changed: Changed
+    number: int
+
+    def __call__(self, key: jax.Array, i: jax.Array) -> jax.Array:
+        return self.changed(key, i)
 
 
 def sprt(
@@ -123,7 +139,7 @@ def sprt(
       margin: half the width of the range in which either answer is right, below `rate` and 1 - `rate`.
       alpha: share of normal images called adversarial, in (0, 0.5).
       beta: share of adversarial images called normal, in (0, 0.5).
-      limit: largest number of mutations, at least 1.
+      limit: largest number of mutations, at least 1; of mutants, at most as many as there are.
 
     Returns:
       Decisions int32 `[n]`: 1 adversarial, 0 normal, -1 undecided at the limit (reject these, and say how many there are).
@@ -137,6 +153,10 @@ def sprt(
     """
     _arguments.count("sprt: n", n)
     _arguments.count("sprt: limit", limit)
+    if isinstance(changed_fn, _OfMutants) and limit > changed_fn.number:
+        raise ValueError(
+            f"sprt: limit={limit}; there are {changed_fn.number} mutants, so pass limit={changed_fn.number}"
+        )
     if not 0 < margin < min(rate, 1 - rate):
         raise ValueError(
             f"sprt: rate={rate}, margin={margin}; rate - margin and rate + margin must lie in (0, 1), apart"

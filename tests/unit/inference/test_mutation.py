@@ -179,6 +179,8 @@ def test_mutants_are_nearly_as_accurate_and_tell_images_near_the_boundary():
     changed = inference.changed_by_mutants(apply, w, made, x[some])
     decision, _ = inference.sprt(KEY, changed, 2, rate=0.15, margin=0.1, limit=60)
     assert decision.tolist() == [1, 0]
+    with pytest.raises(ValueError, match=r"^sprt: limit=61; there are 60 mutants, so pass limit=60"):
+        inference.sprt(KEY, changed, 2, rate=0.15, margin=0.1, limit=61)
     with pytest.raises(ValueError, match="lower rate=1"):
         inference.mutants(KEY, apply, w, x, labels, operator="gaussian", rate=1.0, count=2)
 
