@@ -13,7 +13,7 @@ import optax
 from e2sad_jax import networks
 from e2sad_jax.attacks import core
 from e2sad_jax.attacks.core import LossFn
-from e2sad_jax.networks.cnn import Conv
+from e2sad_jax.networks.mixed import Conv
 
 GenerateFn = Callable[[jax.Array], jax.Array]  # latent vectors [N, latent] to images [N, ...]
 Parts = dict[str, jax.Array]

@@ -15,7 +15,7 @@ from e2sad_jax._arguments import logits as checked_logits
 from e2sad_jax.attacks import core
 from e2sad_jax.attacks.core import Bounds, LogitsFn
 from e2sad_jax.inference.detection import threshold
-from e2sad_jax.networks.cnn import Conv
+from e2sad_jax.networks.mixed import Conv
 
 ImagesFn = Callable[[jax.Array], jax.Array]  # images to images
 ScoreFn = Callable[[jax.Array], jax.Array]  # images [N, ...] to [N]

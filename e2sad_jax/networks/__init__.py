@@ -21,6 +21,7 @@ from e2sad_jax._compile import pure
 from e2sad_jax.errors import DataError
 from e2sad_jax.networks import batch_stats
 from e2sad_jax.networks.cnn import MnistCNN, SvhnCNN
+from e2sad_jax.networks.mixed import Conv, Dense
 from e2sad_jax.networks.preact_resnet import PreActResNet18
 from e2sad_jax.networks.torch_weights import from_torch, to_torch
 
@@ -103,6 +104,8 @@ def count_parameters(params: Any) -> int:
 __all__ = [
     "NETWORKS",
     "PRECISIONS",
+    "Conv",
+    "Dense",
     "MnistCNN",
     "PreActResNet18",
     "SvhnCNN",

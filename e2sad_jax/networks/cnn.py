@@ -4,7 +4,6 @@ They map images `[N, H, W, C]` to logits `[N, num_classes]`, float32 or wider; t
 the losses. Pooling comes before ReLU: the same values and gradients with a quarter of the ReLUs.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +12,7 @@ import jax
 
 from e2sad_jax import _arguments
 from e2sad_jax.networks import cpu_conv
-
-Conv = functools.partial(nn.Conv, conv_general_dilated=cpu_conv.conv_general_dilated)
+from e2sad_jax.networks.mixed import Conv, Dense
 
 
 class MnistCNN(nn.Module):
@@ -43,8 +41,8 @@ class MnistCNN(nn.Module):
         for features in self.features:
             x = nn.relu(cpu_conv.max_pool(Conv(features, (5, 5), padding=2, **kwargs)(x)))
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(self.hidden, **kwargs)(x))
-        return _logits(nn.Dense(self.num_classes, **kwargs)(x))
+        x = nn.relu(Dense(self.hidden, **kwargs)(x))
+        return _logits(Dense(self.num_classes, **kwargs)(x))
 
 
 class SvhnCNN(nn.Module):
@@ -71,8 +69,8 @@ class SvhnCNN(nn.Module):
         x = nn.relu(cpu_conv.max_pool(Conv(third, (3, 3), **kwargs)(x)))
         x = x.reshape(x.shape[0], -1)
         del kwargs["padding"]
-        x = nn.relu(nn.Dense(self.hidden, **kwargs)(x))
-        return _logits(nn.Dense(self.num_classes, **kwargs)(x))
+        x = nn.relu(Dense(self.hidden, **kwargs)(x))
+        return _logits(Dense(self.num_classes, **kwargs)(x))
 
 
 def _logits(x: jax.Array) -> jax.Array:

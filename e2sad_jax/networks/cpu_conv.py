@@ -11,8 +11,7 @@ transposes of one another, so derivatives of every order consist of the same thr
 likewise. A model can do without this module: `flax.linen.Conv` and `flax.linen.max_pool` compute the same.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,10 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad
 
 from e2sad_jax import _compile
+from e2sad_jax.networks._bilinear import bilinear, define
 
+Shape = tuple[int, ...]
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 FEW_CHANNELS = 4
@@ -57,14 +58,12 @@ def conv_general_dilated(
       feature_group_count: groups of channels.
       precision: of the products.
     """
-    numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     ours = (
-        lhs.ndim == 4
-        and numbers == jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, ("NHWC", "HWIO", "NHWC"))
+        images_first(lhs, rhs, dimension_numbers)
         and {*window_strides, *(lhs_dilation or ()), *(rhs_dilation or ()), feature_group_count} == {1}
         and lhs.dtype == rhs.dtype
         and lhs.dtype in (jnp.float32, jnp.float64)
-        and not _shards_are_tracked(lhs)
+        and not shards_are_tracked(lhs)
     )
     if ours:
         if isinstance(padding, str):
@@ -124,22 +123,21 @@ def max_pool(x: jax.Array) -> jax.Array:
     Returns:
       `[N, H // 2, W // 2, C]`.
     """
-    if _compile.platform() == "tpu" or _shards_are_tracked(x):
+    if _compile.platform() == "tpu" or shards_are_tracked(x):
         return nn.max_pool(x, (2, 2), strides=(2, 2))
     return _max_pool(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
 
 
-def _shards_are_tracked(x: jax.Array) -> bool:
+def images_first(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any) -> bool:
+    """Images are `[N, H, W, C]` and kernels `[kh, kw, C, F]`."""
+    numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    return lhs.ndim == 4 and numbers == jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, ("NHWC", "HWIO", "NHWC"))
+
+
+def shards_are_tracked(x: jax.Array) -> bool:
     """Inside of `shard_map` or on a mesh with explicit axes, where only JAX's own operations say what is split and how."""
     mesh = jax.sharding.get_abstract_mesh()
     return bool(mesh.explicit_axes or mesh.manual_axes or jax.typeof(x).sharding.mesh.explicit_axes)
-
-
-conv_p = Primitive("conv")  # x [N, H, W, C], w [kh, kw, C, F] -> y [N, h, w, F]
-input_gradient_p = Primitive("conv_input_gradient")  # of y, w -> of x; size: (H, W)
-kernel_gradient_p = Primitive("conv_kernel_gradient")  # x, of y -> of w; size: (kh, kw)
-pick_p = Primitive("max_pool_pick")  # x [N, 2h, 2w, C], three masks [N, h, w, C] -> y [N, h, w, C]
-place_p = Primitive("max_pool_place")  # of y, masks -> of x
 
 
 # XLA's own operations.
@@ -151,13 +149,13 @@ def _conv(x: jax.Array, w: jax.Array, *, padding: Padding, precision: Any) -> ja
     )
 
 
-def _input_gradient(g: jax.Array, w: jax.Array, *, size: tuple[int, int], **kwargs: Any) -> jax.Array:
-    x = jax.ShapeDtypeStruct((g.shape[0], *size, w.shape[2]), g.dtype)
+def _input_gradient(g: jax.Array, w: jax.Array, *, shape: Shape, **kwargs: Any) -> jax.Array:
+    x = jax.ShapeDtypeStruct(shape, g.dtype)
     return jax.linear_transpose(lambda x: _conv(x, w, **kwargs), x)(g)[0]
 
 
-def _kernel_gradient(x: jax.Array, g: jax.Array, *, size: tuple[int, int], **kwargs: Any) -> jax.Array:
-    w = jax.ShapeDtypeStruct((*size, x.shape[3], g.shape[3]), g.dtype)
+def _kernel_gradient(x: jax.Array, g: jax.Array, *, shape: Shape, **kwargs: Any) -> jax.Array:
+    w = jax.ShapeDtypeStruct(shape, g.dtype)
     return jax.linear_transpose(lambda w: _conv(x, w, **kwargs), w)(g)[0]
 
 
@@ -179,13 +177,11 @@ def _cpu_conv(x: jax.Array, w: jax.Array, *, padding: Padding, precision: Any) -
     return total
 
 
-def _cpu_input_gradient(
-    g: jax.Array, w: jax.Array, *, size: tuple[int, int], padding: Padding, precision: Any
-) -> jax.Array:
+def _cpu_input_gradient(g: jax.Array, w: jax.Array, *, shape: Shape, padding: Padding, precision: Any) -> jax.Array:
     kh, kw, channels, _ = w.shape
     (above, below), (left, right) = padding
     if max(above, below) >= kh or max(left, right) >= kw:
-        return _input_gradient(g, w, size=size, padding=padding, precision=precision)
+        return _input_gradient(g, w, shape=shape, padding=padding, precision=precision)
     rows, columns = (kh - 1 - above, kh - 1 - below), (kw - 1 - left, kw - 1 - right)
     if channels > FEW_CHANNELS:  # a convolution with the kernel turned round
         return _conv(g, w[::-1, ::-1].swapaxes(2, 3), padding=(rows, columns), precision=precision)
@@ -197,76 +193,20 @@ def _cpu_input_gradient(
     total = jnp.zeros((), y.dtype)
     for i in range(kh):
         total = total + jnp.pad(y[:, :, :, i], ((0, 0), (i, kh - 1 - i), (0, 0), (0, 0)))
-    return total[:, above : above + size[0]]
+    return total[:, above : above + shape[1]]
 
 
-def _cpu_kernel_gradient(
-    x: jax.Array, g: jax.Array, *, size: tuple[int, int], padding: Padding, precision: Any
-) -> jax.Array:
+def _cpu_kernel_gradient(x: jax.Array, g: jax.Array, *, shape: Shape, padding: Padding, precision: Any) -> jax.Array:
     # Channels take the place of images and images that of channels.
     y = _conv(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), padding=padding, precision=precision)
     return y.transpose(1, 2, 0, 3)
 
 
-def _define(primitive: Primitive, xla: Callable[..., jax.Array], cpu: Callable[..., jax.Array]) -> None:
-    """What JAX has to know of a primitive, its derivatives aside."""
-
-    @functools.partial(jax.jit, static_argnames=("size", "padding", "precision"))
-    def evaluate(*args: jax.Array, **params: Any) -> jax.Array:
-        return primitive.bind(*args, **params)
-
-    def shape_of(*avals: Any, **params: Any) -> Any:
-        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-        result = jax.eval_shape(functools.partial(xla, **params), *shapes)
-        return avals[0].update(shape=result.shape, dtype=result.dtype, weak_type=False)
-
-    def lower_for_cpu(ctx: Any, *args: Any, **params: Any) -> Any:
-        chosen = xla if _compile.straight() else cpu
-        return mlir.lower_fun(chosen, multiple_results=False)(ctx, *args, **params)
-
-    def batched(args: Sequence[jax.Array], axes: Sequence[int | None], **params: Any) -> tuple[jax.Array, int]:
-        return jax.vmap(functools.partial(xla, **params), in_axes=tuple(axes))(*args), 0
-
-    primitive.def_impl(evaluate)
-    primitive.def_abstract_eval(shape_of)
-    mlir.register_lowering(primitive, mlir.lower_fun(xla, multiple_results=False))
-    if cpu is not xla:
-        mlir.register_lowering(primitive, lower_for_cpu, platform="cpu")
-    batching.primitive_batchers[primitive] = batched
-
-
-_define(conv_p, _conv, _cpu_conv)
-_define(input_gradient_p, _input_gradient, _cpu_input_gradient)
-_define(kernel_gradient_p, _kernel_gradient, _cpu_kernel_gradient)
-
-
-def _to_image(image: Any, y: jax.Array, w: jax.Array, kwargs: Any) -> jax.Array:
-    return input_gradient_p.bind(y, w, size=image.aval.shape[1:3], **kwargs)
-
-
-def _to_kernel(kernel: Any, image: jax.Array, y: jax.Array, kwargs: Any) -> jax.Array:
-    return kernel_gradient_p.bind(image, y, size=kernel.aval.shape[:2], **kwargs)
-
-
-def _to_output(image: jax.Array, w: jax.Array, kwargs: Any) -> jax.Array:
-    return conv_p.bind(image, w, **kwargs)
-
-
-# Transposes, (cotangent, first, second operand): the operand that is asked for stands for its shape.
-ad.defbilinear(
-    conv_p,
-    lambda ct, x, w, **kwargs: _to_image(x, ct, w, kwargs),
-    lambda ct, x, w, **kwargs: _to_kernel(w, x, ct, kwargs),
-)
-ad.defbilinear(
-    input_gradient_p,
-    lambda ct, g, w, size, **kwargs: _to_output(ct, w, kwargs),
-    lambda ct, g, w, size, **kwargs: _to_kernel(w, ct, g, kwargs),
-)
-ad.defbilinear(
-    kernel_gradient_p,
-    lambda ct, x, g, size, **kwargs: _to_image(x, g, ct, kwargs),
-    lambda ct, x, g, size, **kwargs: _to_output(x, ct, kwargs),
+conv_p = bilinear(
+    "conv",
+    (_conv, _input_gradient, _kernel_gradient),
+    cpu=(_cpu_conv, _cpu_input_gradient, _cpu_kernel_gradient),
+    static=("padding", "precision"),
 )
 
 
@@ -300,6 +240,10 @@ def _max_pool_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tupl
     return _max_pool(*primals), pick_p.bind(*tangents, *masks)
 
 
+pick_p = Primitive("max_pool_pick")  # x [N, 2h, 2w, C], three masks [N, h, w, C] -> y [N, h, w, C]
+place_p = Primitive("max_pool_place")  # of y, masks -> of x
+
+
 def _pick(x: jax.Array, above: jax.Array, below: jax.Array, up: jax.Array) -> jax.Array:
     a, b, c, d = _quarters(x)
     return jnp.where(up, jnp.where(above, a, b), jnp.where(below, c, d))
@@ -330,7 +274,7 @@ def _define_linear(primitive: Primitive, transposed: Primitive) -> None:
     ad.primitive_transposes[primitive] = transpose
 
 
-_define(pick_p, _pick, _pick)
-_define(place_p, _place, _place)
+define(pick_p, _pick)
+define(place_p, _place)
 _define_linear(pick_p, place_p)
 _define_linear(place_p, pick_p)

@@ -7,15 +7,10 @@ import flax.linen as nn
 import jax
 
 from e2sad_jax import _arguments
-from e2sad_jax.networks import cpu_conv
+from e2sad_jax.networks import mixed
 from e2sad_jax.networks.batch_stats import BatchNorm
 
-Conv = functools.partial(
-    nn.Conv,
-    use_bias=False,
-    kernel_init=nn.initializers.he_normal(),
-    conv_general_dilated=cpu_conv.conv_general_dilated,
-)
+Conv = functools.partial(mixed.Conv, use_bias=False, kernel_init=nn.initializers.he_normal())
 
 
 class PreActBlock(nn.Module):
@@ -78,5 +73,5 @@ class PreActResNet18(nn.Module):
                 stride = 2 if stage and not block else 1
                 x = PreActBlock(self.width * 2**stage, stride, **kwargs)(x, train)
         x = nn.relu(BatchNorm(self.dtype)(x, train)).mean((1, 2))
-        x = nn.Dense(self.num_classes, **kwargs)(x)
+        x = mixed.Dense(self.num_classes, **kwargs)(x)
         return x.astype(_arguments.wide(x.dtype))

@@ -1,0 +1,93 @@
+"""Products of images and a kernel as JAX primitives, one for each derivative: their derivatives are one another."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from e2sad_jax import _compile
+
+Function = Callable[..., jax.Array]
+Three = tuple[Function, Function, Function]
+
+
+def bilinear(name: str, functions: Three, *, static: Sequence[str], cpu: Three | None = None) -> Primitive:
+    """A product that is linear in images and in kernel, with derivatives of every order.
+
+    Args:
+      name: of the primitive.
+      functions: the product, (x, w) to y; its transpose in the images, (y, w) to x; and in the kernel, (x, y) to w. The
+        last two take `shape`, that of their result, too.
+      static: names of further arguments of all three.
+      cpu: the same for the CPU; None: `functions`.
+    """
+    names = (name, f"{name}_input_gradient", f"{name}_kernel_gradient")
+    product, of_image, of_kernel = (Primitive(one) for one in names)
+    static = (*static, "shape")
+    for primitive, function, on_cpu in zip((product, of_image, of_kernel), functions, cpu or functions, strict=True):
+        define(primitive, function, on_cpu, static)
+
+    def to_image(image: Any, y: jax.Array, w: jax.Array, kwargs: Any) -> jax.Array:
+        return of_image.bind(y, w, shape=image.aval.shape, **kwargs)
+
+    def to_kernel(kernel: Any, image: jax.Array, y: jax.Array, kwargs: Any) -> jax.Array:
+        return of_kernel.bind(image, y, shape=kernel.aval.shape, **kwargs)
+
+    def to_output(image: jax.Array, w: jax.Array, kwargs: Any) -> jax.Array:
+        return product.bind(image, w, **kwargs)
+
+    # Transposes, (cotangent, first, second operand): the operand that is asked for stands for its shape.
+    ad.defbilinear(
+        product,
+        lambda ct, x, w, **kwargs: to_image(x, ct, w, kwargs),
+        lambda ct, x, w, **kwargs: to_kernel(w, x, ct, kwargs),
+    )
+    ad.defbilinear(
+        of_image,
+        lambda ct, y, w, shape, **kwargs: to_output(ct, w, kwargs),
+        lambda ct, y, w, shape, **kwargs: to_kernel(w, ct, y, kwargs),
+    )
+    ad.defbilinear(
+        of_kernel,
+        lambda ct, x, y, shape, **kwargs: to_image(x, y, ct, kwargs),
+        lambda ct, x, y, shape, **kwargs: to_output(x, ct, kwargs),
+    )
+    return product
+
+
+def define(primitive: Primitive, xla: Function, cpu: Function | None = None, static: Sequence[str] = ()) -> None:
+    """What JAX has to know of a primitive, its derivatives aside.
+
+    Args:
+      primitive: to be defined.
+      xla: what it is on every platform.
+      cpu: what it is on the CPU, but in programs without loops; None: `xla`.
+      static: names of its parameters.
+    """
+
+    @functools.partial(jax.jit, static_argnames=tuple(static))
+    def evaluate(*args: jax.Array, **params: Any) -> jax.Array:
+        return primitive.bind(*args, **params)
+
+    def shape_of(*avals: Any, **params: Any) -> Any:
+        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+        result = jax.eval_shape(functools.partial(xla, **params), *shapes)
+        return avals[0].update(shape=result.shape, dtype=result.dtype, weak_type=False)
+
+    def batched(args: Sequence[jax.Array], axes: Sequence[int | None], **params: Any) -> tuple[jax.Array, int]:
+        return jax.vmap(functools.partial(xla, **params), in_axes=tuple(axes))(*args), 0
+
+    primitive.def_impl(evaluate)
+    primitive.def_abstract_eval(shape_of)
+    mlir.register_lowering(primitive, mlir.lower_fun(xla, multiple_results=False))
+    if cpu is not None and cpu is not xla:
+
+        def lower_for_cpu(ctx: Any, *args: Any, **params: Any) -> Any:
+            chosen = xla if _compile.straight() else cpu
+            return mlir.lower_fun(chosen, multiple_results=False)(ctx, *args, **params)
+
+        mlir.register_lowering(primitive, lower_for_cpu, platform="cpu")
+    batching.primitive_batchers[primitive] = batched
