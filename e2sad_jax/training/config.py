@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import pathlib
@@ -15,7 +16,8 @@ from e2sad_jax.defenses import DEFENSES, PLUGINS, Defense, Setting, readers
 from e2sad_jax.errors import ConfigError, quoted
 from e2sad_jax.networks import NETWORKS
 
-SCHEDULES = ("constant", "cyclic", "piecewise", "cosine")
+SCHEDULES = ("constant", "cyclic", "piecewise", "cosine", "onecycle")
+OPTIMIZERS = ("adam", "adamw", "sgd")
 PRESETS = ("robust", "paper")
 # Under which cheap defenses hold MNIST's budget of 0.3 (docs/e2sad.md).
 SCHEDULE: Mapping[str, Any] = {"eps_warmup": 0.5, "schedule": "cyclic", "learning_rate": 5e-3}
@@ -102,12 +104,29 @@ class Config:
         0.0, "passes over the training set instead of --steps, 0: use --steps", lower=0, upper=1e6, identity=False
     )
     batch_size: int = setting(256, "images a step", lower=1)
-    learning_rate: float = setting(1e-3, "Adam's learning rate", above=0)
+    optimizer: str = setting("adam", "optimiser", choices=OPTIMIZERS)
+    learning_rate: float = setting(1e-3, "learning rate", above=0)
+    momentum: float = setting(0.9, "momentum of --optimizer=sgd", lower=0, upper=0.9999)
+    nesterov: bool = setting(False, "Nesterov's momentum of --optimizer=sgd")
+    weight_decay: float = setting(
+        0.0,
+        "times the parameters, added to the gradient; with adamw decoupled from it, times the learning rate",
+        lower=0,
+    )
+    decay_kernels_only: bool = setting(False, "no weight decay of biases and of batch normalisation")
+    clip_norm: float = setting(0.0, "largest l2 norm of the gradient, which is scaled down to it; 0: none", lower=0)
+    accumulate: int = setting(1, "batches, one a step, whose mean gradient makes one update", lower=1)
     schedule: str = setting(
         "constant",
         "learning rate over all steps: constant; cyclic, up from 0 and down again; piecewise, a tenth of it after each of "
-        "1/2 and 3/4; cosine, down to 0",
+        "--milestones; cosine, down to 0; onecycle, up by a cosine over 0.3 of them and down to 0",
         choices=SCHEDULES,
+    )
+    milestones: str = setting("0.5,0.75", "of --schedule=piecewise, rising fractions of all steps")
+    lr_warmup: float = setting(
+        0.0,
+        "steps over which the learning rate rises from 0 to the schedule's, below 1: a fraction of all steps",
+        lower=0,
     )
     eps1: float = setting(
         0.3,
@@ -169,6 +188,9 @@ class Config:
         for name, value in values.items():  # numbers as their settings have them, so that equal runs are equal
             object.__setattr__(self, name, value)
         entry.without_effect(self.settings)  # which refuses what does not fit together
+        self.falls()
+        if self.nesterov and not self.momentum:
+            raise ConfigError("--nesterov: needs --momentum above 0 (0.9 is usual)")
         lower, upper = TRANSFORMS[self.transform].bounds
         scale = self.eps_scale if self._has_budget else 1.0
         for one in (*map(setting_of, COMMON), *entry.settings):
@@ -234,6 +256,12 @@ class Config:
             del values["delta"]
         if not self._has_budget:
             del values["eps_warmup"], values["eps_scale"]
+        if self.optimizer != "sgd":
+            del values["momentum"], values["nesterov"]
+        if not self.weight_decay:
+            del values["decay_kernels_only"]
+        if self.schedule != "piecewise":
+            del values["milestones"]
         if self.stretches:  # then the run's length is a part of it
             values |= {"epochs": self.epochs} if self.epochs else {"steps": self.steps}
         idle = self.entry.without_effect(self.settings)
@@ -256,11 +284,28 @@ class Config:
     @property
     def stretches(self) -> bool:
         """Whether a schedule of the run depends on its number of steps."""
-        return self.schedule != "constant" or (self._has_budget and 0 < self.eps_warmup < 1)
+        rises = 0 < self.lr_warmup < 1 or (self._has_budget and 0 < self.eps_warmup < 1)
+        return self.schedule != "constant" or rises
 
     def warmup_steps(self, total: int) -> float:
         """The number of steps, of `total` ones, over which the budgets rise from 0."""
         return self.eps_warmup * total if self.eps_warmup < 1 else self.eps_warmup
+
+    def falls(self) -> tuple[float, ...]:
+        """The fractions of all steps after which `--schedule=piecewise` takes a tenth of the learning rate.
+
+        Raises:
+          ConfigError: if `milestones` are not such fractions.
+        """
+        try:
+            found = tuple(float(one) for one in self.milestones.split(","))
+        except ValueError:
+            found = ()
+        if not found or not all(low < high for low, high in itertools.pairwise((0.0, *found, 1.0))):
+            raise ConfigError(
+                f"--milestones={quoted(self.milestones)[1:-1]}: must rise between 0 and 1, as in 0.5,0.75"
+            )
+        return found
 
     @property
     def steps_per_batch(self) -> int:
@@ -286,6 +331,12 @@ FIRST = {
     "eps_scale": 1.0,
     "hold_reference": False,
     "adversarial_at": "first",
+    "optimizer": "adam",
+    "weight_decay": 0.0,
+    "clip_norm": 0.0,
+    "accumulate": 1,
+    "milestones": "0.5,0.75",
+    "lr_warmup": 0.0,
 }
 COMMON = tuple(field for field in dataclasses.fields(Config) if field.name != "settings")  # what every run has
 

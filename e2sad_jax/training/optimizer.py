@@ -1,5 +1,8 @@
-"""Adam and the schedule of its learning rate."""
+"""The optimiser and the schedule of its learning rate, all of them optax's."""
 
+from typing import Any
+
+import jax
 import optax
 
 from e2sad_jax.training.config import Config
@@ -10,28 +13,62 @@ def learning_rate(config: Config, steps: int) -> float | optax.Schedule:
 
     * `"constant"`: the paper's;
     * `"cyclic"`: linearly up from 0 to the configured one at steps / 2, and linearly down to 0 (Fast AT's);
-    * `"piecewise"`: a tenth of it from steps / 2 on, a hundredth from 3 steps / 4 on;
-    * `"cosine"`: (1 + cos(pi t / steps)) / 2 of it.
+    * `"piecewise"`: a tenth of it after each of `milestones`, steps / 2 and 3 steps / 4;
+    * `"cosine"`: (1 + cos(pi t / steps)) / 2 of it;
+    * `"onecycle"`: by half a cosine up from a 25th of it at 0.3 steps, and down to almost 0 (PyTorch's `OneCycleLR`).
+
+    With `lr_warmup` it is t / w of that, over the first w updates.
     """
+    rate, warmup = _scheduled(config, steps), config.lr_warmup
+    if not warmup:
+        return rate
+    rise = optax.linear_schedule(0.0, 1.0, max(1, round(warmup * steps if warmup < 1 else warmup)))
+    return lambda t: rise(t) * (rate(t) if callable(rate) else rate)
+
+
+def _scheduled(config: Config, steps: int) -> float | optax.Schedule:
     peak, half = config.learning_rate, max(1, steps // 2)
     match config.schedule:
         case "cyclic":
             up, down = optax.linear_schedule(0.0, peak, half), optax.linear_schedule(peak, 0.0, steps - half)
             return optax.join_schedules([up, down], [half])
         case "piecewise":
-            return optax.join_schedules(
-                [optax.constant_schedule(value) for value in (peak, peak / 10, peak / 100)], [half, 3 * steps // 4]
-            )
+            falls = [max(1, int(part * steps)) for part in config.falls()]
+            values = [optax.constant_schedule(peak / 10**i) for i in range(len(falls) + 1)]
+            return optax.join_schedules(values, falls)
         case "cosine":
             return optax.cosine_decay_schedule(peak, steps)
+        case "onecycle":
+            return optax.cosine_onecycle_schedule(max(2, steps), peak)
     return peak
 
 
 def optimizer(config: Config, steps: int | None = None) -> optax.GradientTransformation:
-    """Adam at the configured learning rate.
+    """The configured optimiser at the configured learning rate.
 
     Args:
       config: the run's settings.
       steps: all the steps of the run, over which a schedule stretches; None for `config.steps`.
     """
-    return optax.adam(learning_rate(config, steps or config.steps))
+    steps = steps or config.steps
+    rate = learning_rate(config, -(-steps // config.accumulate))
+    decay, mask = config.weight_decay, _kernels if config.decay_kernels_only else None
+    parts = []
+    if config.clip_norm:
+        parts.append(optax.clip_by_global_norm(config.clip_norm))
+    if decay and config.optimizer != "adamw":
+        parts.append(optax.add_decayed_weights(decay, mask))
+    match config.optimizer:
+        case "adamw":
+            parts.append(optax.adamw(rate, weight_decay=decay, mask=mask))
+        case "sgd":
+            parts.append(optax.sgd(rate, config.momentum or None, config.nesterov))
+        case _:
+            parts.append(optax.adam(rate))
+    whole = optax.chain(*parts) if len(parts) > 1 else parts[0]
+    return optax.MultiSteps(whole, config.accumulate).gradient_transformation() if config.accumulate > 1 else whole
+
+
+def _kernels(params: Any) -> Any:
+    """What is neither a bias nor a parameter of batch normalisation: these are vectors."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

@@ -186,7 +186,10 @@ def make_train_step(
             if mesh is not None:
                 memory = jax.lax.with_sharding_constraint(memory, distributed.split(mesh))
         if average is not None:
-            decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
+            done = state.step // config.accumulate  # updates
+            decay = jnp.minimum(config.ema, (1 + done) / (10 + done))
+            if config.accumulate > 1:
+                decay = jnp.where((state.step + 1) % config.accumulate == 0, decay, 1)
             average = optax.incremental_update(params, average, 1 - decay)
         state = state.replace(
             step=state.step + 1, params=params, opt_state=opt_state, delta=delta, memory=memory, average=average

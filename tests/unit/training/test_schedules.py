@@ -40,6 +40,38 @@ def test_learning_rate_is_the_closed_form(schedule, steps):
     assert np.isfinite([float(rate(i)) for i in t]).all()
 
 
+@pytest.mark.parametrize("steps", [20, 200])
+def test_one_cycle_is_pytorchs(steps):
+    """`OneCycleLR` with its defaults: cosines from a 25th up to the peak, and down to a 250,000th."""
+    rate = training.learning_rate(configure(schedule="onecycle", learning_rate=0.4), steps)
+    top = int(0.3 * steps)
+    t = np.arange(steps)
+    low, last = 0.4 / 25, 0.4 / 25 / 1e4
+
+    def between(a, b, part):
+        return b + (a - b) * (1 + np.cos(np.pi * part)) / 2
+
+    want = np.where(t < top, between(low, 0.4, t / top), between(0.4, last, (t - top) / (steps - top)))
+    np.testing.assert_allclose([rate(i) for i in t], want, rtol=1e-4, atol=1e-6)
+
+
+def test_milestones():
+    config = configure(schedule="piecewise", learning_rate=1.0, milestones="0.2,0.5,0.9")
+    rate = training.learning_rate(config, 10)
+    np.testing.assert_allclose([rate(i) for i in range(10)], [1, 1, *[0.1] * 3, *[0.01] * 4, 0.001], rtol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [4, 0.4])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_rate_rises_to_that_of_the_schedule(schedule, warmup):
+    rate, plain = (
+        training.learning_rate(configure(schedule=schedule, learning_rate=0.4, lr_warmup=w), 10) for w in (warmup, 0)
+    )
+    for i in range(10):
+        want = min(i / 4, 1) * (plain(i) if callable(plain) else plain)
+        np.testing.assert_allclose(rate(i), want, rtol=1e-6)
+
+
 def test_a_constant_rate_is_a_number():
     assert training.learning_rate(configure(learning_rate=0.4), 10) == 0.4
 

@@ -1,0 +1,178 @@
+"""Optimisers against the formulas of PyTorch's documentation, in NumPy; clipping, accumulation and the average beside them."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from e2sad_jax import training
+from e2sad_jax.errors import ConfigError
+from e2sad_jax.training import configure
+from tests.helpers import tiny_config
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+RNG = np.random.default_rng(0)
+START = {"kernel": RNG.normal(size=(3, 2)).astype(np.float32), "bias": RNG.normal(size=2).astype(np.float32)}
+GRADIENTS = [{k: RNG.normal(size=v.shape).astype(np.float32) for k, v in START.items()} for _ in range(6)]
+
+
+def run(config, gradients=GRADIENTS):
+    tx = training.optimizer(config, len(gradients))
+    params = jax.tree.map(jnp.asarray, START)
+    state, step = tx.init(params), jax.jit(tx.update)
+    for gradient in gradients:
+        updates, state = step(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return jax.tree.map(np.asarray, params)
+
+
+def sgd(rate, momentum, nesterov, decay, only_kernels):
+    """https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html, dampening 0."""
+    params, buffers = {k: v.astype(np.float64) for k, v in START.items()}, {}
+    for gradient in GRADIENTS:
+        for name, value in params.items():
+            g = gradient[name] + (0 if only_kernels and name == "bias" else decay) * value
+            buffers[name] = momentum * buffers.get(name, 0) + g
+            params[name] = value - rate * (g + momentum * buffers[name] if nesterov else buffers[name])
+    return params
+
+
+def adamw(rate, decay, decoupled, only_kernels):
+    """https://docs.pytorch.org/docs/stable/generated/torch.optim.AdamW.html, and Adam with its `weight_decay`."""
+    params = {k: v.astype(np.float64) for k, v in START.items()}
+    means, squares = ({k: np.zeros_like(v) for k, v in params.items()} for _ in range(2))
+    for t, gradient in enumerate(GRADIENTS, 1):
+        for name, value in params.items():
+            own = 0 if only_kernels and name == "bias" else decay
+            g = gradient[name] + (0 if decoupled else own * value)
+            means[name] = 0.9 * means[name] + 0.1 * g
+            squares[name] = 0.999 * squares[name] + 0.001 * g**2
+            step = means[name] / (1 - 0.9**t) / (np.sqrt(squares[name] / (1 - 0.999**t)) + 1e-8)
+            params[name] = value * (1 - rate * own if decoupled else 1) - rate * step
+    return params
+
+
+@pytest.mark.parametrize("only_kernels", [False, True])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+def test_sgd_is_pytorchs(momentum, nesterov, only_kernels):
+    config = configure(
+        optimizer="sgd",
+        learning_rate=0.1,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=0.05,
+        decay_kernels_only=only_kernels,
+    )
+    got = run(config)
+    for name, want in sgd(0.1, momentum, nesterov, 0.05, only_kernels).items():
+        np.testing.assert_allclose(got[name], want, rtol=1e-5, atol=1e-6)
+    if importlib.util.find_spec("torch") and not only_kernels:
+        import torch
+
+        params = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in START.items()}
+        theirs = torch.optim.SGD(params.values(), lr=0.1, momentum=momentum, nesterov=nesterov, weight_decay=0.05)
+        for gradient in GRADIENTS:
+            for name, value in params.items():
+                value.grad = torch.tensor(gradient[name])
+            theirs.step()
+        for name, value in params.items():
+            np.testing.assert_allclose(got[name], value.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("only_kernels", [False, True])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_adam_is_pytorchs_with_either_weight_decay(optimizer, only_kernels):
+    config = configure(optimizer=optimizer, learning_rate=0.1, weight_decay=0.05, decay_kernels_only=only_kernels)
+    got = run(config)
+    for name, want in adamw(0.1, 0.05, optimizer == "adamw", only_kernels).items():
+        np.testing.assert_allclose(got[name], want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_long_gradient_is_scaled_down_and_a_short_one_stays():
+    config = configure(optimizer="sgd", learning_rate=1.0, momentum=0.0, clip_norm=0.5)
+    for factor in (1.0, 1e-3):
+        gradient = jax.tree.map(lambda leaf, f=factor: f * leaf, GRADIENTS[0])
+        norm = np.sqrt(sum((leaf**2).sum() for leaf in gradient.values()))
+        got = run(config, [gradient])
+        for name, leaf in gradient.items():
+            np.testing.assert_allclose(START[name] - got[name], leaf * min(1, 0.5 / norm), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_accumulated_batches_make_the_update_of_their_mean_gradient(optimizer):
+    """With a schedule over the updates."""
+    settings = {"optimizer": optimizer, "learning_rate": 0.1, "schedule": "cosine", "weight_decay": 0.01}
+    means = [jax.tree.map(lambda a, b: (a + b) / 2, *GRADIENTS[i : i + 2]) for i in (0, 2, 4)]
+    got, want = run(configure(**settings, accumulate=2)), run(configure(**settings), means)
+    for name, value in got.items():
+        np.testing.assert_allclose(value, want[name], rtol=1e-5, atol=1e-6)
+        assert np.abs(value - START[name]).max() > 0.01
+
+
+def test_the_average_moves_once_an_update(tiny):
+    """Two half batches are one batch, for the average too."""
+    config = tiny_config(defense="natural", ema=0.9, accumulate=2, optimizer="sgd", steps=8)
+    model = training_model(tiny)
+    state, averages = training.init_state(config, model, tiny.image_shape, len(tiny.x_train)), []
+    training.fit(
+        config.replace(checkpoint_every=1),
+        model,
+        tiny,
+        state,
+        steps=8,
+        record=lambda *a: None,
+        checkpoint=lambda step, state: averages.append(jax.tree.map(np.array, (state.params, state.average))),
+    )
+    moved = [0, *(i for i in range(1, 8) if differ(averages[i][1], averages[i - 1][1]))]
+    assert moved == [0, 1, 3, 5, 7]
+    params, average = averages[3]
+    decay = min(0.9, (1 + 1) / (10 + 1))
+    want = jax.tree.map(lambda new, old: (1 - decay) * new + decay * old, params, averages[2][1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), average, want)
+
+
+def training_model(dataset):
+    from e2sad_jax import networks
+
+    return networks.MnistCNN(num_classes=dataset.num_classes, features=(2, 3), hidden=4)
+
+
+def differ(a, b):
+    return any((x != y).any() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_what_has_no_effect_makes_no_other_run_and_what_has_one_does():
+    plain = configure()
+    for same in ({"momentum": 0.5}, {"nesterov": True}, {"decay_kernels_only": True}, {"milestones": "0.1"}):
+        assert configure(**same).digest() == plain.digest()
+    others = [
+        {"optimizer": "sgd"},
+        {"optimizer": "sgd", "momentum": 0.5},
+        {"weight_decay": 0.1},
+        {"weight_decay": 0.1, "decay_kernels_only": True},
+        {"clip_norm": 1.0},
+        {"accumulate": 2},
+        {"lr_warmup": 0.1},
+        {"schedule": "piecewise", "milestones": "0.1"},
+    ]
+    assert len({configure(**other).digest() for other in [{}, *others]}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"milestones": "0.75,0.5"}, "--milestones=0.75,0.5: must rise between 0 and 1"),
+        ({"milestones": "half"}, "--milestones=half: must rise between 0 and 1"),
+        ({"milestones": "1"}, "--milestones=1: must rise"),
+        ({"momentum": 0.0, "nesterov": True}, "--nesterov: needs --momentum above 0"),
+        ({"optimizer": "lion"}, "--optimizer=lion"),
+        ({"accumulate": 0}, "--accumulate=0"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        configure(**settings)
