@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import pathlib
 import sys
@@ -24,7 +25,7 @@ import numpy as np
 
 from e2sad_jax import cli, data, networks
 from e2sad_jax._compile import jit
-from e2sad_jax._io import check_folder, write_json, write_text
+from e2sad_jax._io import atomic_file, check_folder, digest, write_json, write_text
 from e2sad_jax.comparison.request import JUDGES
 from e2sad_jax.data.dataset import hold_out, in_words
 from e2sad_jax.errors import ConfigError
@@ -188,16 +189,30 @@ def adversary(net: Any, norm: str, eps: float, num_classes: int, asked: Request)
     return found
 
 
-def official(official_code: Any, model: Model, names: Sequence[str], batch_size: int) -> tuple[Side, list[str]]:
+def official(
+    official_code: Any, model: Model, names: Sequence[str], batch_size: int, kept: pathlib.Path | None = None
+) -> tuple[Side, list[str]]:
     """Runs attacks of the official code, each on the images that are left; and what it warned of.
 
     The code attacks the images that are left in the order in which they are, so one call for each attack is what one call
     for all of them is, and each has its time.
+
+    Args:
+      official_code: of `adversary`.
+      model: whose images and labels are attacked.
+      names: of the attacks.
+      batch_size: images at once.
+      kept: file that keeps what is finished, of this question alone; a run that ended in between goes on from there.
     """
     x, y = _tensor(model.images, official_code.model), model.labels.astype(np.int64)
     made, standing, seconds = np.array(model.images), [_right(official_code.model, x, y, batch_size)], []
     with _told(official_code.logger) as warnings, contextlib.redirect_stdout(sys.stderr):
-        for name in names:
+        if kept is not None and kept.exists():
+            with np.load(kept) as there:
+                made, standing, seconds = there["made"], list(there["standing"]), list(there["seconds"])
+                warnings.extend(there["warnings"].tolist())
+            print(f"official code: {', '.join(names[: len(seconds)])} from {kept}", file=sys.stderr, flush=True)
+        for name in names[len(seconds) :]:
             began, left = time.perf_counter(), np.flatnonzero(standing[-1])
             right = standing[-1].copy()
             if len(left):
@@ -208,6 +223,9 @@ def official(official_code: Any, model: Model, names: Sequence[str], batch_size:
                 made[left] = images.cpu().numpy().transpose(0, 2, 3, 1)
             standing.append(right)
             seconds.append(time.perf_counter() - began)
+            if kept is not None:
+                with atomic_file(kept) as file:
+                    np.savez(file, made=made, standing=standing, seconds=seconds, warnings=np.array(warnings, str))
     return Side(standing, seconds, made), warnings
 
 
@@ -219,9 +237,11 @@ def ours(model: Model, stages: Sequence[Attack], *, eps: float, norm: str) -> Si
     )
     with Bar("evaluation.auto", total, "gradients") as bar:
 
-        def progress(name: str, gradients: int) -> None:
-            ended[name] = time.perf_counter()
-            bar.update(gradients, name)
+        def progress(what: str, gradients: int) -> None:
+            ended[next(name for name in ("clean", *(s.name for s in stages)) if what.startswith(name))] = (
+                time.perf_counter()
+            )
+            bar.update(gradients, what)
 
         result = model.auto(stages, eps=eps, norm=norm, keep=True, progress=progress)
     assert result.adversarial is not None
@@ -356,7 +376,11 @@ def run(asked: Request) -> None:
     net, logits_differ = carried(trained, model.images, batch_size)
     check_folder(folder, f"--results={folder}", make=True)
     code = adversary(net, config.norm, config.eps1, num_classes, asked)
-    theirs, warnings = official(code, model, asked.names, batch_size)
+    question = dataclasses.asdict(asked) | {"results": "", "data_dir": "", "eps": config.eps1, "norm": config.norm}
+    arrays = {"images": model.images, "labels": model.labels}
+    arrays |= {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(trained.params))}
+    kept = folder / f"official-{digest(arrays, json.dumps(question, sort_keys=True))[:8]}.npz"
+    theirs, warnings = official(code, model, asked.names, batch_size, kept)
     stages = asked.stages(num_classes)
     own = ours(model, stages, eps=config.eps1, norm=config.norm)
 
@@ -401,6 +425,7 @@ def run(asked: Request) -> None:
     print(text, flush=True)
     write_text(folder / "official.md", text)
     write_json(folder / "official.json", result)
+    kept.unlink(missing_ok=True)
     if failed := failures(result):
         sys.exit("official: " + "; ".join(failed))
 
@@ -456,4 +481,4 @@ def _told(logger: logging.Logger) -> Any:
 if __name__ == "__main__":
     for flag in dataclasses.fields(Request):
         cli.define_flag(flag)
-    cli.launch(lambda: run(cli.from_flags(Request)), "the same command measures again", resumes=False)
+    cli.launch(lambda: run(cli.from_flags(Request)), "each attack of the official code that is finished is kept")

@@ -96,7 +96,8 @@ def auto(
       seed: seed of the random numbers, which belong to the image's place in `images`.
       mesh: devices to split batches over, if they divide them.
       keep: whether to return the adversarial inputs.
-      progress: as of `evaluate`: called with a stage's name and the number of gradients taken since the last call.
+      progress: as of `evaluate`: called with what is done, a stage's name first, and the number of gradients taken since
+        the last call.
       detector: of a model that rejects images, as of `evaluate`.
       draws: number of draws of a random model, as of `evaluate`.
       resume: folder in which finished batches are kept, as of `evaluate`: a call that was killed goes on from there.

@@ -22,7 +22,7 @@ from e2sad_jax.evaluation.attack import CLEAN, Attack
 from e2sad_jax.evaluation.finished import Finished, Judged, Key, question
 from e2sad_jax.evaluation.programs import Programs, in_batches, placed, programs_of
 
-Progress = Callable[[str, int], None]  # name of an attack, gradients since the last call
+Progress = Callable[[str, int], None]  # what is done, an attack's name first; gradients since the last call
 BEFORE = "finished before"  # instead of the name, for what an earlier call has taken
 Visit = Callable[[Attack, np.ndarray, np.ndarray, np.ndarray], None]  # attack, places, inputs, which of them withstood
 

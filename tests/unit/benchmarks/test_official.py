@@ -1,5 +1,6 @@
 """benchmarks.official: its arguments, and its page from made-up outcomes."""
 
+import dataclasses
 import importlib.util
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 
 from benchmarks import official
 from benchmarks.results import provenance_of
+from e2sad_jax._compile import pure
 from e2sad_jax.errors import ConfigError
-from e2sad_jax.evaluation import FAB, STAGES
+from e2sad_jax.evaluation import FAB, STAGES, Model
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,20 @@ def test_the_effort_is_autoattacks_and_can_be_less():
     targeted, square = less.stages(5)
     assert (targeted.name, targeted.steps, targeted.targets) == ("APGD-T", 3, 4), "no more targets than wrong classes"
     assert (square.name, square.steps) == ("Square", 7)
+
+
+@pytest.mark.usefixtures("unoptimized")
+def test_our_side_has_the_time_of_each_attack():
+    rng = np.random.default_rng(0)
+    w, x = rng.normal(size=(12, 3)).astype(np.float32), rng.uniform(size=(8, 2, 6, 1)).astype(np.float32)
+    apply = pure(lambda params, z: z.reshape(len(z), -1) @ params)
+    model = Model("linear", apply, w, x, (x.reshape(8, -1) @ w).argmax(1), batch_size=4)
+    stages = [dataclasses.replace(STAGES[i], steps=4) for i in (0, 2)]
+    own = official.ours(model, stages, eps=0.3, norm="linf")
+    assert len(own.seconds) == 2
+    assert min(own.seconds) > 0
+    assert own.standing[0].all()
+    assert own.found.any()
 
 
 def side(*standing, seconds=(1.25, 2.0)):

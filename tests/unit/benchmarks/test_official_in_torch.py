@@ -64,7 +64,7 @@ def test_a_network_or_a_range_that_the_official_code_does_not_know_is_refused(tr
 
 if importlib.util.find_spec("pyautoattack"):
 
-    def test_attacks_one_by_one_are_the_official_call(trained, images):
+    def test_attacks_one_by_one_are_the_official_call(trained, images, tmp_path):
         net, _ = official.carried(trained, images)
         labels = np.asarray(trained.apply(trained.params, images)).argmax(1)
         labels[0] = (labels[0] + 1) % 10  # one that is wrong from the start
@@ -76,6 +76,11 @@ if importlib.util.find_spec("pyautoattack"):
             return official.adversary(net, "linf", eps, 10, asked)
 
         side, _ = official.official(code(), model, names, 8)
+        kept = tmp_path / "kept.npz"
+        official.official(code(), model, names[:2], 8, kept)
+        again, _ = official.official(code(), model, names, 8, kept)
+        np.testing.assert_array_equal(again.images, side.images)
+        np.testing.assert_array_equal(again.standing, side.standing)
         x = official._tensor(images, net)
         whole, _ = code().run_standard_evaluation(x, official._like(labels.astype(np.int64), x), batch_size=8)
         np.testing.assert_array_equal(side.images, whole.numpy().transpose(0, 2, 3, 1))
