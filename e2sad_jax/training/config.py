@@ -11,6 +11,8 @@ from typing import Any
 
 from flax.core import FrozenDict
 
+from e2sad_jax.data import augmentation
+from e2sad_jax.data.augmentation import Augmentation
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.defenses import DEFENSES, PLUGINS, Defense, Setting, readers
 from e2sad_jax.errors import ConfigError, quoted
@@ -154,6 +156,13 @@ class Config:
         lower=0,
         upper=0.999999,
     )
+    augment: str = setting(
+        "none",
+        "changes of training images, separated by commas: crop, out of the image padded with zeros; flip, left to right for "
+        "half of them; cutout, a square set to 0",
+    )
+    crop_padding: int = setting(4, "pixels on each side for --augment=crop", lower=1)
+    cutout_size: int = setting(8, "side of the square of --augment=cutout", lower=1)
     seed: int = setting(0, "seed of initialisation, order and attacks", lower=0, upper=2**32 - 1)
     precision: str = setting("float32", "what the layers compute in", choices=("float32", "tf32", "bf16"))
     devices: int = setting(1, "devices to split each batch over, 0: all", lower=0, identity=False)
@@ -189,6 +198,10 @@ class Config:
             object.__setattr__(self, name, value)
         entry.without_effect(self.settings)  # which refuses what does not fit together
         self.falls()
+        if self.augmentation.names and entry.learns:
+            raise ConfigError(
+                f"--augment={self.augment}: --defense={self.defense} learns what a teacher says of the images as they are"
+            )
         if self.nesterov and not self.momentum:
             raise ConfigError("--nesterov: needs --momentum above 0 (0.9 is usual)")
         lower, upper = TRANSFORMS[self.transform].bounds
@@ -262,6 +275,10 @@ class Config:
             del values["decay_kernels_only"]
         if self.schedule != "piecewise":
             del values["milestones"]
+        values["augment"] = ",".join(self.augmentation.names) or "none"
+        for name, own in (("crop", "crop_padding"), ("cutout", "cutout_size")):
+            if name not in self.augmentation.names:
+                del values[own]
         if self.stretches:  # then the run's length is a part of it
             values |= {"epochs": self.epochs} if self.epochs else {"steps": self.steps}
         idle = self.entry.without_effect(self.settings)
@@ -308,6 +325,22 @@ class Config:
         return found
 
     @property
+    def augmentation(self) -> Augmentation:
+        """The augmentation of training images.
+
+        Raises:
+          ConfigError: if `augment` names an unknown one.
+        """
+        given = [] if self.augment == "none" else self.augment.split(",")
+        if unknown := [name for name in given if name not in augmentation.NAMES]:
+            raise ConfigError(
+                f"--augment={quoted(self.augment)[1:-1]}: {quoted(unknown[0])} must be one of "
+                f"{', '.join(augmentation.NAMES)}; or none alone"
+            )
+        names = tuple(name for name in augmentation.NAMES if name in given)
+        return Augmentation(names, self.crop_padding, self.cutout_size)
+
+    @property
     def steps_per_batch(self) -> int:
         """The number of consecutive steps that train on the same batch."""
         return self.settings[self.entry.replays] if self.entry.replays else 1
@@ -337,6 +370,7 @@ FIRST = {
     "accumulate": 1,
     "milestones": "0.5,0.75",
     "lr_warmup": 0.0,
+    "augment": "none",
 }
 COMMON = tuple(field for field in dataclasses.fields(Config) if field.name != "settings")  # what every run has
 

@@ -27,6 +27,7 @@ from e2sad_jax.training.memory import check_rows, note, recall
 from e2sad_jax.training.optimizer import optimizer
 from e2sad_jax.training.state import TrainState, init_state, shardings
 
+AUGMENTATION = 2**32 - 1  # in place of a step, to draw from a run's key
 TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # see `make_train_step`
 
 
@@ -127,7 +128,7 @@ def make_train_step(
         the state's memory, of which each has its share (`state.place`).
     """
     soft = config.delta if config.soft_label else 0.0
-    defense = config.entry
+    defense, augmentation = config.entry, config.augmentation
 
     def train_step(
         state: TrainState,
@@ -146,8 +147,16 @@ def make_train_step(
         remembered = None if state.memory is None else recall(state.memory, batch, eps)
         if mesh is not None:
             rows, remembered = jax.lax.with_sharding_constraint((rows, remembered), distributed.split(mesh))
+        shown, drawn = rows[0], None
+        if augmentation.names:  # of a batch: steps that replay it see it as it was
+            number = state.step // config.steps_per_batch
+            drawn = augmentation.draw(jax.random.fold_in(jax.random.fold_in(state.key, AUGMENTATION), number), shown)
+            shown = augmentation.apply(drawn, shown)
+        before = remembered
+        if drawn is not None and remembered is not None:
+            remembered = {name: augmentation.moved(drawn, kept) for name, kept in remembered.items()}
         own_labels, taught = rows[1] if defense.learns else (rows[1], None)
-        x, y = transform.apply(rows[0]), soft_labels(own_labels, num_classes, soft)
+        x, y = transform.apply(shown), soft_labels(own_labels, num_classes, soft)
         key = jax.random.fold_in(state.key, state.step)
 
         def loss_fn(params: Any, slots: Any, delta: jax.Array | None) -> tuple[jax.Array, Parts]:
@@ -182,7 +191,10 @@ def make_train_step(
         delta = defense.ascent(state.delta, ascent, eps=eps) if defense.ascent else None
         memory, average = state.memory, state.average
         if memory is not None:
-            memory = note(memory, batch, {name: parts.pop(name) for name in memory}, eps)
+            after = {name: parts.pop(name) for name in memory}
+            if drawn is not None and before is not None:
+                after = {name: augmentation.moved_back(drawn, value, before[name]) for name, value in after.items()}
+            memory = note(memory, batch, after, eps)
             if mesh is not None:
                 memory = jax.lax.with_sharding_constraint(memory, distributed.split(mesh))
         if average is not None:
