@@ -1,7 +1,8 @@
 """Products of images and a kernel as JAX primitives, one for each derivative: their derivatives are one another."""
 
 import functools
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,9 @@ Function = Callable[..., jax.Array]
 Three = tuple[Function, Function, Function]
 
 
-def bilinear(name: str, functions: Three, *, static: Sequence[str], cpu: Three | None = None) -> Primitive:
+def bilinear(
+    name: str, functions: Three, *, static: Sequence[str], on: Mapping[str, Three] = types.MappingProxyType({})
+) -> Primitive:
     """A product that is linear in images and in kernel, with derivatives of every order.
 
     Args:
@@ -22,13 +25,13 @@ def bilinear(name: str, functions: Three, *, static: Sequence[str], cpu: Three |
       functions: the product, (x, w) to y; its transpose in the images, (y, w) to x; and in the kernel, (x, y) to w. The
         last two take `shape`, that of their result, too.
       static: names of further arguments of all three.
-      cpu: the same for the CPU; None: `functions`.
+      on: the same for platforms that have their own: "cpu", "cuda", "tpu".
     """
     names = (name, f"{name}_input_gradient", f"{name}_kernel_gradient")
     product, of_image, of_kernel = (Primitive(one) for one in names)
     static = (*static, "shape")
-    for primitive, function, on_cpu in zip((product, of_image, of_kernel), functions, cpu or functions, strict=True):
-        define(primitive, function, on_cpu, static)
+    for i, primitive in enumerate((product, of_image, of_kernel)):
+        define(primitive, functions[i], static, {platform: own[i] for platform, own in on.items()})
 
     def to_image(image: Any, y: jax.Array, w: jax.Array, kwargs: Any) -> jax.Array:
         return of_image.bind(y, w, shape=image.aval.shape, **kwargs)
@@ -58,14 +61,19 @@ def bilinear(name: str, functions: Three, *, static: Sequence[str], cpu: Three |
     return product
 
 
-def define(primitive: Primitive, xla: Function, cpu: Function | None = None, static: Sequence[str] = ()) -> None:
+def define(
+    primitive: Primitive,
+    xla: Function,
+    static: Sequence[str] = (),
+    on: Mapping[str, Function] = types.MappingProxyType({}),
+) -> None:
     """What JAX has to know of a primitive, its derivatives aside.
 
     Args:
       primitive: to be defined.
-      xla: what it is on every platform.
-      cpu: what it is on the CPU, but in programs without loops; None: `xla`.
+      xla: what it is.
       static: names of its parameters.
+      on: what it is on platforms that have their own; that of the CPU not in programs without loops.
     """
 
     @functools.partial(jax.jit, static_argnames=tuple(static))
@@ -83,11 +91,15 @@ def define(primitive: Primitive, xla: Function, cpu: Function | None = None, sta
     primitive.def_impl(evaluate)
     primitive.def_abstract_eval(shape_of)
     mlir.register_lowering(primitive, mlir.lower_fun(xla, multiple_results=False))
-    if cpu is not None and cpu is not xla:
-
-        def lower_for_cpu(ctx: Any, *args: Any, **params: Any) -> Any:
-            chosen = xla if _compile.straight() else cpu
-            return mlir.lower_fun(chosen, multiple_results=False)(ctx, *args, **params)
-
-        mlir.register_lowering(primitive, lower_for_cpu, platform="cpu")
+    for platform, own in on.items():
+        if own is not xla:
+            mlir.register_lowering(primitive, _lowering(xla, own, platform), platform=platform)
     batching.primitive_batchers[primitive] = batched
+
+
+def _lowering(xla: Function, own: Function, platform: str) -> Any:
+    def lower(ctx: Any, *args: Any, **params: Any) -> Any:
+        chosen = xla if platform == "cpu" and _compile.straight() else own
+        return mlir.lower_fun(chosen, multiple_results=False)(ctx, *args, **params)
+
+    return lower

@@ -205,8 +205,8 @@ def _cpu_kernel_gradient(x: jax.Array, g: jax.Array, *, shape: Shape, padding: P
 conv_p = bilinear(
     "conv",
     (_conv, _input_gradient, _kernel_gradient),
-    cpu=(_cpu_conv, _cpu_input_gradient, _cpu_kernel_gradient),
     static=("padding", "precision"),
+    on={"cpu": (_cpu_conv, _cpu_input_gradient, _cpu_kernel_gradient)},
 )
 
 

@@ -1,10 +1,12 @@
-"""Layers that compute in bfloat16 while their kernel and its gradient stay float32.
+"""Layers that compute in bfloat16 while their kernel and, on accelerators, its gradient stay float32.
 
 Flax rounds the kernel to bfloat16 first, so the gradient of each use of it is rounded, too. On several devices that is
-what each sends: e2SAD looks at the kernels three times, and three sums in bfloat16 are sent where float32 has one. Here
-the products that make up a kernel's gradient add up in float32, and XLA sends their one sum.
+what each sends: e2SAD looks at the kernels three times, and on TPUs three sums in bfloat16 are sent where float32 has one.
+Here the products that make up a kernel's gradient add up in float32, and XLA sends their one sum.
 
-Values are Flax's, and so are the gradients of images. Biases, which are small, stay as Flax has them.
+GPUs have no convolution of bfloat16 images to a float32 kernel: XLA would compute it in float32. There, and on the CPU,
+convolutions stay as Flax has them, and on the CPU dense layers, too. Values are Flax's everywhere, and so are the
+gradients of images and biases.
 """
 
 import functools
@@ -83,7 +85,12 @@ def _conv_image(g: jax.Array, w: jax.Array, *, shape: tuple[int, ...], **kwargs:
     return jax.linear_transpose(lambda x: _conv(x, w, **kwargs), jax.ShapeDtypeStruct(shape, g.dtype))(g)[0]
 
 
-def _conv_kernel(
+def _conv_kernel(x: jax.Array, g: jax.Array, *, shape: tuple[int, ...], **kwargs: Any) -> jax.Array:
+    w = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.linear_transpose(lambda w: _conv(x, w, **kwargs), w)(g)[0]
+
+
+def _wide_conv_kernel(
     x: jax.Array, g: jax.Array, *, shape: tuple[int, ...], strides: tuple[int, int], padding: cpu_conv.Padding
 ) -> jax.Array:
     # Channels take the place of images and images that of channels; what the strides leave over is cut off.
@@ -113,9 +120,16 @@ def _dot_image(g: jax.Array, w: jax.Array, *, shape: tuple[int, ...]) -> jax.Arr
 
 
 def _dot_kernel(x: jax.Array, g: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
+    return jax.linear_transpose(lambda w: _dot(x, w), jax.ShapeDtypeStruct(shape, jnp.float32))(g)[0]
+
+
+def _wide_dot_kernel(x: jax.Array, g: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
     images = tuple(range(x.ndim - 1))
     return jax.lax.dot_general(x, g, ((images, images), ((), ())), preferred_element_type=jnp.float32)
 
 
-conv_p = bilinear("mixed_conv", (_conv, _conv_image, _conv_kernel), static=("strides", "padding"))
-dot_p = bilinear("mixed_dot", (_dot, _dot_image, _dot_kernel), static=())
+_WIDE_CONV, _WIDE_DOT = (_conv, _conv_image, _wide_conv_kernel), (_dot, _dot_image, _wide_dot_kernel)
+conv_p = bilinear(
+    "mixed_conv", (_conv, _conv_image, _conv_kernel), static=("strides", "padding"), on={"tpu": _WIDE_CONV}
+)
+dot_p = bilinear("mixed_dot", (_dot, _dot_image, _dot_kernel), static=(), on={"tpu": _WIDE_DOT, "cuda": _WIDE_DOT})
