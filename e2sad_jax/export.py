@@ -170,7 +170,7 @@ def _described(about: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
     shape, classes = tuple(map(int, dataset["image_shape"])), int(dataset["num_classes"])
     if len(shape) != 3 or min(shape) < 1 or classes < 2:
         raise ValueError(f"its metadata has images of shape {shape} and {classes} classes")
-    model = networks.create(config.model, classes, shape, config.precision)
+    model = networks.create(num_classes=classes, image_shape=shape, **config.network())
     like = jax.eval_shape(lambda: init_state(config, model, shape, config.batch_size)).params
     rest = {"config": config, "dataset": dataset, "step": int(values["step"]), "model": model}
     return like, {**rest, "transform": TRANSFORMS[config.transform], "averaged": bool(values.get("averaged", False))}

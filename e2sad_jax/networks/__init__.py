@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from e2sad_jax._compile import pure
-from e2sad_jax.errors import DataError
+from e2sad_jax.errors import ConfigError, DataError
 from e2sad_jax.networks import batch_stats
 from e2sad_jax.networks.cnn import MnistCNN, SvhnCNN
 from e2sad_jax.networks.mixed import Conv, Dense
-from e2sad_jax.networks.preact_resnet import PreActResNet18
+from e2sad_jax.networks.preact_resnet import PreActResNet18, WideResNet
 from e2sad_jax.networks.torch_weights import from_torch, to_torch
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -30,6 +30,8 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "svhn_cnn": SvhnCNN,  # Table 5
     "digits_cnn": functools.partial(MnistCNN, features=(16, 32), hidden=256),  # Table 4, narrower
     "preact_resnet18": PreActResNet18,
+    "wide_resnet28_10": WideResNet,
+    "wide_resnet34_10": functools.partial(WideResNet, depth=34),
 }
 
 # What `--precision` means to the layers: JAX rounds float32 products to TF32 or bfloat16 on accelerators by default.
@@ -40,7 +42,16 @@ PRECISIONS: Mapping[str, dict[str, Any]] = {
 }
 
 
-def create(name: str, num_classes: int, image_shape: Sequence[int], precision: str = "float32") -> nn.Module:
+def create(
+    name: str,
+    num_classes: int,
+    image_shape: Sequence[int],
+    precision: str = "float32",
+    *,
+    width: int = 0,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+) -> nn.Module:
     """The named network for images of `image_shape`.
 
     Args:
@@ -48,15 +59,33 @@ def create(name: str, num_classes: int, image_shape: Sequence[int], precision: s
       num_classes: number of classes K, at least 2.
       image_shape: (H, W, C).
       precision: a key of `PRECISIONS`; parameters and losses stay float32.
+      width: filters of a residual network's first convolution; 0 for its own number.
+      mean: of the channels, or one for all: the network takes it from its images; none where it is empty.
+      std: likewise, above 0: by which it divides them then.
 
     Returns:
       The Flax module; `model.init(key, images)` makes its variables.
 
     Raises:
-      DataError: if the images are too small for the network.
+      DataError: if the images are too small for the network, or `mean` or `std` is for another number of channels.
+      ConfigError: if the network has no `width` of its own.
       KeyError: if `name` or `precision` is unknown.
     """
-    model: Any = NETWORKS[name](num_classes=num_classes, **PRECISIONS[precision])
+    about: dict[str, Any] = {"num_classes": num_classes, **PRECISIONS[precision]}
+    for flag, values in (("mean", mean), ("std", std)):
+        if len(values) not in (0, 1, image_shape[2]):
+            raise DataError(
+                f"--{flag}={','.join(map(str, values))}: {len(values)} numbers for images of {image_shape[2]} channels; give "
+                "one for each, or one for all"
+            )
+        if values:
+            about[flag] = tuple(values)
+    if width:
+        about["width"] = width
+        if not hasattr(getattr(NETWORKS[name], "func", NETWORKS[name]), "width"):
+            wide = ", ".join(n for n, net in NETWORKS.items() if hasattr(getattr(net, "func", net), "width"))
+            raise ConfigError(f"--width={width}: --model={name} has no width; leave it out, or take one of {wide}")
+    model: Any = NETWORKS[name](**about)
     if min(image_shape[:2]) < model.min_size:
         raise DataError(
             f"images of {image_shape[0]}x{image_shape[1]} are too small for {name}, which needs at least "
@@ -109,6 +138,7 @@ __all__ = [
     "MnistCNN",
     "PreActResNet18",
     "SvhnCNN",
+    "WideResNet",
     "apply_fn",
     "count_parameters",
     "create",

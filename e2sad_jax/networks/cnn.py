@@ -12,6 +12,7 @@ import jax
 
 from e2sad_jax import _arguments
 from e2sad_jax.networks import cpu_conv
+from e2sad_jax.networks._inputs import standardized
 from e2sad_jax.networks.mixed import Conv, Dense
 
 
@@ -25,6 +26,8 @@ class MnistCNN(nn.Module):
       hidden: units of the fully connected layer.
       dtype: that the layers compute in; None for that of the parameters.
       precision: of float32 products (`jax.lax.Precision`).
+      mean: that is taken from each channel of the images first, or one for all; none where it is empty.
+      std: by which they are divided then.
     """
 
     num_classes: int = 10
@@ -32,12 +35,15 @@ class MnistCNN(nn.Module):
     hidden: int = 1024
     dtype: Any = None
     precision: Any = None
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
 
     min_size = 4  # lowest height and width: two poolings
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kwargs = {"dtype": self.dtype, "precision": self.precision}
+        x = standardized(x, self.mean, self.std)
         for features in self.features:
             x = nn.relu(cpu_conv.max_pool(Conv(features, (5, 5), padding=2, **kwargs)(x)))
         x = x.reshape(x.shape[0], -1)
@@ -57,6 +63,8 @@ class SvhnCNN(nn.Module):
     hidden: int = 512
     dtype: Any = None
     precision: Any = None
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
 
     min_size = 16  # lowest height and width: 16 -> 12 -> 8 -> 4 -> 2 -> 1
 
@@ -64,6 +72,7 @@ class SvhnCNN(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kwargs = {"padding": "VALID", "dtype": self.dtype, "precision": self.precision}
         first, second, third = self.features
+        x = standardized(x, self.mean, self.std)
         x = nn.relu(Conv(first, (5, 5), **kwargs)(x))
         x = nn.relu(cpu_conv.max_pool(Conv(second, (5, 5), **kwargs)(x)))
         x = nn.relu(cpu_conv.max_pool(Conv(third, (3, 3), **kwargs)(x)))

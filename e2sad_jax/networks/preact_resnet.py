@@ -1,6 +1,7 @@
-"""Pre-activation residual networks for small images, as Flax Linen modules."""
+"""Pre-activation residual networks for small images, narrow and wide, as Flax Linen modules."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax
 
 from e2sad_jax import _arguments
 from e2sad_jax.networks import mixed
+from e2sad_jax.networks._inputs import standardized
 from e2sad_jax.networks.batch_stats import BatchNorm
 
 Conv = functools.partial(mixed.Conv, use_bias=False, kernel_init=nn.initializers.he_normal())
@@ -53,6 +55,8 @@ class PreActResNet18(nn.Module):
       width: filters of the first convolution and the first stage.
       dtype: that the layers compute in; None for that of the parameters.
       precision: of float32 products (`jax.lax.Precision`).
+      mean: that is taken from each channel of the images first, or one for all; none where it is empty.
+      std: by which they are divided then.
 
     Reference: He et al., 2016, https://arxiv.org/abs/1603.05027
     """
@@ -61,17 +65,60 @@ class PreActResNet18(nn.Module):
     width: int = 64
     dtype: Any = None
     precision: Any = None
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
 
     min_size = 8  # lowest height and width: 8 -> 4 -> 2 -> 1
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         kwargs = {"dtype": self.dtype, "precision": self.precision}
-        x = Conv(self.width, (3, 3), padding=1, **kwargs)(x)
+        x = Conv(self.width, (3, 3), padding=1, **kwargs)(standardized(x, self.mean, self.std))
         for stage in range(4):
             for block in range(2):
                 stride = 2 if stage and not block else 1
                 x = PreActBlock(self.width * 2**stage, stride, **kwargs)(x, train)
+        x = nn.relu(BatchNorm(self.dtype)(x, train)).mean((1, 2))
+        x = mixed.Dense(self.num_classes, **kwargs)(x)
+        return x.astype(_arguments.wide(x.dtype))
+
+
+class WideResNet(nn.Module):
+    """The wide residual network: 16 filters, then three stages of blocks with 16, 32 and 64 times `widen` filters.
+
+    The last two stages halve the image; global average pooling follows. WRN-28-10 has 36,479,194 parameters for 3 channels
+    and 10 classes, WRN-34-10 has 46,160,474. There is no dropout, as in robust training.
+
+    Attributes:
+      depth: number of layers, 6 n + 4 for n blocks a stage.
+      widen: factor of the widths.
+      others: as of `PreActResNet18`; `width` is that of the first convolution.
+
+    Reference: Zagoruyko & Komodakis, 2016, https://arxiv.org/abs/1605.07146
+    """
+
+    num_classes: int = 10
+    depth: int = 28
+    widen: int = 10
+    width: int = 16
+    dtype: Any = None
+    precision: Any = None
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+
+    min_size = 4  # lowest height and width: 4 -> 2 -> 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        blocks, rest = divmod(self.depth - 4, 6)
+        if rest or blocks < 1:
+            raise ValueError(f"WideResNet: depth={self.depth}; it must be 6 n + 4 with n at least 1, as 28 and 34 are")
+        kwargs = {"dtype": self.dtype, "precision": self.precision}
+        x = Conv(self.width, (3, 3), padding=1, **kwargs)(standardized(x, self.mean, self.std))
+        for stage in range(3):
+            for block in range(blocks):
+                stride = 2 if stage and not block else 1
+                x = PreActBlock(self.width * self.widen * 2**stage, stride, **kwargs)(x, train)
         x = nn.relu(BatchNorm(self.dtype)(x, train)).mean((1, 2))
         x = mixed.Dense(self.num_classes, **kwargs)(x)
         return x.astype(_arguments.wide(x.dtype))

@@ -120,7 +120,7 @@ def load(workdir: str | os.PathLike[str], which: str = "last") -> Classifier:
             f"--which=average: {workdir} was trained without averaged weights; choose last or best, or train with --ema=0.999"
         )
     shape = tuple(dataset["image_shape"])
-    model = networks.create(config.model, dataset["num_classes"], shape, config.precision)
+    model = networks.create(num_classes=dataset["num_classes"], image_shape=shape, **config.network())
     if not (workdir / "checkpoints").is_dir():
         raise WorkdirError(f"{workdir} holds no checkpoint yet")
     trained_on = dataset["train_examples"] - config.validation_examples

@@ -187,5 +187,5 @@ def describe(config: Config) -> str:
     else:
         dataset = data.load(config.data, config.data_dir or None)
         shape, num_classes = dataset.image_shape, dataset.num_classes
-    model = networks.create(config.model, num_classes, shape, config.precision)
+    model = networks.create(num_classes=num_classes, image_shape=shape, **config.network())
     return networks.describe(model, shape)

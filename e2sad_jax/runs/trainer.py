@@ -174,7 +174,7 @@ def open_run(config: Config, dataset: Dataset) -> Iterator[Run]:
 
 @contextlib.contextmanager
 def _opened(config: Config, dataset: Dataset) -> Iterator[Run]:
-    model = networks.create(config.model, dataset.num_classes, dataset.image_shape, config.precision)
+    model = networks.create(num_classes=dataset.num_classes, image_shape=dataset.image_shape, **config.network())
     train_set, validation_set = hold_out(dataset, config.validation_examples)
     steps = config.total_steps(len(train_set.x_train))
     _check_sizes(config, train_set, steps)

@@ -100,6 +100,11 @@ class Config:
     settings: Mapping[str, Any] = FrozenDict()
     data: str = setting("mnist", "mnist, svhn, digits, or a file PATH.npz", identity=False)
     model: str = setting("mnist_cnn", "network", choices=NETWORKS)
+    width: int = setting(0, "filters of a residual network's first convolution, 0: its own number", lower=0)
+    mean: str = setting(
+        "", "of each channel, separated by commas, or one for all: the network takes it from its images"
+    )
+    std: str = setting("", "likewise, by which the network divides its images then")
     transform: str = setting("unit", "input transform; every eps is in its units", choices=("unit", "standardize"))
     steps: int = setting(30_000, "training steps", lower=1, identity=False)
     epochs: float = setting(
@@ -198,6 +203,7 @@ class Config:
             object.__setattr__(self, name, value)
         entry.without_effect(self.settings)  # which refuses what does not fit together
         self.falls()
+        self.network()
         if self.augmentation.names and entry.learns:
             raise ConfigError(
                 f"--augment={self.augment}: --defense={self.defense} learns what a teacher says of the images as they are"
@@ -308,6 +314,23 @@ class Config:
         """The number of steps, of `total` ones, over which the budgets rise from 0."""
         return self.eps_warmup * total if self.eps_warmup < 1 else self.eps_warmup
 
+    def network(self) -> dict[str, Any]:
+        """What `networks.create` takes beside the images' shape and the number of classes.
+
+        Raises:
+          ConfigError: if `mean` or `std` are not numbers, or a `std` is not above 0.
+        """
+        found: dict[str, Any] = {"name": self.model, "precision": self.precision, "width": self.width}
+        for flag, given in (("mean", self.mean), ("std", self.std)):
+            try:
+                found[flag] = tuple(float(one) for one in given.split(",")) if given else ()
+            except ValueError:
+                found[flag] = (math.nan,)
+            if not all(math.isfinite(one) and (flag == "mean" or one > 0) for one in found[flag]):
+                above = " above 0" if flag == "std" else ""
+                raise ConfigError(f"--{flag}={quoted(given)[1:-1]}: must be numbers{above}, separated by commas")
+        return found
+
     def falls(self) -> tuple[float, ...]:
         """The fractions of all steps after which `--schedule=piecewise` takes a tenth of the learning rate.
 
@@ -371,6 +394,9 @@ FIRST = {
     "milestones": "0.5,0.75",
     "lr_warmup": 0.0,
     "augment": "none",
+    "width": 0,
+    "mean": "",
+    "std": "",
 }
 COMMON = tuple(field for field in dataclasses.fields(Config) if field.name != "settings")  # what every run has
 

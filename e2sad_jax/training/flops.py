@@ -38,7 +38,7 @@ def step_counts(config: Config, image_shape: Sequence[int], num_classes: int) ->
         cpu = jax.devices("cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS names others only
         return None
-    model = networks.create(config.model, num_classes, image_shape, config.precision)
+    model = networks.create(num_classes=num_classes, image_shape=image_shape, **config.network())
     with jax.default_device(cpu), straight_line():
         step = make_train_step(config, model, num_classes, TRANSFORMS[config.transform])
         shapes = step_arguments(config, model, image_shape, num_classes, config.batch_size)

@@ -50,7 +50,7 @@ def lower(
     """
     mesh = distributed.mesh(target.count, config.batch_size, target.devices())
     assert mesh is not None
-    model = networks.create(config.model, num_classes, image_shape, config.precision)
+    model = networks.create(num_classes=num_classes, image_shape=image_shape, **config.network())
     step: Any = training.make_train_step(
         config, model, num_classes, TRANSFORMS[config.transform], steps=steps, mesh=mesh
     )

@@ -79,7 +79,7 @@ class Step:
         self.config = config
         self.at_once = steps_per_dispatch or training.steps_at_once()
         mesh = distributed.mesh(config.devices, config.batch_size)
-        model = networks.create(config.model, num_classes, image_shape, config.precision)
+        model = networks.create(num_classes=num_classes, image_shape=image_shape, **config.network())
         step: Any = training.make_train_step(
             config,
             model,
