@@ -157,7 +157,12 @@ QUESTIONS = (
     Question(
         "And for four times as many FLOPs, on all test images?",
         *("mnist_long/compare.md", "mnist_long/compare.json"),
-        _robust("e2SAD, robust", "ATTA-2", "PGD-3"),
+        _robust("e2SAD, robust", "FGSM-PGI", "ATTA-2", "PGD-3"),
+    ),
+    Question(
+        "And these under the effort of AutoAttack, Square among the attacks, on 500 images?",
+        *("mnist_long/standard/compare.md", "mnist_long/standard/compare.json"),
+        _robust("e2SAD, robust", "FGSM-PGI", "ATTA-2", "PGD-3"),
     ),
     Question(
         "What do the defenses that the paper cites withstand? (digits; the claimed attack, then an adaptive one)",

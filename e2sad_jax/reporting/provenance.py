@@ -64,7 +64,9 @@ def commit() -> str | None:
     try:
         if not git("ls-files", "--error-unmatch", "__init__.py"):
             return None
-        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "HEAD") + (
+            " with changes" if git("status", "--porcelain", "-uno", "--", ":!results") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -39,7 +39,9 @@ def test_layers_and_parameter_count(name):
 
 
 def test_every_model_has_a_table():
-    assert set(networks.NETWORKS) == {*TABLES, "preact_resnet18", "wide_resnet28_10", "wide_resnet34_10"}, "with their own tests"
+    assert set(networks.NETWORKS) == {*TABLES, "preact_resnet18", "wide_resnet28_10", "wide_resnet34_10"}, (
+        "with their own tests"
+    )
 
 
 @pytest.mark.parametrize(("model", "image_shape", "outputs"), [
