@@ -71,6 +71,12 @@ def _seeds(result: Content) -> str:
     return f"{own['robust']:.3f}{spread}, clean {own['clean']:.3f}"
 
 
+def _official(result: Content) -> str:
+    last = result["rows"][-1]
+    differ = len(result["differ"])
+    return f"official {last['official']:.3f}, ours {last['ours']:.3f}, {differ} of {result['examples']:,} images differ"
+
+
 def _parts(result: Content) -> str:
     rows = {row["name"]: row["last"]["robust"] for row in result["rows"]}
     return f"{rows['e2SAD, robust']:.3f} with it, {rows['e2SAD, robust, no second point']:.3f} without"
@@ -163,6 +169,11 @@ QUESTIONS = (
         "And these under the effort of AutoAttack, Square among the attacks, on 500 images?",
         *("mnist_long/standard/compare.md", "mnist_long/standard/compare.json"),
         _robust("e2SAD, robust", "FGSM-PGI", "ATTA-2", "PGD-3"),
+    ),
+    Question(
+        "And what does the official AutoAttack code say of e2SAD there?",
+        *("mnist_long/official/official.md", "mnist_long/official/official.json"),
+        _official,
     ),
     Question(
         "What do the defenses that the paper cites withstand? (digits; the claimed attack, then an adaptive one)",

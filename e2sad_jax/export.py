@@ -7,9 +7,6 @@ give the network's own logits.
 
 import dataclasses
 import hashlib
-import importlib
-import json
-import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -24,20 +21,16 @@ from flax import traverse_util
 from e2sad_jax import networks
 from e2sad_jax._compile import jit
 from e2sad_jax._io import check_folder, write_bytes, write_json
-from e2sad_jax.data.transforms import TRANSFORMS
-from e2sad_jax.errors import ConfigError, Error, WorkdirError, first_line
+from e2sad_jax.errors import ConfigError, Error
 from e2sad_jax.reporting import provenance
 from e2sad_jax.runs.classifier import CHOICES, Classifier, load
-from e2sad_jax.training import init_state
-from e2sad_jax.training.config import Config, check, setting
+from e2sad_jax.runs.parameters import NEEDS, about, packages, to_safetensors
+from e2sad_jax.runs.parameters import load_safetensors as load_safetensors
+from e2sad_jax.training.config import check, setting
 
-FORMAT = 1  # of the card and of the metadata in a file of parameters
 CARD = "export.json"
 FILES = {name: f"model.{name}" for name in ("stablehlo", "safetensors")}
 PLATFORMS = ("cpu", "cuda", "tpu")
-
-# Packages of the extra `export` that a format needs.
-NEEDS = {"stablehlo": ("flatbuffers",), "safetensors": ("safetensors",)}
 
 # How far logits that are read back may be from the network's own, as a share of the largest.
 CLOSE = {"float32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
@@ -65,7 +58,7 @@ class Request:
         if not set(self.formats) <= set(FILES):
             raise ConfigError(f"--format={self.format}: must be of {', '.join(FILES)}, several with commas")
         for name in self.formats:
-            _packages(name)
+            packages(name)
 
     @property
     def formats(self) -> list[str]:
@@ -115,71 +108,6 @@ def exported(classifier: Classifier, platforms: Sequence[str] = PLATFORMS, **set
     return jax.export.export(jax.jit(_function(classifier)), platforms=platforms, **settings)(images)
 
 
-def to_safetensors(classifier: Classifier) -> bytes:
-    """The classifier's parameters by name, "params.Conv_0.kernel" say, and as metadata what else `load_safetensors` needs.
-
-    Kernels lie as in Flax: `[kh, kw, C, F]` of convolutions, `[in, out]` of dense layers.
-
-    Raises:
-      ConfigError: if safetensors is missing.
-    """
-    _packages("safetensors")
-    from safetensors import numpy as safetensors
-
-    return safetensors.save(_flat(classifier.params), {"e2sad_jax": json.dumps(_about(classifier))})
-
-
-def load_safetensors(path: str | os.PathLike[str]) -> Classifier:
-    """The classifier whose parameters `to_safetensors` wrote.
-
-    Raises:
-      ConfigError: if safetensors is missing.
-      WorkdirError: if the file cannot be read, or does not hold the parameters of the network that it names.
-    """
-    (safetensors,) = _packages("safetensors")
-    path = pathlib.Path(path).expanduser()
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            slices = {name: file.get_slice(name) for name in names}
-            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-            like, rest = _described(file.metadata() or {})
-            expected = {name: (leaf.shape, "F32") for name, leaf in _flat(like, lambda leaf: leaf).items()}
-            for name in sorted({*expected, *found}):
-                if found.get(name) != expected.get(name):
-                    raise WorkdirError(
-                        f"{path}: {name} is {_shown(found, name)}, where the {rest['config'].model} of its metadata has "
-                        f"{_shown(expected, name)}; export the run again"
-                    )
-            arrays = {name: jnp.asarray(file.get_tensor(name)) for name in names}
-    except WorkdirError:
-        raise
-    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        raise WorkdirError(f"{path} is not a file of parameters that `export` wrote: {first_line(error)}") from error
-    return Classifier(params=traverse_util.unflatten_dict(arrays, sep="."), **rest)
-
-
-def _described(about: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
-    """From metadata: the shapes of parameters, and all of a classifier but those."""
-    if "e2sad_jax" not in about:
-        raise ValueError("its metadata does not describe a network")
-    values = json.loads(about["e2sad_jax"])
-    if values["format"] != FORMAT:
-        raise ValueError(f"its metadata has format {values['format']}, this version reads {FORMAT}")
-    config, dataset = Config.from_json(values["config"]), values["dataset"]
-    shape, classes = tuple(map(int, dataset["image_shape"])), int(dataset["num_classes"])
-    if len(shape) != 3 or min(shape) < 1 or classes < 2:
-        raise ValueError(f"its metadata has images of shape {shape} and {classes} classes")
-    model = networks.create(num_classes=classes, image_shape=shape, **config.network())
-    like = jax.eval_shape(lambda: init_state(config, model, shape, config.batch_size)).params
-    rest = {"config": config, "dataset": dataset, "step": int(values["step"]), "model": model}
-    return like, {**rest, "transform": TRANSFORMS[config.transform], "averaged": bool(values.get("averaged", False))}
-
-
-def _shown(entries: Mapping[str, tuple[tuple[int, ...], str]], name: str) -> str:
-    return f"{entries[name][1]} {list(entries[name][0])}" if name in entries else "absent"
-
-
 WRITERS: Mapping[str, Callable[[Classifier], bytes]] = {
     "stablehlo": to_stablehlo,
     "safetensors": to_safetensors,
@@ -190,25 +118,6 @@ def _function(classifier: Classifier) -> Callable[[jax.Array], jax.Array]:
     """Images to logits, the parameters a part of it; a new function each time, so that nothing traced before is taken."""
     logits = networks.logits_fn(classifier.model, jax.tree.map(np.asarray, classifier.params))
     return lambda images: logits(classifier.transform.apply(images))
-
-
-def _flat(params: Any, leaf: Callable[[Any], Any] = np.asarray) -> dict[str, Any]:
-    return {name: leaf(value) for name, value in traverse_util.flatten_dict(params, sep=".").items()}
-
-
-def _packages(name: str) -> list[Any]:
-    """The packages that a format needs.
-
-    Raises:
-      ConfigError: if one of them is missing.
-    """
-    try:
-        return [importlib.import_module(package) for package in NEEDS[name]]
-    except ImportError as error:
-        raise ConfigError(
-            f"--format={name}: needs {' and '.join(NEEDS[name])}, of which one cannot be imported ({first_line(error)}); "
-            f"pip install 'e2sad_jax[export]', or leave {name} out of --format"
-        ) from error
 
 
 def _read_back(name: str, content: bytes, classifier: Classifier) -> float:
@@ -236,20 +145,12 @@ def _read_back(name: str, content: bytes, classifier: Classifier) -> float:
     return difference
 
 
-def _about(classifier: Classifier) -> dict[str, Any]:
-    """What a trained network is, without the paths of the machine that it was trained on."""
-    config = {k: v for k, v in classifier.config.to_json().items() if k not in ("workdir", "data_dir")}
-    config["data"] = pathlib.PurePath(config["data"]).name
-    about = {"format": FORMAT, "step": classifier.step, "averaged": classifier.averaged}
-    return {**about, "config": config, "dataset": dict(classifier.dataset)}
-
-
 def _card(
     classifier: Classifier, request: Request, contents: Mapping[str, bytes], differences: Mapping[str, float]
 ) -> dict[str, Any]:
     """export.json: what the files are, so that whoever has them need not ask."""
     return {
-        **_about(classifier),
+        **about(classifier),
         "checkpoint": request.which,
         "input": {
             "name": "images",

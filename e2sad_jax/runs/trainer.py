@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -36,6 +37,7 @@ from e2sad_jax.runs.folder import ensure_exists, note_training, open_workdir, st
 from e2sad_jax.runs.metrics import Recorder
 from e2sad_jax.runs.teacher import FILE, check_teacher, config_of, keep_logits, read_logits
 from e2sad_jax.runs.validation import UNJUDGED, overfitting, validate
+from e2sad_jax.runs.weights import given_weights
 from e2sad_jax.training import TrainState, fit, gather, init_state, nbytes, place, stack, unstack
 from e2sad_jax.training.config import Config
 
@@ -54,6 +56,7 @@ class Run:
       workdir: its folder, locked.
       checkpoints: those in it.
       mesh: the devices it runs on, None for one.
+      weights: the variables that it begins with, None for random ones.
     """
 
     config: Config
@@ -65,6 +68,7 @@ class Run:
     workdir: pathlib.Path
     checkpoints: Checkpoints
     mesh: Mesh | None
+    weights: Any = None
 
     @property
     def transform(self) -> Transform:
@@ -78,7 +82,12 @@ class Run:
 
     def init_state(self) -> TrainState:
         """Initialises a state; all of it lies on each of the run's devices."""
-        return distributed.replicate(self.mesh, self._new_state())
+        state = self._new_state()
+        if self.weights is not None:
+            state = state.replace(params=jax.tree.map(jnp.asarray, self.weights))
+            if state.average is not None:
+                state = state.replace(average=jax.tree.map(jnp.asarray, self.weights))
+        return distributed.replicate(self.mesh, state)
 
     def _new_state(self) -> TrainState:
         return init_state(self.config, self.model, self.dataset.image_shape, len(self.train_set.x_train))
@@ -200,7 +209,8 @@ def _opened(config: Config, dataset: Dataset) -> Iterator[Run]:
             shapes = jax.eval_shape(lambda: init_state(config, model, dataset.image_shape, len(train_set.x_train)))
             quarantine_damaged(workdir, shapes)
         checkpoints = stack.enter_context(Checkpoints(workdir))
-        yield Run(config, dataset, train_set, validation_set, model, steps, workdir, checkpoints, mesh)
+        weights = given_weights(config, model, dataset) if config.init_from and not start else None
+        yield Run(config, dataset, train_set, validation_set, model, steps, workdir, checkpoints, mesh, weights)
 
 
 def train(run: Run, stop: Callable[[], int]) -> tuple[TrainState, float]:

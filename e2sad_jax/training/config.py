@@ -105,6 +105,9 @@ class Config:
         "", "of each channel, separated by commas, or one for all: the network takes it from its images"
     )
     std: str = setting("", "likewise, by which the network divides its images then")
+    init_from: str = setting(
+        "", "folder of a run, or safetensors file, whose weights training begins with; empty: random ones"
+    )
     transform: str = setting("unit", "input transform; every eps is in its units", choices=("unit", "standardize"))
     steps: int = setting(30_000, "training steps", lower=1, identity=False)
     epochs: float = setting(
@@ -395,6 +398,7 @@ FIRST = {
     "lr_warmup": 0.0,
     "augment": "none",
     "width": 0,
+    "init_from": "",
     "mean": "",
     "std": "",
 }

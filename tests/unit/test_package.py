@@ -111,7 +111,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
         "requests": {"e2sad_jax/data/tfds.py"},
         "tensorflow-datasets": {"e2sad_jax/data/tfds.py"},
         "tensorboardx": {"e2sad_jax/runs/metrics.py"},
-        "safetensors": {"e2sad_jax/export.py"},
+        "safetensors": {"e2sad_jax/export.py", "e2sad_jax/runs/parameters.py"},
         "torch": imported["torch"],
         "art": imported["art"],
     }

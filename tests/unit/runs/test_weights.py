@@ -1,0 +1,73 @@
+"""A run that begins with given weights: of a run's folder or a safetensors file; resumed; and what does not fit."""
+
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import e2sad_jax
+from e2sad_jax import export
+from e2sad_jax.errors import ConfigError, WorkdirError
+from e2sad_jax.runs import trainer
+from tests.unit.runs.helpers import config_of, stop_after
+
+pytestmark = pytest.mark.usefixtures("scores")
+
+
+def params_of(folder):
+    return jax.device_get(e2sad_jax.load(folder).params)
+
+
+@pytest.mark.parametrize("source", ["folder", "file"])
+def test_a_run_begins_with_them_and_so_does_its_average(source, trained, tiny, tmp_path):
+    given = trained
+    if source == "file":
+        given = tmp_path / "weights.safetensors"
+        given.write_bytes(export.to_safetensors(e2sad_jax.load(trained)))
+    with trainer.open_run(config_of(tmp_path / "w", init_from=str(given), ema=0.9), tiny) as run:
+        state = run.init_state()
+    chex.assert_trees_all_equal(jax.device_get(state.params), params_of(trained))
+    chex.assert_trees_all_equal(jax.device_get(state.average), params_of(trained))
+    assert state.step == 0
+    assert all(np.abs(leaf).max() == 0 for leaf in jax.tree.leaves(state.opt_state))
+
+
+def test_resumed_it_needs_them_no_more_and_ends_as_uninterrupted(trained, tiny, tmp_path):
+    given = tmp_path / "given"
+    shutil.copytree(trained, given)
+    ends = []
+    for name, stop in (("whole", None), ("parts", 7)):
+        config = config_of(tmp_path / name, init_from=str(given))
+        if stop:
+            with trainer.open_run(config, tiny) as run:
+                trainer.train(run, stop_after(stop))
+            shutil.rmtree(given)
+        with trainer.open_run(config, tiny) as run:
+            ends.append(jax.device_get(trainer.train(run, lambda: 0)[0].params))
+    chex.assert_trees_all_equal(*ends)
+    with trainer.open_run(config_of(tmp_path / "random"), tiny) as run:
+        other = jax.device_get(trainer.train(run, lambda: 0)[0].params)
+    assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(*map(jax.tree.leaves, (other, ends[0])), strict=True))
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(trained, tiny, tmp_path):
+    for changes, error, message in (
+        (
+            {"init_from": str(trained), "transform": "standardize"},
+            ConfigError,
+            "trained with --transform=unit, not standardize",
+        ),
+        (
+            {"init_from": str(trained), "model": "mnist_cnn"},
+            ConfigError,
+            "holds digits_cnn for images .* not mnist_cnn",
+        ),
+        ({"init_from": str(tmp_path / "nothing.safetensors")}, WorkdirError, "nothing.safetensors"),
+        ({"init_from": str(tmp_path)}, WorkdirError, str(tmp_path)),
+    ):
+        config = config_of(tmp_path / "w", **changes)
+        with pytest.raises(error, match=message), trainer.open_run(config, tiny):
+            pass
+        assert not (tmp_path / "w" / "config.json").exists()
