@@ -82,9 +82,11 @@ def create(
             about[flag] = tuple(values)
     if width:
         about["width"] = width
-        if not hasattr(getattr(NETWORKS[name], "func", NETWORKS[name]), "width"):
-            wide = ", ".join(n for n, net in NETWORKS.items() if hasattr(getattr(net, "func", net), "width"))
-            raise ConfigError(f"--width={width}: --model={name} has no width; leave it out, or take one of {wide}")
+        wide = [n for n, net in NETWORKS.items() if hasattr(getattr(net, "func", net), "width")]
+        if name not in wide:
+            raise ConfigError(
+                f"--width={width}: --model={name} has no width; leave it out, or take one of {', '.join(wide)}"
+            )
     model: Any = NETWORKS[name](**about)
     if min(image_shape[:2]) < model.min_size:
         raise DataError(

@@ -15,6 +15,25 @@ Function = Callable[..., jax.Array]
 Three = tuple[Function, Function, Function]
 
 
+def with_transposes(product: Function, kernel_dtype: Any = None) -> Three:
+    """A product and its transposes in images and in kernel, as `bilinear` takes them, by JAX.
+
+    Args:
+      product: (x, w) to y.
+      kernel_dtype: of w; None for that of y.
+    """
+
+    def of_image(y: jax.Array, w: jax.Array, *, shape: tuple[int, ...], **kwargs: Any) -> jax.Array:
+        x = jax.ShapeDtypeStruct(shape, y.dtype)
+        return jax.linear_transpose(lambda x: product(x, w, **kwargs), x)(y)[0]
+
+    def of_kernel(x: jax.Array, y: jax.Array, *, shape: tuple[int, ...], **kwargs: Any) -> jax.Array:
+        w = jax.ShapeDtypeStruct(shape, kernel_dtype or y.dtype)
+        return jax.linear_transpose(lambda w: product(x, w, **kwargs), w)(y)[0]
+
+    return product, of_image, of_kernel
+
+
 def bilinear(
     name: str, functions: Three, *, static: Sequence[str], on: Mapping[str, Three] = types.MappingProxyType({})
 ) -> Primitive:

@@ -22,11 +22,12 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad
 
 from e2sad_jax import _compile
-from e2sad_jax.networks._bilinear import bilinear, define
+from e2sad_jax.networks._bilinear import bilinear, define, with_transposes
 
 Shape = tuple[int, ...]
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
+IMAGES_FIRST = ("NHWC", "HWIO", "NHWC")
 FEW_CHANNELS = 4
 MOST_TAPS = 49  # positions of a kernel for one channel that becomes as many products
 
@@ -59,17 +60,15 @@ def conv_general_dilated(
       precision: of the products.
     """
     ours = (
-        images_first(lhs, rhs, dimension_numbers)
-        and {*window_strides, *(lhs_dilation or ()), *(rhs_dilation or ()), feature_group_count} == {1}
+        plain(lhs, rhs, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count)
+        and set(window_strides) == {1}
         and lhs.dtype == rhs.dtype
         and lhs.dtype in (jnp.float32, jnp.float64)
-        and not shards_are_tracked(lhs)
     )
     if ours:
-        if isinstance(padding, str):
-            padding = jax.lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
-        if all(low >= 0 <= high for low, high in padding):
-            return conv(lhs, rhs, padding=padding, precision=precision)
+        pads = pads_of(lhs, rhs, window_strides, padding)
+        if all(low >= 0 <= high for low, high in pads):
+            return conv(lhs, rhs, padding=pads, precision=precision)
     return jax.lax.conv_general_dilated(
         lhs,
         rhs,
@@ -128,10 +127,32 @@ def max_pool(x: jax.Array) -> jax.Array:
     return _max_pool(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
 
 
-def images_first(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any) -> bool:
-    """Images are `[N, H, W, C]` and kernels `[kh, kw, C, F]`."""
+def plain(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+) -> bool:
+    """Whether it is of images `[N, H, W, C]` and kernels `[kh, kw, C, F]`, without dilation or groups, outside `shard_map`."""
     numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    return lhs.ndim == 4 and numbers == jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, ("NHWC", "HWIO", "NHWC"))
+    return (
+        lhs.ndim == 4
+        and numbers == jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, IMAGES_FIRST)
+        and {*(lhs_dilation or ()), *(rhs_dilation or ()), feature_group_count} == {1}
+        and not shards_are_tracked(lhs)
+    )
+
+
+def pads_of(
+    lhs: jax.Array, rhs: jax.Array, window_strides: Sequence[int], padding: str | Sequence[tuple[int, int]]
+) -> Padding:
+    """(before, after) of rows and columns, of what else JAX takes as `padding`."""
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
+    rows, columns = ((int(low), int(high)) for low, high in padding)
+    return rows, columns
 
 
 def shards_are_tracked(x: jax.Array) -> bool:
@@ -144,19 +165,10 @@ def shards_are_tracked(x: jax.Array) -> bool:
 
 
 def _conv(x: jax.Array, w: jax.Array, *, padding: Padding, precision: Any) -> jax.Array:
-    return jax.lax.conv_general_dilated(
-        x, w, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
-    )
+    return jax.lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=IMAGES_FIRST, precision=precision)
 
 
-def _input_gradient(g: jax.Array, w: jax.Array, *, shape: Shape, **kwargs: Any) -> jax.Array:
-    x = jax.ShapeDtypeStruct(shape, g.dtype)
-    return jax.linear_transpose(lambda x: _conv(x, w, **kwargs), x)(g)[0]
-
-
-def _kernel_gradient(x: jax.Array, g: jax.Array, *, shape: Shape, **kwargs: Any) -> jax.Array:
-    w = jax.ShapeDtypeStruct(shape, g.dtype)
-    return jax.linear_transpose(lambda w: _conv(x, w, **kwargs), w)(g)[0]
+XLA = with_transposes(_conv)
 
 
 # The same in those forms that XLA's CPU backend hands to its fast kernels, in a compiled loop too: images [N, H, W, C],
@@ -181,7 +193,7 @@ def _cpu_input_gradient(g: jax.Array, w: jax.Array, *, shape: Shape, padding: Pa
     kh, kw, channels, _ = w.shape
     (above, below), (left, right) = padding
     if max(above, below) >= kh or max(left, right) >= kw:
-        return _input_gradient(g, w, shape=shape, padding=padding, precision=precision)
+        return XLA[1](g, w, shape=shape, padding=padding, precision=precision)
     rows, columns = (kh - 1 - above, kh - 1 - below), (kw - 1 - left, kw - 1 - right)
     if channels > FEW_CHANNELS:  # a convolution with the kernel turned round
         return _conv(g, w[::-1, ::-1].swapaxes(2, 3), padding=(rows, columns), precision=precision)
@@ -204,7 +216,7 @@ def _cpu_kernel_gradient(x: jax.Array, g: jax.Array, *, shape: Shape, padding: P
 
 conv_p = bilinear(
     "conv",
-    (_conv, _input_gradient, _kernel_gradient),
+    XLA,
     static=("padding", "precision"),
     on={"cpu": (_cpu_conv, _cpu_input_gradient, _cpu_kernel_gradient)},
 )

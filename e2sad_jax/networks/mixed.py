@@ -4,7 +4,7 @@ Flax rounds the kernel to bfloat16 first, so the gradient of each use of it is r
 what each sends: e2SAD looks at the kernels three times, and on TPUs three sums in bfloat16 are sent where float32 has one.
 Here the products that make up a kernel's gradient add up in float32, and XLA sends their one sum.
 
-GPUs have no convolution of bfloat16 images to a float32 kernel: XLA would compute it in float32. There, and on the CPU,
+GPUs have no convolution from bfloat16 to float32: XLA would widen images and cotangents first. There, and on the CPU,
 convolutions stay as Flax has them, and on the CPU dense layers, too. Values are Flax's everywhere, and so are the
 gradients of images and biases.
 """
@@ -18,9 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from e2sad_jax.networks import cpu_conv
-from e2sad_jax.networks._bilinear import bilinear
-
-_IMAGES_FIRST = ("NHWC", "HWIO", "NHWC")
+from e2sad_jax.networks._bilinear import bilinear, with_transposes
 
 
 def promote_dtype(*args: jax.Array | None, dtype: Any = None, inexact: bool = True) -> list[Any]:
@@ -37,26 +35,16 @@ def conv_general_dilated(
     rhs: jax.Array,
     window_strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
-    lhs_dilation: Sequence[int] | None = None,
-    rhs_dilation: Sequence[int] | None = None,
-    dimension_numbers: Any = None,
-    feature_group_count: int = 1,
+    *,
     precision: Any = None,
+    **options: Any,
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` of bfloat16 images and a float32 kernel; what is of one dtype goes to `cpu_conv`."""
-    options = (lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count)
     if not _is_mixed(lhs, rhs):
-        return cpu_conv.conv_general_dilated(lhs, rhs, window_strides, padding, *options, precision)
-    ours = (
-        cpu_conv.images_first(lhs, rhs, dimension_numbers)
-        and {*(lhs_dilation or ()), *(rhs_dilation or ()), feature_group_count} == {1}
-        and not cpu_conv.shards_are_tracked(lhs)
-    )
-    if not ours:
-        return jax.lax.conv_general_dilated(lhs, rhs.astype(lhs.dtype), window_strides, padding, *options)
-    if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
-    pads = tuple((int(low), int(high)) for low, high in padding)
+        return cpu_conv.conv_general_dilated(lhs, rhs, window_strides, padding, precision=precision, **options)
+    if not cpu_conv.plain(lhs, rhs, **options):
+        return jax.lax.conv_general_dilated(lhs, rhs.astype(lhs.dtype), window_strides, padding, **options)
+    pads = cpu_conv.pads_of(lhs, rhs, window_strides, padding)
     return conv_p.bind(lhs, rhs, strides=tuple(window_strides), padding=pads)
 
 
@@ -78,16 +66,7 @@ def _is_mixed(x: jax.Array, kernel: jax.Array) -> bool:
 
 
 def _conv(x: jax.Array, w: jax.Array, *, strides: tuple[int, int], padding: cpu_conv.Padding) -> jax.Array:
-    return jax.lax.conv_general_dilated(x, w.astype(x.dtype), strides, padding, dimension_numbers=_IMAGES_FIRST)
-
-
-def _conv_image(g: jax.Array, w: jax.Array, *, shape: tuple[int, ...], **kwargs: Any) -> jax.Array:
-    return jax.linear_transpose(lambda x: _conv(x, w, **kwargs), jax.ShapeDtypeStruct(shape, g.dtype))(g)[0]
-
-
-def _conv_kernel(x: jax.Array, g: jax.Array, *, shape: tuple[int, ...], **kwargs: Any) -> jax.Array:
-    w = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.linear_transpose(lambda w: _conv(x, w, **kwargs), w)(g)[0]
+    return jax.lax.conv_general_dilated(x, w.astype(x.dtype), strides, padding, dimension_numbers=cpu_conv.IMAGES_FIRST)
 
 
 def _wide_conv_kernel(
@@ -115,21 +94,12 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
 
 
-def _dot_image(g: jax.Array, w: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
-    return jax.lax.dot_general(g, w.astype(g.dtype), (((g.ndim - 1,), (1,)), ((), ())))
-
-
-def _dot_kernel(x: jax.Array, g: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
-    return jax.linear_transpose(lambda w: _dot(x, w), jax.ShapeDtypeStruct(shape, jnp.float32))(g)[0]
-
-
 def _wide_dot_kernel(x: jax.Array, g: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
     images = tuple(range(x.ndim - 1))
     return jax.lax.dot_general(x, g, ((images, images), ((), ())), preferred_element_type=jnp.float32)
 
 
-_WIDE_CONV, _WIDE_DOT = (_conv, _conv_image, _wide_conv_kernel), (_dot, _dot_image, _wide_dot_kernel)
-conv_p = bilinear(
-    "mixed_conv", (_conv, _conv_image, _conv_kernel), static=("strides", "padding"), on={"tpu": _WIDE_CONV}
-)
-dot_p = bilinear("mixed_dot", (_dot, _dot_image, _dot_kernel), static=(), on={"tpu": _WIDE_DOT, "cuda": _WIDE_DOT})
+CONV, DOT = (with_transposes(product, jnp.float32) for product in (_conv, _dot))
+WIDE_CONV, WIDE_DOT = (*CONV[:2], _wide_conv_kernel), (*DOT[:2], _wide_dot_kernel)
+conv_p = bilinear("mixed_conv", CONV, static=("strides", "padding"), on={"tpu": WIDE_CONV})
+dot_p = bilinear("mixed_dot", DOT, static=(), on={"tpu": WIDE_DOT, "cuda": WIDE_DOT})

@@ -44,6 +44,18 @@ class PreActBlock(nn.Module):
         return x + Conv(self.features, (3, 3), padding=1, **kwargs)(y)
 
 
+def _logits(net: Any, x: jax.Array, train: bool, widths: Sequence[int], blocks: int) -> jax.Array:
+    """A convolution, stages of `blocks` blocks of these widths, of which all but the first halve the image, and pooling."""
+    kwargs = {"dtype": net.dtype, "precision": net.precision}
+    x = Conv(net.width, (3, 3), padding=1, **kwargs)(standardized(x, net.mean, net.std))
+    for stage, features in enumerate(widths):
+        for block in range(blocks):
+            x = PreActBlock(features, 2 if stage and not block else 1, **kwargs)(x, train)
+    x = nn.relu(BatchNorm(net.dtype)(x, train)).mean((1, 2))
+    x = mixed.Dense(net.num_classes, **kwargs)(x)
+    return x.astype(_arguments.wide(x.dtype))
+
+
 class PreActResNet18(nn.Module):
     """The 18-layer pre-activation residual network for small images such as CIFAR's.
 
@@ -72,15 +84,7 @@ class PreActResNet18(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        kwargs = {"dtype": self.dtype, "precision": self.precision}
-        x = Conv(self.width, (3, 3), padding=1, **kwargs)(standardized(x, self.mean, self.std))
-        for stage in range(4):
-            for block in range(2):
-                stride = 2 if stage and not block else 1
-                x = PreActBlock(self.width * 2**stage, stride, **kwargs)(x, train)
-        x = nn.relu(BatchNorm(self.dtype)(x, train)).mean((1, 2))
-        x = mixed.Dense(self.num_classes, **kwargs)(x)
-        return x.astype(_arguments.wide(x.dtype))
+        return _logits(self, x, train, [self.width * 2**stage for stage in range(4)], blocks=2)
 
 
 class WideResNet(nn.Module):
@@ -113,12 +117,4 @@ class WideResNet(nn.Module):
         blocks, rest = divmod(self.depth - 4, 6)
         if rest or blocks < 1:
             raise ValueError(f"WideResNet: depth={self.depth}; it must be 6 n + 4 with n at least 1, as 28 and 34 are")
-        kwargs = {"dtype": self.dtype, "precision": self.precision}
-        x = Conv(self.width, (3, 3), padding=1, **kwargs)(standardized(x, self.mean, self.std))
-        for stage in range(3):
-            for block in range(blocks):
-                stride = 2 if stage and not block else 1
-                x = PreActBlock(self.width * self.widen * 2**stage, stride, **kwargs)(x, train)
-        x = nn.relu(BatchNorm(self.dtype)(x, train)).mean((1, 2))
-        x = mixed.Dense(self.num_classes, **kwargs)(x)
-        return x.astype(_arguments.wide(x.dtype))
+        return _logits(self, x, train, [self.width * self.widen * 2**stage for stage in range(3)], blocks)
