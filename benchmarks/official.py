@@ -235,12 +235,12 @@ def ours(model: Model, stages: Sequence[Attack], *, eps: float, norm: str) -> Si
     total = len(model.images) * sum(
         attack.gradients(model.num_classes) for attack in (Attack("clean", "clean"), *stages)
     )
+    names = ("clean", *(stage.name for stage in stages))
     with Bar("evaluation.auto", total, "gradients") as bar:
 
-        def progress(what: str, gradients: int) -> None:
-            ended[next(name for name in ("clean", *(s.name for s in stages)) if what.startswith(name))] = (
-                time.perf_counter()
-            )
+        def progress(what: str, gradients: int) -> None:  # `what` begins with the attack's name
+            name = next(name for name in names if what.startswith(name))
+            ended[name] = time.perf_counter()
             bar.update(gradients, what)
 
         result = model.auto(stages, eps=eps, norm=norm, keep=True, progress=progress)

@@ -64,9 +64,8 @@ def commit() -> str | None:
     try:
         if not git("ls-files", "--error-unmatch", "__init__.py"):
             return None
-        return git("rev-parse", "HEAD") + (
-            " with changes" if git("status", "--porcelain", "-uno", "--", ":!results") else ""
-        )
+        changed = git("status", "--porcelain", "-uno", "--", ":!results")  # which commands write
+        return git("rev-parse", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -84,9 +84,8 @@ class Run:
         """Initialises a state; all of it lies on each of the run's devices."""
         state = self._new_state()
         if self.weights is not None:
-            state = state.replace(params=jax.tree.map(jnp.asarray, self.weights))
-            if state.average is not None:
-                state = state.replace(average=jax.tree.map(jnp.asarray, self.weights))
+            average = None if state.average is None else jax.tree.map(jnp.array, self.weights)
+            state = state.replace(params=jax.tree.map(jnp.array, self.weights), average=average)
         return distributed.replicate(self.mesh, state)
 
     def _new_state(self) -> TrainState:

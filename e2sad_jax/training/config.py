@@ -315,7 +315,7 @@ class Config:
 
     def warmup_steps(self, total: int) -> float:
         """The number of steps, of `total` ones, over which the budgets rise from 0."""
-        return self.eps_warmup * total if self.eps_warmup < 1 else self.eps_warmup
+        return number_of_steps(self.eps_warmup, total)
 
     def network(self) -> dict[str, Any]:
         """What `networks.create` takes beside the images' shape and the number of classes.
@@ -325,10 +325,7 @@ class Config:
         """
         found: dict[str, Any] = {"name": self.model, "precision": self.precision, "width": self.width}
         for flag, given in (("mean", self.mean), ("std", self.std)):
-            try:
-                found[flag] = tuple(float(one) for one in given.split(",")) if given else ()
-            except ValueError:
-                found[flag] = (math.nan,)
+            found[flag] = _numbers(given)
             if not all(math.isfinite(one) and (flag == "mean" or one > 0) for one in found[flag]):
                 above = " above 0" if flag == "std" else ""
                 raise ConfigError(f"--{flag}={quoted(given)[1:-1]}: must be numbers{above}, separated by commas")
@@ -340,10 +337,7 @@ class Config:
         Raises:
           ConfigError: if `milestones` are not such fractions.
         """
-        try:
-            found = tuple(float(one) for one in self.milestones.split(","))
-        except ValueError:
-            found = ()
+        found = _numbers(self.milestones)
         if not found or not all(low < high for low, high in itertools.pairwise((0.0, *found, 1.0))):
             raise ConfigError(
                 f"--milestones={quoted(self.milestones)[1:-1]}: must rise between 0 and 1, as in 0.5,0.75"
@@ -419,6 +413,19 @@ def configure(**values: Any) -> Config:
     common = {field.name for field in COMMON}
     own = {name: value for name, value in values.items() if name not in common}
     return Config(settings=own, **{name: value for name, value in values.items() if name in common})
+
+
+def number_of_steps(value: float, total: int) -> float:
+    """A number of steps: `value`, or below 1 that fraction of `total`."""
+    return value * total if value < 1 else value
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas, none in an empty text; NaN alone if one of them is no number."""
+    try:
+        return tuple(float(one) for one in text.split(",")) if text else ()
+    except ValueError:
+        return (math.nan,)
 
 
 def _common(config: Config) -> dict[str, Any]:

@@ -5,41 +5,42 @@ from typing import Any
 import jax
 import optax
 
-from e2sad_jax.training.config import Config
+from e2sad_jax.training.config import Config, number_of_steps
 
 
-def learning_rate(config: Config, steps: int) -> float | optax.Schedule:
-    """The learning rate of a run: constant, or a function of the updates done so far, 0 before the first of all `steps`.
+def learning_rate(config: Config, updates: int) -> float | optax.Schedule:
+    """The learning rate of a run: constant, or a function of the updates done so far, 0 before the first of all `updates`.
 
     * `"constant"`: the paper's;
-    * `"cyclic"`: linearly up from 0 to the configured one at steps / 2, and linearly down to 0 (Fast AT's);
-    * `"piecewise"`: a tenth of it after each of `milestones`, steps / 2 and 3 steps / 4;
-    * `"cosine"`: (1 + cos(pi t / steps)) / 2 of it;
-    * `"onecycle"`: by half a cosine up from a 25th of it at 0.3 steps, and down to almost 0 (PyTorch's `OneCycleLR`).
+    * `"cyclic"`: linearly up from 0 to the configured one at updates / 2, and linearly down to 0 (Fast AT's);
+    * `"piecewise"`: a tenth of it after each of `milestones`, fractions of the updates;
+    * `"cosine"`: (1 + cos(pi t / updates)) / 2 of it;
+    * `"onecycle"`: by half a cosine up from a 25th to all of it at 0.3 updates, and down to almost 0 (PyTorch's `OneCycleLR`).
 
     With `lr_warmup` it is t / w of that, over the first w updates.
     """
-    rate, warmup = _scheduled(config, steps), config.lr_warmup
-    if not warmup:
+    rate = _scheduled(config, updates)
+    if not config.lr_warmup:
         return rate
-    rise = optax.linear_schedule(0.0, 1.0, max(1, round(warmup * steps if warmup < 1 else warmup)))
+    steps = number_of_steps(config.lr_warmup, updates * config.accumulate)
+    rise = optax.linear_schedule(0.0, 1.0, max(1, round(steps / config.accumulate)))
     return lambda t: rise(t) * (rate(t) if callable(rate) else rate)
 
 
-def _scheduled(config: Config, steps: int) -> float | optax.Schedule:
-    peak, half = config.learning_rate, max(1, steps // 2)
+def _scheduled(config: Config, updates: int) -> float | optax.Schedule:
+    peak, half = config.learning_rate, max(1, updates // 2)
     match config.schedule:
         case "cyclic":
-            up, down = optax.linear_schedule(0.0, peak, half), optax.linear_schedule(peak, 0.0, steps - half)
+            up, down = optax.linear_schedule(0.0, peak, half), optax.linear_schedule(peak, 0.0, updates - half)
             return optax.join_schedules([up, down], [half])
         case "piecewise":
-            falls = [max(1, int(part * steps)) for part in config.falls()]
+            falls = [max(1, int(part * updates)) for part in config.falls()]
             values = [optax.constant_schedule(peak / 10**i) for i in range(len(falls) + 1)]
             return optax.join_schedules(values, falls)
         case "cosine":
-            return optax.cosine_decay_schedule(peak, steps)
+            return optax.cosine_decay_schedule(peak, updates)
         case "onecycle":
-            return optax.cosine_onecycle_schedule(max(2, steps), peak)
+            return optax.cosine_onecycle_schedule(max(2, updates), peak)
     return peak
 
 

@@ -147,16 +147,11 @@ def make_train_step(
         remembered = None if state.memory is None else recall(state.memory, batch, eps)
         if mesh is not None:
             rows, remembered = jax.lax.with_sharding_constraint((rows, remembered), distributed.split(mesh))
-        shown, drawn = rows[0], None
-        if augmentation.names:  # of a batch: steps that replay it see it as it was
-            number = state.step // config.steps_per_batch
-            drawn = augmentation.draw(jax.random.fold_in(jax.random.fold_in(state.key, AUGMENTATION), number), shown)
-            shown = augmentation.apply(drawn, shown)
-        before = remembered
-        if drawn is not None and remembered is not None:
-            remembered = {name: augmentation.moved(drawn, kept) for name, kept in remembered.items()}
+        number = state.step // config.steps_per_batch  # of the batch: steps that replay it see it as it was
+        drawn = augmentation.draw(jax.random.fold_in(jax.random.fold_in(state.key, AUGMENTATION), number), rows[0])
+        moved = None if remembered is None else {n: augmentation.moved(drawn, kept) for n, kept in remembered.items()}
         own_labels, taught = rows[1] if defense.learns else (rows[1], None)
-        x, y = transform.apply(shown), soft_labels(own_labels, num_classes, soft)
+        x, y = transform.apply(augmentation.apply(drawn, rows[0])), soft_labels(own_labels, num_classes, soft)
         key = jax.random.fold_in(state.key, state.step)
 
         def loss_fn(params: Any, slots: Any, delta: jax.Array | None) -> tuple[jax.Array, Parts]:
@@ -176,7 +171,7 @@ def make_train_step(
                     bounds=transform.bounds,
                     key=key,
                     delta=delta,
-                    memory=remembered,
+                    memory=moved,
                     taught=taught,
                 )
 
@@ -190,11 +185,9 @@ def make_train_step(
             params = {**params, "batch_stats": batch_stats.updated(state.params["batch_stats"], noted)}
         delta = defense.ascent(state.delta, ascent, eps=eps) if defense.ascent else None
         memory, average = state.memory, state.average
-        if memory is not None:
-            after = {name: parts.pop(name) for name in memory}
-            if drawn is not None and before is not None:
-                after = {name: augmentation.moved_back(drawn, value, before[name]) for name, value in after.items()}
-            memory = note(memory, batch, after, eps)
+        if memory is not None and remembered is not None:
+            ended = {n: augmentation.moved_back(drawn, parts.pop(n), kept) for n, kept in remembered.items()}
+            memory = note(memory, batch, ended, eps)
             if mesh is not None:
                 memory = jax.lax.with_sharding_constraint(memory, distributed.split(mesh))
         if average is not None:

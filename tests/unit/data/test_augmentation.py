@@ -108,15 +108,19 @@ def in_training(monkeypatch, tiny, steps, **settings):
 
     register_loss(monkeypatch, "codes", remembers, settings=(dataclasses.replace(MEMORY, default="int8"),))
     dataset = dataclasses.replace(tiny, x_train=np.broadcast_to(CODES, tiny.x_train.shape).copy())
-    config = tiny_config(defense="codes", steps=steps, crop_padding=1, **settings)
-    model = networks.create(config.model, tiny.num_classes, tiny.image_shape)
+    return trained(tiny_config(defense="codes", steps=steps, crop_padding=1, **settings), dataset)
+
+
+def trained(config, dataset):
+    """The metrics of each step, and the state reached."""
+    model = networks.create(config.model, dataset.num_classes, dataset.image_shape)
     seen = []
     state = training.fit(
         config,
         model,
         dataset,
-        training.init_state(config, model, tiny.image_shape, len(tiny.x_train)),
-        steps=steps,
+        training.init_state(config, model, dataset.image_shape, len(dataset.x_train)),
+        steps=config.steps,
         record=lambda step, metrics, count: seen.append(jax.tree.map(np.asarray, metrics)),
         checkpoint=lambda *a: None,
     )
@@ -135,25 +139,13 @@ def test_a_remembered_perturbation_moves_with_its_image(tiny, monkeypatch):
 
 @pytest.mark.usefixtures("little", "standard_promotion")
 def test_steps_that_replay_a_batch_see_it_as_it_was(tiny, monkeypatch):
-    shown = []
-
     def free(logits_fn, x, y, *, delta, eps):
         return logits_fn(x + delta).sum() * 0, {"code": x}
 
     real = training.config.DEFENSES["free"]
     monkeypatch.setitem(training.config.DEFENSES, "free", dataclasses.replace(real, loss=free))
-    config = tiny_config(defense="free", replays=3, steps=6, augment="crop")
-    model = networks.create(config.model, tiny.num_classes, tiny.image_shape)
-    training.fit(
-        config,
-        model,
-        tiny,
-        training.init_state(config, model, tiny.image_shape, len(tiny.x_train)),
-        steps=6,
-        record=lambda step, metrics, count: shown.append(np.asarray(metrics["code"])),
-        checkpoint=lambda *a: None,
-    )
-    same = [np.array_equal(a, b) for a, b in itertools.pairwise(shown)]
+    seen, _ = trained(tiny_config(defense="free", replays=3, steps=6, augment="crop"), tiny)
+    same = [np.array_equal(a["code"], b["code"]) for a, b in itertools.pairwise(seen)]
     assert same == [True, True, False, True, True]
 
 

@@ -72,6 +72,13 @@ def test_the_rate_rises_to_that_of_the_schedule(schedule, warmup):
         np.testing.assert_allclose(rate(i), want, rtol=1e-6)
 
 
+def test_a_warmup_is_counted_in_steps_where_several_make_an_update():
+    """8 steps are 4 updates of two, as 0.2 of 40 steps are."""
+    for warmup in (8, 0.2):
+        rate = training.learning_rate(configure(learning_rate=0.4, lr_warmup=warmup, accumulate=2), 20)
+        np.testing.assert_allclose([rate(i) for i in range(6)], [0, 0.1, 0.2, 0.3, 0.4, 0.4], rtol=1e-6)
+
+
 def test_a_constant_rate_is_a_number():
     assert training.learning_rate(configure(learning_rate=0.4), 10) == 0.4
 
