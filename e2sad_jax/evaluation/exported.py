@@ -62,7 +62,7 @@ def stablehlo(path: str | os.PathLike[str]) -> Callable[[jax.Array], jax.Array]:
         )
 
     without_gradient.defvjp(refuse, lambda residuals, cotangent: (cotangent,))
-    call = exported.call if exported.has_vjp() else without_gradient
+    call = _with_batching(exported) if exported.has_vjp() else without_gradient
 
     def function(x: jax.Array) -> jax.Array:
         if not isinstance(size, int):
@@ -72,3 +72,16 @@ def stablehlo(path: str | os.PathLike[str]) -> Callable[[jax.Array], jax.Array]:
         return logits.reshape(len(filled), -1)[: len(x)]  # type: ignore[no-any-return]
 
     return function
+
+
+def _with_batching(exported: jax.export.Exported) -> Callable[[jax.Array], jax.Array]:
+    """An exported function and its gradient, which `vmap` calls one after another: `jax.export` has no rule for it."""
+    forward = jax.custom_batching.sequential_vmap(exported.call)
+    backward = jax.custom_batching.sequential_vmap(exported.vjp().call)
+
+    @jax.custom_vjp
+    def call(x: jax.Array) -> jax.Array:
+        return forward(x)  # type: ignore[no-any-return]
+
+    call.defvjp(lambda x: (forward(x), x), backward)
+    return call

@@ -306,10 +306,9 @@ def of_stablehlo(
 ) -> Model:
     """Makes a `Model` of a function that `jax.export` wrote as StableHLO, and the images to evaluate it on.
 
-    One that was serialized with its gradient (`exported.serialize(vjp_order=1)`, as `experiments.export` does) takes the
-    attacks of `diagnose` and `auto`; `deepfool`, `jsma` and `few_pixels` need `vmap`, which `jax.export` does not have. One
-    without its gradient takes Square: `model.auto([evaluation.STAGES[2]], eps=...)`. A function of batches of one size is
-    called on as many as there are, the last one filled up.
+    One that was serialized with its gradient (`exported.serialize(vjp_order=1)`, as `experiments.export` does) takes every
+    attack. One without its gradient takes Square: `model.auto([evaluation.STAGES[2]], eps=...)`. A function of batches of
+    one size is called on as many as there are, the last one filled up.
 
     Args:
       path: the file, of a function of images `[N, ...]`, float32 inside `bounds`, to logits `[N, K]`.

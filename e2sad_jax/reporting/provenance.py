@@ -55,16 +55,20 @@ def _cpu_name() -> str:
 @functools.cache
 def commit() -> str | None:
     """The commit of the checkout at the first call, marked where files differ from it; None outside a checkout."""
-    here = pathlib.Path(__file__).parent
+    return commit_of(pathlib.Path(__file__).parent)
+
+
+def commit_of(package: pathlib.Path) -> str | None:
+    """The commit of the checkout that a package lies in, as `commit`. What commands write into results/ is no change."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here), *arguments]
+        command = ["git", "-C", str(package), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
         if not git("ls-files", "--error-unmatch", "__init__.py"):
             return None
-        changed = git("status", "--porcelain", "-uno", "--", ":!results")  # which commands write
+        changed = git("status", "--porcelain", "-uno", "--", ":(top,exclude)results")
         return git("rev-parse", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -25,7 +25,6 @@ from e2sad_jax.runs.classifier import CHOICES, load
 from e2sad_jax.training.config import Config, check, setting
 
 UNFINISHED = "unfinished"  # folder of finished batches, until all of them are
-NEED_VMAP = ("deepfool", "jsma", "few_pixels")
 EXAMPLES, SHOWN = "examples.png", 10  # columns of the picture, at most
 WORST, WORST_8BIT = "worst_images.npz", "worst_images_8bit.npz"
 
@@ -100,12 +99,7 @@ class Request:
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
         for text in self.attack:
-            kind = _attack(text, "linf").kind
-            if kind in NEED_VMAP and _is_exported(self.predict):
-                raise ConfigError(
-                    f"--attack={text:.100}: needs vmap, which exported functions do not have; leave it out, or give "
-                    "--predict=MODULE:FUNCTION"
-                )
+            _attack(text, "linf")
         if self.fab and not self.auto:
             raise ConfigError(f"--fab={self.fab}: is a part of the worst case; leave it out, or --noauto")
 

@@ -1,5 +1,7 @@
 """Models from files that jax.export wrote, with or without their gradient, of any batch or of one size."""
 
+import functools
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -7,8 +9,10 @@ import numpy as np
 import pytest
 
 from e2sad_jax import evaluation
+from e2sad_jax.attacks import ATTACKS
 from e2sad_jax.errors import DataError
 from e2sad_jax.evaluation import Attack
+from e2sad_jax.evaluation.exported import stablehlo
 from tests.unit.evaluation.conftest import SHAPE, N
 
 STAGES = (
@@ -42,6 +46,26 @@ def test_attacks_find_what_they_find_in_the_function_itself(problem, tmp_path, s
     assert 0 < results[0].robust.sum() < N - 10
     np.testing.assert_array_equal(results[0].robust, results[1].robust)
     np.testing.assert_allclose(results[0].adversarial, results[1].adversarial, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [None, 7])
+def test_every_attack_takes_it(problem, tmp_path, size):
+    """Among them those that call it, or its gradient, under `vmap`, for which `jax.export` has no rule."""
+    path = tmp_path / "model.stablehlo"
+    function, exported = write(path, problem.w, size=size), stablehlo(path)
+    x, labels, key = jnp.asarray(problem.images[:8]), jnp.asarray(problem.labels[:8]), jax.random.key(0)
+
+    def run(name, logits_fn):
+        method = ATTACKS[name]
+        few = {"steps": 2} if method.counts else {}
+        return method.run(logits_fn, x, labels, key=key, eps=2, norm=method.norms[0], **few)
+
+    for name in ATTACKS:
+        assert jax.eval_shape(functools.partial(run, name, exported)).shape == x.shape, name
+    for name in ("deepfool", "few_pixels"):
+        found, own = (jax.jit(functools.partial(run, name, one))() for one in (exported, function))
+        np.testing.assert_allclose(found, own, atol=1e-5)
+        assert (jnp.abs(found - x).max((1, 2, 3)) > 0).sum() > 2, name
 
 
 def test_without_its_gradient_it_takes_attacks_that_need_none(problem, tmp_path):

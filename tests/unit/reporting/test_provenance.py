@@ -1,6 +1,7 @@
 """The command as it can be typed, and the environment in one sentence."""
 
 import importlib.machinery
+import subprocess
 import sys
 
 from e2sad_jax.reporting import provenance
@@ -32,6 +33,28 @@ def test_the_command_that_goes_on_names_the_interpreter_where_python_is_another(
         assert provenance.again() == f"'{tmp_path}/my env/python'{provenance.command().removeprefix('python')}"
     monkeypatch.chdir(tmp_path)
     assert provenance.again().startswith("'my env/python' "), "as short as it can be typed"
+
+
+def test_what_commands_write_into_results_does_not_mark_a_commit(tmp_path):
+    package = tmp_path / "package" / "inner"
+    for file in ("package/inner/__init__.py", "results/table.json"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("1")
+    assert provenance.commit_of(package) is None
+
+    def git(*arguments):
+        who = ("-c", "user.name=me", "-c", "user.email=me@here", "-c", "commit.gpgsign=false")
+        return subprocess.run(["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True, text=True)
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    commit = git("rev-parse", "HEAD").stdout.strip()
+    assert provenance.commit_of(package) == commit
+    (tmp_path / "results" / "table.json").write_text("2")
+    assert provenance.commit_of(package) == commit
+    (package / "__init__.py").write_text("2")
+    assert provenance.commit_of(package) == f"{commit} with changes"
 
 
 def test_hardware_is_what_a_run_uses():
