@@ -377,6 +377,8 @@ def run(asked: Request) -> None:
     check_folder(folder, f"--results={folder}", make=True)
     code = adversary(net, config.norm, config.eps1, num_classes, asked)
     question = dataclasses.asdict(asked) | {"results": "", "data_dir": "", "eps": config.eps1, "norm": config.norm}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "pyautoattack")}
+    question |= versions  # an attack that another version has finished is begun again
     arrays = {"images": model.images, "labels": model.labels}
     arrays |= {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(trained.params))}
     kept = folder / f"official-{digest(arrays, json.dumps(question, sort_keys=True))[:8]}.npz"
@@ -401,7 +403,7 @@ def run(asked: Request) -> None:
         "command": provenance.command(),
         "environment": {
             **provenance.environment(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "pyautoattack")},
+            **versions,
         },
         "workdir": asked.workdir,
         "which": asked.which,

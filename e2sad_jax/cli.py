@@ -304,8 +304,11 @@ def _read_config(recipe: Recipe, defense: str) -> Config:
         values["epochs"] = 0.0
     points = {name: value for name, value in named.items() if name in own}
     config = configure(**{**values, **own, **points, **given})
-    for name, why in config.entry.without_effect(config.settings).items():
-        if given.get(name, own[name]) != own[name]:
+    if defense == FLAGS.defense:
+        given |= {field.name: FLAGS[field.name].value for field in COMMON if FLAGS[field.name].present}
+    defaults = {field.name: field.default for field in COMMON} | own
+    for name, why in config.without_effect().items():
+        if given.get(name, defaults[name]) != defaults[name]:
             raise ConfigError(f"--{name}={given[name]}: has no effect, for {why}; leave it out")
     return config
 

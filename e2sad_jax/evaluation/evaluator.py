@@ -416,7 +416,10 @@ class Evaluation:
 
     @functools.cached_property
     def _question(self) -> str:
-        """What the outcomes depend on beside the attack. Of the function itself its clean logits, and scores, speak."""
+        """A digest of what the outcomes depend on beside the attack.
+
+        A function cannot be compared. Its logits of the clean images, its detector's scores and one gradient stand for it.
+        """
         programs, n = self.programs, len(self.images)
 
         def outputs(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
@@ -436,7 +439,10 @@ class Evaluation:
         return question(arrays, f"{detector}, {programs.random}")
 
     def _gradient(self) -> np.ndarray:
-        """That of the margin of the first batch, which rounding may have been given; empty if there is none."""
+        """The gradient of the margin at the first batch; empty where the function has none.
+
+        It tells functions apart that have equal logits, as with and without `attacks.bpda` around their rounding.
+        """
         programs, full = self.programs, np.resize(np.arange(len(self.images)), self.batch_size)
 
         def gradient(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
@@ -447,7 +453,9 @@ class Evaluation:
         try:
             program = programs.once("gradient", lambda: jit(gradient))
             return np.asarray(program(self.params, self.images[full], self.labels[full]))
-        except Exception:  # whatever a function raises that has none
+        except jax.errors.JaxRuntimeError:  # of the device
+            raise
+        except Exception:  # whatever a function raises that has no gradient
             return np.zeros(0, np.float32)
 
 

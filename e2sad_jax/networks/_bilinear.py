@@ -92,7 +92,7 @@ def define(
       primitive: to be defined.
       xla: what it is.
       static: names of its parameters.
-      on: what it is on platforms that have their own; that of the CPU not in programs without loops.
+      on: what it is on platforms that have their own; that of the CPU not in programs without loops, nor under `vmap`.
     """
 
     @functools.partial(jax.jit, static_argnames=tuple(static))
@@ -104,8 +104,16 @@ def define(
         result = jax.eval_shape(functools.partial(xla, **params), *shapes)
         return avals[0].update(shape=result.shape, dtype=result.dtype, weak_type=False)
 
+    elsewhere = {platform: own for platform, own in on.items() if platform != "cpu" and own is not xla}
+
     def batched(args: Sequence[jax.Array], axes: Sequence[int | None], **params: Any) -> tuple[jax.Array, int]:
-        return jax.vmap(functools.partial(xla, **params), in_axes=tuple(axes))(*args), 0
+        def many(function: Function) -> Function:
+            return jax.vmap(functools.partial(function, **params), in_axes=tuple(axes))
+
+        if not elsewhere:
+            return many(xla)(*args), 0
+        own = {platform: many(function) for platform, function in elsewhere.items()}
+        return jax.lax.platform_dependent(*args, default=many(xla), **own), 0
 
     primitive.def_impl(evaluate)
     primitive.def_abstract_eval(shape_of)

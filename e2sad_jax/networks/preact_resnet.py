@@ -88,22 +88,30 @@ class PreActResNet18(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """The wide residual network: 16 filters, then three stages of blocks with 16, 32 and 64 times `widen` filters.
+    """The wide residual network: 16 filters, then three stages of blocks with 16, 32 and 64 times `widen_factor` filters.
 
     The last two stages halve the image; global average pooling follows. WRN-28-10 has 36,479,194 parameters for 3 channels
     and 10 classes, WRN-34-10 has 46,160,474. There is no dropout, as in robust training.
 
     Attributes:
+      num_classes: number of classes K.
       depth: number of layers, 6 n + 4 for n blocks a stage.
-      widen: factor of the widths.
-      others: as of `PreActResNet18`; `width` is that of the first convolution.
+      widen_factor: factor of the stages' widths.
+      width: filters of the first convolution, and of a stage before its factor.
+      dtype: that the layers compute in; None for that of the parameters.
+      precision: of float32 products (`jax.lax.Precision`).
+      mean: that is taken from each channel of the images first, or one for all; none where it is empty.
+      std: by which they are divided then.
+
+    Raises:
+      ValueError: if `depth` is not 6 n + 4.
 
     Reference: Zagoruyko & Komodakis, 2016, https://arxiv.org/abs/1605.07146
     """
 
     num_classes: int = 10
     depth: int = 28
-    widen: int = 10
+    widen_factor: int = 10
     width: int = 16
     dtype: Any = None
     precision: Any = None
@@ -117,4 +125,4 @@ class WideResNet(nn.Module):
         blocks, rest = divmod(self.depth - 4, 6)
         if rest or blocks < 1:
             raise ValueError(f"WideResNet: depth={self.depth}; it must be 6 n + 4 with n at least 1, as 28 and 34 are")
-        return _logits(self, x, train, [self.width * self.widen * 2**stage for stage in range(3)], blocks)
+        return _logits(self, x, train, [self.width * self.widen_factor * 2**stage for stage in range(3)], blocks)

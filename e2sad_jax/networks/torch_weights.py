@@ -67,7 +67,7 @@ def to_torch(model: nn.Module, params: Any, image_shape: Sequence[int]) -> list[
     """The inverse of `from_torch`: weight `[out, in, ...]` and bias `[out]` of each layer, in their order.
 
     Args:
-      model: `MnistCNN` or `SvhnCNN`.
+      model: `MnistCNN` or `SvhnCNN`. Its `mean` and `std` are no layer: the network in PyTorch has to begin with them.
       params: its variables.
       image_shape: (H, W, C).
 

@@ -78,6 +78,18 @@ def steps_in(workdir: str | os.PathLike[str]) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
+def identity_of(workdir: pathlib.Path) -> dict[str, Any]:
+    """Which model a run's last checkpoint is: equal runs are bit for bit the same.
+
+    Raises:
+      WorkdirError: as `read_config`, or if there is no checkpoint.
+    """
+    config, dataset = read_config(workdir)
+    if not (steps := steps_in(workdir)):
+        raise WorkdirError(f"{workdir} holds no checkpoint yet")
+    return {"run": config.digest(), "data": dataset["sha256"][:8], "step": steps[-1]}
+
+
 def _foreign(path: pathlib.Path) -> bool:
     """Whether a file shows that a folder without config.json is not one that a start of ours left unfinished."""
     if path.name == "checkpoints":

@@ -33,7 +33,7 @@ def to_safetensors(classifier: Classifier) -> bytes:
     Raises:
       ConfigError: if safetensors is missing.
     """
-    packages("safetensors")
+    packages("safetensors", "--format=safetensors")
     from safetensors import numpy as safetensors
 
     return safetensors.save(_flat(classifier.params), {"e2sad_jax": json.dumps(about(classifier))})
@@ -46,7 +46,7 @@ def load_safetensors(path: str | os.PathLike[str]) -> Classifier:
       ConfigError: if safetensors is missing.
       WorkdirError: if the file cannot be read, or does not hold the parameters of the network that it names.
     """
-    (safetensors,) = packages("safetensors")
+    (safetensors,) = packages("safetensors", str(path))
     path = pathlib.Path(path).expanduser()
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -69,8 +69,12 @@ def load_safetensors(path: str | os.PathLike[str]) -> Classifier:
     return Classifier(params=traverse_util.unflatten_dict(arrays, sep="."), **rest)
 
 
-def packages(name: str) -> list[Any]:
+def packages(name: str, what: str) -> list[Any]:
     """The packages that a format needs.
+
+    Args:
+      name: the format.
+      what: that needs them, in the message.
 
     Raises:
       ConfigError: if one of them is missing.
@@ -79,8 +83,8 @@ def packages(name: str) -> list[Any]:
         return [importlib.import_module(package) for package in NEEDS[name]]
     except ImportError as error:
         raise ConfigError(
-            f"--format={name}: needs {' and '.join(NEEDS[name])}, of which one cannot be imported ({first_line(error)}); "
-            f"pip install 'e2sad_jax[export]', or leave {name} out of --format"
+            f"{what}: needs {' and '.join(NEEDS[name])}, of which one cannot be imported ({first_line(error)}); "
+            "pip install 'e2sad_jax[export]'"
         ) from error
 
 

@@ -15,7 +15,7 @@ from e2sad_jax.data.npz import read_members
 from e2sad_jax.errors import ConfigError, DataError, WorkdirError
 from e2sad_jax.evaluation import in_batches
 from e2sad_jax.runs.classifier import load
-from e2sad_jax.runs.folder import read_config, steps_in
+from e2sad_jax.runs.folder import identity_of, read_config, steps_in
 from e2sad_jax.training.config import Config
 
 FILE = "teacher.npz"
@@ -56,9 +56,9 @@ def check_teacher(config: Config, dataset: Dataset, workdir: pathlib.Path) -> No
     ):
         if theirs != ours and theirs is not None:
             raise ConfigError(f"{flag}: its {what} is {theirs}, this run's {ours}; they must be the same")
-    if kept and kept != _identity(folder):
+    if kept and kept != identity_of(folder):
         raise WorkdirError(
-            f"{workdir} learns from another teacher than {folder} is now (there {kept}, here {_identity(folder)}); choose "
+            f"{workdir} learns from another teacher than {folder} is now (there {kept}, here {identity_of(folder)}); choose "
             "another --workdir"
         )
 
@@ -78,7 +78,7 @@ def keep_logits(folder: pathlib.Path, train_set: Dataset, workdir: pathlib.Path,
         raise WorkdirError(f"{folder}: its logits of the training images are not finite; choose another --teacher")
     if distributed.is_main():
         with atomic_file(workdir / FILE) as stream:
-            np.savez(stream, logits=logits, teacher=np.array(json.dumps(_identity(folder))))
+            np.savez(stream, logits=logits, teacher=np.array(json.dumps(identity_of(folder))))
     distributed.barrier()
 
 
@@ -97,9 +97,3 @@ def _read(workdir: pathlib.Path) -> tuple[np.ndarray, dict[str, Any]]:
         return members["logits"], json.loads(str(members["teacher"]))
     except (DataError, ValueError) as error:
         raise WorkdirError(f"{error}; delete the file to ask the teacher again") from error
-
-
-def _identity(folder: pathlib.Path) -> dict[str, Any]:
-    """Which model a folder's last checkpoint is: equal runs are bit for bit the same."""
-    config, dataset = read_config(folder)
-    return {"run": config.digest(), "data": dataset["sha256"][:8], "step": steps_in(folder)[-1]}

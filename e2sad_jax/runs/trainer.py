@@ -37,7 +37,7 @@ from e2sad_jax.runs.folder import ensure_exists, note_training, open_workdir, st
 from e2sad_jax.runs.metrics import Recorder
 from e2sad_jax.runs.teacher import FILE, check_teacher, config_of, keep_logits, read_logits
 from e2sad_jax.runs.validation import UNJUDGED, overfitting, validate
-from e2sad_jax.runs.weights import given_weights
+from e2sad_jax.runs.weights import check_source, given_weights, note_source
 from e2sad_jax.training import TrainState, fit, gather, init_state, nbytes, place, stack, unstack
 from e2sad_jax.training.config import Config
 
@@ -170,6 +170,8 @@ def open_runs(configs: Sequence[Config], dataset: Dataset) -> Iterator[list[Run]
         runs = [stack.enter_context(_opened(config, dataset)) for config in configs]
         for run in runs if distributed.is_main() else ():
             write_config(run.workdir, run.config, dataset)
+            if run.weights is not None:
+                note_source(run.config, run.workdir)
         yield runs
 
 
@@ -188,6 +190,8 @@ def _opened(config: Config, dataset: Dataset) -> Iterator[Run]:
     _check_sizes(config, train_set, steps)
     if config.entry.learns:
         check_teacher(config, dataset, workdir_of(config))
+    if config.init_from:
+        check_source(config, workdir_of(config))
     mesh = distributed.mesh(config.devices, config.batch_size)
     workdir = workdir_of(config)
     with contextlib.ExitStack() as stack:
@@ -462,6 +466,11 @@ def _check_sizes(config: Config, train_set: Dataset, steps: int) -> None:
         raise DataError(
             f"{train_set.name}: every label of the {n:,} training images is {classes[0]}; it must have images of at least two "
             "classes to train on"
+        )
+    shortest = min(train_set.image_shape[:2])
+    if "crop" in config.augmentation.names and config.crop_padding >= shortest:
+        raise ConfigError(
+            f"--crop_padding={config.crop_padding}: must be below the shorter side of the images, {shortest} pixels"
         )
     if config.batch_size > n:
         raise ConfigError(

@@ -1,45 +1,96 @@
 """The weights that a run begins with where `--init_from` names some."""
 
+import hashlib
 import pathlib
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
+from e2sad_jax._io import read_json, write_json
 from e2sad_jax.data.dataset import Dataset
-from e2sad_jax.errors import ConfigError
+from e2sad_jax.errors import ConfigError, WorkdirError, first_line
 from e2sad_jax.runs.classifier import Classifier, load
+from e2sad_jax.runs.folder import identity_of
 from e2sad_jax.runs.parameters import load_safetensors
 from e2sad_jax.training.config import Config
 
+FILE = "init_from.json"  # which weights a run began with
 SEEN = ("transform", "mean", "std")  # what the network's images depend on
 
 
 def given_weights(config: Config, model: nn.Module, dataset: Dataset) -> Any:
     """The variables of the run or the safetensors file that `config.init_from` names, on the host.
 
-    Those of a run are of its last checkpoint.
+    Those of a run are the raw ones of its last checkpoint; an export has those that it was asked for.
 
     Raises:
       ConfigError: if they are another network's, or a network's that sees its images otherwise.
       WorkdirError, CheckpointError: if nothing readable is there.
     """
-    path = pathlib.Path(config.init_from).expanduser()
+    path, flag = _path(config), f"--init_from={config.init_from}"
     given: Classifier = load(path) if path.is_dir() else load_safetensors(path)
+    there, here = given.config.in_effect(), config.in_effect()
     for name in SEEN:
-        there, here = getattr(given.config, name), getattr(config, name)
-        if there != here:
-            raise ConfigError(
-                f"--init_from={config.init_from}: trained with --{name}={there}, not {here}; give the same"
-            )
+        if there[name] != here[name]:
+            values = (f"--{name}={values[name]}" if values[name] else f"no --{name}" for values in (there, here))
+            raise ConfigError(f"{flag}: trained with {' and not '.join(values)}; give the same")
     expected = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *dataset.image_shape)))
-    wanted, found = (jax.tree.map(lambda leaf: tuple(leaf.shape), tree) for tree in (expected, given.params))
-    if wanted != found:
-        about = given.dataset
-        raise ConfigError(
-            f"--init_from={config.init_from}: holds {given.config.model} for images {list(about['image_shape'])} of "
-            f"{about['num_classes']} classes, not {config.model} for {list(dataset.image_shape)} of {dataset.num_classes}; "
-            "give the same --model, --width and shape of images"
-        )
+    found, wanted = (
+        {name: list(leaf.shape) for name, leaf in traverse_util.flatten_dict(tree, sep=".").items()}
+        for tree in (given.params, expected)
+    )
+    for name in (*wanted, *found):
+        if found.get(name) != wanted.get(name):
+            raise ConfigError(
+                f"{flag}: {name} is {found.get(name, 'absent')} in {_network(given.config, given.dataset)}, but "
+                f"{wanted.get(name, 'absent')} in this run's {_network(config, _shape(dataset))}; network, "
+                "--width, images and number of classes must be the same"
+            )
     return jax.device_get(given.params)
+
+
+def check_source(config: Config, workdir: pathlib.Path) -> None:
+    """Refuses to go on with a run that began with other weights than `config.init_from` holds now.
+
+    Once the run has begun, its source may be gone.
+
+    Raises:
+      WorkdirError: naming both.
+    """
+    if not (workdir / FILE).exists() or not _path(config).exists():
+        return
+    try:
+        there = read_json(workdir / FILE)
+    except (OSError, ValueError) as error:
+        raise WorkdirError(f"cannot read {workdir / FILE}: {first_line(error)}; delete that file to go on") from error
+    if there != (here := _source(config)):
+        raise WorkdirError(
+            f"{workdir} began with other weights than {config.init_from} holds now (there {there}, here {here}); choose "
+            "another --workdir"
+        )
+
+
+def note_source(config: Config, workdir: pathlib.Path) -> None:
+    """Keeps in a run's folder which weights it begins with."""
+    write_json(workdir / FILE, _source(config))
+
+
+def _path(config: Config) -> pathlib.Path:
+    return pathlib.Path(config.init_from).expanduser()
+
+
+def _source(config: Config) -> dict[str, Any]:
+    path = _path(config)
+    return identity_of(path) if path.is_dir() else {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def _shape(dataset: Dataset) -> dict[str, Any]:
+    return {"image_shape": dataset.image_shape, "num_classes": dataset.num_classes}
+
+
+def _network(config: Config, dataset: Any) -> str:
+    width = f" of --width={config.width}" if config.width else ""
+    return f"{config.model}{width} for images {list(dataset['image_shape'])} of {dataset['num_classes']} classes"

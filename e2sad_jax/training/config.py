@@ -102,11 +102,16 @@ class Config:
     model: str = setting("mnist_cnn", "network", choices=NETWORKS)
     width: int = setting(0, "filters of a residual network's first convolution, 0: its own number", lower=0)
     mean: str = setting(
-        "", "of each channel, separated by commas, or one for all: the network takes it from its images"
+        "",
+        "mean of each channel, separated by commas, or one for all, in units of the transformed image: the network takes it "
+        "from its images; empty: 0",
     )
-    std: str = setting("", "likewise, by which the network divides its images then")
+    std: str = setting(
+        "", "standard deviation of each channel, likewise, by which the network divides its images then; empty: 1"
+    )
     init_from: str = setting(
-        "", "folder of a run, or safetensors file, whose weights training begins with; empty: random ones"
+        "",
+        "folder of a run, whose last weights training begins with, or safetensors file of an export; empty: random ones",
     )
     transform: str = setting("unit", "input transform; every eps is in its units", choices=("unit", "standardize"))
     steps: int = setting(30_000, "training steps", lower=1, identity=False)
@@ -114,7 +119,7 @@ class Config:
         0.0, "passes over the training set instead of --steps, 0: use --steps", lower=0, upper=1e6, identity=False
     )
     batch_size: int = setting(256, "images a step", lower=1)
-    optimizer: str = setting("adam", "optimiser", choices=OPTIMIZERS)
+    optimizer: str = setting("adam", "optimiser; adamw needs --weight_decay", choices=OPTIMIZERS)
     learning_rate: float = setting(1e-3, "learning rate", above=0)
     momentum: float = setting(0.9, "momentum of --optimizer=sgd", lower=0, upper=0.9999)
     nesterov: bool = setting(False, "Nesterov's momentum of --optimizer=sgd")
@@ -125,7 +130,9 @@ class Config:
     )
     decay_kernels_only: bool = setting(False, "no weight decay of biases and of batch normalisation")
     clip_norm: float = setting(0.0, "largest l2 norm of the gradient, which is scaled down to it; 0: none", lower=0)
-    accumulate: int = setting(1, "batches, one a step, whose mean gradient makes one update", lower=1)
+    accumulate: int = setting(
+        1, "batches, one a step, whose mean gradient makes one update; it must divide --steps", lower=1
+    )
     schedule: str = setting(
         "constant",
         "learning rate over all steps: constant; cyclic, up from 0 and down again; piecewise, a tenth of it after each of "
@@ -211,8 +218,17 @@ class Config:
             raise ConfigError(
                 f"--augment={self.augment}: --defense={self.defense} learns what a teacher says of the images as they are"
             )
-        if self.nesterov and not self.momentum:
+        if self.optimizer == "sgd" and self.nesterov and not self.momentum:
             raise ConfigError("--nesterov: needs --momentum above 0 (0.9 is usual)")
+        if self.optimizer == "adamw" and not self.weight_decay:
+            raise ConfigError("--optimizer=adamw: needs --weight_decay above 0 (0.01 is usual); without it, it is adam")
+        if not self.epochs and self.steps % self.accumulate:
+            below = self.steps - self.steps % self.accumulate
+            nearest = " or ".join(f"{steps:,}" for steps in (below, below + self.accumulate) if steps)
+            raise ConfigError(
+                f"--steps={self.steps}: must be a multiple of --accumulate={self.accumulate}, as {nearest} is; or give "
+                "--epochs, which are rounded up to whole updates"
+            )
         lower, upper = TRANSFORMS[self.transform].bounds
         scale = self.eps_scale if self._has_budget else 1.0
         for one in (*map(setting_of, COMMON), *entry.settings):
@@ -278,20 +294,30 @@ class Config:
             del values["delta"]
         if not self._has_budget:
             del values["eps_warmup"], values["eps_scale"]
-        if self.optimizer != "sgd":
-            del values["momentum"], values["nesterov"]
-        if not self.weight_decay:
-            del values["decay_kernels_only"]
-        if self.schedule != "piecewise":
-            del values["milestones"]
-        values["augment"] = ",".join(self.augmentation.names) or "none"
-        for name, own in (("crop", "crop_padding"), ("cutout", "cutout_size")):
-            if name not in self.augmentation.names:
-                del values[own]
+        values |= {  # one text for equal values
+            "augment": ",".join(self.augmentation.names) or "none",
+            "milestones": _text(self.falls()),
+            "mean": _text(_spread(_numbers(self.mean), 0.0)),
+            "std": _text(_spread(_numbers(self.std), 1.0)),
+        }
         if self.stretches:  # then the run's length is a part of it
             values |= {"epochs": self.epochs} if self.epochs else {"steps": self.steps}
-        idle = self.entry.without_effect(self.settings)
-        return {**values, **{name: value for name, value in self.settings.items() if name not in idle}}
+        idle = self.without_effect()
+        return {name: value for name, value in {**values, **self.settings}.items() if name not in idle}
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing beside the others, of which a user who gives them should hear, and why."""
+        idle = dict(self.entry.without_effect(self.settings))
+        if self.optimizer != "sgd":
+            idle |= dict.fromkeys(("momentum", "nesterov"), f"--optimizer={self.optimizer} does not read it")
+        if not self.weight_decay:
+            idle["decay_kernels_only"] = "--weight_decay is 0"
+        if self.schedule != "piecewise":
+            idle["milestones"] = f"--schedule={self.schedule} has none"
+        for name, own in (("crop", "crop_padding"), ("cutout", "cutout_size")):
+            if name not in self.augmentation.names:
+                idle[own] = f"--augment={self.augment} has no {name}"
+        return idle
 
     def digest(self) -> str:
         """The first eight hexadecimal digits of a SHA-256 of the identity, which name the run's folder."""
@@ -368,9 +394,13 @@ class Config:
     def total_steps(self, training_images: int) -> int:
         """The number of steps to train: `steps`, or as many as `epochs` passes over `training_images` take.
 
-        Free training takes as many and so passes over them less often: `epochs / replays` times.
+        The last batch of the passes and the last update of several batches are whole ones. Free training takes as many and
+        so passes over them less often: `epochs / replays` times.
         """
-        return math.ceil(self.epochs * training_images / self.batch_size) if self.epochs else self.steps
+        if not self.epochs:
+            return self.steps
+        batches = math.ceil(self.epochs * training_images / self.batch_size)
+        return math.ceil(batches / self.accumulate) * self.accumulate
 
 
 # What runs did before there was a choice: left out of their identity, so that their folders are found.
@@ -426,6 +456,17 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(float(one) for one in text.split(",")) if text else ()
     except ValueError:
         return (math.nan,)
+
+
+def _spread(numbers: tuple[float, ...], neutral: float) -> tuple[float, ...]:
+    """Numbers of channels: a single one where they are equal, none where they change nothing."""
+    if len(set(numbers)) == 1:
+        numbers = numbers[:1]
+    return () if numbers == (neutral,) else numbers
+
+
+def _text(numbers: tuple[float, ...]) -> str:
+    return ",".join(map(repr, numbers))
 
 
 def _common(config: Config) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def _scheduled(config: Config, updates: int) -> float | optax.Schedule:
             up, down = optax.linear_schedule(0.0, peak, half), optax.linear_schedule(peak, 0.0, updates - half)
             return optax.join_schedules([up, down], [half])
         case "piecewise":
-            falls = [max(1, int(part * updates)) for part in config.falls()]
+            falls = [max(1, int(part * updates + 1e-6)) for part in config.falls()]  # 0.29 * 100 is 28.999...
             values = [optax.constant_schedule(peak / 10**i) for i in range(len(falls) + 1)]
             return optax.join_schedules(values, falls)
         case "cosine":
@@ -52,7 +52,7 @@ def optimizer(config: Config, steps: int | None = None) -> optax.GradientTransfo
       steps: all the steps of the run, over which a schedule stretches; None for `config.steps`.
     """
     steps = steps or config.steps
-    rate = learning_rate(config, -(-steps // config.accumulate))
+    rate = learning_rate(config, steps // config.accumulate)
     decay, mask = config.weight_decay, _kernels if config.decay_kernels_only else None
     parts = []
     if config.clip_norm:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from e2sad_jax import _streams, distributed, networks
 from e2sad_jax._compile import jit, platform, straight_line
+from e2sad_jax.attacks import core
 from e2sad_jax.data.transforms import Transform
 from e2sad_jax.defenses._types import Parts
 from e2sad_jax.losses import soft_labels
@@ -187,6 +188,11 @@ def make_train_step(
         memory, average = state.memory, state.average
         if memory is not None and remembered is not None:
             ended = {n: augmentation.moved_back(drawn, parts.pop(n), kept) for n, kept in remembered.items()}
+            if (
+                drawn.offsets is not None and "delta" in ended
+            ):  # a new perturbation and what is kept of the old one may be too long together
+                limits = core.ball(config.norm, jnp.zeros_like(ended["delta"]), eps, None)
+                ended["delta"] = limits.project(ended["delta"])
             memory = note(memory, batch, ended, eps)
             if mesh is not None:
                 memory = jax.lax.with_sharding_constraint(memory, distributed.split(mesh))

@@ -138,6 +138,8 @@ def test_a_preset_gives_way_to_flags_and_its_schedule_is_the_baselines_too(parse
             ("--first_step_size=0.1",),
             "--first_step_size=0.1: has no effect, for --first_point=start takes no first step",
         ),
+        (("--nesterov",), "--nesterov=True: has no effect, for --optimizer=adam does not read it; leave it out"),
+        (("--crop_padding=2", "--augment=flip"), "--crop_padding=2: has no effect, for --augment=flip has no crop"),
         (("--clip_second",), "--clip_second=True: has no effect, for --ball_second clips it"),
         (("--memory=none", "--norandom_start"), "--first_point=start: needs a start; give --memory=int8, or"),
         (("--preset=paper", "--first_point=start"), "--first_point=start: needs a start"),

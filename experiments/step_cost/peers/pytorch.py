@@ -6,6 +6,7 @@ parameters need no gradient.
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,12 +57,25 @@ def network(config: Config, image_shape: tuple[int, ...], num_classes: int, para
     import torch
     from torch import nn
 
-    model: Any = networks.create(config.model, num_classes, image_shape)
+    class Standardized(nn.Module):
+        """(x - mean) / std of each channel, as the network in Flax begins."""
+
+        def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+            super().__init__()
+            for name, values in (("mean", mean or (0.0,)), ("std", std or (1.0,))):
+                self.register_buffer(name, torch.tensor(values).reshape(1, -1, 1, 1))
+
+        def forward(self, x: Any) -> Any:
+            return (x - self.mean) / self.std
+
+    model: Any = networks.create(num_classes=num_classes, image_shape=image_shape, **config.network())
     # Width of each kernel, whether it is pooled after.
     svhn = isinstance(model, networks.SvhnCNN)
     kernels = ((5, False), (5, True), (3, True)) if svhn else ((5, True), (5, True))
     padding = 0 if svhn else 2
     (height, width, channels), layers = image_shape, []
+    if model.mean or model.std:
+        layers.append(Standardized(model.mean, model.std))
     for features, (size, pool) in zip(model.features, kernels, strict=True):
         layers += [nn.Conv2d(channels, features, size, padding=padding), nn.ReLU()]
         height, width, channels = height + 2 * padding - size + 1, width + 2 * padding - size + 1, features

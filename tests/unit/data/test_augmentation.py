@@ -138,6 +138,17 @@ def test_a_remembered_perturbation_moves_with_its_image(tiny, monkeypatch):
 
 
 @pytest.mark.usefixtures("little", "standard_promotion")
+def test_a_remembered_perturbation_stays_in_the_l2_ball(tiny):
+    """Also where a crop has lost pixels, whose old perturbation joins the new one of the others."""
+    config = tiny_config(defense="atta", norm="l2", memory="bf16", augment="crop", crop_padding=3, steps=40)
+    _, state = trained(config, tiny)
+    kept = np.asarray(state.memory["delta"][: len(tiny.x_train)], np.float32)
+    norms = np.sqrt((kept**2).sum((1, 2, 3)))
+    assert norms.max() <= 1.005, "of bfloat16"
+    assert np.median(norms) > 0.9
+
+
+@pytest.mark.usefixtures("little", "standard_promotion")
 def test_steps_that_replay_a_batch_see_it_as_it_was(tiny, monkeypatch):
     def free(logits_fn, x, y, *, delta, eps):
         return logits_fn(x + delta).sum() * 0, {"code": x}

@@ -107,6 +107,20 @@ def test_many_kernels_at_once_are_one_after_the_other(name):
             np.testing.assert_allclose(a, b, rtol=0, atol=0.01 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("name", ["halving", "dense"])
+@pytest.mark.parametrize(("platform", "wide"), [("tpu", True), ("cpu", False)])
+def test_many_gradients_of_kernels_are_not_rounded_either(name, platform, wide):
+    ours, _, params, x, g = example(name)
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+    many = jax.jit(jax.vmap(lambda params: gradients(ours, params, x, g)[1]["params"]["kernel"]))
+    text = many.trace(several).lower(lowering_platforms=(platform,)).as_text()
+    products = [
+        line for line in text.splitlines() if "stablehlo.convolution" in line or "stablehlo.dot_general" in line
+    ]
+    assert products
+    assert wide == any(line.rsplit("->", 1)[1].rstrip().endswith("xf32>") for line in products)
+
+
 def test_inside_shard_map_it_is_jaxs_own_and_right():
     for name in ("halving", "dense"):
         ours, _, params, x, g = example(name)

@@ -103,7 +103,10 @@ if importlib.util.find_spec("torch"):
     @pytest.mark.parametrize("train", [False, True])
     @pytest.mark.parametrize(
         "model",
-        [preact_resnet.PreActResNet18(num_classes=4, width=4), networks.WideResNet(num_classes=4, depth=10, widen=2)],
+        [
+            preact_resnet.PreActResNet18(num_classes=4, width=4),
+            networks.WideResNet(num_classes=4, depth=10, widen_factor=2),
+        ],
         ids=lambda model: type(model).__name__,
     )
     def test_values_and_gradients_are_pytorchs(model, train):

@@ -22,6 +22,8 @@ class Linear(nn.Module):
     num_classes: int
     dtype: object = None
     precision: object = None
+    mean: tuple = ()
+    std: tuple = ()
 
     min_size = 1
 

@@ -1,5 +1,6 @@
 """A run that begins with given weights: of a run's folder or a safetensors file; resumed; and what does not fit."""
 
+import dataclasses
 import shutil
 
 import chex
@@ -57,12 +58,22 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(trained, tiny, 
         (
             {"init_from": str(trained), "transform": "standardize"},
             ConfigError,
-            "trained with --transform=unit, not standardize",
+            "trained with --transform=unit and not --transform=standardize; give the same",
         ),
         (
             {"init_from": str(trained), "model": "mnist_cnn"},
             ConfigError,
-            "holds digits_cnn for images .* not mnist_cnn",
+            r"bias is absent in digits_cnn for images \[8, 8, 1\] of 3 classes, but \[32\] in this run's mnist_cnn for",
+        ),
+        (
+            {"init_from": str(trained), "mean": "0.5"},
+            ConfigError,
+            "trained with no --mean and not --mean=0.5; give the same",
+        ),
+        (
+            {"init_from": str(trained), "std": "0.5"},
+            ConfigError,
+            "trained with no --std and not --std=0.5; give the same",
         ),
         ({"init_from": str(tmp_path / "nothing.safetensors")}, WorkdirError, "nothing.safetensors"),
         ({"init_from": str(tmp_path)}, WorkdirError, str(tmp_path)),
@@ -71,3 +82,28 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(trained, tiny, 
         with pytest.raises(error, match=message), trainer.open_run(config, tiny):
             pass
         assert not (tmp_path / "w" / "config.json").exists()
+    other = dataclasses.replace(tiny, num_classes=4)
+    with (
+        pytest.raises(ConfigError, match=r"bias is \[3\] in .* of 3 classes, but \[4\] in .* of 4 classes"),
+        trainer.open_run(config_of(tmp_path / "w", init_from=str(trained)), other),
+    ):
+        pass
+
+
+def test_a_run_is_that_of_the_weights_that_it_began_with(trained, tiny, tmp_path):
+    """Others at the same place are refused, not passed over."""
+    given, workdir = tmp_path / "given", tmp_path / "w"
+    shutil.copytree(trained, given)
+    config = config_of(workdir, init_from=str(given))
+    with trainer.open_run(config, tiny) as run:
+        trainer.train(run, stop_after(2))
+    with trainer.open_run(config, tiny) as run:
+        trainer.train(run, lambda: 0)
+    shutil.rmtree(given)
+    with trainer.open_run(config_of(given, seed=9), tiny) as run:
+        trainer.train(run, lambda: 0)
+    with (
+        pytest.raises(WorkdirError, match=r"w began with other weights than .*given holds now \(there .*, here .*\)"),
+        trainer.open_run(config, tiny),
+    ):
+        pass

@@ -85,8 +85,8 @@ def test_pgd_has_its_own_random_start(ours):
 @pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize(("name", "shape"), [("svhn_cnn", (20, 22, 3)), ("mnist_cnn", (9, 12, 1))])
 def test_a_network_with_the_same_parameters_gives_the_same_logits(name, shape):
-    config = Config(model=name)
-    model = networks.create(name, 7, shape)
+    config = Config(model=name, mean="0.3", std="0.5" if shape[-1] == 1 else "0.4,0.5,0.6")
+    model = networks.create(num_classes=7, image_shape=shape, **config.network())
     params = training.init_state(config, model, shape).params
     x = np.random.default_rng(0).random((4, *shape), np.float32)
     with torch.no_grad():

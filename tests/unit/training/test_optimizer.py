@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,8 +105,14 @@ def test_a_long_gradient_is_scaled_down_and_a_short_one_stays():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_accumulated_batches_make_the_update_of_their_mean_gradient(optimizer):
-    """With a schedule over the updates."""
-    settings = {"optimizer": optimizer, "learning_rate": 0.1, "schedule": "cosine", "weight_decay": 0.01}
+    """With a schedule over the updates; what is clipped is the mean."""
+    settings = {
+        "optimizer": optimizer,
+        "learning_rate": 0.1,
+        "schedule": "cosine",
+        "weight_decay": 0.01,
+        "clip_norm": 1.0,
+    }
     means = [jax.tree.map(lambda a, b: (a + b) / 2, *GRADIENTS[i : i + 2]) for i in (0, 2, 4)]
     got, want = run(configure(**settings, accumulate=2)), run(configure(**settings), means)
     for name, value in got.items():
@@ -113,10 +120,48 @@ def test_accumulated_batches_make_the_update_of_their_mean_gradient(optimizer):
         assert np.abs(value - START[name]).max() > 0.01
 
 
+@pytest.mark.parametrize("parts", ["0.29,0.57", "0.5,0.75"])
+def test_the_learning_rate_falls_after_the_milestones(parts):
+    """Also where the product of fraction and steps is rounded down: 0.29 * 100 is 28.999..."""
+    config = configure(schedule="piecewise", milestones=parts, learning_rate=1.0, steps=100)
+    rates = [float(training.learning_rate(config, 100)(t)) for t in range(100)]
+    assert [t for t in range(1, 100) if rates[t] < rates[t - 1] / 2] == [
+        round(100 * float(p)) for p in parts.split(",")
+    ]
+
+
+def test_steps_are_whole_updates():
+    assert configure(epochs=1.0, batch_size=8, accumulate=4).total_steps(100) == 16, "13 batches, rounded up"
+    assert configure(epochs=1.0, batch_size=8).total_steps(100) == 13
+    for steps, nearest in ((5, "8"), (10, "8 or 16"), (30_001, "30,000 or 30,008")):
+        with pytest.raises(
+            ConfigError, match=f"--steps={steps}: must be a multiple of --accumulate=8, as {nearest} is"
+        ):
+            configure(steps=steps, accumulate=8)
+
+
+def test_two_half_batches_are_one_batch(tiny):
+    """For parameters and average; images come in the same order."""
+    ends = []
+    for size, accumulate in ((16, 1), (8, 2)):
+        config = tiny_config(
+            defense="natural", ema=0.9, accumulate=accumulate, batch_size=size, optimizer="sgd", steps=6 * accumulate
+        )
+        model = Linear()
+        state = training.init_state(config, model, tiny.image_shape, len(tiny.x_train))
+        start = jax.tree.map(np.array, state.params)
+        end = training.fit(
+            config, model, tiny, state, steps=config.steps, record=lambda *a: None, checkpoint=lambda *a: None
+        )
+        ends.append(jax.device_get((end.params, end.average)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *ends)
+    assert differ(start, ends[0][0])
+    assert differ(start, ends[0][1])
+
+
 def test_the_average_moves_once_an_update(tiny):
-    """Two half batches are one batch, for the average too."""
     config = tiny_config(defense="natural", ema=0.9, accumulate=2, optimizer="sgd", steps=8)
-    model = training_model(tiny)
+    model = Linear()
     state, averages = training.init_state(config, model, tiny.image_shape, len(tiny.x_train)), []
     training.fit(
         config.replace(checkpoint_every=1),
@@ -135,10 +180,10 @@ def test_the_average_moves_once_an_update(tiny):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), average, want)
 
 
-def training_model(dataset):
-    from e2sad_jax import networks
-
-    return networks.MnistCNN(num_classes=dataset.num_classes, features=(2, 3), hidden=4)
+class Linear(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x.reshape(len(x), -1))
 
 
 def differ(a, b):
@@ -149,6 +194,18 @@ def test_what_has_no_effect_makes_no_other_run_and_what_has_one_does():
     plain = configure()
     for same in ({"momentum": 0.5}, {"nesterov": True}, {"decay_kernels_only": True}, {"milestones": "0.1"}):
         assert configure(**same).digest() == plain.digest()
+        assert next(iter(same)) in configure(**same).without_effect()
+    piecewise = {"schedule": "piecewise", "optimizer": "sgd", "nesterov": True, "weight_decay": 1.0}
+    assert not configure(**piecewise).without_effect().keys() & {
+        "milestones",
+        "momentum",
+        "nesterov",
+        "decay_kernels_only",
+    }
+    for pair in ({"milestones": ("0.5,0.9", "0.50,0.90")}, {"mean": ("0.5", "0.5,0.50,0.5")}, {"std": ("", "1,1,1")}):
+        ((name, values),) = pair.items()
+        first, second = (configure(schedule="piecewise", **{name: value}).digest() for value in values)
+        assert first == second != configure(schedule="piecewise", **{name: "0.25"}).digest()
     others = [
         {"optimizer": "sgd"},
         {"optimizer": "sgd", "momentum": 0.5},
@@ -168,7 +225,8 @@ def test_what_has_no_effect_makes_no_other_run_and_what_has_one_does():
         ({"milestones": "0.75,0.5"}, "--milestones=0.75,0.5: must rise between 0 and 1"),
         ({"milestones": "half"}, "--milestones=half: must rise between 0 and 1"),
         ({"milestones": "1"}, "--milestones=1: must rise"),
-        ({"momentum": 0.0, "nesterov": True}, "--nesterov: needs --momentum above 0"),
+        ({"optimizer": "sgd", "momentum": 0.0, "nesterov": True}, "--nesterov: needs --momentum above 0"),
+        ({"optimizer": "adamw"}, "--optimizer=adamw: needs --weight_decay above 0"),
         ({"optimizer": "lion"}, "--optimizer=lion"),
         ({"accumulate": 0}, "--accumulate=0"),
     ],
