@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import math
 import os
 import pathlib
 import shutil
@@ -143,7 +144,8 @@ class Checkpoints:
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), jax.eval_shape(_storable, like)
         )
         try:
-            restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            written = {**abstract, **_shaped(folder, abstract)}
+            restored = self._manager.restore(step, args=ocp.args.StandardRestore(written))
         except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that it cannot be used
             named = as_device_error(error, f"reading {folder}", "it is as it was", "--batch_size")
             if named and isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
@@ -153,6 +155,9 @@ class Checkpoints:
             raise DamagedError(folder, first_line(error)) from error
         if digest(restored) != self._metrics(step)[STATE]:
             raise DamagedError(folder, "its numbers are not those that were saved")
+        if "memory" in restored:
+            wanted = abstract["memory"]
+            restored["memory"] = {n: kept.reshape(wanted[n].shape) for n, kept in restored["memory"].items()}
         return TrainState(**{**restored, "key": jax.random.wrap_key_data(restored["key"], impl=_streams.GENERATOR)})
 
     def _metrics(self, step: int) -> dict[str, Any]:
@@ -243,6 +248,19 @@ def digest(tree: Any) -> str:
     """SHA-256 of every number in a tree of JAX arrays, and of its name, dtype and shape."""
     leaves = jax.tree_util.tree_leaves_with_path(distributed.local(tree))
     return _io.digest({jax.tree_util.keystr(path): jax.device_get(leaf) for path, leaf in leaves})
+
+
+def _shaped(folder: pathlib.Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """The memory in a state's shapes as a checkpoint has it: it was `[rows, H, W, C]` before it was `[rows, H W C]`."""
+    if "memory" not in abstract:
+        return {}
+    there = ocp.StandardCheckpointHandler().metadata(folder / ocp.checkpoint_manager.DEFAULT_ITEM_NAME).tree["memory"]
+
+    def shaped(wanted: jax.ShapeDtypeStruct, found: Any) -> jax.ShapeDtypeStruct:
+        same = math.prod(found.shape) == math.prod(wanted.shape)
+        return jax.ShapeDtypeStruct(found.shape if same else wanted.shape, wanted.dtype, sharding=wanted.sharding)
+
+    return {"memory": {name: shaped(wanted, there[name]) for name, wanted in abstract["memory"].items()}}
 
 
 def _score(metrics: Mapping[str, float]) -> float:

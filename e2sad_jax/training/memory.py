@@ -21,7 +21,9 @@ from e2sad_jax.training.config import Config
 DTYPES: Mapping[str, Any] = {"int8": jnp.int8, "bf16": jnp.bfloat16}
 LEVELS = 127  # of int8 on either side of 0
 
-Memory = dict[str, jax.Array]  # by name: [rows, H, W, C], with rows of `rows_of`
+# By name: [rows, H W C], with rows of `rows_of`. In this shape an image's pixels lie side by side on every device; of
+# [rows, 28, 28, 1] a TPU would lay the images side by side, and pad what it takes out of them.
+Memory = dict[str, jax.Array]
 
 
 def rows_of(config: Config, training_images: int) -> int:
@@ -45,13 +47,14 @@ def begin(config: Config, training_images: int, image_shape: Sequence[int], key:
     if config.memory == "none":
         return None
     dtype = DTYPES[config.memory]
-    shape = (rows_of(config, training_images), *image_shape)
+    shape = (rows_of(config, training_images), math.prod(image_shape))
     memory = {name: jnp.zeros(shape, dtype) for name in config.entry.remembers}
     if "delta" in memory:
         ball = core.ball(config.norm, jnp.zeros((1, *image_shape)), 1.0, None)
 
         def draw(row: jax.Array) -> jax.Array:  # row by row: floats of all at once would take four times the memory
-            return stored(ball.sample(jax.random.fold_in(key, row)[None], jnp.zeros((1, *image_shape)))[0], dtype)
+            drawn = ball.sample(jax.random.fold_in(key, row)[None], jnp.zeros((1, *image_shape)))
+            return stored(drawn.reshape(-1), dtype)
 
         memory["delta"] = jax.lax.map(draw, jnp.arange(shape[0]), batch_size=256)
     return memory
@@ -72,17 +75,20 @@ def check_rows(config: Config, memory: Memory | None, training_images: int) -> N
             )
 
 
-def recall(memory: Memory, batch: jax.Array, eps: jax.typing.ArrayLike) -> dict[str, jax.Array]:
-    """What is remembered of the images of a batch, float32, perturbations in the images' units.
+def recall(
+    memory: Memory, batch: jax.Array, eps: jax.typing.ArrayLike, image_shape: Sequence[int]
+) -> dict[str, jax.Array]:
+    """What is remembered of the images of a batch, `[N, H, W, C]`, float32, perturbations in the images' units.
 
     Args:
       memory: the memory.
       batch: places of the images in the training set, int `[N]`.
       eps: the budget now.
+      image_shape: (H, W, C).
     """
     found = {}
     for name, kept in memory.items():
-        rows = kept[batch].astype(jnp.float32)
+        rows = kept[batch].reshape(-1, *image_shape).astype(jnp.float32)
         rows = rows / LEVELS if kept.dtype == jnp.int8 else rows
         found[name] = rows * eps if name == "delta" else rows
     return found
@@ -101,7 +107,7 @@ def note(memory: Memory, batch: jax.Array, values: Mapping[str, jax.Array], eps:
     noted = {}
     for name, kept in memory.items():
         new = values[name] / jnp.where(jnp.asarray(eps) > 0, eps, 1) if name == "delta" else values[name]
-        noted[name] = kept.at[places].set(stored(new, kept.dtype), mode="drop")
+        noted[name] = kept.at[places].set(stored(new, kept.dtype).reshape(n, -1), mode="drop")
     return noted
 
 

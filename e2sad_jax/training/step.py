@@ -145,7 +145,7 @@ def make_train_step(
         batch = jax.lax.dynamic_slice_in_dim(order, offset, config.batch_size)
         rows = jax.tree.map(lambda values: values[batch], (images, labels))
         check_rows(config, state.memory, images.shape[0])
-        remembered = None if state.memory is None else recall(state.memory, batch, eps)
+        remembered = None if state.memory is None else recall(state.memory, batch, eps, images.shape[1:])
         if mesh is not None:
             rows, remembered = jax.lax.with_sharding_constraint((rows, remembered), distributed.split(mesh))
         number = state.step // config.steps_per_batch  # of the batch: steps that replay it see it as it was

@@ -79,6 +79,22 @@ def test_a_checkpoint_of_an_orbax_that_did_not_name_its_format_is_read(workdir):
         assert int(checkpoints.restore(like()).step) == 12
 
 
+def test_a_memory_with_the_axes_of_its_images_is_read(tmp_path):
+    """As checkpoints had it once."""
+    config = config_of(tmp_path, defense="pgd", memory="int8")
+    state = training.init_state(config, networks.create(config.model, 3, SHAPE), SHAPE, 50)
+    rows = state.memory["delta"]
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state.replace(memory={"delta": rows.reshape(-1, *SHAPE)}), METRICS)
+        checkpoints.wait()
+        assert rows.shape == (64, 64)
+        restored = checkpoints.restore(jax.eval_shape(lambda: state))
+        np.testing.assert_array_equal(restored.memory["delta"], rows)
+        fewer = {"delta": rows[:48]}
+        with pytest.raises(DamagedError):
+            checkpoints.restore(jax.eval_shape(lambda: state.replace(memory=fewer)))
+
+
 def test_a_checkpoint_holds_the_same_parts_in_later_versions():
     parts = {"step", "params", "opt_state", "key"}
     assert set(jax.eval_shape(lambda: checkpoint._storable(state_at()))) == parts
