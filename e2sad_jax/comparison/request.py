@@ -9,6 +9,7 @@ from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.evaluation import Attack, Effort
 from e2sad_jax.networks import NETWORKS
+from e2sad_jax.runs.recipes import RECIPES
 from e2sad_jax.training.config import DATA_DIR, RECIPE, SCHEDULE, SCHEDULES, Config, check, configure, preset, setting
 
 # By name in tables and pictures. Budgets are in multiples of eps.
@@ -37,6 +38,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "PGD-2, shorter steps": {"defense": "pgd", "attack_steps": 2, "attack_step_size": 0.8},
     "PGD-3": {"defense": "pgd", "attack_steps": 3},
     "TRADES-2": {"defense": "trades", "attack_steps": 2},
+    "Free-4": {"defense": "free", "replays": 4},
     "Free-8": {"defense": "free"},
     "PGD-7": {"defense": "pgd", "attack_steps": 7},
     "PGD-10": {"defense": "pgd", "attack_steps": 10},
@@ -53,6 +55,26 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "N-FGSM, QUB": {"defense": "n_fgsm", "training_loss": "qub"},
     "PGD-2, QUB": {"defense": "pgd", "attack_steps": 2, "training_loss": "qub"},
     "IFGSM-30 (Eq. 3)": {"defense": "ifgsm", "attack_steps": 30},
+}
+# Clean accuracy and that under AutoAttack, in percent, that FastAT Benchmark has published, by the names of entries:
+# CIFAR-10 at 8/255, PreActResNet-18, its table of methods (https://arxiv.org/abs/2604.22853).
+FASTAT: Mapping[str, tuple[float, float]] = {
+    "PGD-10": (82.4, 50.49),
+    "NuAT": (81.0, 50.10),
+    "FGSM-PGI": (79.7, 49.89),
+    "FGSM-UAP": (80.6, 49.44),
+    "GAT": (85.1, 49.15),
+    "GradAlign": (79.4, 47.99),
+    "N-FGSM": (78.6, 47.77),
+    "Free-4": (75.2, 44.34),
+    "RS-FGSM": (77.7, 43.09),
+}
+# Its recipe, and the attacks of AutoAttack that are ours, for the fields of a request.
+_FIELD = RECIPES["cifar10"].settings
+_FASTAT: Mapping[str, Any] = {
+    **{name: _FIELD[name] for name in ("data", "model", "batch_size", "learning_rate", "schedule", "delta", "ema")},
+    **{"eps": _FIELD["eps1"], "eps_warmup": 0.0, "eps_scale": 1.0, "steps": 38_282},  # 100 epochs of 49,000 images
+    **{"validation_examples": 1000, "examples": 10_000, "apgd_steps": 100, "targets": 9, "queries": 5000},
 }
 # The robust preset with one thing changed: what each part of it does.
 _PARTS: Mapping[str, Mapping[str, Any]] = {
@@ -129,6 +151,12 @@ class Request:
     """
 
     entry: tuple[str, ...] = setting((), f"what to compare, may be given several times; none: all; of {_quoted()}")
+    recipe: str = setting(
+        "",
+        "fastat: the settings of FastAT Benchmark, whose published numbers stand beside; a flag that is not at its default has "
+        "precedence",
+        choices=("", "fastat"),
+    )
     data: str = setting("mnist", "mnist, svhn, digits, or a file PATH.npz")
     data_dir: str = setting("", DATA_DIR)
     model: str = setting("digits_cnn", "network; mnist_cnn is the paper's", choices=NETWORKS)
@@ -179,15 +207,19 @@ class Request:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
+            if self.recipe and field.name in _FASTAT and getattr(self, field.name) == field.default:
+                object.__setattr__(self, field.name, _FASTAT[field.name])
         for name in () if self.cited else self.entry:  # those of --cited are other systems
             if name not in known():
                 raise ConfigError(f"--entry={name:.100}: must be of {_quoted()}")
         if self.parts and self.entry:
             raise ConfigError(f"--parts: chooses what is compared; leave out --entry={self.entry[0]}, or --parts")
-        if self.cited and (self.parts or self.equal_flops or self.show or self.judge != "test"):
+        if self.cited and (self.parts or self.equal_flops or self.show or self.judge != "test" or self.recipe):
             raise ConfigError(
-                "--cited: chooses what is compared and how; leave out --parts, --equal_flops, --show and --judge"
+                "--cited: chooses what is compared and how; leave out --parts, --equal_flops, --show, --judge and --recipe"
             )
+        if self.recipe and self.parts:
+            raise ConfigError(f"--parts: chooses what is compared; leave it out, or --recipe={self.recipe}")
         if self.judge == "held_out" and self.examples > self.validation_examples:
             raise ConfigError(
                 f"--examples={self.examples}: must be at most --validation_examples={self.validation_examples} "
@@ -198,6 +230,8 @@ class Request:
         """What is compared, by its name in tables, each once."""
         if self.entry:
             return tuple(dict.fromkeys(self.entry))
+        if self.recipe:
+            return ("natural", REFERENCE, "ATTA-1", *FASTAT)
         return ("natural", REFERENCE, *PARTS) if self.parts else tuple(entries())
 
     def question(self) -> dict[str, Any]:
@@ -240,6 +274,9 @@ class Request:
         )
         common: dict[str, Any] = {key: getattr(self, key) for key in shared}
         common |= {"soft_label": self.delta > 0, "delta": self.delta or Config.delta}
+        if self.recipe:
+            others = ("optimizer", "weight_decay", "mean", "std", "augment")
+            common |= {name: _FIELD[name] for name in others}
         common["checkpoint_every"] = checkpoint_every(self.steps)
         found = []
         for seed in range(self.seeds):

@@ -22,7 +22,15 @@ from e2sad_jax.training import Config
 
 FORMAT = 4
 # Of settings that are younger than a compare.json.
-_DEFAULTS = {"delta": 0.0, "eps_scale": 1.0, "ema": 0.0, "last_only": False, "judge": "test", "cited": False}
+_DEFAULTS = {
+    "delta": 0.0,
+    "eps_scale": 1.0,
+    "ema": 0.0,
+    "last_only": False,
+    "judge": "test",
+    "cited": False,
+    "recipe": "",
+}
 
 
 def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from e2sad_jax.comparison.request import JUDGES, REFERENCE, checkpoints
+from e2sad_jax.comparison.request import FASTAT, JUDGES, REFERENCE, checkpoints
 from e2sad_jax.data.dataset import in_words
 from e2sad_jax.reporting import plots
 from e2sad_jax.reporting.card import PURPOSE, limits
@@ -27,7 +27,7 @@ def protocol(result: Result) -> list[str]:
     r = result["request"]
     return [
         f"Trained on {r['data']}: network `{r['model']}`, {_length(r)}, {_seeds(result)}, {_labels(r)}, learning rate "
-        f"{r['learning_rate']:g} ({r['schedule']}), eps rising over {_share(r['eps_warmup'])}"
+        f"{r['learning_rate']:g} ({r['schedule']}), {_share(r['eps_warmup'])}"
         f"{', unless a part says otherwise' if r['parts'] else ''}.",
         f"Robust accuracy: the share of {_images(result)} classified correctly under all of {_attacks(result)}; one restart "
         f"each, eps {result['eps']:.4g}.",
@@ -76,7 +76,9 @@ def _labels(r: Mapping[str, Any]) -> str:
 
 
 def _share(warmup: float) -> str:
-    return f"{warmup:g} of all steps" if warmup < 1 else f"{warmup:,.0f} steps"
+    if not warmup:
+        return "the same eps in all steps"
+    return f"eps rising over {f'{warmup:g} of all' if warmup < 1 else f'{warmup:,.0f}'} steps"
 
 
 def table(result: Result) -> Table:
@@ -87,7 +89,7 @@ def table(result: Result) -> Table:
     """
     several = _least_and_most_seeds(result)[1] > 1
     robust = "robust (lowest .. highest)" if several else "robust"
-    rows, attacked = [], _attacked(result)
+    rows, attacked, published = [], _attacked(result), result["request"].get("recipe") == "fastat"
     for row in result["rows"]:
         lost = _seeds_of(result, row) - len(row["runs"])
         cells = [row["name"] + (f" ({lost} of the seeds diverged)" if lost else "")]
@@ -98,6 +100,8 @@ def table(result: Result) -> Table:
                 cells[-1] += f" ({own['lowest']:.3f} .. {own['highest']:.3f})"
             if which != "average":
                 cells.append(", ".join(f"{step:,}" for step in sorted(set(own["steps"]))))
+        if published:
+            cells += [f"{percent / 100:.3f}" for percent in FASTAT[row["name"]]] if row["name"] in FASTAT else ["", ""]
         rows.append([*cells, f"{row['flops']:.3g}", f"{_price(result, row):.2f}"])
     priced = result["priced"]
     average = ["average: clean", f"average: {robust}"] if "average" in attacked else []
@@ -111,6 +115,7 @@ def table(result: Result) -> Table:
             "steps",
             *average,
             *best,
+            *(["published: clean", "published: AutoAttack"] if published else []),
             "training FLOPs",
             "FLOPs of a step, natural = 1",
         ],
@@ -126,6 +131,14 @@ def table(result: Result) -> Table:
             *(
                 [f"average: averaged weights (`--ema={result['request']['ema']:g}`) of the last checkpoint."]
                 if average
+                else []
+            ),
+            *(
+                [
+                    "published: by FastAT Benchmark (https://arxiv.org/abs/2604.22853), three seeds, of the checkpoint, raw or "
+                    "averaged, that PGD-10 chose on 1,000 held-out images."
+                ]
+                if published
                 else []
             ),
             f"FLOPs: XLA's count for the CPU, JAX {priced['jax']}, commit {priced['commit']}, {priced['date']}.",

@@ -221,4 +221,11 @@ SUITES: Mapping[str, tuple[Attack, ...]] = {
         Attack("IFGSM-30", "ifgsm", 24 / 255, 30),
         Attack("PGD-40", "pgd", 24 / 255, 40, 2 / 255),
     ),
+    "cifar10": (
+        Attack("clean", "clean"),
+        Attack("FGSM 8/255", "fgsm", 8 / 255, 1),
+        Attack("IFGSM-10", "ifgsm", 8 / 255, 10),
+        Attack("PGD-10", "pgd", 8 / 255, 10, 2 / 255),
+        Attack("PGD-50", "pgd", 8 / 255, 50, 2 / 255),
+    ),
 }

@@ -172,7 +172,7 @@ def test_the_package_of_the_commands_lists_them(ended):
     code, out, err, _ = ended[-4]
     assert (code, err) == (0, "")
     listed = dict(re.findall(r"^python -m experiments\.(\w+)\n    (.+)$", out, re.M))
-    assert set(listed) == {"compare", "digits", "evaluate", "export", "mnist", "paper", "step_cost", "svhn"}
+    assert set(listed) == {"cifar10", "compare", "digits", "evaluate", "export", "mnist", "paper", "step_cost", "svhn"}
     assert listed["mnist"].startswith("Trains a classifier on MNIST")
     code, out, err, _ = ended[-3]
     assert (code, out) == (2, "")

@@ -290,6 +290,20 @@ def test_a_platform_that_is_not_there_is_one_line_and_exit_code_2(monkeypatch, c
         assert said.count("\n") == 1
 
 
+def test_cifar10_has_the_recipe_of_fastat_benchmark(parsed):
+    """Section 4 there: 100 epochs of 128 of 49,000 images, one cycle of SGD, crops and flips, smoothing of 0.4, averages."""
+    for config in (*parsed("cifar10"), *parsed("cifar10", "--defense=pgd")):
+        field = (config.optimizer, config.learning_rate, config.momentum, config.weight_decay, config.schedule)
+        assert field == ("sgd", 0.1, 0.9, 5e-4, "onecycle")
+        assert (config.total_steps(49_000), config.augment, config.ema) == (38_282, "crop,flip", 0.9995)
+        assert config.soft_label
+        assert config.delta == pytest.approx(0.4 * 9 / 10)
+        assert (config.eps1, config.eps_scale, config.eps_warmup) == (8 / 255, 1.0, 0.0)
+    assert config.settings["attack_steps"] == 10
+    assert parsed("cifar10")[0].settings["eps2"] == 4 / 255
+    assert parsed("cifar10", "--preset=paper")[0].settings["eps2"] == 8 / 255 / 3
+
+
 def test_recipes_are_settings_that_there_are():
     for name, recipe in RECIPES.items():
         assert name in run.SUITES

@@ -201,6 +201,7 @@ def test_suites_are_the_documented_ones():
     ]
     assert {eps for _, eps, _, _ in rows["digits"]} == {0.0, 0.2, 0.3}
     assert rows["svhn"][5][:3] == ("pgd", eps, 40)
+    assert rows["cifar10"][2:] == [("ifgsm", 8 / 255, 10, None)] + [("pgd", 8 / 255, k, 2 / 255) for k in (10, 50)]
     for suite in SUITES.values():
         for attack in suite:
             attack.check(10, 4)

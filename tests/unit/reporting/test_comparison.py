@@ -15,7 +15,7 @@ from e2sad_jax import data, defenses, training
 from e2sad_jax._io import read_sealed, sealed
 from e2sad_jax.comparison import evaluate_model, flops, show
 from e2sad_jax.comparison import run as comparison
-from e2sad_jax.comparison.request import PARTS, Request, entries, position
+from e2sad_jax.comparison.request import FASTAT, PARTS, Request, entries, position
 from e2sad_jax.comparison.run import run
 from e2sad_jax.errors import ConfigError, NonFiniteError
 from e2sad_jax.reporting import provenance
@@ -267,6 +267,22 @@ def test_all_share_the_schedule_and_a_preset_brings_its_points():
     assert (constant.schedule, constant.learning_rate, constant.eps_warmup) == ("constant", 0.001, 0.25)
     assert len({c.workdir for c in [*parts.values(), configs["e2SAD, robust"]]}) == len(parts) + 1
     assert len({c.workdir for c in configs.values()}) == len(configs)
+
+
+def test_fastats_recipe_stands_where_no_flag_is_given():
+    request = Request(recipe="fastat")
+    assert (request.data, request.eps, request.steps, request.queries) == ("cifar10", 8 / 255, 38_282, 5000)
+    assert len(request.stages(10)) == 3
+    assert set(request.entries()) > {"e2SAD, robust", "natural", *FASTAT}
+    for name in request.entries():
+        (config,) = request.configs(name)
+        about = (config.model, config.optimizer, config.learning_rate, config.schedule, config.augment)
+        assert about == ("preact_resnet18", "sgd", 0.1, "onecycle", "crop,flip")
+        assert (config.weight_decay, config.ema, config.eps_warmup) == (5e-4, 0.9995, 0.0)
+        assert (config.eps1, config.eps_scale, config.delta) == (8 / 255, 1.0, 0.36)
+    assert request.configs("e2SAD, robust")[0].settings["eps2"] == 4 / 255
+    short = Request(recipe="fastat", data="my.npz", steps=7, entry=("PGD-10",))
+    assert (short.data, short.configs("PGD-10")[0].steps, short.entries()) == ("my.npz", 7, ("PGD-10",))
 
 
 def test_a_registered_defense_is_an_entry_by_its_name(monkeypatch):

@@ -240,3 +240,17 @@ def test_the_picture(how, tiny_data, tmp_path, made_up, monkeypatch):
     (axes,) = figures[-1].axes
     assert 0.8 < axes.get_ylim()[0] < 0.88, "no room for accuracies that no row has"
     assert len(axes.get_yticks()) > 5
+
+
+def test_numbers_that_were_published_stand_beside_ours(tiny_data, tmp_path, made_up):
+    paths = {"workdir": str(tmp_path / "runs"), "results": str(tmp_path)}
+    result = run(Request(entry=("RS-FGSM", "natural"), data="tiny.npz", **paths, **LITTLE), quiet)
+    assert "published" not in show.markdown(result)
+    page = show.markdown({**result, "request": {**result["request"], "recipe": "fastat", "eps_warmup": 0.0}})
+    lines = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if line.startswith("|")]
+    rows = {cells[1]: cells for cells in lines}
+    first = rows["defense"].index("published: clean")
+    assert rows["defense"][first + 1] == "published: AutoAttack"
+    assert rows["RS-FGSM"][first : first + 2] == ["0.777", "0.431"]
+    assert rows["natural"][first : first + 2] == ["", ""]
+    assert "the same eps in all steps" in page
