@@ -9,7 +9,18 @@ from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.evaluation import Attack, Effort
 from e2sad_jax.networks import NETWORKS
-from e2sad_jax.training.config import DATA_DIR, RECIPE, SCHEDULE, SCHEDULES, Config, check, configure, preset, setting
+from e2sad_jax.training.config import (
+    DATA,
+    DATA_DIR,
+    RECIPE,
+    SCHEDULE,
+    SCHEDULES,
+    Config,
+    check,
+    configure,
+    preset,
+    setting,
+)
 
 # By name in tables and pictures. Budgets are in multiples of eps.
 ENTRIES: Mapping[str, Mapping[str, Any]] = {
@@ -129,7 +140,7 @@ class Request:
     """
 
     entry: tuple[str, ...] = setting((), f"what to compare, may be given several times; none: all; of {_quoted()}")
-    data: str = setting("mnist", "mnist, svhn, digits, or a file PATH.npz")
+    data: str = setting("mnist", DATA)
     data_dir: str = setting("", DATA_DIR)
     model: str = setting("digits_cnn", "network; mnist_cnn is the paper's", choices=NETWORKS)
     steps: int = setting(2000, "training steps of each", lower=1)
