@@ -419,20 +419,28 @@ def _decode(name: str, builder: Any, train: str, test: str, keys: tuple[str, str
     """Decodes two splits to the arrays of a `Dataset`; `keys` are the names of image and label."""
     from tqdm import auto as tqdm_auto
 
+    features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in keys})  # no other is decoded
+    kind, skipped = features[keys[0]], {keys[0]: tfds.decode.SkipDecoding()}
+
+    def decoded(record: bytes) -> tuple[np.ndarray, int]:
+        example = features.deserialize_example_np(record, decoders=skipped)
+        # The library would take OpenCV where it is installed, which decodes a JPEG to slightly other pixels.
+        return kind.decode_example_np_with_pil(example[keys[0]], kind.shape[-1]), example[keys[1]]
+
     arrays: dict[str, np.ndarray] = {}
     shape: tuple[int, ...] = ()
-    unused = {key: tfds.decode.SkipDecoding() for key in builder.info.features if key not in keys}
     for part, split in (("train", train), ("test", test)):
-        source = builder.as_data_source(split=split, decoders=unused, file_format="array_record")
-        shape = shape or source[0][keys[0]].shape
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        source = builder.as_data_source(split=split, deserialize_method=raw, file_format="array_record")
+        shape = shape or decoded(source[0])[0].shape
         images, labels = np.empty((len(source), *shape), np.uint8), np.empty(len(source), np.int32)
-        # None: nothing in a log.
         title = f"Decoding {name} {split}"
+        # None: nothing in a log.
         with tqdm_auto.tqdm(total=len(source), desc=title, unit=" images", leave=False, disable=None) as bar:
             for start in range(0, len(source), 1000):
                 indices = range(start, min(start + 1000, len(source)))
-                for index, example in zip(indices, source.__getitems__(indices), strict=True):
-                    image, labels[index] = (example[key] for key in keys)
+                for index, record in zip(indices, source.__getitems__(indices), strict=True):
+                    image, labels[index] = decoded(record)
                     if image.shape != shape:
                         raise DataError(
                             f"{name}: has images of shapes {shape} and {image.shape} ({split}, {index}); images of one size "

@@ -1,8 +1,10 @@
 """Sets of tensorflow-datasets that are not known by name: miniatures that the library's own writer has written."""
 
+import io
 import json
 import shutil
 import sys
+import types
 
 import numpy as np
 import PIL.Image
@@ -13,12 +15,14 @@ from e2sad_jax import data
 from e2sad_jax.data import prepared, tfds
 from e2sad_jax.data.__main__ import main
 from e2sad_jax.errors import DataError
-from e2sad_jax.runs import run
+from e2sad_jax.runs import parameters, run
 from e2sad_jax.training import configure
 
 pytestmark = pytest.mark.usefixtures("offline")
 F = library.features
 PICTURE, KIND = F.Image(shape=(None, None, 3)), F.ClassLabel(names=["a", "b", "c"])
+OTHERS = {"text": F.Text(), "boxes": F.Sequence({"box": F.BBoxFeature(), "id": np.int64}), "more": {"image": PICTURE}}
+OTHER = {"text": "any", "boxes": [{"box": F.BBox(0.0, 0.0, 1.0, 1.0), "id": 3}], "more": {"image": io.BytesIO(b"none")}}
 SPLITS = {"train": 9, "validation": 5}
 
 
@@ -45,7 +49,7 @@ def write(
         url_infos, pkg_dir_path = {}, None
 
         def _info(self):
-            shown = F.FeaturesDict(features or {"picture": PICTURE, "kind": KIND, "text": F.Text()})
+            shown = F.FeaturesDict(features or {"picture": PICTURE, "kind": KIND} | OTHERS)
             return library.core.DatasetInfo(builder=self, features=shown, **about)
 
         def _split_generators(self, dl_manager):
@@ -53,7 +57,7 @@ def write(
 
         def _generate_examples(self, split, count):
             for i in range(count):
-                yield i, ({} if features else {"text": "any"}) | example(split, i)
+                yield i, ({} if features else OTHER) | example(split, i)
 
     Builder.name = name
     builder = Builder(data_dir=root, file_format="array_record")
@@ -144,6 +148,17 @@ def test_grey_images_and_the_supervised_keys(root, records):
     assert pairs(dataset.x_train, dataset.y_train) == written("train", (6, 7))
 
 
+def test_jpeg_files_as_pillow_decodes_them(root, records):
+    def jpeg(split, i):
+        stream = io.BytesIO()
+        PIL.Image.fromarray(image_of(split, i)).save(stream, "jpeg")
+        return io.BytesIO(stream.getvalue())
+
+    write(records, example=lambda split, i: {"picture": jpeg(split, i), "kind": 0})
+    expected = sorted(np.asarray(PIL.Image.open(jpeg("train", i))).tobytes() for i in range(SPLITS["train"]))
+    assert sorted(image.tobytes() for image in data.load("tfds:mini_set", root).x_train) == expected
+
+
 def test_the_newest_version_and_the_named_one(root, records):
     write(records, {"train": 4, "test": 2}, version="1.9.0")
     assert data.load("tfds:mini_set", root).version == "1.9.0"
@@ -178,6 +193,8 @@ def test_as_one_file_and_in_commands(root, records, tmp_path, capsys):
     assert (loaded.name, loaded.sha256) == ("mini_set", data.load("tfds:mini_set", root).sha256)
     config = configure(data="tfds:mini_set:1.2.3@train,test", model="digits_cnn", data_dir=str(root))
     assert config.default_workdir().startswith("runs/mini_set-1.2.3-train-test-e2sad-")
+    trained = types.SimpleNamespace(config=config, step=1, averaged=False, dataset={})
+    assert parameters.about(trained)["config"]["data"] == config.data, "no path, of which the last part would be kept"
     table = run.describe(config)
     assert "float32[1,10,12,3]" in table
     assert "kernel: float32[256,3]" in table, "of the three classes"
