@@ -1,15 +1,16 @@
 """Data sets through tensorflow-datasets, without TensorFlow.
 
-Importing this module imports tensorflow-datasets (a second or so), so `e2sad_jax.data` does it only to prepare a set.
+Importing this module imports tensorflow-datasets (a second or so), so `e2sad_jax.data` does it only to prepare or decode a set.
 
-The library's own builders open the original files with `tf.io.gfile`. The subclasses here keep everything else of
-them (URLs, registered checksums, features, version) and open the files with plain Python.
+The library's own builders open the original files with `tf.io.gfile`. For the names of `BUILDERS`, the subclasses here keep
+everything else of them (URLs, registered checksums, features, version) and open the files with plain Python. Other sets are read
+where the library has prepared them as array_record.
 
 Layout under the data folder:
     downloads/, downloads/manual/   the library's usual places for original files
     array_record/<set>/<version>/   the prepared records; a root of our own, so that a set which somebody prepared with
                                     the library in another format at <data folder>/<set> is neither read nor touched
-    decoded/<name>.npz              the decoded copy that later loads read
+    decoded/<name>.npz              the decoded copy that later loads read; decoded/tfds/ for sets not known by name
 """
 
 from __future__ import annotations
