@@ -2,9 +2,9 @@
 
 Importing this module imports tensorflow-datasets (a second or so), so `e2sad_jax.data` does it only to prepare or decode a set.
 
-The library's own builders open the original files with `tf.io.gfile`. For the names of `BUILDERS`, the subclasses here keep
-everything else of them (URLs, registered checksums, features, version) and open the files with plain Python. Other sets are read
-where the library has prepared them as array_record.
+The library's own builders open the original files with `tf.io.gfile`. For the names of `BUILDERS`, the subclasses here
+keep everything else of them (URLs, registered checksums, features, version) and open the files with plain Python. Other sets
+are read where the library has prepared them as array_record.
 
 Layout under the data folder:
     downloads/, downloads/manual/   the library's usual places for original files
