@@ -10,7 +10,18 @@ from e2sad_jax.errors import ConfigError
 from e2sad_jax.evaluation import Attack, Effort
 from e2sad_jax.networks import NETWORKS
 from e2sad_jax.runs.recipes import RECIPES
-from e2sad_jax.training.config import DATA_DIR, RECIPE, SCHEDULE, SCHEDULES, Config, check, configure, preset, setting
+from e2sad_jax.training.config import (
+    DATA,
+    DATA_DIR,
+    RECIPE,
+    SCHEDULE,
+    SCHEDULES,
+    Config,
+    check,
+    configure,
+    preset,
+    setting,
+)
 
 # By name in tables and pictures. Budgets are in multiples of eps.
 ENTRIES: Mapping[str, Mapping[str, Any]] = {
@@ -157,7 +168,7 @@ class Request:
         "precedence",
         choices=("", "fastat"),
     )
-    data: str = setting("mnist", "mnist, svhn, digits, or a file PATH.npz")
+    data: str = setting("mnist", DATA)
     data_dir: str = setting("", DATA_DIR)
     model: str = setting("digits_cnn", "network; mnist_cnn is the paper's", choices=NETWORKS)
     steps: int = setting(2000, "training steps of each", lower=1)

@@ -25,12 +25,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m e2sad_jax.dat
       The exit code: 0, or 2 for invalid arguments and for data that cannot be had.
     """
     parser = _Parser(prog=prog, description=__doc__, allow_abbrev=False)
-    parser.add_argument("DATA", help="mnist, svhn, digits, or the path of a .npz file")
+    parser.add_argument(
+        "DATA", help=f"{', '.join(data.KNOWN)}, tfds:NAME of tensorflow-datasets, or the path of a .npz file"
+    )
     parser.add_argument("--to", required=True, metavar="FILE.npz", help="the file to write, in an existing folder")
     parser.add_argument(
         "--data_dir",
         metavar="DIR",
-        help="where mnist and svhn are prepared; original files in its folder downloads/manual are used instead of a "
+        help="where data sets are prepared; original files in its folder downloads/manual are used instead of a "
         "download (default: $E2SAD_DATA_DIR, else $XDG_CACHE_HOME/e2sad_jax, else ~/.cache/e2sad_jax)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")

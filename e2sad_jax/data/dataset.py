@@ -25,14 +25,16 @@ class Dataset:
     The arrays are kept as read-only views, because `sha256` identifies their content.
 
     Attributes:
-      name: `mnist`, `svhn` or `digits`; for a user's file its stem. Every report shows it.
+      name: of `KNOWN`; NAME/CONFIG@TRAIN,TEST of other sets of tensorflow-datasets; for a user's file its stem. Every report
+        shows it.
       version: the tensorflow-datasets version, or "".
       x_train: training images `[N, H, W, C]`, uint8 in 0..255, or float32 in [0, 1] if the user's file holds floats.
       y_train: their labels `[N]`, int32 in [0, num_classes).
       x_test: test images `[M, H, W, C]`, of the dtype of `x_train`.
       y_test: their labels `[M]`, int32 in [0, num_classes).
       num_classes: number of classes, at least 2.
-      source_sha256: SHA-256 of each original file by its name (`mnist`, `svhn`), else empty.
+      source_sha256: SHA-256 of each original file by its name, of other sets of tensorflow-datasets of the file that describes
+        the records, else empty.
     """
 
     name: str

@@ -23,5 +23,8 @@ class Known(NamedTuple):
 KNOWN: dict[str, Known] = {
     "mnist": Known(60_000, 10_000, (28, 28, 1)),
     "svhn": Known(73_257, 26_032, (32, 32, 3)),
+    "svhn_extra": Known(604_388, 26_032, (32, 32, 3)),
+    "cifar10": Known(50_000, 10_000, (32, 32, 3)),
+    "cifar100": Known(50_000, 10_000, (32, 32, 3), 100),
     "digits": Known(1_442, 355, (28, 28, 1)),
 }

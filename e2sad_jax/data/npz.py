@@ -59,7 +59,7 @@ def load_npz(path: str | os.PathLike[str], *, test_only: bool = False) -> Datase
     if "metadata" not in members:
         arrays, count = checked(where, members, members.get("num_classes"))
         name = path.name if path.stem.lower() in KNOWN else path.stem
-        return _warned(where, Dataset(name, "", **arrays, num_classes=count), "num_classes" in members)
+        return warned(where, Dataset(name, "", **arrays, num_classes=count), "num_classes" in members)
     metadata = _parse_metadata(where, members["metadata"])
     for member in ARRAYS:
         expected, found = metadata["arrays"][member], _described(members[member])
@@ -80,10 +80,10 @@ def load_npz(path: str | os.PathLike[str], *, test_only: bool = False) -> Datase
     sources = dict(metadata["source_sha256"])
     dataset = Dataset(metadata["name"], metadata["version"], **arrays, num_classes=count, source_sha256=sources)
     check_claim(where, dataset)
-    return _warned(where, dataset, True)
+    return warned(where, dataset, True)
 
 
-def _warned(where: str, dataset: Dataset, stated: bool) -> Dataset:
+def warned(where: str, dataset: Dataset, stated: bool) -> Dataset:
     """Prints what is most likely wrong with a data set, in one line, once a process and once for all processes of a run."""
     line = f"warning: {printable(where)}: {'; '.join(found)}" if (found := doubts(dataset, stated)) else ""
     if line and line not in _warnings:

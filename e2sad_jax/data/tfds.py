@@ -1,27 +1,35 @@
-"""MNIST and SVHN through tensorflow-datasets, without TensorFlow.
+"""Data sets through tensorflow-datasets, without TensorFlow.
 
-Importing this module imports tensorflow-datasets (a second or so), so `e2sad_jax.data` does it only to prepare a set.
+Importing this module imports tensorflow-datasets (a second or so), so `e2sad_jax.data` does it only to prepare or decode a set.
 
-The library's own builders open the original files with `tf.io.gfile`. The subclasses here keep everything else of
-them (URLs, registered checksums, features, version) and open the files with plain Python.
+The library's own builders open the original files with `tf.io.gfile`. For the names of `BUILDERS`, the subclasses here
+keep everything else of them (URLs, registered checksums, features, version) and open the files with plain Python. Other sets
+are read where the library has prepared them as array_record.
 
 Layout under the data folder:
     downloads/, downloads/manual/   the library's usual places for original files
     array_record/<set>/<version>/   the prepared records; a root of our own, so that a set which somebody prepared with
                                     the library in another format at <data folder>/<set> is neither read nor touched
-    decoded/<name>.npz              the decoded copy that later loads read
+    decoded/<name>.npz              the decoded copy that later loads read; decoded/tfds/ for sets not known by name
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
+import functools
 import gzip
 import hashlib
+import importlib.resources.abc
+import importlib.util
+import itertools
 import pathlib
+import re
 import sys
+import tarfile
 import threading
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,16 +38,23 @@ import requests
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
+from tensorflow_datasets.core import dataset_builder
 from tensorflow_datasets.core.download import checksums
 from tensorflow_datasets.core.download import resource as tfds_resource
 from tensorflow_datasets.datasets.svhn_cropped import svhn_cropped_dataset_builder as tfds_svhn
+from tensorflow_datasets.image_classification import cifar as tfds_cifar
 from tensorflow_datasets.image_classification import mnist as tfds_mnist
 
 from e2sad_jax import _io
-from e2sad_jax.data.dataset import Dataset
+from e2sad_jax.data import prepared
+from e2sad_jax.data.dataset import Dataset, check_claim, checked
 from e2sad_jax.data.known import KNOWN
-from e2sad_jax.data.npz import write_npz
+from e2sad_jax.data.npz import warned, write_npz
 from e2sad_jax.errors import DataError, first_line
+
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
+# The library takes the backport of this module of Python's, which it does not declare for any Python of today.
+dataset_builder.importlib_resources = importlib.resources
 
 PROBE_SECONDS = 6.0  # the library itself would retry for minutes, and has no timeout
 
@@ -107,7 +122,7 @@ class SvhnBuilder(_NoBucket, tfds_svhn.Builder, skip_registration=True):  # type
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         paths = _download(self, dl_manager)
-        return {split: self._generate_examples(split, paths[split]) for split in ("train", "test")}
+        return {split: self._generate_examples(split, path) for split, path in paths.items()}
 
     def _generate_examples(self, split: str, path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
         import scipy.io
@@ -120,14 +135,72 @@ class SvhnBuilder(_NoBucket, tfds_svhn.Builder, skip_registration=True):  # type
             yield index, {"image": _pil(image), "label": int(label) % 10, "id": f"{split}_{index:06d}"}
 
 
-BUILDERS: dict[str, type[Any]] = {"mnist": MnistBuilder, "svhn": SvhnBuilder}
+class SvhnExtraBuilder(SvhnBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """The library's `svhn_cropped` with its `extra` split, as a configuration: the records of `svhn` stay beside it."""
+
+    name = "svhn_cropped"
+    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name="extra", version=tfds_svhn.Builder.VERSION)]
+    FILES: ClassVar = SvhnBuilder.FILES | {"extra": "extra_32x32.mat"}
+    url_infos = _registered(SvhnBuilder.pkg_dir_path / "checksums.tsv", tfds_svhn.URL, FILES)
+
+
+class _Cifar(_NoBucket):
+    """Opens the archive of one of the library's two CIFAR builders by `tarfile`."""
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        about = self._cifar_info  # type: ignore[attr-defined]
+        wanted = {about.prefix + file for file in (*about.train_files, *about.test_files, *about.label_files)}
+        with tarfile.open(_download(self, dl_manager)["archive"]) as archive:
+            # In the order of the archive: going back in it means decompressing it again.
+            files = {member.name: archive.extractfile(member) for member in archive if member.name in wanted}
+            content = {name.removeprefix(about.prefix): file.read() for name, file in files.items() if file}
+        for key, file in zip(about.label_keys, about.label_files, strict=True):
+            self.info.features[key].names = content[file].decode().split()  # type: ignore[attr-defined]
+        return {
+            split: self._generate_examples(split, b"".join(content[file] for file in files))
+            for split, files in (("train", about.train_files), ("test", about.test_files))
+        }
+
+    def _generate_examples(self, split: str, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+        keys = self._cifar_info.label_keys  # type: ignore[attr-defined]
+        rows = np.frombuffer(content, np.uint8).reshape(-1, len(keys) + 3 * 32 * 32)  # labels, then red, green and blue
+        for index, row in enumerate(rows):
+            image = row[len(keys) :].reshape(3, 32, 32).transpose(1, 2, 0)
+            labels = dict(zip(keys, map(int, row), strict=False))
+            yield index, {"image": _pil(image), "id": f"{split}_{index:05d}", **labels}
+
+
+class Cifar10Builder(_Cifar, tfds_cifar.Cifar10, skip_registration=True):  # type: ignore[misc, call-arg]
+    """The library's `cifar10`, with the archive opened by `tarfile`."""
+
+    name = "cifar10"
+    FILES: ClassVar = {"archive": "cifar-10-binary.tar.gz"}
+    url_infos = _registered(tfds.core.tfds_path() / "url_checksums" / "cifar10.txt", CIFAR_URL, FILES)
+
+
+class Cifar100Builder(_Cifar, tfds_cifar.Cifar100, skip_registration=True):  # type: ignore[misc, call-arg]
+    """The library's `cifar100`, with the archive opened by `tarfile`. `label` is the fine label."""
+
+    name = "cifar100"
+    FILES: ClassVar = {"archive": "cifar-100-binary.tar.gz"}
+    url_infos = _registered(tfds.core.tfds_path() / "url_checksums" / "cifar100.txt", CIFAR_URL, FILES)
+
+
+BUILDERS: dict[str, type[Any]] = {
+    "mnist": MnistBuilder,
+    "svhn": SvhnBuilder,
+    "svhn_extra": SvhnExtraBuilder,
+    "cifar10": Cifar10Builder,
+    "cifar100": Cifar100Builder,
+}
+TRAIN = {"svhn_extra": "train+extra"}  # splits that the training images are, else "train"
 
 
 def prepare(name: str, root: pathlib.Path, copy: pathlib.Path) -> Dataset:
     """Prepares a data set unless it is prepared already, decodes it, and keeps the decoded copy.
 
     Args:
-      name: `mnist` or `svhn`.
+      name: of `BUILDERS`.
       root: the data folder; made when missing, but only once there is something to put into it.
       copy: where to keep the decoded copy.
 
@@ -138,23 +211,174 @@ def prepare(name: str, root: pathlib.Path, copy: pathlib.Path) -> Dataset:
       DataError: if the original files are neither there nor to be had, a file is not the registered one, or the folder
         cannot be used. Nothing is left that a later call would take for a prepared data set.
     """
-    with _errors(name, root):
-        builder = _builder(name, root)
-        if not builder.data_path.exists():
-            if missing := _missing(name, root):
-                _probe(name, root, missing)
-            with _locked(name, root):
-                builder = _builder(name, root)
-                if not builder.data_path.exists():  # else another process was faster
-                    _prepare(builder, root)
-        dataset = _decode(name, builder)
+    known, infos = KNOWN[name], BUILDERS[name].url_infos
+    try:
+        builder = _prepared(name, root, functools.partial(_builder, name, root))
+    except DataError:
+        raise
+    except Exception as err:  # a wrong checksum, a broken connection, a full disk, ...
+        raise DataError(
+            f"{name}: cannot be prepared in {root} ({type(err).__name__}: {first_line(err)}); "
+            f"{_ways_out(name, root, infos)}"
+        ) from err
+    try:
+        arrays = _decode(name, builder, TRAIN.get(name, "train"), "test", ("image", "label"))
+        if (counts := (len(arrays["x_train"]), len(arrays["x_test"]))) != known[:2]:
+            raise ValueError(f"{counts} train and test examples instead of {known[:2]}")
+    except Exception as err:  # whatever the record reader raises on damaged files
+        raise _unreadable(name, builder.data_path, err) from err
+    sources = {str(info.filename): info.checksum for info in infos.values()}
+    dataset = Dataset(name, str(builder.version), **arrays, num_classes=known.num_classes, source_sha256=sources)
+    _keep(dataset, copy)
+    return dataset
+
+
+def read(wanted: prepared.Wanted, root: pathlib.Path, copy: pathlib.Path) -> Dataset:
+    """Reads a set that the library has prepared as array_record, or has it prepared; keeps the decoded copy.
+
+    Args:
+      wanted: which set, and which splits of it.
+      root: the data folder, in whose `array_record` the set is looked for first.
+      copy: where to keep the decoded copy.
+
+    Returns:
+      The data set: uint8 images `[N, H, W, C]` with C of 1 or 3, and the classes of its label. Its name is
+      `wanted.reported`, its source the SHA-256 of the description of the records.
+
+    Raises:
+      DataError: if there is no such set, it cannot be prepared here, is not array_record, lacks one of the splits, has not
+        one image and one label, or has images of several shapes.
+    """
+    asked, places = prepared.PREFIX + wanted.asked, prepared.folders(root)
+    folder = prepared.find(wanted, places) or _prepare_other(wanted, root)
+    try:
+        builder = tfds.builder_from_directory(folder)
+        splits, formats = builder.info.splits, builder.info.available_file_formats()
+    except Exception as err:  # a damaged description
+        raise _unreadable(asked, folder, err, "prepare the set again") from err
+    if tfds.core.FileFormat.ARRAY_RECORD not in formats:
+        raise DataError(
+            f"{asked}: {folder} holds {' and '.join(sorted(each.value for each in formats))}, which cannot be read without "
+            f"TensorFlow; where TensorFlow is installed, `tfds convert_format --dataset_version_dir={folder} "
+            "--out_file_format=array_record` adds records that can"
+        )
+    keys = _keys(asked, builder.info)
+    train, test = wanted.train or "train", wanted.test or ("test" if "test" in splits else "validation")
+    for split in (train, test):
+        try:
+            empty = not splits[split].num_examples
+        except Exception as err:  # of several kinds
+            raise DataError(
+                f"{asked}: has no split {split!r}; it has {', '.join(sorted(splits))}: choose two by "
+                f"--data={asked}@TRAIN,TEST"
+            ) from err
+        if empty:
+            raise DataError(f"{asked}: the split {split!r} holds no images; choose two by --data={asked}@TRAIN,TEST")
+    try:
+        arrays = _decode(asked, builder, train, test, keys)
+    except DataError:
+        raise
+    except MemoryError as err:
+        raise DataError(
+            f"{asked}: needs more memory than there is ({first_line(err)}); choose parts of the splits, such as "
+            f"--data='{asked}@train[:10%],{test}'"
+        ) from err
+    except Exception as err:  # whatever the record reader raises on damaged files
+        raise _unreadable(asked, folder, err, "prepare the set again") from err
+    arrays, count = checked(asked, arrays, builder.info.features[keys[1]].num_classes)
+    source = prepared.source(folder)
+    dataset = Dataset(wanted.reported, str(builder.version), **arrays, num_classes=count, source_sha256=source)
+    check_claim(asked, dataset)
+    _keep(dataset, copy)
+    return warned(asked, dataset, True)
+
+
+def _keys(asked: str, info: Any) -> tuple[str, str]:
+    """Returns the names of a set's image and label: those that it is supervised by, else those that are there once."""
+    features = info.features if isinstance(info.features, tfds.features.FeaturesDict) else {}
+    images, labels = (
+        sorted(key for key, feature in features.items() if type(feature) is kind)
+        for kind in (tfds.features.Image, tfds.features.ClassLabel)
+    )
+    if info.supervised_keys in itertools.product(images, labels):
+        image, label = info.supervised_keys
+    elif len(images) == len(labels) == 1:
+        image, label = images[0], labels[0]
+    else:
+        raise DataError(
+            f"{asked}: its examples have the images ({', '.join(images)}) and the class labels ({', '.join(labels)}), and no "
+            "supervised keys among them; one of each is needed: write them to a .npz file of your own"
+        )
+    shape, dtype = features[image].shape, np.dtype(features[image].np_dtype)
+    if dtype != np.uint8 or len(shape) != 3 or shape[-1] not in (1, 3):
+        raise DataError(
+            f"{asked}: {image!r} is {dtype} of shape {shape}; images must be uint8 of 1 or 3 channels: write them to a .npz "
+            "file of your own"
+        )
+    return image, label
+
+
+def _prepare_other(wanted: prepared.Wanted, root: pathlib.Path) -> pathlib.Path:
+    """Has the library prepare one of its sets, and returns the folder of the records."""
+    asked, (folder, other) = prepared.PREFIX + wanted.asked, prepared.folders(root)
+    _check_known(wanted, (folder, other))
+    own = next((builder for builder in BUILDERS.values() if builder.name == wanted.name and not wanted.config), None)
+
+    def make() -> Any:
+        if own:
+            return own(data_dir=folder, version=wanted.version or None, file_format="array_record")
+        return tfds.builder(wanted.asked, data_dir=folder, file_format="array_record")
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            builder = make()
+            _keys(asked, builder.info)
+            if not own and builder.url_infos and not importlib.util.find_spec("tensorflow"):
+                # It opens what it downloads by TensorFlow, but says so only after the download.
+                raise ImportError("tensorflow-datasets needs TensorFlow to open its original files")
+            return pathlib.Path(_prepared(asked, root, make).data_path)
+    except DataError:
+        raise
+    except Exception as err:
+        raise DataError(
+            f"{asked}: not prepared in {folder} or {other}, and cannot be prepared here ({type(err).__name__}: "
+            f"{first_line(err)}); where TensorFlow is installed, `tfds build {wanted.asked} --file_format=array_record "
+            f"--data_dir=DIR` prepares it: put DIR/{wanted.name} into {folder}"
+        ) from err
+
+
+def _check_known(wanted: prepared.Wanted, places: Sequence[pathlib.Path]) -> None:
+    """Refuses a name that the library does not know, with those that are like it; a set prepared elsewhere may be meant."""
+    there: dict[str, list[str]] = {}
+    for found in prepared.found(places):
+        there.setdefault(re.split("[/:]", found)[0], []).append(found)
+    known = set(tfds.list_builders(with_community_datasets=False))
+    if wanted.name in known:
+        return
+    close = difflib.get_close_matches(wanted.name.lower(), sorted({*known, *there}))
+    meant = [prepared.PREFIX + name for match in close for name in there.get(match, [match])]
+    hint = f"did you mean {' or '.join(meant)}?" if meant else "see https://www.tensorflow.org/datasets/catalog"
+    raise DataError(
+        f"{prepared.PREFIX}{wanted.asked}: neither prepared in {' or '.join(map(str, places))}, nor a set of "
+        f"tensorflow-datasets; {hint}"
+    )
+
+
+def _keep(dataset: Dataset, copy: pathlib.Path) -> None:
+    """Keeps the decoded copy of a data set, if that can be done."""
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         write_npz(dataset, copy)
     except (OSError, DataError) as err:
         # A read-only or full folder: slow, yet no reason to stop.
-        logging.warning("%s: no decoded copy is kept, so each load decodes the records: %s", name, err)
-    return dataset
+        logging.warning("%s: no decoded copy is kept, so each load decodes the records: %s", dataset.name, err)
+
+
+def _unreadable(name: str, folder: pathlib.Path, err: Exception, then: str = "run again") -> DataError:
+    return DataError(
+        f"{name}: the prepared records in {folder} cannot be read ({type(err).__name__}: {first_line(err)}); delete "
+        f"that folder and {then}"
+    )
 
 
 def _builder(name: str, root: pathlib.Path) -> Any:
@@ -165,11 +389,17 @@ def _builder(name: str, root: pathlib.Path) -> Any:
         raise _unreadable(name, folder / BUILDERS[name].name, err) from err
 
 
-def _unreadable(name: str, folder: pathlib.Path, err: Exception) -> DataError:
-    return DataError(
-        f"{name}: the prepared records in {folder} cannot be read ({type(err).__name__}: {first_line(err)}); delete "
-        "that folder and run again"
-    )
+def _prepared(name: str, root: pathlib.Path, make: Callable[[], Any]) -> Any:
+    """Returns the builder that `make` makes, after it has prepared its records, once for all processes."""
+    builder = make()
+    if not builder.data_path.exists():
+        if missing := _missing(builder, root):
+            _probe(name, root, missing)
+        with _locked(name, root):
+            builder = make()
+            if not builder.data_path.exists():  # else another process was faster
+                _prepare(builder, root)
+    return builder
 
 
 def _prepare(builder: Any, root: pathlib.Path) -> None:
@@ -182,50 +412,61 @@ def _prepare(builder: Any, root: pathlib.Path) -> None:
 def _locked(name: str, root: pathlib.Path) -> contextlib.AbstractContextManager[None]:
     """Lets one process at a time prepare a data set."""
     root.mkdir(parents=True, exist_ok=True)
-    return _io.locked(root, f".{name}.lock", lambda who: logging.warning("%s: %s; waiting for it", name, who))
+    lock = f".{name.replace('/', '-')}.lock"
+    return _io.locked(root, lock, lambda who: logging.warning("%s: %s; waiting for it", name, who))
 
 
-def _decode(name: str, builder: Any) -> Dataset:
+def _decode(name: str, builder: Any, train: str, test: str, keys: tuple[str, str]) -> dict[str, np.ndarray]:
+    """Decodes two splits to the arrays of a `Dataset`; `keys` are the names of image and label."""
     from tqdm import auto as tqdm_auto
 
+    features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in keys})  # no other is decoded
+    kind, skipped = features[keys[0]], {keys[0]: tfds.decode.SkipDecoding()}
+
+    def decoded(record: bytes) -> tuple[np.ndarray, int]:
+        example = features.deserialize_example_np(record, decoders=skipped)
+        # The library would take OpenCV where it is installed, which decodes a JPEG to slightly other pixels.
+        return kind.decode_example_np_with_pil(example[keys[0]], kind.shape[-1]), example[keys[1]]
+
     arrays: dict[str, np.ndarray] = {}
-    try:
-        for split in ("train", "test"):
-            source = builder.as_data_source(split=split)
-            images = np.empty((len(source), *KNOWN[name].image_shape), np.uint8)
-            labels = np.empty(len(source), np.int32)
-            title = f"Decoding {name} {split}"
-            # None: nothing in a log.
-            with tqdm_auto.tqdm(total=len(source), desc=title, unit=" images", leave=False, disable=None) as bar:
-                for start in range(0, len(source), 1000):
-                    indices = range(start, min(start + 1000, len(source)))
-                    for index, example in zip(indices, source.__getitems__(indices), strict=True):
-                        images[index], labels[index] = example["image"], example["label"]
-                    bar.update(len(indices))
-            arrays |= {f"x_{split}": images, f"y_{split}": labels}
-        sources = {str(info.filename): info.checksum for info in builder.url_infos.values()}
-        dataset = Dataset(name, str(builder.version), **arrays, num_classes=10, source_sha256=sources)
-        if (found := (len(dataset.x_train), len(dataset.x_test))) != KNOWN[name][:2]:
-            raise ValueError(f"{found} train and test examples instead of {KNOWN[name][:2]}")
-    except Exception as err:  # whatever the record reader raises on damaged files
-        raise _unreadable(name, builder.data_path, err) from err
-    return dataset
+    shape: tuple[int, ...] = ()
+    for part, split in (("train", train), ("test", test)):
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        source = builder.as_data_source(split=split, deserialize_method=raw, file_format="array_record")
+        shape = shape or decoded(source[0])[0].shape
+        images, labels = np.empty((len(source), *shape), np.uint8), np.empty(len(source), np.int32)
+        title = f"Decoding {name} {split}"
+        # None: nothing in a log.
+        with tqdm_auto.tqdm(total=len(source), desc=title, unit=" images", leave=False, disable=None) as bar:
+            for start in range(0, len(source), 1000):
+                indices = range(start, min(start + 1000, len(source)))
+                for index, record in zip(indices, source.__getitems__(indices), strict=True):
+                    image, labels[index] = decoded(record)
+                    if image.shape != shape:
+                        raise DataError(
+                            f"{name}: has images of shapes {shape} and {image.shape} ({split}, {index}); images of one size "
+                            "are needed: resize them and write a .npz file of your own"
+                        )
+                    images[index] = image
+                bar.update(len(indices))
+        arrays |= {f"x_{part}": images, f"y_{part}": labels}
+    return arrays
 
 
 def _manual_dir(root: pathlib.Path) -> pathlib.Path:
     return root / "downloads" / "manual"
 
 
-def _missing(name: str, root: pathlib.Path) -> _UrlInfos:
+def _missing(builder: Any, root: pathlib.Path) -> _UrlInfos:
     """Returns the original files that must be downloaded, after verifying those that were placed by hand."""
     missing: _UrlInfos = {}
-    for url, info in BUILDERS[name].url_infos.items():
-        manual = _manual_dir(root) / info.filename
+    for url, info in (builder.url_infos or {}).items():  # a user's builder may register none
+        manual = _manual_dir(root) / str(info.filename)
         if manual.exists():
             _check_sha256(manual, info.checksum, f"put the original file there (from {url}), or remove it")
             continue
         cached, downloads = tfds_resource.get_dl_fname(url, info.checksum), root / "downloads"
-        folders = (downloads, downloads / BUILDERS[name].name)
+        folders = (downloads, downloads / builder.name)
         if not any(tfds_resource.is_locally_cached(epath.Path(folder) / cached) for folder in folders):
             missing[url] = info
     return missing
@@ -254,7 +495,7 @@ def _ways_out(name: str, root: pathlib.Path, infos: _UrlInfos) -> str:
     return (
         f"either (1) run again where {folder} can be reached, or (2) put {files} from there into {_manual_dir(root)}, or "
         f"(3) use other data: --data=digits needs no files, --data=PATH.npz takes a file of your own or one that "
-        f"`python -m e2sad_jax.data {name} --to={name}.npz` exported elsewhere"
+        f"`python -m e2sad_jax.data {name} --to=PATH.npz` exported elsewhere"
     )
 
 
@@ -282,17 +523,3 @@ def _probe(name: str, root: pathlib.Path, missing: _UrlInfos) -> None:
         raise DataError(
             f"{name}: not in {root}, and {url} cannot be fetched ({problem}); {_ways_out(name, root, missing)}"
         )
-
-
-@contextlib.contextmanager
-def _errors(name: str, root: pathlib.Path) -> Iterator[None]:
-    """Turns what the library raises into one DataError: a wrong checksum, a broken connection, a full disk, ..."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as err:
-        raise DataError(
-            f"{name}: cannot be prepared in {root} ({type(err).__name__}: {first_line(err)}); "
-            f"{_ways_out(name, root, BUILDERS[name].url_infos)}"
-        ) from err

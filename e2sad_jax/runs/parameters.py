@@ -13,6 +13,7 @@ import numpy as np
 from flax import traverse_util
 
 from e2sad_jax import networks
+from e2sad_jax.data.prepared import PREFIX
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.errors import ConfigError, WorkdirError, first_line
 from e2sad_jax.runs.classifier import Classifier
@@ -91,7 +92,8 @@ def packages(name: str, what: str) -> list[Any]:
 def about(classifier: Classifier) -> dict[str, Any]:
     """What a trained network is, without the paths of the machine that it was trained on."""
     config = {k: v for k, v in classifier.config.to_json().items() if k not in ("workdir", "data_dir", "init_from")}
-    config["data"] = pathlib.PurePath(config["data"]).name
+    if not config["data"].startswith(PREFIX):
+        config["data"] = pathlib.PurePath(config["data"]).name
     found = {"format": FORMAT, "step": classifier.step, "averaged": classifier.averaged}
     return {**found, "config": config, "dataset": dict(classifier.dataset)}
 

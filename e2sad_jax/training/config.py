@@ -5,14 +5,14 @@ import hashlib
 import itertools
 import json
 import math
-import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from flax.core import FrozenDict
 
-from e2sad_jax.data import augmentation
+from e2sad_jax.data import KNOWN, augmentation
 from e2sad_jax.data.augmentation import Augmentation
+from e2sad_jax.data.prepared import stem
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.defenses import DEFENSES, PLUGINS, Defense, Setting, readers
 from e2sad_jax.errors import ConfigError, quoted
@@ -24,6 +24,7 @@ PRESETS = ("robust", "paper")
 # Under which cheap defenses hold MNIST's budget of 0.3 (docs/e2sad.md).
 SCHEDULE: Mapping[str, Any] = {"eps_warmup": 0.5, "schedule": "cyclic", "learning_rate": 5e-3}
 RECIPE: Mapping[str, Any] = {**SCHEDULE, "eps_scale": 1.1, "soft_label": True}
+DATA = f"{', '.join(KNOWN)}, tfds:NAME of tensorflow-datasets, or a file PATH.npz"
 DATA_DIR = "folder of data sets, empty: $E2SAD_DATA_DIR, or e2sad_jax in $XDG_CACHE_HOME or ~/.cache"
 
 
@@ -98,7 +99,7 @@ class Config:
 
     defense: str = setting("e2sad", "defense to train with", choices=DEFENSES)
     settings: Mapping[str, Any] = FrozenDict()
-    data: str = setting("mnist", "mnist, svhn, digits, or a file PATH.npz", identity=False)
+    data: str = setting("mnist", DATA, identity=False)
     model: str = setting("mnist_cnn", "network", choices=NETWORKS)
     width: int = setting(0, "filters of a residual network's first convolution, 0: its own number", lower=0)
     mean: str = setting(
@@ -325,7 +326,7 @@ class Config:
 
     def default_workdir(self) -> str:
         """The run's folder if `workdir` is empty."""
-        return f"runs/{pathlib.PurePath(self.data).stem}-{self.defense}-{self.digest()}"
+        return f"runs/{stem(self.data)}-{self.defense}-{self.digest()}"
 
     @property
     def _has_budget(self) -> bool:

@@ -41,6 +41,13 @@ def root(tmp_path_factory, originals):
     return root
 
 
+def test_mnist_by_the_library_s_name_and_splits(root):
+    whole, part = data.load("mnist", root), data.load("tfds:mnist:3.0.1@train[:5%],test[:500]", root)
+    assert (part.name, part.version, part.num_classes) == ("mnist@train[:5%],test[:500]", "3.0.1", 10)
+    for member, count in {"x_train": 3000, "y_train": 3000, "x_test": 500, "y_test": 500}.items():
+        np.testing.assert_array_equal(getattr(part, member), getattr(whole, member)[:count])
+
+
 def test_mnist_has_all_images_with_their_labels(root, originals, monkeypatch):
     from e2sad_jax.data import tfds
 

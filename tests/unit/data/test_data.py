@@ -88,7 +88,7 @@ def test_digits_keep_their_shape_when_resampled():
 # Names, folders, imports ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["MNIST", "cifar10", "", "mnist.npy", "svhn_cropped"])
+@pytest.mark.parametrize("name", ["MNIST", "cifar", "", "mnist.npy", "svhn_cropped"])
 def test_unknown_name(name, tmp_path):
     error_of(name, tmp_path, repr(name), "mnist", "svhn", "digits", ".npz")
 
@@ -261,7 +261,7 @@ def test_export_to_an_existing_file(tmp_path, capsys):
         (["digits", "--to=a.npz", "--overwrite=maybe"], "overwrite"),
         (["digits", "--to=a.npy"], "must end in .npz"),
         (["digits", "--to=no/such/folder/a.npz"], "does not exist"),
-        (["cifar10", "--to=a.npz"], "choose mnist, svhn, digits"),
+        (["cifar", "--to=a.npz"], "choose mnist, svhn, svhn_extra, cifar10, cifar100, digits, tfds:NAME"),
         (["missing.npz", "--to=a.npz"], "no such file"),
         (["mnist", "--to=a.npz", "--data_dir=empty"], "cannot be fetched"),
     ],

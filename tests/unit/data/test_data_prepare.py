@@ -1,4 +1,4 @@
-"""MNIST and SVHN through tensorflow-datasets, without network: miniature originals in the layout of the real ones.
+"""Data sets known by name through tensorflow-datasets, without network: miniature originals in the layout of the real ones.
 
 They are placed by hand or served from the loopback, with the registered checksums and counts replaced.
 """
@@ -6,11 +6,14 @@ They are placed by hand or served from the loopback, with the registered checksu
 import gzip
 import hashlib
 import http.server
+import io
 import json
+import os
 import shutil
 import socket
 import struct
 import sys
+import tarfile
 import threading
 
 import numpy as np
@@ -29,30 +32,21 @@ MNIST_FILES = (
     "t10k-labels-idx1-ubyte.gz",
 )
 SVHN_FILES = ("train_32x32.mat", "test_32x32.mat")
+FILES = {
+    "mnist": MNIST_FILES,
+    "svhn": SVHN_FILES,
+    "svhn_extra": (*SVHN_FILES, "extra_32x32.mat"),
+    "cifar10": ("cifar-10-binary.tar.gz",),
+    "cifar100": ("cifar-100-binary.tar.gz",),
+}
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
-    """Names do not resolve, and nothing of the user's is read or written."""
-    asked = []
-
-    def getaddrinfo(host, *args, **kwargs):
-        asked.append(host)
-        raise socket.gaierror(-2, "Name or service not known")
-
-    real = socket.getaddrinfo
-    monkeypatch.setattr(
-        socket, "getaddrinfo", lambda host, *a, **k: (real if host == "127.0.0.1" else getaddrinfo)(host, *a, **k)
-    )
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setenv("E2SAD_DATA_DIR", str(tmp_path / "default"))
-    return asked
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 def files_of(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    # os.walk passes over a folder that a thread of the library, still downloading, takes away.
+    return sorted(os.path.relpath(os.path.join(at, name), folder) for at, _, names in os.walk(folder) for name in names)
 
 
 class Mini:
@@ -61,27 +55,60 @@ class Mini:
     def __init__(self, name, origin, monkeypatch, base="http://data.invalid/"):
         rng = np.random.default_rng(1)
         self.name, self.origin, self.monkeypatch = name, origin, monkeypatch
-        self.builder = tfds.BUILDERS[name]
-        shape = (28, 28, 1) if name == "mnist" else (32, 32, 3)
+        self.builder, self.files, classes = tfds.BUILDERS[name], FILES[name], KNOWN[name].num_classes
+        shape = KNOWN[name].image_shape
         origin.mkdir()
         self.images, self.labels = {}, {}
-        for split, count in (("train", 13), ("test", 7)):
+        for split, count in (("train", 13), ("test", 7), *[("extra", 5)] * (name == "svhn_extra")):
             self.images[split] = rng.integers(0, 256, (count, *shape), np.uint8)
-            self.labels[split] = rng.permutation(count) % 10
-            if name == "mnist":
-                images, labels = MNIST_FILES[:2] if split == "train" else MNIST_FILES[2:]
-                header = struct.pack(">4i", 2051, count, 28, 28)
-                (origin / images).write_bytes(gzip.compress(header + self.images[split].tobytes()))
-                header = struct.pack(">2i", 2049, count)
-                (origin / labels).write_bytes(gzip.compress(header + self.labels[split].astype(np.uint8).tobytes()))
-            else:
-                labels = np.where(self.labels[split] == 0, 10, self.labels[split]).astype(np.uint8)[:, None]
-                mat = {"X": np.moveaxis(self.images[split], 0, -1), "y": labels}
-                scipy.io.savemat(origin / f"{split}_32x32.mat", mat)
-        self.files = MNIST_FILES if name == "mnist" else SVHN_FILES
+            self.labels[split] = rng.permutation(count) * 7 % classes
+        write = {"mnist": self.write_mnist, "cifar10": self.write_cifar10, "cifar100": self.write_cifar100}
+        write.get(name, self.write_svhn)()
+        for kept in (self.images, self.labels):
+            kept["train"] = np.concatenate([kept["train"], kept.pop("extra", kept["train"][:0])])
         self.sha256 = {file: hashlib.sha256((origin / file).read_bytes()).hexdigest() for file in self.files}
         self.register(base)
-        monkeypatch.setitem(KNOWN, name, Known(13, 7, shape))
+        monkeypatch.setitem(KNOWN, name, Known(len(self.images["train"]), 7, shape, classes))
+
+    def write_mnist(self):
+        for split, (images, labels) in {"train": MNIST_FILES[:2], "test": MNIST_FILES[2:]}.items():
+            count = len(self.labels[split])
+            header = struct.pack(">4i", 2051, count, 28, 28)
+            (self.origin / images).write_bytes(gzip.compress(header + self.images[split].tobytes()))
+            header = struct.pack(">2i", 2049, count)
+            (self.origin / labels).write_bytes(gzip.compress(header + self.labels[split].astype(np.uint8).tobytes()))
+
+    def write_svhn(self):
+        for split, images in self.images.items():
+            labels = np.where(self.labels[split] == 0, 10, self.labels[split]).astype(np.uint8)[:, None]
+            scipy.io.savemat(self.origin / f"{split}_32x32.mat", {"X": np.moveaxis(images, 0, -1), "y": labels})
+
+    def write_cifar10(self):
+        """Rows of a label and 3 x 1024 pixels, the training images in five files."""
+        files = {f"data_batch_{i + 1}.bin": ("train", i, 5) for i in range(5)} | {"test_batch.bin": ("test", 0, 1)}
+        names = {"batches.meta.txt": "\n".join(f"kind{k}" for k in range(10)).encode() + b"\n\n"}
+        self.write_cifar("cifar-10-batches-bin", files, lambda label: bytes([label]), names)
+
+    def write_cifar100(self):
+        """The same with two labels, the coarse one first."""
+        names = {
+            f"{kind}_label_names.txt": "".join(f"{kind}_{k}\n" for k in range(count)).encode()
+            for kind, count in (("coarse", 20), ("fine", 100))
+        }
+        files = {"train.bin": ("train", 0, 1), "test.bin": ("test", 0, 1)}
+        self.write_cifar("cifar-100-binary", files, lambda label: bytes([(label + 3) % 20, label]), names)
+
+    def write_cifar(self, folder, files, labels_of, names):
+        contents = {**names, "readme.html": b"<html>"}
+        for file, (split, part, parts) in files.items():
+            rows = zip(self.images[split], self.labels[split], strict=True)
+            encoded = [labels_of(label) + image.transpose(2, 0, 1).tobytes() for image, label in rows]
+            contents[file] = b"".join(encoded[i] for i in np.array_split(np.arange(len(encoded)), parts)[part])
+        with tarfile.open(self.origin / self.files[0], "w:gz") as archive:
+            for file, content in contents.items():
+                info = tarfile.TarInfo(f"{folder}/{file}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
 
     def register(self, base):
         from tensorflow_datasets.core.download import checksums
@@ -99,7 +126,7 @@ class Mini:
 
     def check(self, dataset):
         """All images with their labels are there, in whatever order the records have."""
-        assert (dataset.name, dataset.num_classes) == (self.name, 10)
+        assert (dataset.name, dataset.num_classes) == (self.name, 100 if self.name == "cifar100" else 10)
         assert dataset.version == str(self.builder.VERSION)
         assert dict(dataset.source_sha256) == self.sha256
         for split in ("train", "test"):
@@ -166,8 +193,9 @@ def assert_nothing_prepared(root):
     assert kept == []
 
 
-def test_from_manual_files(mini, tmp_path, monkeypatch, offline, caplog, capsys):
-    root = tmp_path / "root"
+@pytest.mark.parametrize("name", FILES)
+def test_from_manual_files(name, tmp_path, monkeypatch, offline, caplog, capsys):
+    mini, root = Mini(name, tmp_path / "origin", monkeypatch), tmp_path / "root"
     mini.place(root)
     mini.check(data.load(mini.name, root))
     assert "Decoding" not in capsys.readouterr().err, "a bar in a log"
@@ -191,6 +219,41 @@ def test_svhn_leaves_the_extra_split_out(tmp_path, monkeypatch):
     assert set(np.unique(dataset.y_train)) == set(range(10))  # 10 in the file is digit 0
     info = json.loads((tmp_path / "root" / "array_record" / "svhn_cropped" / "3.1.0" / "dataset_info.json").read_text())
     assert sorted(split["name"] for split in info["splits"]) == ["test", "train"]
+
+
+def test_svhn_and_svhn_extra_lie_beside_each_other(tmp_path, monkeypatch, server):
+    """The files that both have are downloaded once, and the records of neither are taken for the other's."""
+    root, counts = tmp_path / "root", {}
+    for name, count in (("svhn_extra", 18), ("svhn", 13), ("svhn_extra", 18)):
+        if not counts:
+            extra = Mini("svhn_extra", tmp_path / "origin", monkeypatch, server.base)
+            known = {file: extra.sha256[file] for file in SVHN_FILES}
+            infos = {url: info for url, info in extra.builder.url_infos.items() if info.filename in known}
+            monkeypatch.setattr(tfds.SvhnBuilder, "url_infos", infos)
+            monkeypatch.setitem(KNOWN, "svhn", Known(13, 7, (32, 32, 3)))
+        counts[name] = len(data.load(name, root).x_train)
+        assert counts[name] == count
+        shutil.rmtree(root / "decoded")
+    assert sorted(server.asked) == sorted(
+        [*FILES["svhn_extra"], FILES["svhn_extra"][0]]
+    )  # the probe asks for the first
+
+
+def test_cifar100_has_the_fine_labels(tmp_path, monkeypatch):
+    Mini("cifar100", tmp_path / "origin", monkeypatch).place(tmp_path / "root")
+    assert data.load("cifar100", tmp_path / "root").y_train.max() == 84  # 12 * 7; coarse ones end at 19
+    (records,) = (tmp_path / "root" / "array_record" / "cifar100").glob("3.*")
+    assert (records / "label.labels.txt").read_text().split() == [f"fine_{k}" for k in range(100)]
+
+
+def test_the_library_s_name_of_a_known_set_is_prepared_alike(tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    mini = Mini("cifar10", tmp_path / "origin", monkeypatch)
+    mini.place(root)
+    dataset = data.load("tfds:cifar10", root)
+    assert (dataset.name, dataset.version) == ("cifar10", str(mini.builder.VERSION))
+    assert dataset.sha256 == data.load("cifar10", root).sha256
+    mini.check(data.load("cifar10", root))
 
 
 def test_svhn_with_a_label_out_of_range(tmp_path, monkeypatch):
@@ -225,11 +288,10 @@ def test_manual_files_come_first_and_only_the_rest_is_downloaded(mini_mnist, tmp
     assert set(server.asked) == {MNIST_FILES[3]}
 
 
-@pytest.mark.parametrize("name", ["mnist", "svhn"])
+@pytest.mark.parametrize("name", FILES)
 def test_offline(name, tmp_path, offline):
     root = tmp_path / "nothing" / "here"
-    files = {"mnist": MNIST_FILES, "svhn": SVHN_FILES}[name]
-    error_of(name, root, f"{name}: not in {root}", "cannot be fetched", "Name or service not known", *files)
+    error_of(name, root, f"{name}: not in {root}", "cannot be fetched", "Name or service not known", *FILES[name])
     error_of(name, root, root / "downloads" / "manual", "--data=digits", "--data=PATH.npz", "can be reached")
     assert len(offline) == 2  # one attempt for each of the two loads: no retries
     assert not root.parent.exists()  # and nothing was made
