@@ -1,4 +1,4 @@
-"""Metrics of a run: to the progress bar, `metrics.jsonl` and TensorBoard, without waiting for the device."""
+"""Metrics of a run: to the progress bar, `metrics.jsonl`, TensorBoard and a tracker, without waiting for the device."""
 
 import collections
 import contextlib
@@ -18,6 +18,7 @@ from e2sad_jax._compile import platform
 from e2sad_jax._io import parse_json, write_bytes
 from e2sad_jax.errors import NonFiniteError, first_line
 from e2sad_jax.reporting.progress import Bar
+from e2sad_jax.runs.tracker import Tracker
 
 METRICS = "metrics.jsonl"
 LINE_BYTES = 2**16
@@ -27,8 +28,8 @@ MEASURED = 0.2  # seconds: what is shorter may be a burst of steps that were rea
 class Recorder:
     """Takes each step's metrics from the device when they are ready, never before.
 
-    They go to the bar, every `log_every` steps to `metrics.jsonl` and TensorBoard. A value that is not finite ends the
-    run. The device may run ahead of the host by `lag` steps, or by one dispatch if that has more.
+    They go to the bar, every `log_every` steps to `metrics.jsonl`, TensorBoard and a tracker. A value that is not finite
+    ends the run. The device may run ahead of the host by `lag` steps, or by one dispatch if that has more.
     """
 
     def __init__(
@@ -40,19 +41,23 @@ class Recorder:
         log_every: int,
         batch_size: int,
         silent: bool = False,
+        trackers: Sequence[Tracker] = (),
     ):
-        """Opens the files of one run, or of the P runs of a population; a silent one writes none."""
+        """Opens the files of one run, or of the P runs of a population; a silent one writes none.
+
+        `trackers` are none, or one for each run, and are closed with the files.
+        """
         # Far enough that an accelerator never waits; on the CPU steps are long, and who stops a run would wait for all.
         self.lag = 2 if platform() == "cpu" else 64
         self._workdirs = workdirs
         self._files: list[TextIO] = []
-        self._boards: list[_Board] = []
+        self._boards: list[list[_Board | Tracker]] = [[tracker] for tracker in trackers] or [[] for _ in workdirs]
         boards = not silent and has_tensorboard()
-        for workdir in () if silent else workdirs:
+        for workdir, own in () if silent else zip(workdirs, self._boards, strict=True):
             _drop_lines_after(workdir / METRICS, start)
             self._files.append((workdir / METRICS).open("a", encoding="utf-8"))
             if boards:
-                self._boards.append(_Board(workdir, start + 1))
+                own.append(_Board(workdir, start + 1))
         self._bar, self._log_every, self._images = bar, log_every, batch_size * len(workdirs)
         self._pending: collections.deque[tuple[int, dict[str, jax.Array], int]] = collections.deque()
         self._mark: tuple[int, float] | None = None  # where the clock of images/s started; the first step compiles
@@ -83,9 +88,9 @@ class Recorder:
             return
         self._files[member].write(json.dumps({"step": step, **values}) + "\n")
         self._files[member].flush()
-        if self._boards:
-            tags = {n: n.replace("_", "/", 1) if n.startswith("validation_") else f"train/{n}" for n in values}
-            self._boards[member].write(step, {tags[name]: value for name, value in values.items()})
+        tags = {n: n.replace("_", "/", 1) if n.startswith("validation_") else f"train/{n}" for n in values}
+        for board in self._boards[member]:
+            board.write(step, {tags[name]: value for name, value in values.items()})
 
     def restart_clock(self) -> None:
         """Leaves the time since the last step out of images/s: a checkpoint's, for example."""
@@ -95,8 +100,9 @@ class Recorder:
         with contextlib.ExitStack() as stack:  # all, even if one of them cannot be written to its end
             for file in self._files:
                 stack.callback(file.close)
-            for board in self._boards:
-                stack.callback(board.close)
+            for own in self._boards:
+                for board in own:
+                    stack.callback(board.close)
 
     def _too_far(self) -> bool:
         return len(self._pending) > 1 and sum(count for _, _, count in self._pending) > self.lag

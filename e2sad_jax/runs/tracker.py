@@ -8,7 +8,6 @@ from typing import Any
 
 from e2sad_jax.errors import ConfigError, first_line
 
-TRACKERS = ("wandb", "trackio")
 PROJECT = "e2sad_jax"
 
 
@@ -34,7 +33,7 @@ class Tracker:
         """Opens it.
 
         Args:
-          name: one of `TRACKERS`.
+          name: "wandb" or "trackio".
           workdir: the run's folder.
           settings: the run's, as `Config.to_json` has them.
 

@@ -32,6 +32,7 @@ from e2sad_jax.errors import (
 from e2sad_jax.evaluation import Attack, Outcomes, evaluate
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.progress import Bar
+from e2sad_jax.runs import tracker
 from e2sad_jax.runs.checkpoint import Checkpoints, quarantine_damaged
 from e2sad_jax.runs.folder import ensure_exists, note_training, open_workdir, steps_in, workdir_of, write_config
 from e2sad_jax.runs.metrics import Recorder
@@ -190,6 +191,8 @@ def _opened(config: Config, dataset: Dataset) -> Iterator[Run]:
     _check_sizes(config, train_set, steps)
     if config.entry.learns:
         check_teacher(config, dataset, workdir_of(config))
+    if config.tracker:
+        tracker.module(config.tracker)
     if config.init_from:
         check_source(config, workdir_of(config))
     mesh = distributed.mesh(config.devices, config.batch_size)
@@ -319,6 +322,7 @@ class _Trainer:
             print(f"Memory of perturbations ({first.config.memory}): {size / 1e6:,.1f} MB{share}", file=sys.stderr)
         with Bar(title, steps, "steps", initial=self._start, silent=silent) as bar:
             self._bar, self._told = bar, set[int]()
+            tracked = [run for run in runs if run.config.tracker and not silent]
             self._record = Recorder(
                 [run.workdir for run in runs],
                 bar,
@@ -326,6 +330,7 @@ class _Trainer:
                 log_every=first.config.log_every,
                 batch_size=first.config.batch_size,
                 silent=silent,
+                trackers=[tracker.Tracker(run.config.tracker, run.workdir, run.config.to_json()) for run in tracked],
             )
             with contextlib.closing(self._record), self._explaining(bar):
                 state = fit(

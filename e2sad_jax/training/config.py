@@ -191,6 +191,12 @@ class Config:
     eval_batch_size: int = setting(250, "images a batch in evaluation", lower=1, identity=False)
     checkpoint_every: int = setting(500, "steps between checkpoints", lower=1, identity=False)
     log_every: int = setting(50, "steps between lines of metrics", lower=1, identity=False)
+    tracker: str = setting(
+        "",
+        "experiment tracker that gets the metrics, too: wandb (Weights & Biases) or trackio, if it is installed; empty: none",
+        choices=("", "wandb", "trackio"),
+        identity=False,
+    )
     data_dir: str = setting("", DATA_DIR, identity=False)
     workdir: str = setting("", "folder of the run, empty: runs/DATA-DEFENSE-HASH", identity=False)
     resume: bool = setting(True, "resume from the workdir's last checkpoint", identity=False)
