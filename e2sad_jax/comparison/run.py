@@ -64,7 +64,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     shape, num_classes = tuple(dataset.image_shape), dataset.num_classes
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
-    earlier = _earlier(folder / "compare.json", request, shape, num_classes)
+    earlier = _earlier(folder / "compare.json", request, shape, num_classes, say)
     for name in sorted(request.entries(), key=position):
         runs = []
         configs = [match_flops(request, config, shape, num_classes) for config in request.configs(name)]
@@ -155,7 +155,9 @@ def _show(folder: pathlib.Path) -> dict[str, Any]:
     return result
 
 
-def _earlier(path: pathlib.Path, request: Request, shape: Sequence[int], num_classes: int) -> list[dict[str, Any]]:
+def _earlier(
+    path: pathlib.Path, request: Request, shape: Sequence[int], num_classes: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """Rows that a run before, for the same question, wrote of entries that are not asked for now, with their origin."""
     try:
         before = read_json(path)
@@ -164,19 +166,29 @@ def _earlier(path: pathlib.Path, request: Request, shape: Sequence[int], num_cla
             return []
         origin = {"command": before["command"], "environment": before["environment"]}
         rows = [{"origin": origin, "seeds": before["request"]["seeds"], **row} for row in before["rows"]]
-        asked = request.entries()
+        others = [row for row in rows if row["name"] not in request.entries()]
         card({**before, "rows": rows})  # has all that is shown
         markdown({**before, "rows": rows})
-        return [
-            row
-            for row in rows
-            if row["name"] not in asked and _settings_now(request, row["name"], shape, num_classes) == row["settings"]
-        ]
+        kept = []
+        for row in others:
+            if _settings_then(row) == _settings_now(request, row["name"], shape, num_classes):
+                kept.append(row)
+            else:
+                say(f"{row['name']}: an earlier row, of other settings; left out")
+        return kept
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         print(f"warning: {path} is unusable ({first_line(error)}); it is written again", file=sys.stderr, flush=True)
         return []
+
+
+def _settings_then(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a row, those that are younger than it at their defaults; empty where one is not known any more."""
+    try:
+        return settings_of(Config.from_json(row["settings"]))
+    except ConfigError:
+        return {}
 
 
 def _settings_now(request: Request, name: str, shape: Sequence[int], num_classes: int) -> dict[str, Any] | None:

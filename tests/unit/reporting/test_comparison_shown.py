@@ -107,12 +107,21 @@ def test_rows_of_a_file_older_than_a_setting_count_where_it_did_what_was_done_th
     before = run(request, quiet)
     for name in ("delta", "eps_scale", "ema", "last_only"):
         del before["request"][name]
+    for name in ("optimizer", "augment", "ema"):
+        del before["rows"][0]["settings"][name]
     for asked, names in (
         (dataclasses.replace(request, entry=("RS-FGSM",)), ["natural", "RS-FGSM"]),
         (dataclasses.replace(request, entry=("RS-FGSM",), delta=0.25), ["RS-FGSM"]),
     ):
         (tmp_path / "compare.json").write_text(json.dumps(before))
         assert [row["name"] for row in run(asked, quiet)["rows"]] == names
+    said, (row,) = [], before["rows"]
+    for changed in ({"learning_rate": 1.0}, {"forgotten": 1}):
+        rows = [{**row, "settings": {**row["settings"], **changed}}]
+        (tmp_path / "compare.json").write_text(json.dumps({**before, "rows": rows}))
+        other = dataclasses.replace(request, entry=("RS-FGSM",))
+        assert [row["name"] for row in run(other, said.append)["rows"]] == ["RS-FGSM"]
+    assert said.count("natural: an earlier row, of other settings; left out") == 2
 
 
 def test_show_counts_prices_again_and_keeps_the_rows(tiny_data, tmp_path, made_up, monkeypatch):
