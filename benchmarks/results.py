@@ -85,6 +85,11 @@ def _parts(result: Content) -> str:
     return f"{rows['e2SAD, robust']:.3f} with it, {rows['e2SAD, robust, no second point']:.3f} without"
 
 
+def _memory(result: Content) -> str:
+    rows = {row["name"]: row["last"]["robust"] for row in result["rows"]}
+    return f"{rows['e2SAD, robust']:.3f} with its memory, {rows['e2SAD, robust, no memory']:.3f} without"
+
+
 def _worst(result: Content) -> str:
     return f"{result['config']['defense']} {result['worst_case_accuracy']:.3f} on {result['examples']:,} images"
 
@@ -164,6 +169,11 @@ QUESTIONS = (
         _robust("e2SAD, robust", "ATTA-1", "FGSM-PGI", "PGD-3"),
     ),
     Question(
+        "And on a part of SVHN, at 8/255?",
+        *("svhn_flops/compare.md", "svhn_flops/compare.json"),
+        _robust("e2SAD, robust", "FGSM-PGI", "ATTA-2", "PGD-3"),
+    ),
+    Question(
         "And for four times as many FLOPs, on all test images?",
         *("mnist_long/compare.md", "mnist_long/compare.json"),
         _robust("e2SAD, robust", "FGSM-PGI", "ATTA-2", "PGD-3"),
@@ -186,7 +196,12 @@ QUESTIONS = (
         "--targets=3 --queries=300 --results=results/cited_digits",
     ),
     Question(
-        "What does the second point of e2SAD add? (held-out images)",
+        "What is each part of e2SAD's robust preset worth? (held-out images)",
+        *("e2sad_parts/compare.md", "e2sad_parts/compare.json"),
+        _memory,
+    ),
+    Question(
+        "What did the second point add to the preset before? (held-out images)",
         *("e2sad_ablation/compare.md", "e2sad_ablation/compare.json"),
         _parts,
     ),
