@@ -13,6 +13,7 @@ EXAMPLES = sorted((pathlib.Path(__file__).resolve().parents[2] / "examples").glo
 SMALL = {
     "batch_norm.py": ["--steps=4", "--images=20"],
     "digits.py": ["--steps=4", "--images=20"],
+    "fine_tune.py": ["--steps=4", "--images=20"],
     "new_defense.py": ["--steps=4", "--images=20", "--defense=natural", "--defense=logit_pairing"],
     "own_flax_model.py": ["--steps=4", "--images=20"],
 }
