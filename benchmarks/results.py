@@ -199,6 +199,8 @@ QUESTIONS = (
         "What is each part of e2SAD's robust preset worth? (held-out images)",
         *("e2sad_parts/compare.md", "e2sad_parts/compare.json"),
         _memory,
+        f"{MNIST} --judge=held_out --parts --steps=2000 --batch_size=64 --last_only --examples=500 --queries=0 "
+        "--apgd_steps=30 --targets=3 --results=results/e2sad_parts",
     ),
     Question(
         "What did the second point add to the preset before? (held-out images)",

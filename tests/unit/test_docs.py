@@ -134,7 +134,8 @@ NAMED = {
     [
         ("docs/defenses.md", 1, "mnist_short", 12),
         ("docs/defenses.md", 2, "digits_flops", 17),
-        ("docs/defenses.md", 3, "defenses_mnist", 15),
+        ("docs/defenses.md", 3, "svhn_flops", 8),
+        ("docs/defenses.md", 4, "defenses_mnist", 15),
         ("docs/e2sad.md", 3, "e2sad_ablation", 12),
         ("docs/e2sad.md", 4, "defenses_mnist", 7),
         ("docs/e2sad.md", 5, "mnist_long", 4),
