@@ -58,7 +58,7 @@ class Request:
         if not set(self.formats) <= set(FILES):
             raise ConfigError(f"--format={self.format}: must be of {', '.join(FILES)}, several with commas")
         for name in self.formats:
-            packages(name, f"--format={name}")
+            packages(name)
 
     @property
     def formats(self) -> list[str]:

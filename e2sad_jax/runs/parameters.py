@@ -34,7 +34,7 @@ def to_safetensors(classifier: Classifier) -> bytes:
     Raises:
       ConfigError: if safetensors is missing.
     """
-    packages("safetensors", "--format=safetensors")
+    packages("safetensors")
     from safetensors import numpy as safetensors
 
     return safetensors.save(_flat(classifier.params), {"e2sad_jax": json.dumps(about(classifier))})
@@ -47,7 +47,7 @@ def load_safetensors(path: str | os.PathLike[str]) -> Classifier:
       ConfigError: if safetensors is missing.
       WorkdirError: if the file cannot be read, or does not hold the parameters of the network that it names.
     """
-    (safetensors,) = packages("safetensors", str(path))
+    (safetensors,) = packages("safetensors", path)
     path = pathlib.Path(path).expanduser()
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -70,12 +70,12 @@ def load_safetensors(path: str | os.PathLike[str]) -> Classifier:
     return Classifier(params=traverse_util.unflatten_dict(arrays, sep="."), **rest)
 
 
-def packages(name: str, what: str) -> list[Any]:
+def packages(name: str, path: str | os.PathLike[str] = "") -> list[Any]:
     """The packages that a format needs.
 
     Args:
       name: the format.
-      what: that needs them, in the message.
+      path: the file to be read; empty where the format is to be written.
 
     Raises:
       ConfigError: if one of them is missing.
@@ -83,9 +83,10 @@ def packages(name: str, what: str) -> list[Any]:
     try:
         return [importlib.import_module(package) for package in NEEDS[name]]
     except ImportError as error:
+        subject, other = (path, "") if path else (f"--format={name}", f", or leave {name} out of --format")
         raise ConfigError(
-            f"{what}: needs {' and '.join(NEEDS[name])}, of which one cannot be imported ({first_line(error)}); "
-            "pip install 'e2sad_jax[export]'"
+            f"{subject}: needs {' and '.join(NEEDS[name])}, of which one cannot be imported ({first_line(error)}); "
+            f"pip install 'e2sad_jax[export]'{other}"
         ) from error
 
 
