@@ -29,9 +29,8 @@ a reduced scale; each table says which. `svhn_10k` is the first 10,000 images of
 number of it compares with one on SVHN. The JSON files of `mnist`, `svhn_10k`, `defenses_mnist` and `e2sad_ablation` were
 brought into the present format after they were measured; no measured number changed. `mnist_long/standard` and
 `cited_digits` were measured while result files of an earlier command were not committed; their commit was marked "with
-changes" for it, which was taken off by hand. `cited_digits` was written to `results/cited_digits_100`. The rows of e2SAD in `mnist_long/standard` were put
-beside the others by hand, with their commands. No accelerator has
-been measured.
+changes" for it, which was taken off by hand. `cited_digits` was written to `results/cited_digits_100`. The rows of e2SAD in
+`mnist_long/standard` were put beside the others by hand, with their commands. No accelerator has been measured.
 """
 
 

@@ -164,8 +164,7 @@ class Request:
     entry: tuple[str, ...] = setting((), f"what to compare, may be given several times; none: all; of {_quoted()}")
     recipe: str = setting(
         "",
-        "fastat: the settings of FastAT Benchmark, whose published numbers stand beside; a flag that is not at its default has "
-        "precedence",
+        "fastat: the settings of FastAT Benchmark, whose published numbers stand beside; flags that are given have precedence",
         choices=("", "fastat"),
     )
     data: str = setting("mnist", DATA)
@@ -218,8 +217,6 @@ class Request:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
-            if self.recipe and field.name in _FASTAT and getattr(self, field.name) == field.default:
-                object.__setattr__(self, field.name, _FASTAT[field.name])
         for name in () if self.cited else self.entry:  # those of --cited are other systems
             if name not in known():
                 raise ConfigError(f"--entry={name:.100}: must be of {_quoted()}")
@@ -236,6 +233,11 @@ class Request:
                 f"--examples={self.examples}: must be at most --validation_examples={self.validation_examples} "
                 "for --judge=held_out"
             )
+
+    @classmethod
+    def of(cls, **given: Any) -> "Request":
+        """The request of the given fields; the others are at the recipe's values where it has some, else at their defaults."""
+        return cls(**{**(_FASTAT if given.get("recipe") == "fastat" else {}), **given})
 
     def entries(self) -> tuple[str, ...]:
         """What is compared, by its name in tables, each once."""
@@ -286,7 +288,9 @@ class Request:
         common: dict[str, Any] = {key: getattr(self, key) for key in shared}
         common |= {"soft_label": self.delta > 0, "delta": self.delta or Config.delta}
         if self.recipe:
-            others = ("optimizer", "weight_decay", "mean", "std", "augment")
+            others: tuple[str, ...] = ("optimizer", "weight_decay", "augment")
+            if self.data == _FIELD["data"]:  # of its images
+                others += ("mean", "std")
             common |= {name: _FIELD[name] for name in others}
         common["checkpoint_every"] = checkpoint_every(self.steps)
         found = []

@@ -52,7 +52,7 @@ class Setting:
     def range(self) -> str:
         """The values allowed in words, empty where there is no bound."""
         if self.choices is not None:
-            return "one of " + ", ".join(self.choices)
+            return f"{'empty or ' if '' in self.choices else ''}one of {', '.join(filter(None, self.choices))}"
         if self.above is not None:
             return f"above {self.above}" + (f", at most {self.upper}" if self.upper is not None else "")
         if self.lower is not None and self.upper is not None:

@@ -134,11 +134,9 @@ def _effort(row: Mapping[str, Any]) -> list[str]:
 
 def _flags(config: Mapping[str, Any]) -> list[str]:
     """The settings of a run as flags: the defense, and what differs from its paper's setting."""
-    usual = Config(defense=config["defense"])
-    values = usual.to_json()
-    idle = usual.entry.without_effect({k: v for k, v in config.items() if k in usual.settings})
-    own = {k: config.get(k, value) for k, value in usual.in_effect().items() if k != "defense" and k not in idle}
-    changed = {k: v for k, v in own.items() if v != values[k]}
+    values = Config(defense=config["defense"]).to_json()  # older cards have settings that the defense does not read
+    own = Config.from_json({k: v for k, v in config.items() if k in values}).in_effect()
+    changed = {k: v for k, v in own.items() if k not in ("defense", "steps", "epochs") and v != values[k]}
     flags = [f"--no{k}" if v is False else f"--{k}" if v is True else f"--{k}={v}" for k, v in changed.items()]
     return [f"--defense={config['defense']}", "--preset=paper", *flags]
 

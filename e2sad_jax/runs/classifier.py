@@ -41,7 +41,7 @@ class Classifier:
     dataset: Mapping[str, Any]
     step: int
     model: nn.Module
-    params: Any
+    params: Any = dataclasses.field(repr=False)  # hundreds of lines
     transform: Transform
     averaged: bool = False
 

@@ -477,6 +477,10 @@ def _check_sizes(config: Config, train_set: Dataset, steps: int) -> None:
         raise ConfigError(
             f"--crop_padding={config.crop_padding}: must be below the shorter side of the images, {shortest} pixels"
         )
+    if "cutout" in config.augmentation.names and config.cutout_size >= shortest:
+        raise ConfigError(
+            f"--cutout_size={config.cutout_size}: must be below the shorter side of the images, {shortest} pixels"
+        )
     if config.batch_size > n:
         raise ConfigError(
             f"--batch_size={config.batch_size}: must be at most the {n:,} training images of {train_set.name}"

@@ -362,6 +362,12 @@ class Config:
             if not all(math.isfinite(one) and (flag == "mean" or one > 0) for one in found[flag]):
                 above = " above 0" if flag == "std" else ""
                 raise ConfigError(f"--{flag}={quoted(given)[1:-1]}: must be numbers{above}, separated by commas")
+        lower, upper = TRANSFORMS[self.transform].bounds
+        if not all(lower <= one <= upper for one in found["mean"]):
+            raise ConfigError(
+                f"--mean={quoted(self.mean)[1:-1]}: must lie in [{lower}, {upper}], the range of --transform={self.transform} "
+                "(125 of 255 grey levels are 125/255 = 0.49)"
+            )
         return found
 
     def falls(self) -> tuple[float, ...]:

@@ -270,7 +270,7 @@ def test_all_share_the_schedule_and_a_preset_brings_its_points():
 
 
 def test_fastats_recipe_stands_where_no_flag_is_given():
-    request = Request(recipe="fastat")
+    request = Request.of(recipe="fastat")
     assert (request.data, request.eps, request.steps, request.queries) == ("cifar10", 8 / 255, 38_282, 5000)
     assert len(request.stages(10)) == 3
     assert set(request.entries()) > {"e2SAD, robust", "natural", *FASTAT}
@@ -280,9 +280,11 @@ def test_fastats_recipe_stands_where_no_flag_is_given():
         assert about == ("preact_resnet18", "sgd", 0.1, "onecycle", "crop,flip")
         assert (config.weight_decay, config.ema, config.eps_warmup) == (5e-4, 0.9995, 0.0)
         assert (config.eps1, config.eps_scale, config.delta) == (8 / 255, 1.0, 0.36)
-    assert request.configs("e2SAD, robust")[0].settings["eps2"] == 4 / 255
-    short = Request(recipe="fastat", data="my.npz", steps=7, entry=("PGD-10",))
-    assert (short.data, short.configs("PGD-10")[0].steps, short.entries()) == ("my.npz", 7, ("PGD-10",))
+        assert config.mean.startswith("0.4914")
+    short = Request.of(recipe="fastat", data="my.npz", steps=2000, model="digits_cnn", ema=0.0, entry=("PGD-10",))
+    (config,) = short.configs("PGD-10")
+    assert (short.data, config.steps, config.model, config.ema) == ("my.npz", 2000, "digits_cnn", 0.0), "as given"
+    assert (config.mean, config.optimizer, short.entries()) == ("", "sgd", ("PGD-10",))
 
 
 def test_a_registered_defense_is_an_entry_by_its_name(monkeypatch):

@@ -177,3 +177,10 @@ def test_a_model_card_holds_what_a_number_needs():
             "--preset=paper",
         ),
     ]
+
+
+def test_a_card_has_every_setting_that_had_an_effect():
+    config = configure(defense="natural", optimizer="sgd", nesterov=True, augment="crop", crop_padding=2, momentum=0.8)
+    flags = card._flags({**config.to_json(), "cutout_size": 3})
+    assert {"--optimizer=sgd", "--nesterov", "--momentum=0.8", "--augment=crop", "--crop_padding=2"} <= set(flags)
+    assert not any("cutout" in flag for flag in flags), "of which there is none"

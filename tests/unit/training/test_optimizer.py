@@ -226,6 +226,8 @@ def test_what_has_no_effect_makes_no_other_run_and_what_has_one_does():
         ({"milestones": "half"}, "--milestones=half: must rise between 0 and 1"),
         ({"milestones": "1"}, "--milestones=1: must rise"),
         ({"optimizer": "sgd", "momentum": 0.0, "nesterov": True}, "--nesterov: needs --momentum above 0"),
+        ({"tracker": "mlflow"}, "--tracker=mlflow: must be empty or one of wandb, trackio"),
+        ({"mean": "125"}, r"--mean=125: must lie in \[0.0, 1.0\], the range of --transform=unit"),
         ({"optimizer": "adamw"}, "--optimizer=adamw: needs --weight_decay above 0"),
         ({"optimizer": "lion"}, "--optimizer=lion"),
         ({"accumulate": 0}, "--accumulate=0"),
