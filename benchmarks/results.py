@@ -80,14 +80,14 @@ def _official(result: Content) -> str:
     return f"official {last['official']:.3f}, ours {last['ours']:.3f}, {differ} of {result['examples']:,} images differ"
 
 
-def _parts(result: Content) -> str:
-    rows = {row["name"]: row["last"]["robust"] for row in result["rows"]}
-    return f"{rows['e2SAD, robust']:.3f} with it, {rows['e2SAD, robust, no second point']:.3f} without"
+def _worth(without: str, what: str = "it") -> Callable[[Content], str]:
+    """Robust accuracy of e2SAD's robust preset, and of the entry that lacks one of its parts."""
 
+    def answer(result: Content) -> str:
+        rows = {row["name"]: row["last"]["robust"] for row in result["rows"]}
+        return f"{rows['e2SAD, robust']:.3f} with {what}, {rows[f'e2SAD, robust, {without}']:.3f} without"
 
-def _memory(result: Content) -> str:
-    rows = {row["name"]: row["last"]["robust"] for row in result["rows"]}
-    return f"{rows['e2SAD, robust']:.3f} with its memory, {rows['e2SAD, robust, no memory']:.3f} without"
+    return answer
 
 
 def _worst(result: Content) -> str:
@@ -198,14 +198,14 @@ QUESTIONS = (
     Question(
         "What is each part of e2SAD's robust preset worth? (held-out images)",
         *("e2sad_parts/compare.md", "e2sad_parts/compare.json"),
-        _memory,
+        _worth("no memory", "its memory"),
         f"{MNIST} --judge=held_out --parts --steps=2000 --batch_size=64 --last_only --examples=500 --queries=0 "
         "--apgd_steps=30 --targets=3 --results=results/e2sad_parts",
     ),
     Question(
         "What did the second point add to the preset before? (held-out images)",
         *("e2sad_ablation/compare.md", "e2sad_ablation/compare.json"),
-        _parts,
+        _worth("no second point"),
     ),
     Question(
         "How robust is e2SAD's robust preset on all test images of MNIST?",

@@ -124,10 +124,8 @@ def run_request(name: str) -> None:
 
 def from_flags(kind: Any) -> Any:
     """A request of a dataclass whose fields are flags, of the values given; its `of`, if it has one, knows the others."""
-    values = {field.name: FLAGS[field.name].value for field in dataclasses.fields(kind)}
-    if make := getattr(kind, "of", None):
-        values = {name: value for name, value in values.items() if FLAGS[name].present}
-    return (make or kind)(**{k: tuple(v or ()) if isinstance(v, list) else v for k, v in values.items()})
+    given = {field.name: FLAGS[field.name].value for field in dataclasses.fields(kind) if FLAGS[field.name].present}
+    return getattr(kind, "of", kind)(**{k: tuple(v or ()) if isinstance(v, list) else v for k, v in given.items()})
 
 
 def console(program: str = "e2sad") -> None:

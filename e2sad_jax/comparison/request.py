@@ -84,8 +84,9 @@ FASTAT: Mapping[str, tuple[float, float]] = {
 _FIELD = RECIPES["cifar10"].settings
 _FASTAT: Mapping[str, Any] = {
     **{name: _FIELD[name] for name in ("data", "model", "batch_size", "learning_rate", "schedule", "delta", "ema")},
+    "validation_examples": _FIELD["validation_examples"],
     **{"eps": _FIELD["eps1"], "eps_warmup": 0.0, "eps_scale": 1.0, "steps": 38_282},  # 100 epochs of 49,000 images
-    **{"validation_examples": 1000, "examples": 10_000, "apgd_steps": 100, "targets": 9, "queries": 5000},
+    **{"examples": 10_000, "apgd_steps": 100, "targets": 9, "queries": 5000},
 }
 # The robust preset with one thing changed: what each part of it does.
 _PARTS: Mapping[str, Mapping[str, Any]] = {

@@ -27,7 +27,7 @@ def protocol(result: Result) -> list[str]:
     r = result["request"]
     return [
         f"Trained on {r['data']}: network `{r['model']}`, {_length(r)}, {_seeds(result)}, {_labels(r)}, learning rate "
-        f"{r['learning_rate']:g} ({r['schedule']}), {_share(r['eps_warmup'])}"
+        f"{r['learning_rate']:g} ({r['schedule']}), {_rise(r['eps_warmup'])}"
         f"{', unless a part says otherwise' if r['parts'] else ''}.",
         f"Robust accuracy: the share of {_images(result)} classified correctly under all of {_attacks(result)}; one restart "
         f"each, eps {result['eps']:.4g}.",
@@ -75,7 +75,7 @@ def _labels(r: Mapping[str, Any]) -> str:
     return labels if scale == 1 else f"{labels}, budget of training {scale:g} eps"
 
 
-def _share(warmup: float) -> str:
+def _rise(warmup: float) -> str:
     if not warmup:
         return "the same eps in all steps"
     return f"eps rising over {f'{warmup:g} of all' if warmup < 1 else f'{warmup:,.0f}'} steps"

@@ -473,14 +473,10 @@ def _check_sizes(config: Config, train_set: Dataset, steps: int) -> None:
             "classes to train on"
         )
     shortest = min(train_set.image_shape[:2])
-    if "crop" in config.augmentation.names and config.crop_padding >= shortest:
-        raise ConfigError(
-            f"--crop_padding={config.crop_padding}: must be below the shorter side of the images, {shortest} pixels"
-        )
-    if "cutout" in config.augmentation.names and config.cutout_size >= shortest:
-        raise ConfigError(
-            f"--cutout_size={config.cutout_size}: must be below the shorter side of the images, {shortest} pixels"
-        )
+    for name, flag in (("crop", "crop_padding"), ("cutout", "cutout_size")):
+        pixels = getattr(config, flag)
+        if name in config.augmentation.names and pixels >= shortest:
+            raise ConfigError(f"--{flag}={pixels}: must be below the shorter side of the images, {shortest} pixels")
     if config.batch_size > n:
         raise ConfigError(
             f"--batch_size={config.batch_size}: must be at most the {n:,} training images of {train_set.name}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ from e2sad_jax._io import read_json, write_json
 from e2sad_jax.data.dataset import Dataset
 from e2sad_jax.errors import ConfigError, WorkdirError, first_line
 from e2sad_jax.runs.classifier import Classifier, load
-from e2sad_jax.runs.folder import identity_of
+from e2sad_jax.runs.folder import describe_dataset, identity_of
 from e2sad_jax.runs.parameters import load_safetensors
 from e2sad_jax.training.config import Config
 
@@ -46,7 +47,7 @@ def given_weights(config: Config, model: nn.Module, dataset: Dataset) -> Any:
         if found.get(name) != wanted.get(name):
             raise ConfigError(
                 f"{flag}: {name} is {found.get(name, 'absent')} in {_network(given.config, given.dataset)}, but "
-                f"{wanted.get(name, 'absent')} in this run's {_network(config, _shape(dataset))}; network, "
+                f"{wanted.get(name, 'absent')} in this run's {_network(config, describe_dataset(dataset))}; network, "
                 "--width, images and number of classes must be the same"
             )
     return jax.device_get(given.params)
@@ -84,13 +85,12 @@ def _path(config: Config) -> pathlib.Path:
 
 def _source(config: Config) -> dict[str, Any]:
     path = _path(config)
-    return identity_of(path) if path.is_dir() else {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    if path.is_dir():
+        return identity_of(path)
+    with path.open("rb") as stream:
+        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
-def _shape(dataset: Dataset) -> dict[str, Any]:
-    return {"image_shape": dataset.image_shape, "num_classes": dataset.num_classes}
-
-
-def _network(config: Config, dataset: Any) -> str:
+def _network(config: Config, dataset: Mapping[str, Any]) -> str:
     width = f" of --width={config.width}" if config.width else ""
     return f"{config.model}{width} for images {list(dataset['image_shape'])} of {dataset['num_classes']} classes"

@@ -188,9 +188,8 @@ def make_train_step(
         memory, average = state.memory, state.average
         if memory is not None and remembered is not None:
             ended = {n: augmentation.moved_back(drawn, parts.pop(n), kept) for n, kept in remembered.items()}
-            if (
-                drawn.offsets is not None and "delta" in ended
-            ):  # a new perturbation and what is kept of the old one may be too long together
+            if drawn.offsets is not None and "delta" in ended:
+                # The new perturbation and what is kept of the old one may be too long together.
                 limits = core.ball(config.norm, jnp.zeros_like(ended["delta"]), eps, None)
                 ended["delta"] = limits.project(ended["delta"])
             memory = note(memory, batch, ended, eps)
