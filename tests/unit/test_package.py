@@ -107,9 +107,9 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     assert not own - set(imported), "declared, but not imported"
     undeclared = {name: files for name, files in imported.items() if name not in own | {"e2sad-jax", "experiments"}}
     assert undeclared == {
-        "etils": {"e2sad_jax/data/tfds.py"},
+        "etils": {"e2sad_jax/data/builders.py", "e2sad_jax/data/tfds.py"},
         "requests": {"e2sad_jax/data/tfds.py"},
-        "tensorflow-datasets": {"e2sad_jax/data/tfds.py"},
+        "tensorflow-datasets": {"e2sad_jax/data/builders.py", "e2sad_jax/data/tfds.py"},
         "tensorboardx": {"e2sad_jax/runs/metrics.py"},
         "safetensors": {"e2sad_jax/export.py", "e2sad_jax/runs/parameters.py"},
         "torch": imported["torch"],

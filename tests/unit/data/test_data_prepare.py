@@ -21,7 +21,7 @@ import pytest
 import scipy.io
 
 from e2sad_jax import data
-from e2sad_jax.data import KNOWN, Known, tfds
+from e2sad_jax.data import KNOWN, Known, builders, tfds
 from e2sad_jax.data.__main__ import main
 from e2sad_jax.errors import DataError
 
@@ -55,7 +55,7 @@ class Mini:
     def __init__(self, name, origin, monkeypatch, base="http://data.invalid/"):
         rng = np.random.default_rng(1)
         self.name, self.origin, self.monkeypatch = name, origin, monkeypatch
-        self.builder, self.files, classes = tfds.BUILDERS[name], FILES[name], KNOWN[name].num_classes
+        self.builder, self.files, classes = builders.BUILDERS[name], FILES[name], KNOWN[name].num_classes
         shape = KNOWN[name].image_shape
         origin.mkdir()
         self.images, self.labels = {}, {}
@@ -208,9 +208,9 @@ def test_from_manual_files(name, tmp_path, monkeypatch, offline, caplog, capsys)
 
 
 def test_svhn_leaves_the_extra_split_out(tmp_path, monkeypatch):
-    known = {info.filename: info.checksum for info in tfds.SvhnBuilder.url_infos.values()}
+    known = {info.filename: info.checksum for info in builders.SvhnBuilder.url_infos.values()}
     assert sorted(known) == sorted(SVHN_FILES)
-    source = (tfds.SvhnBuilder.pkg_dir_path / "checksums.tsv").read_text()
+    source = (builders.SvhnBuilder.pkg_dir_path / "checksums.tsv").read_text()
     assert all(checksum in source for checksum in known.values())
     assert "extra_32x32.mat" in source
     mini = Mini("svhn", tmp_path / "origin", monkeypatch)
@@ -229,7 +229,7 @@ def test_svhn_and_svhn_extra_lie_beside_each_other(tmp_path, monkeypatch, server
             extra = Mini("svhn_extra", tmp_path / "origin", monkeypatch, server.base)
             known = {file: extra.sha256[file] for file in SVHN_FILES}
             infos = {url: info for url, info in extra.builder.url_infos.items() if info.filename in known}
-            monkeypatch.setattr(tfds.SvhnBuilder, "url_infos", infos)
+            monkeypatch.setattr(builders.SvhnBuilder, "url_infos", infos)
             monkeypatch.setitem(KNOWN, "svhn", Known(13, 7, (32, 32, 3)))
         counts[name] = len(data.load(name, root).x_train)
         assert counts[name] == count
@@ -384,7 +384,7 @@ def test_download_altered_later(mini_mnist, tmp_path, server):
 def test_interrupted_preparation(mini, tmp_path, monkeypatch, error):
     root, count = tmp_path / "root", [0]
     mini.place(root)
-    original = tfds._pil
+    original = builders._pil
 
     def pil(image):
         count[0] += 1
@@ -393,7 +393,7 @@ def test_interrupted_preparation(mini, tmp_path, monkeypatch, error):
         return original(image)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tfds, "_pil", pil)
+        patch.setattr(builders, "_pil", pil)
         with pytest.raises(DataError if isinstance(error, RuntimeError) else KeyboardInterrupt):
             data.load(mini.name, root)
     assert_nothing_prepared(root)
