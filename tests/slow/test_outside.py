@@ -49,7 +49,16 @@ def test_every_command_that_is_listed_runs_in_any_folder(folder):
     assert (listed.returncode, listed.stderr) == (0, "")
     lines = [line.split() for line in listed.stdout.splitlines() if line.startswith("python -m e2sad_jax ")]
     names = [" ".join(word for word in words[3:] if word.islower() and "=" not in word) for words in lines]
-    assert names == ["train mnist", "train svhn", "train digits", "evaluate", "compare", "export", "data mnist"]
+    assert names == [
+        "train mnist",
+        "train svhn",
+        "train cifar10",
+        "train digits",
+        "evaluate",
+        "compare",
+        "export",
+        "data mnist",
+    ]
     for name in names:
         done = call(folder, "-m", "e2sad_jax", *name.split(), "--help")
         assert (done.returncode, done.stderr) == (0, ""), name
