@@ -152,13 +152,13 @@ class Torture:
         same = done.code == 0 and runs.compared(folder) == runs.compared(whole)
         outcome = "the same command ended with the numbers of a whole one"
         self.note("kill -9 in experiments.compare, then to the end", outcome, same, done.err)
-        for path, how in zip(sorted(folder.glob("*/auto.json")), (flip, truncate), strict=True):
+        for path, how in zip(sorted(folder.glob("*/auto-*.json")), (flip, truncate), strict=True):
             how(path, rng)
             done = self.runs.call(*COMPARE, f"--workdir={folder}")
             same = done.code == 0 and "its attacks run again" in done.err
             same = same and runs.compared(folder) == runs.compared(whole)
             outcome = "warned; attacked again, same numbers"
-            self.note("auto.json of experiments.compare damaged", outcome, same, done.err)
+            self.note("outcome of experiments.compare damaged", outcome, same, done.err)
 
     def kill_evaluation(self, times: int) -> None:
         rng, workdir = self.random("evaluation"), self.new(self.whole)

@@ -1,6 +1,9 @@
 """Trains and attacks one model of a comparison, and notes the outcome in its workdir."""
 
 import dataclasses
+import hashlib
+import json
+import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,14 +33,14 @@ def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[s
       dataset: the data.
 
     Returns:
-      What auto.json in its workdir holds: accuracies in [0, 1] of each checkpoint.
+      What the question's file in its workdir holds: accuracies in [0, 1] of each checkpoint.
 
     Raises:
       ConfigError, WorkdirError, NonFiniteError: as training does.
       Stopped: after Ctrl-C; the same call resumes.
     """
     stages, asked = request.stages(dataset.num_classes), question(request, dataset)
-    path = pathlib.Path(config.workdir) / ("auto.json" if request.judge == "test" else f"auto_{request.judge}.json")
+    path = outcome_path(config.workdir, asked)
     known = known_outcome(path, asked, config.steps)
     if "train_seconds" in known and all(which in known for which in request.checkpoints):
         return known
@@ -98,13 +101,19 @@ def question(request: Request, dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def outcome_path(workdir: str | os.PathLike[str], asked: Mapping[str, Any]) -> pathlib.Path:
+    """The file of a question's outcome in a run's folder; the same whichever checkpoints are asked."""
+    of_any = json.dumps({key: value for key, value in asked.items() if key != "checkpoints"}, sort_keys=True)
+    return pathlib.Path(workdir) / f"auto-{hashlib.sha256(of_any.encode()).hexdigest()[:8]}.json"
+
+
 def known_outcome(path: pathlib.Path, asked: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """What `evaluate_model` wrote of a run for the same images and attacks; empty where there is nothing readable.
 
     It may have other checkpoints than those asked for.
 
     Args:
-      path: auto.json of the run.
+      path: `outcome_path` of the run.
       asked: data, images and attacks.
       steps: training steps of the run.
     """

@@ -35,7 +35,7 @@ def test_models_are_trained_attacked_once_and_shown(little, tiny_data, tmp_path,
     request = Request(
         entry=("RS-FGSM", "natural"), data="tiny.npz", workdir="~/runs", results=str(tmp_path / "out"), **LITTLE
     )
-    said, attacked, auto = [], [], evaluate_model.auto
+    said, attacked, auto, train = [], [], evaluate_model.auto, trainer.train
 
     def counting(apply, params, *args, **kwargs):
         attacked.append(params)
@@ -53,7 +53,8 @@ def test_models_are_trained_attacked_once_and_shown(little, tiny_data, tmp_path,
             own, mean = one[which], row[which]
             assert 0 <= mean["robust"] == own["robust"] <= own["after"]["APGD-CE"] <= mean["clean"] == own["clean"]
             assert mean["lowest"] == mean["highest"] == mean["robust"]
-        assert {**read_sealed(pathlib.Path(one["workdir"]) / "auto.json"), "trained": [provenance.commit()]} == one
+        kept = read_sealed(evaluate_model.outcome_path(one["workdir"], one["asked"]))
+        assert {**kept, "trained": [provenance.commit()]} == one
         assert load(one["workdir"]).config.validation_examples == 10
     assert [row[which]["steps"] for row in result["rows"] for which in ("last", "best")] == [[3], [3], [3], [2]]
     kept = [(natural, "last"), (rs_fgsm, "last"), (rs_fgsm, "best")]
@@ -74,11 +75,19 @@ def test_models_are_trained_attacked_once_and_shown(little, tiny_data, tmp_path,
     for other in ({"examples": 5}, {"judge": "held_out"}):
         with pytest.raises(AssertionError, match="done before"):
             run(Request(**{**LITTLE, **other}, data="tiny.npz", workdir="~/runs"), quiet)
+    monkeypatch.setattr(evaluate_model.trainer, "train", train)
+    monkeypatch.setattr(evaluate_model, "auto", counting)
+    fewer = dataclasses.replace(request, examples=5)
+    assert run(fewer, quiet)["rows"] != result["rows"]
+    monkeypatch.setattr(evaluate_model, "auto", no_more)
+    assert run(request, quiet)["rows"] == result["rows"], "a run keeps its outcome of each question"
+    run(fewer, quiet)
 
 
 def test_an_outcome_counts_for_its_own_question_alone(tiny, tmp_path, capsys):
     request = Request(entry=("natural",), data="a.npz", workdir=str(tmp_path), **LITTLE)
-    path, asked = tmp_path / "auto.json", evaluate_model.question(request, tiny)
+    asked = evaluate_model.question(request, tiny)
+    path = evaluate_model.outcome_path(tmp_path, asked)
     last, best = ({"step": step, "clean": 1.0, "robust": 0.5} for step in (3, 2))
     done = {"asked": asked, "last": last, "best": best, "seed": 0, "eps": 0.3, "images": 10, "chosen_on": "10 images"}
     done["train_seconds"] = 1.0
@@ -103,7 +112,7 @@ def test_an_outcome_counts_for_its_own_question_alone(tiny, tmp_path, capsys):
     path.write_text(json.dumps({**sealed(done), "seed": 1}))
     capsys.readouterr()
     assert evaluate_model.known_outcome(path, asked, 3) == {}
-    assert "auto.json is unusable" in capsys.readouterr().err
+    assert f"{path} is unusable" in capsys.readouterr().err
     for damaged in (b"", b"[]", b"null", b"{}", b"\xff", b"[" * 100_000):
         path.write_bytes(damaged)
         assert evaluate_model.known_outcome(path, asked, 3) == {}
