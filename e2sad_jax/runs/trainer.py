@@ -384,14 +384,20 @@ class _Trainer:
             return {}
         if config.eps_warmup and step < config.warmup_steps(run.steps):
             return {}  # a network that has not seen the whole budget yet is not robust to it
-        found = overfitting(run, params, metrics["robust"])
+        found = overfitting(run, params, metrics["clean"], metrics["robust"])
         if found["collapsed"] and member not in self._told:
             self._told.add(member)
             where = f" of {run.workdir.name}" if len(self._runs) > 1 else ""
+            rising = "" if config.eps_warmup else "a rising budget (--eps_warmup=0.5), "
+            stronger = (
+                "more --attack_steps"
+                if "attack_steps" in config.settings
+                else "an attack of several steps (--defense=pgd)"
+            )
             self._bar.say(
                 f"step {step:,}{where}: catastrophic overfitting. Accuracy on {run.chosen_on} is {found['fgsm']:.3f} under "
                 f"FGSM and {metrics['robust']:.3f} under PGD-10 (gradient alignment {found['alignment']:.2f}). Train with "
-                f"{'' if config.eps_warmup else 'a rising budget (--eps_warmup=0.5), '}more attack steps, or a lower --eps1"
+                f"{rising}{stronger}, or a lower --eps1"
             )
         return found
 

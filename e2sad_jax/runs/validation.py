@@ -65,17 +65,19 @@ def _validated(run: "Run", params: Any, stop: Callable[[], int]) -> dict[str, fl
     return values if values["score"] != UNJUDGED else {"score": UNJUDGED}
 
 
-def overfitting(run: "Run", params: Any, robust: float) -> dict[str, float]:
+def overfitting(run: "Run", params: Any, clean: float, robust: float) -> dict[str, float]:
     """Signs on the validation set that training has overfitted to attacks of one step (catastrophic overfitting).
 
     Args:
       run: the run.
       params: the network's variables.
+      clean: accuracy without attack.
       robust: accuracy under PGD-10.
 
     Returns:
       `fgsm`, the accuracy under FGSM; `alignment`, that of `masking.alignment` on up to `ALIGNED` images; `collapsed`, 1 where
-      PGD's accuracy is below half of FGSM's, by more than the bound of the check "FGSM above PGD", else 0.
+      the gradients are not aligned, and PGD's accuracy is below half of FGSM's, by more than the bound of the check "FGSM
+      above PGD"; else 0.
     """
     config, images = run.config, run.validation_set
     attack = Attack("fgsm", "fgsm", config.eps1, 1, norm=config.norm)
@@ -88,5 +90,9 @@ def overfitting(run: "Run", params: Any, robust: float) -> dict[str, float]:
     return {
         "fgsm": fgsm,
         "alignment": alignment,
-        "collapsed": float(fgsm - robust > masking.MAX_GAP and 2 * robust < fgsm),
+        "collapsed": float(
+            fgsm - robust > masking.gap_bound(clean, fgsm)
+            and 2 * robust < fgsm
+            and alignment < masking.MIN_ALIGNMENT  # a network that has only begun to learn is aligned
+        ),
     }

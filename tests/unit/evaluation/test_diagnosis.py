@@ -265,10 +265,26 @@ def test_the_worst_images_are_those_that_fool(honest, problem):
     ],
 )
 def test_each_check_finds_its_weakness_and_no_other(changes, name):
+    found = checks_of(changes)
+    assert [check.name for check in found if check.suspicious] == [name]
+    (check,) = (check for check in found if check.suspicious)
+    assert masking.verdict("model", found, 100).endswith(
+        f"({name} {check.value:.3f}, {check.means}). Do not trust accuracies under "
+        f"gradient attacks alone. Next: {check.then}."
+    )
+
+
+def test_an_undefended_model_which_fgsm_hurts_is_not_taken_for_a_masked_one():
+    found = checks_of({"clean": 1.0, "fgsm": 0.4, "pgd": 0.0, "white": 0.0, "black": 0.0})
+    assert not any(check.suspicious for check in found)
+
+
+def checks_of(changes):
+    """The checks of a model of these numbers, beside which it is honest."""
     numbers = {"clean": 0.9, "fgsm": 0.5, "pgd": 0.4, "white": 0.4, "black": 0.4, "whole": 0.0, "loss_decreased": 0.0}
     numbers |= {"zero": 0.0, "alignment": 0.8, "probabilities": 0.0, "random": 0.0, **changes}
     right = {key: np.arange(100) < 100 * number for key, number in numbers.items()}
-    found = masking.run_checks(
+    return masking.run_checks(
         clean=right["clean"],
         fgsm=right["fgsm"],
         pgd=right["pgd"],
@@ -278,12 +294,6 @@ def test_each_check_finds_its_weakness_and_no_other(changes, name):
         gradients=masking.Gradients(numbers["zero"], numbers["alignment"]),
         outputs=masking.Outputs(numbers["probabilities"], numbers["random"]),
         loss_decreased=numbers["loss_decreased"],
-    )
-    assert [check.name for check in found if check.suspicious] == [name]
-    (check,) = (check for check in found if check.suspicious)
-    assert masking.verdict("model", found, 100).endswith(
-        f"({name} {check.value:.3f}, {check.means}). Do not trust accuracies under "
-        f"gradient attacks alone. Next: {check.then}."
     )
 
 

@@ -18,7 +18,7 @@ from e2sad_jax.errors import (
     DataError,
     WorkdirError,
 )
-from e2sad_jax.evaluation import Attack
+from e2sad_jax.evaluation import Attack, masking
 from e2sad_jax.runs import signals, trainer
 from e2sad_jax.runs.classifier import load
 from e2sad_jax.runs.folder import read_training, steps_in
@@ -260,14 +260,14 @@ def test_validation_is_pgd_on_the_validation_set_and_robust_comes_before_clean(w
     assert values["clean"] > 0.5
 
 
-def test_fgsm_on_a_linear_network_misleads_nobody(tiny, tmp_path):
+def test_fgsm_on_a_linear_network_misleads_nobody(tiny, tmp_path, monkeypatch):
     """Its gradient is nearly the same everywhere: FGSM and PGD agree."""
     config = config_of(tmp_path / "w", defense="fgsm", eps1=0.05)
     with trainer.open_run(config, tiny) as run:
         trainer.train(run, never)
         state = run.restore()
-        robust = trainer.validate(run, state, never)["robust"]
-        found = trainer.overfitting(run, state.params, robust)
+        validated = trainer.validate(run, state, never)
+        found = trainer.overfitting(run, state.params, validated["clean"], validated["robust"])
         fgsm = run.attack(state.params, run.validation_set, [Attack("a", "fgsm", 0.05, 1)])["a"].accuracy
     lines = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
     validated = [line for line in lines if "validation_alignment" in line]
@@ -277,18 +277,24 @@ def test_fgsm_on_a_linear_network_misleads_nobody(tiny, tmp_path):
     assert found["alignment"] > 0.9
     assert found["collapsed"] == 0
     with trainer.open_run(config, tiny) as run:
-        assert trainer.overfitting(run, state.params, fgsm / 2 - 0.01)["collapsed"] == float(fgsm > 0.4) == 1
-        assert trainer.overfitting(run, state.params, fgsm / 2 + 0.01)["collapsed"] == 0
+        low = fgsm / 2 - 0.01
+        assert trainer.overfitting(run, state.params, 1.0, low)["collapsed"] == 0, "its gradients are aligned"
+        monkeypatch.setattr(masking, "alignment", lambda *_: 0.1)
+        assert trainer.overfitting(run, state.params, fgsm, low)["collapsed"] == float(fgsm > 0.4) == 1
+        assert trainer.overfitting(run, state.params, fgsm, fgsm / 2 + 0.01)["collapsed"] == 0
+        assert trainer.overfitting(run, state.params, 2 * fgsm, low)["collapsed"] == 0, "FGSM alone halves its accuracy"
 
 
 def test_catastrophic_overfitting_is_said_once(tiny, tmp_path, monkeypatch, capfd):
     found = {"fgsm": 0.95, "alignment": -0.02, "collapsed": 1.0}
-    monkeypatch.setattr(trainer, "overfitting", lambda run, params, robust: found)
-    for defense in ("fgsm", "natural"):
+    monkeypatch.setattr(trainer, "overfitting", lambda run, params, clean, robust: found)
+    for defense in ("fgsm", "pgd", "natural"):
         with trainer.open_run(config_of(tmp_path / defense, defense=defense, eps1=0.05), tiny) as run:
             trainer.train(run, never)
     said = [line for line in capfd.readouterr().err.splitlines() if "overfitting" in line]
-    assert len(said) == 1
+    assert len(said) == 2
+    assert said[0].endswith("an attack of several steps (--defense=pgd), or a lower --eps1")
+    assert said[1].endswith("more --attack_steps, or a lower --eps1")
     assert said[0].startswith(
         "step 5: catastrophic overfitting. Accuracy on 50 training images is 0.950 under FGSM and"
     )
