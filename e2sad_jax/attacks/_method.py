@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,17 @@ class Method:
     def counts(self) -> str:
         """The name of its number of steps, "steps" or "queries"; empty if there is none to choose."""
         return next(iter({"steps", "queries"} & self.parameters), "")
+
+    def passes(self, steps: int = 0) -> int:
+        """How often the model is asked about an image in `steps` steps, for progress bars.
+
+        Args:
+          steps: gradient steps, queries or generations; 0 for the attack's default.
+        """
+        parameters = inspect.signature(self.function).parameters
+        default = parameters[self.counts].default if self.counts else 1
+        each = [parameters[name].default for name in ("population", "binary_steps") if name in parameters]
+        return math.prod([max(1, steps or (default if isinstance(default, int) else 1)), *each])
 
     @property
     def random(self) -> bool:

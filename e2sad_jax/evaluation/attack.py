@@ -81,7 +81,8 @@ class Attack:
         ranks = len(self.ranks(self.targets + 1 if num_classes is None else num_classes))
         method = attacks.ATTACKS.get(self.kind)
         queries = QUERIES_PER_GRADIENT if method is not None and method.family == "score-based" else 1
-        return max(1, self.steps // queries) * self.restarts * ranks
+        passes = self.steps if method is None else method.passes(self.steps)
+        return max(1, passes // queries) * self.restarts * ranks
 
     def check(self, num_classes: int, ndim: int) -> None:
         """Raises an error if the attack cannot run on such images and classes.

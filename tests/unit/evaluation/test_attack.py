@@ -180,6 +180,10 @@ def test_gradients_of_a_row():
     assert Attack("a", "clean").gradients() == 1
     assert Attack("a", "pgd", 0.1, 4, restarts=3).gradients(K) == 12
     assert Attack("a", "square", 0.1, 30).gradients(K) == 10, "three queries count as one"
+    assert Attack("a", "square", 0.1).gradients(K) == 5000 // 3, "by default"
+    assert Attack("a", "fgsm", 0.1).gradients(K) == 1
+    assert Attack("a", "few_pixels", 1, 30, norm="l0").gradients(K) == 30 * 400 // 3, "each generation has 400 images"
+    assert Attack("a", "carlini_wagner", 1, 10, norm="l2").gradients(K) == 90, "nine times"
     targeted = Attack("a", "apgd", 0.1, 7, loss="targeted_dlr")
     assert (targeted.gradients(), targeted.gradients(K), targeted.gradients(100)) == (63, 28, 63)
     assert dataclasses.replace(targeted, targets=2).gradients(K) == 14
