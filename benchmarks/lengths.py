@@ -47,7 +47,7 @@ class Request:
       ConfigError: if a value is out of range.
     """
 
-    preset: tuple[str, ...] = setting(PRESETS, "settings of e2SAD, may be given several times")
+    preset: tuple[str, ...] = setting(("robust", "paper"), "settings of e2SAD, may be given several times")
     steps: tuple[str, ...] = setting(("2000", "8000", "16000"), "lengths of training, may be given several times")
     model: str = setting("mnist_cnn", "network; mnist_cnn is the paper's")
     data: str = setting("mnist", "mnist, or a file PATH.npz")
@@ -211,7 +211,7 @@ def plot(path: pathlib.Path, result: Mapping[str, Any]) -> None:
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     rows = result["rows"]
-    for name, color in zip(PRESETS, ("#c1272d", "#3b6ea5"), strict=True):
+    for name, color in zip(PRESETS, ("#c1272d", "#e69f00", "#3b6ea5"), strict=True):
         own = [row for row in rows if row["preset"] == name]
         for key, style in (("ifgsm", "--o"), ("robust", "-o")):
             label = f"{name}, {IFGSM if key == 'ifgsm' else 'worst case'}"

@@ -1,6 +1,7 @@
 """Commands: a flag for each setting, errors as one line and an exit code, and the console script `e2sad`."""
 
 import dataclasses
+import functools
 import importlib
 import logging as standard_logging
 import os
@@ -30,13 +31,23 @@ from e2sad_jax.errors import (
 )
 from e2sad_jax.runs import _compilation_cache, _malloc
 from e2sad_jax.runs.recipes import RECIPES, Recipe
-from e2sad_jax.training.config import COMMON, PRESETS, RECIPE, Config, configure, preset, setting_of
+from e2sad_jax.training.config import COMMON, PRESETS, RECIPE, Config, configure, number, preset, setting_of
 
 FLAGS = flags.FLAGS
+
+
+class Number(flags.FloatParser):
+    """Parser of a number, or of a quotient of two, such as 8/255."""
+
+    def convert(self, argument: int | float | str) -> float:
+        """The number of a flag's text."""
+        return number(argument) if isinstance(argument, str) else float(argument)
+
+
 DEFINE: Mapping[type, Callable[..., Any]] = {
     bool: flags.DEFINE_bool,
     int: flags.DEFINE_integer,
-    float: flags.DEFINE_float,
+    float: functools.partial(flags.DEFINE, Number()),
     str: flags.DEFINE_string,
     tuple: flags.DEFINE_multi_string,
 }
@@ -194,10 +205,11 @@ def launch(run: Callable[[], None], saved: str, *, resumes: bool = True) -> None
 def define_flags(recipe: Recipe) -> None:
     """Defines a flag for each setting, with its range in the help text, as the main module's own: `--help` lists those."""
     import_defenses()
-    robust = {**preset("robust", recipe.settings.get("eps1", Config.eps1)), **recipe.robust}
+    one, two = ({**preset(p, recipe.settings.get("eps1", Config.eps1)), **recipe.robust} for p in ("robust", "robust2"))
+    more = {name: value for name, value in two.items() if one.get(name) != value}
     for field in COMMON:
         other = {f"for {d}": s[field.name] for d, s in recipe.by_defense.items() if field.name in s}
-        other |= {"with --preset=robust": robust[field.name]} if field.name in robust else {}
+        other |= {"with --preset=robust": one[field.name]} if field.name in one else {}
         _define(setting_of(field), recipe.settings.get(field.name, field.default), _defaults(other))
     for setting in _own_settings():
         if setting.name in FLAGS:
@@ -206,13 +218,14 @@ def define_flags(recipe: Recipe) -> None:
         its_defaults = {d: _own_defaults(d, recipe)[setting.name] for d in readers(setting.name)}
         value = next(iter(its_defaults.values()))
         other = {f"for {d}": own for d, own in its_defaults.items() if own != value}
-        other |= {"for e2sad with --preset=robust": robust[setting.name]} if setting.name in robust else {}
+        other |= {"for e2sad with --preset=robust": one[setting.name]} if setting.name in one else {}
+        other |= {"with --preset=robust2": more[setting.name]} if setting.name in more else {}
         _define(setting, value, f"; read by {', '.join(its_defaults)}{_defaults(other)}")
     text = (
-        f"robust: settings with robust accuracy under strong attacks; paper: the paper's; other flags have precedence; one of "
-        f"{', '.join(PRESETS)}"
+        "robust: settings with robust accuracy under strong attacks, for one gradient step; robust2: for two; paper: the "
+        f"paper's; other flags have precedence; one of {', '.join(PRESETS)}"
     )
-    flags.DEFINE_string("preset", PRESETS[0], text, module_name=sys.argv[0])
+    flags.DEFINE_string("preset", recipe.preset, text, module_name=sys.argv[0])
     text = f"second defense to train, shown in the same table; one of {', '.join(DEFENSES)}; empty: none"
     flags.DEFINE_string("baseline", recipe.baseline, text, module_name=sys.argv[0])
     flags.DEFINE_string(
@@ -294,7 +307,7 @@ def _read_config(recipe: Recipe, defense: str) -> Config:
     given = {s.name: FLAGS[s.name].value for s in _own_settings() if FLAGS[s.name].present}
     if defense != FLAGS.defense:  # a baseline takes what it reads
         given = {name: value for name, value in given.items() if name in own}
-    named = {**preset(FLAGS.preset, values["eps1"]), **(recipe.robust if FLAGS.preset == "robust" else {})}
+    named = {**preset(FLAGS.preset, values["eps1"]), **(recipe.robust if FLAGS.preset != "paper" else {})}
     if defense != "e2sad":  # the points are e2SAD's, schedule and labels everybody's
         named = {name: value for name, value in named.items() if name in RECIPE}
     for name, value in {**recipe.by_defense.get(defense, {}), **named}.items():

@@ -4,7 +4,9 @@ A message says what is wrong, the value found, the bound, and what to change. Th
 with `exit_code`.
 """
 
+import difflib
 import pathlib
+from collections.abc import Iterable
 
 FULL = "No space left on device"
 
@@ -24,6 +26,13 @@ def quoted(value: object) -> str:
     if isinstance(value, int) and abs(value) > 10**40:
         return f"an integer of {value.bit_length():,} bits"
     return shortened(repr(value) if isinstance(value, str) and value.isprintable() else ascii(value))
+
+
+def close_to(name: str, names: Iterable[str]) -> str:
+    """Returns those of `names` that a misspelt name may stand for, as the beginning of a remedy; empty if none is like it."""
+    by_lower = {one.lower(): one for one in names}
+    close = difflib.get_close_matches(name[:100].lower(), by_lower)
+    return f"did you mean {' or '.join(quoted(by_lower[one]) for one in close)}? " if close else ""
 
 
 def first_line(error: object, limit: int = 300) -> str:

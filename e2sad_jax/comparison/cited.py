@@ -17,7 +17,7 @@ from e2sad_jax.comparison.flops import step_flops
 from e2sad_jax.comparison.request import JUDGES, Request
 from e2sad_jax.data import Dataset
 from e2sad_jax.data.dataset import in_words
-from e2sad_jax.errors import ConfigError, Stopped
+from e2sad_jax.errors import ConfigError, Stopped, close_to
 from e2sad_jax.evaluation import Attack, Detector, Model, distances
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.table import Table
@@ -66,7 +66,8 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
       Stopped: after Ctrl-C; what is finished stays.
     """
     if unknown := [name for name in request.entry if name not in (*TRAINED, *AROUND)]:
-        raise ConfigError(f"--entry={unknown[0]:.100}: must be of {', '.join((*TRAINED, *AROUND))} with --cited")
+        close = close_to(unknown[0], (*TRAINED, *AROUND))
+        raise ConfigError(f"--entry={unknown[0]:.100}: {close}must be of {', '.join((*TRAINED, *AROUND))} with --cited")
     commit = provenance.commit()  # before the results that are written make it one with changes
     folder = pathlib.Path(request.results or request.workdir).expanduser()
     check_folder(folder, f"--results={folder}")

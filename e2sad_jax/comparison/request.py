@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from e2sad_jax.defenses import DEFENSES
-from e2sad_jax.errors import ConfigError
+from e2sad_jax.errors import ConfigError, close_to
 from e2sad_jax.evaluation import Attack, Effort
 from e2sad_jax.networks import NETWORKS
 from e2sad_jax.runs.recipes import RECIPES
@@ -220,7 +220,7 @@ class Request:
             check(field, getattr(self, field.name))
         for name in () if self.cited else self.entry:  # those of --cited are other systems
             if name not in known():
-                raise ConfigError(f"--entry={name:.100}: must be of {_quoted()}")
+                raise ConfigError(f"--entry={name:.100}: {close_to(name, known())}must be of {_quoted()}")
         if self.parts and self.entry:
             raise ConfigError(f"--parts: chooses what is compared; leave out --entry={self.entry[0]}, or --parts")
         if self.cited and (self.parts or self.equal_flops or self.show or self.judge != "test" or self.recipe):

@@ -14,7 +14,7 @@ from e2sad_jax.data import prepared
 from e2sad_jax.data.dataset import Dataset, hold_out, sample, sample_tests, subset
 from e2sad_jax.data.known import KNOWN, Known
 from e2sad_jax.data.npz import load_npz, write_npz
-from e2sad_jax.errors import DataError, first_line
+from e2sad_jax.errors import DataError, close_to, first_line
 
 __all__ = [
     "KNOWN",
@@ -84,8 +84,8 @@ def load(data: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     if data.lower().endswith(".npz"):
         return load_npz(expand(data))
     raise DataError(
-        f"--data={data!r} is not a data set; choose {', '.join(KNOWN)}, tfds:NAME of tensorflow-datasets, or the path of a "
-        ".npz file"
+        f"--data={data!r} is not a data set; {close_to(data, KNOWN)}choose {', '.join(KNOWN)}, tfds:NAME of "
+        "tensorflow-datasets, or the path of a .npz file"
     )
 
 

@@ -22,7 +22,7 @@ from e2sad_jax.reporting import diagnosis, provenance
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs import saved_images
 from e2sad_jax.runs.classifier import CHOICES, load
-from e2sad_jax.training.config import Config, check, setting
+from e2sad_jax.training.config import Config, check, number, setting
 
 UNFINISHED = "unfinished"  # folder of finished batches, until all of them are
 EXAMPLES, SHOWN = "examples.png", 10  # columns of the picture, at most
@@ -235,7 +235,7 @@ def _attack(text: str, norm: str) -> Attack:
     """
     name, *numbers = text.split(":")
     try:
-        eps, steps = float(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
+        eps, steps = number(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
         if name not in ATTACKS or len(numbers) > 2 or eps < 0 or steps < 0:
             raise ValueError
         norms = ATTACKS[name].norms

@@ -467,7 +467,7 @@ class _Trainer:
 
 
 def _check_sizes(config: Config, train_set: Dataset, steps: int) -> None:
-    """Refuses settings that do not fit the data, and data of one class, from which nothing can be learnt.
+    """Refuses settings that do not fit the data, and data of one class; warns of a rise that the run does not see the end of.
 
     Raises:
       ConfigError, DataError: with flag or data, value and range.
@@ -491,5 +491,11 @@ def _check_sizes(config: Config, train_set: Dataset, steps: int) -> None:
         raise ConfigError(
             f"--eval_examples={config.eval_examples}: must be at most the {tests:,} test images, or 0 for all"
         )
+    for flag, what in (("eps_warmup", "every budget"), ("lr_warmup", "the learning rate")):
+        if (rise := config.in_effect().get(flag, 0)) > max(1, steps) and distributed.is_main():  # more steps may follow
+            print(
+                f"warning: --{flag}={rise:g}: {what} ends at {steps / rise:.2g} of its value, for --steps={steps}",
+                file=sys.stderr,
+            )
     if steps * config.batch_size >= 2**32:  # the place in the order is counted in 32 bits
         raise ConfigError(f"--steps={steps}: steps * batch_size must be below {2**32:,}")

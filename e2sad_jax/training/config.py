@@ -15,12 +15,12 @@ from e2sad_jax.data.augmentation import Augmentation
 from e2sad_jax.data.prepared import stem
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.defenses import DEFENSES, PLUGINS, Defense, Setting, readers
-from e2sad_jax.errors import ConfigError, quoted
+from e2sad_jax.errors import ConfigError, close_to, quoted
 from e2sad_jax.networks import NETWORKS
 
 SCHEDULES = ("constant", "cyclic", "piecewise", "cosine", "onecycle")
 OPTIMIZERS = ("adam", "adamw", "sgd")
-PRESETS = ("robust", "paper")
+PRESETS = ("robust", "robust2", "paper")
 # Under which cheap defenses hold MNIST's budget of 0.3 (docs/e2sad.md).
 SCHEDULE: Mapping[str, Any] = {"eps_warmup": 0.5, "schedule": "cyclic", "learning_rate": 5e-3}
 RECIPE: Mapping[str, Any] = {**SCHEDULE, "eps_scale": 1.1, "soft_label": True}
@@ -29,14 +29,15 @@ DATA_DIR = "folder of data sets, empty: $E2SAD_DATA_DIR, or e2sad_jax in $XDG_CA
 
 
 def preset(name: str, eps1: float) -> dict[str, Any]:
-    """The settings of the preset "paper" or "robust" that differ from the defaults (docs/e2sad.md).
+    """The settings of a preset that differ from the defaults (docs/e2sad.md).
 
     "robust" has e2SAD's points, weights and memory, and for every defense `RECIPE`: soft labels, a budget of training that
-    is larger than the one to defend against, and the schedules of budget and learning rate.
+    is larger than the one to defend against, and the schedules of budget and learning rate. "robust2" is that with a step
+    to the first point, too.
 
     Args:
       name: one of `PRESETS`.
-      eps1: the budget to defend against; each step of "robust" is half of it.
+      eps1: the budget to defend against; each step of "robust" and "robust2" is half of it.
 
     Returns:
       Those that differ from the defaults, by name; none for "paper".
@@ -60,6 +61,8 @@ def preset(name: str, eps1: float) -> dict[str, Any]:
         "random_start": True,  # for who turns the memory off
         "memory": "int8",
     }
+    if name == "robust2":
+        points |= {"first_point": "step", "first_step_size": eps1 / 2}
     return {**points, **RECIPE}
 
 
@@ -204,8 +207,8 @@ class Config:
     def __post_init__(self) -> None:
         if isinstance(self.defense, str) and self.defense not in DEFENSES:
             raise ConfigError(
-                f"--defense={quoted(self.defense)[1:-1]}: must be one of {', '.join(DEFENSES)}; one of your own: import the "
-                f"module that registers it, or name the module in ${PLUGINS}"
+                f"--defense={quoted(self.defense)[1:-1]}: {close_to(self.defense, DEFENSES)}must be one of "
+                f"{', '.join(DEFENSES)}; one of your own: import the module that registers it, or name the module in ${PLUGINS}"
             )
         values = {field.name: check(field, getattr(self, field.name)) for field in COMMON}
         entry = DEFENSES[self.defense]
@@ -463,10 +466,22 @@ def number_of_steps(value: float, total: int) -> float:
     return value * total if value < 1 else value
 
 
+def number(text: str) -> float:
+    """A number, or a quotient of two, such as 8/255.
+
+    Raises:
+      ValueError: if it is neither.
+    """
+    dividend, slash, divisor = text.partition("/")
+    if slash and not float(divisor):
+        raise ValueError(f"{quoted(text)}: must not divide by 0")
+    return float(dividend) / float(divisor) if slash else float(dividend)
+
+
 def _numbers(text: str) -> tuple[float, ...]:
     """Numbers separated by commas, none in an empty text; NaN alone if one of them is no number."""
     try:
-        return tuple(float(one) for one in text.split(",")) if text else ()
+        return tuple(number(one) for one in text.split(",")) if text else ()
     except ValueError:
         return (math.nan,)
 

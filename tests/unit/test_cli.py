@@ -151,6 +151,16 @@ def test_flags_without_effect_beside_others_are_refused(flags, message, parsed):
     assert parsed("mnist", "--first_point=step", "--first_step_size=0.1")[0].settings["first_step_size"] == 0.1
 
 
+def test_robust2_takes_a_step_to_the_first_point_too_and_is_the_preset_for_colour_images(parsed):
+    (one,), (two,) = parsed("mnist"), parsed("mnist", "--preset=robust2")
+    assert one.settings["first_point"] == "start"
+    changed = {name: value for name, value in two.settings.items() if one.settings[name] != value}
+    assert changed == {"first_point": "step", "first_step_size": 0.15}
+    assert parsed("mnist", "--preset=robust2", "--first_point=start")[0].digest() == one.digest()
+    assert parsed("svhn")[0].settings["first_step_size"] == 12 / 255
+    assert parsed("cifar10")[0].settings["first_step_size"] == 4 / 255
+
+
 def test_robust_is_the_preset_of_every_defense_and_paper_is_one_flag_away(parsed):
     for defense in ("natural", "fgsm", "e2sad"):
         (config,) = parsed("mnist", f"--defense={defense}")
@@ -174,11 +184,19 @@ def test_trades_has_its_papers_steps_on_mnist(parsed):
     assert parsed("mnist", "--defense=pgd")[0].settings["attack_steps"] == 30
 
 
+def test_a_number_may_be_a_quotient(parsed):
+    (config,) = parsed("svhn", "--eps1=8/255", "--std=1/4", "--defense=pgd")
+    assert config.eps1 == 8 / 255
+    assert parsed("svhn", f"--eps1={8 / 255}", "--std=0.25", "--defense=pgd")[0].digest() == config.digest()
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         ("--steps=abc", "--steps=abc: must be an integer, at least 1"),
         ("--delta=x", "--delta=x: must be a number, above 0, at most 0.999"),
+        ("--eps1=8/0", "--eps1=8/0: must be a number, at least 0"),
+        ("--eps1=8/255/2", "--eps1=8/255/2: must be a number, at least 0"),
         ("--resume=maybe", "--resume=maybe: must be true or false"),
         ("--steps=\x1b[2J", "--steps=\\x1b[2J: must be an integer, at least 1"),
         ("--attack_steps=1.5", "--attack_steps=1.5: must be an integer, at least 1"),

@@ -309,6 +309,10 @@ def test_a_registered_defense_is_an_entry_by_its_name(monkeypatch):
     ("values", "words"),
     [
         ({"entry": ("mart",)}, r'--entry=mart: must be of "natural", '),
+        (
+            {"entry": ("e2sad robust",)},
+            r'--entry=e2sad robust: did you mean \'e2SAD, robust\'.*\? must be of "natural", ',
+        ),
         ({"entry": ("x" * 9999,)}, r"--entry=x{100}: must be of"),
         ({"eps": 0.0}, r"--eps=0.0: must be above 0"),
         ({"seeds": 0}, r"--seeds=0: must be at least 1"),

@@ -304,6 +304,16 @@ def test_catastrophic_overfitting_is_said_once(tiny, tmp_path, monkeypatch, capf
     assert "collapsed" not in (tmp_path / "natural" / "metrics.jsonl").read_text()
 
 
+def test_a_rise_longer_than_the_run_is_warned_of(tiny, tmp_path, capsys):
+    for name, rises in {"long": {"eps_warmup": 24.0, "lr_warmup": 48.0}, "whole": {"eps_warmup": 12.0}}.items():
+        with trainer.open_run(config_of(tmp_path / name, defense="fgsm", eps1=0.05, **rises), tiny):
+            pass
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: --eps_warmup=24: every budget ends at 0.5 of its value, for --steps=12",
+        "warning: --lr_warmup=48: the learning rate ends at 0.25 of its value, for --steps=12",
+    ]
+
+
 def test_a_network_is_not_watched_while_the_budget_rises(tiny, tmp_path):
     with trainer.open_run(config_of(tmp_path, defense="fgsm", eps1=0.05, eps_warmup=0.7), tiny) as run:
         trainer.train(run, never)

@@ -230,7 +230,7 @@ def test_settings_without_effect_do_not_make_another_run():
 def test_a_preset_is_refused_by_name():
     assert preset("paper", 0.3) == {}
     assert configure(**preset("robust", 0.3)).settings["eps2"] == pytest.approx(0.15)
-    with pytest.raises(ConfigError, match="--preset=best: must be one of robust, paper"):
+    with pytest.raises(ConfigError, match="--preset=best: must be one of robust, robust2, paper"):
         preset("best", 0.3)
 
 
