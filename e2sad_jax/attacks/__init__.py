@@ -53,6 +53,7 @@ ATTACKS: dict[str, Method] = {
     "mi_fgsm": Method(mi_fgsm, "gradient"),
     "pgd": Method(pgd, "gradient", ("linf", "l2")),
     "apgd": Method(apgd, "gradient", ("linf", "l2")),
+    "orthogonal_pgd": Method(orthogonal_pgd, "gradient", ("linf", "l2")),
     "square": Method(square, "score-based", ("linf", "l2"), ndim=4),
     "fab": Method(fab, "minimum-norm", ("linf", "l2")),
     "fmn": Method(fmn, "minimum-norm", ("linf", "l2")),

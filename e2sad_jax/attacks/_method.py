@@ -20,7 +20,20 @@ BALLS = (*NORMS, "l0")
 FAMILIES = ("gradient", "score-based", "minimum-norm")
 GIVEN = (
     *("key", "loss_fn", "margin_fn", "misclassified_fn", "logits_fn", "x", "labels", "targets"),
-    *("constraint_fn", "any_wrong", "eps", "pixels", "steps", "queries", "step_size", "restarts", "norm", "bounds"),
+    *(
+        "constraint_fn",
+        "score_fn",
+        "threshold",
+        "any_wrong",
+        "eps",
+        "pixels",
+        "steps",
+        "queries",
+        "step_size",
+        "restarts",
+        "norm",
+        "bounds",
+    ),
 )
 
 
@@ -30,6 +43,7 @@ class Method:
 
     `run` passes to `function` those of the following that its signature names, by keyword: `key` (keys `[N]`), `loss_fn`,
     `margin_fn`, `misclassified_fn` (images to values `[N]`), `logits_fn`, `x`, `labels`, `targets`, `constraint_fn`,
+    `score_fn` and `threshold` (the constraint and 0; the loss and `misclassified_fn` are without it then),
     `any_wrong` (True: a suite counts every wrong class), `eps` or its whole part as `pixels`, `steps` or `queries`,
     `step_size`, `restarts`, `norm`, `bounds`. A parameter of another name needs a default.
 
@@ -149,7 +163,8 @@ class Method:
           targets: integer classes to walk to, `[N]`, for minimum-norm attacks that take them; or None.
           constraint_fn: images to `[N]`, above 0 where the model rejects an image; None if it rejects none. Then
             `misclassified_fn` is True, and `margin_fn` above 0, only for images that are not rejected, and `loss_fn` is
-            lower by what the constraint has above 0. Of the minimum-norm attacks `carlini_wagner` alone knows it.
+            lower by what the constraint has above 0. An attack that takes `score_fn` has both without it. Of the
+            minimum-norm attacks `carlini_wagner` alone knows it.
           step_size: length of a step; None for the attack's default.
           restarts: number of random starts, at least 1.
           norm: one of `norms`.
@@ -170,17 +185,23 @@ class Method:
         labels = leave
         self.check(name, norm=norm, restarts=restarts, step_size=step_size, ndim=x.ndim)
 
+        # An attack that asks for the detector's score weighs it by itself.
+        constraint = None if "score_fn" in self.parameters else constraint_fn
+
         def margin(z: jax.Array) -> jax.Array:
             lead = losses.margin(logits_fn(z), labels)
-            return lead if constraint_fn is None else jnp.minimum(lead, -as_float32(constraint_fn(z)))
+            return lead if constraint is None else jnp.minimum(lead, -as_float32(constraint(z)))
 
         def misclassified(z: jax.Array) -> jax.Array:  # NaN is no right answer
             logits = logits_fn(z)
             wrong = (logits.argmax(-1) != labels) | jnp.isnan(logits).any(-1)
-            return wrong if constraint_fn is None else wrong & ~(constraint_fn(z) > 0)
+            return wrong if constraint is None else wrong & ~(constraint(z) > 0)
 
-        if constraint_fn is not None and loss_fn is not None:
-            loss_fn = evading(loss_fn, constraint_fn, 0.0, weight=1.0)
+        def accepted(z: jax.Array) -> jax.Array:
+            return jnp.full(len(z), -1.0)
+
+        if constraint is not None and loss_fn is not None:
+            loss_fn = evading(loss_fn, constraint, 0.0, weight=1.0)
 
         given: dict[str, Any] = {
             "key": key,
@@ -192,6 +213,8 @@ class Method:
             "labels": labels,
             "targets": targets,
             "constraint_fn": constraint_fn,
+            "score_fn": accepted if constraint_fn is None else constraint_fn,
+            "threshold": 0.0,
             "any_wrong": True,
             "eps": eps,
             "pixels": self._pixels(name, eps),

@@ -55,7 +55,8 @@ def orthogonal_pgd(
 
     Returns:
       Images, same shape and dtype as `x`, within `eps` of it: of all points on the way that are misclassified and not
-      rejected the one of the lowest score; where there was none, that of `x`. No gradient flows through them.
+      rejected the one of the lowest score; where there is none, of those that are not rejected the one of the highest loss;
+      where all are rejected, that of `x`. No gradient flows through them.
 
     Raises:
       TypeError: if `x` is not floating point.
@@ -76,29 +77,39 @@ def orthogonal_pgd(
     if key is not None:
         start = limits.project(start + eps * limits.sample(per_image_keys("orthogonal_pgd", key, len(x)), start))
 
-    def judged(image: jax.Array, score: jax.Array, wrong: jax.Array) -> Candidate:
-        fooled = wrong & ~(as_float32(score) > threshold)
-        return Candidate(image, fooled, jnp.where(fooled, -as_float32(score), -jnp.inf))
+    def losses_at(image: jax.Array) -> jax.Array:
+        return per_image("loss_fn", loss_fn, image)
+
+    def score_at(image: jax.Array) -> jax.Array:
+        return per_image("score_fn", score_fn, image)
 
     def wrong_at(image: jax.Array) -> jax.Array:
         return per_image("misclassified_fn", misclassified_fn, image).astype(bool)
+
+    def judged(image: jax.Array, losses: jax.Array, score: jax.Array, wrong: jax.Array) -> Candidate:
+        losses, score = as_float32(losses), as_float32(score)
+        accepted = ~(score > threshold)
+        worth = jnp.where(wrong, -score, losses)
+        return Candidate(image, wrong & accepted, jnp.where(accepted & ~jnp.isnan(worth), worth, -jnp.inf))
+
+    def alone(image: jax.Array) -> Candidate:
+        return judged(image, losses_at(image), score_at(image), wrong_at(image))
 
     def step(_: int | jax.Array, state: tuple[jax.Array, Candidate]) -> tuple[jax.Array, Candidate]:
         point, best = state
         image = cast_inside(point, x.dtype, limits)
         wrong = wrong_at(image)
-        up = finite(as_float32(losses_and_gradient(loss_fn, image)[1]))
-        score, away = losses_and_gradient(lambda z: per_image("score_fn", score_fn, z), image)
-        down = -finite(as_float32(away))
+        losses, rise = losses_and_gradient(loss_fn, image)
+        score, away = losses_and_gradient(score_at, image)
+        up, down = finite(as_float32(rise)), -finite(as_float32(away))
         direction = select(wrong, _without(down, up), _without(up, down))
         moved = limits.project(point + step_size * limits.steepest(direction))
-        return moved, best.keep_worst(judged(image, score, wrong))
+        return moved, best.keep_worst(judged(image, losses, score, wrong))
 
     never = like_sharded(jnp.zeros(len(x), bool), x)
     nothing = Candidate(x, never, like_sharded(jnp.full(len(x), -jnp.inf, start.dtype), x))
     end, best = _loops.repeat(steps, step, (start, nothing))
-    last = cast_inside(end, x.dtype, limits)
-    best = best.keep_worst(judged(last, per_image("score_fn", score_fn, last), wrong_at(last)))
+    best = best.keep_worst(alone(cast_inside(end, x.dtype, limits)))
     return jax.lax.stop_gradient(best.image)
 
 

@@ -24,7 +24,7 @@ It takes functions, of any model library:
 
 from e2sad_jax.evaluation._entrance import Apply, Detector
 from e2sad_jax.evaluation.attack import SUITES, Attack
-from e2sad_jax.evaluation.autoattack import FAB, STAGES, AutoResult, auto
+from e2sad_jax.evaluation.autoattack import FAB, ORTHOGONAL, STAGES, AutoResult, auto
 from e2sad_jax.evaluation.curves import accuracy_at, distances
 from e2sad_jax.evaluation.diagnosis import Effort, diagnose
 from e2sad_jax.evaluation.evaluator import Outcome, Outcomes, evaluate, nan_logits, predict, transfer
@@ -37,6 +37,7 @@ from e2sad_jax.evaluation.wrapping import wrap
 
 __all__ = [
     "FAB",
+    "ORTHOGONAL",
     "STAGES",
     "SUITES",
     "Apply",

@@ -22,6 +22,8 @@ STAGES = (
     Attack("Square", "square", steps=5000),
 )
 FAB = Attack("FAB-T", "fab", steps=100, loss="targeted_dlr", targets=9)  # to be added to them
+# For models that reject images: no weight of the detector's score suits every detector, and this attack has none.
+ORTHOGONAL = Attack("Orthogonal PGD", "orthogonal_pgd", steps=100, loss="margin")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,7 +67,7 @@ def auto(
     norm: str = "linf",
     transform: Transform | None = None,
     bounds: Bounds = (0.0, 1.0),
-    stages: Sequence[Attack] = STAGES,
+    stages: Sequence[Attack] | None = None,
     batch_size: int = 250,
     seed: int = 0,
     mesh: Mesh | None = None,
@@ -91,7 +93,8 @@ def auto(
       norm: "linf" or "l2".
       transform: from images to what `apply` takes. None: uint8 is divided by 255, floating point stays as it is.
       bounds: range of valid inputs, as of `evaluate`.
-      stages: attacks in their order; `eps` and `norm` take the place of their own.
+      stages: attacks in their order; `eps` and `norm` take the place of their own. None: `STAGES`, and with `detector`
+        `ORTHOGONAL` before the last of them.
       batch_size: images at once.
       seed: seed of the random numbers, which belong to the image's place in `images`.
       mesh: devices to split batches over, if they divide them.
@@ -114,6 +117,8 @@ def auto(
     Reference: Croce & Hein, 2020, https://arxiv.org/abs/2003.01690
     """
     eps = _entrance.as_budget("auto", eps)
+    if stages is None:
+        stages = STAGES if detector is None else (*STAGES[:-1], ORTHOGONAL, STAGES[-1])
     bound = _entrance.bind(apply, params)
     limits, random = _entrance.as_bounds(bounds), {"draws": draws, "seed": seed}
     programs = programs_of(bound.apply, transform, limits, params=params, detector=detector, **random)

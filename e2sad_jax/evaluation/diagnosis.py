@@ -10,7 +10,7 @@ from e2sad_jax import attacks
 from e2sad_jax.attacks import core
 from e2sad_jax.evaluation import _entrance, masking
 from e2sad_jax.evaluation.attack import Attack
-from e2sad_jax.evaluation.autoattack import FAB, STAGES
+from e2sad_jax.evaluation.autoattack import FAB, ORTHOGONAL, STAGES
 from e2sad_jax.evaluation.curves import SLACK, accuracy_at, distances
 from e2sad_jax.evaluation.evaluator import Outcome, Progress, nan_logits
 from e2sad_jax.evaluation.model import Model
@@ -49,16 +49,19 @@ class Effort:
     fmn: int = 100
     worst_case: bool = True
 
-    def stages(self, num_classes: int, ndim: int = 4) -> list[Attack]:
+    def stages(self, num_classes: int, ndim: int = 4, rejects: bool = False) -> list[Attack]:
         """The stages of the worst case: `STAGES` with this effort, without those that cannot run.
 
-        The targeted APGD needs four classes, Square images `[N, H, W, C]`, of `ndim` 4.
-        FAB comes before Square: what falls to Square alone is held against all attacks that follow gradients.
+        The targeted APGD needs four classes, Square images `[N, H, W, C]`, of `ndim` 4. A model that rejects images faces
+        orthogonal PGD, too. FAB comes before Square: what falls to Square alone is held against all attacks that follow
+        gradients.
         """
         ce, targeted, square = STAGES
         stages = [dataclasses.replace(ce, steps=self.apgd_steps)]
         if num_classes >= 4:
             stages.append(dataclasses.replace(targeted, steps=self.apgd_steps, targets=self.targets))
+        if rejects:
+            stages.append(dataclasses.replace(ORTHOGONAL, steps=self.apgd_steps))
         if self.fab:
             stages.append(dataclasses.replace(FAB, targets=self.fab))
         if self.queries and ndim == 4:
@@ -78,7 +81,7 @@ class Effort:
         pgd = self.pgd_steps
         budgets = 1 + 2 * pgd  # FGSM, PGD on two losses
         curves = len({*self.budgets, 1.0}) * budgets + sum(self.steps) + (self.restarts - 1) * pgd
-        worst = [Attack("clean", "clean"), *self.stages(num_classes, ndim)] if self.worst_case else []
+        worst = [Attack("clean", "clean"), *self.stages(num_classes, ndim, rejects)] if self.worst_case else []
         rest = 1 + _GRADIENTS + pgd + (pgd if transfer else 0)  # clean, checks, the whole range
         rest += 0 if rejects else self.fmn
         return images * (curves + rest + sum(attack.gradients(num_classes) for attack in worst))
@@ -194,7 +197,8 @@ def diagnose(
     worst_case, fallen = None, ~clean
     if effort.worst_case:
         stages = [
-            dataclasses.replace(stage, eps=eps, norm=norm) for stage in effort.stages(num_classes, model.images.ndim)
+            dataclasses.replace(stage, eps=eps, norm=norm)
+            for stage in effort.stages(num_classes, model.images.ndim, model.detector is not None)
         ]
         result = model.auto(stages, eps=eps, norm=norm, keep=True, progress=report)
         assert result.adversarial is not None

@@ -136,7 +136,7 @@ NAMED = {
         ("docs/defenses.md", 2, "digits_flops", 17),
         ("docs/defenses.md", 3, "svhn_flops", 8),
         ("docs/defenses.md", 4, "defenses_mnist", 15),
-        ("docs/e2sad.md", 3, "e2sad_ablation", 12),
+        ("docs/e2sad.md", 3, "e2sad_parts", 11),
         ("docs/e2sad.md", 4, "defenses_mnist", 7),
         ("docs/e2sad.md", 5, "mnist_long", 5),
     ],
@@ -151,7 +151,7 @@ def test_the_numbers_of_every_defense_are_those_of_the_comparison(page, number, 
     assert len(shown) == rows
     assert f"](../results/{folder}/compare.md)" in text
     for name, clean, robust, last in shown:
-        name = re.sub(r" \(.*\)$", "", name) if folder == "e2sad_ablation" else name
+        name = re.sub(r" \(.*\)$", "", name) if folder == "e2sad_parts" else name
         row = by.get(name) or by.get(NAMED.get(name)) or by[f"e2SAD, robust, {name}"]
         own = row.get("last", row)
         assert (clean, robust) == (f"{own['clean']:.3f}", f"{own['robust']:.3f}"), name

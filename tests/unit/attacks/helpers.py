@@ -106,6 +106,7 @@ FAST: dict[str, dict[str, Any]] = {
     "mi_fgsm": {"steps": 3},
     "pgd": {"steps": 2},
     "apgd": {"steps": 4},
+    "orthogonal_pgd": {"steps": 3},
     "square": {"steps": 12},
     "fab": {"steps": 5},
     "fmn": {"steps": 10},

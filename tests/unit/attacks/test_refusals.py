@@ -36,6 +36,13 @@ ACCEPTED: dict[str, tuple[Callable[..., jax.Array], dict[str, Any]]] = {
     "mi_fgsm": (attacks.mi_fgsm, {"loss_fn": summed, "eps": 0.1, "steps": 2}),
     "pgd": (attacks.pgd, {"key": KEY, "loss_fn": summed, "eps": 0.1, "steps": 2}),
     "apgd": (attacks.apgd, {"key": KEY, "loss_fn": summed, "eps": 0.1, "steps": 2}),
+    "orthogonal_pgd": (
+        attacks.orthogonal_pgd,
+        {
+            **{"key": KEY, "loss_fn": summed, "score_fn": summed, "misclassified_fn": lambda x: summed(x) > 0},
+            **{"threshold": 0.0, "eps": 0.1, "steps": 2},
+        },
+    ),
     "square": (
         attacks.square,
         {"key": KEY, "margin_fn": summed, "x": jnp.full((2, 4, 4, 1), 0.5), "eps": 0.1, "queries": 2},
@@ -118,6 +125,14 @@ OWN: dict[str, list[Case]] = {
         UNKNOWN_NORM,
         *WRONG_KEYS,
         ({"rho": 1.5}, ValueError, r"rho=1.5; it must lie in \[0, 1\]"),
+    ],
+    "orthogonal_pgd": [
+        *from_zero("eps"),
+        *whole("steps"),
+        *above_zero("step_size"),
+        UNKNOWN_NORM,
+        *WRONG_KEYS,
+        ({"threshold": NAN}, ValueError, "threshold=nan"),
     ],
     "square": [
         *from_zero("eps"),

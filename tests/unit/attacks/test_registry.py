@@ -146,7 +146,7 @@ def test_what_a_method_does_not_support_is_refused():
 
 def test_entries_say_what_they_are():
     assert {name for name, method in ATTACKS.items() if method.random} == {
-        *("pgd", "apgd", "square", "fab", "few_pixels")
+        *("pgd", "apgd", "orthogonal_pgd", "square", "fab", "few_pixels")
     }
     assert {name for name, method in ATTACKS.items() if "restarts" in method.parameters} == {"pgd", "apgd", "fab"}
     assert {name for name, method in ATTACKS.items() if method.family == "minimum-norm"} == {

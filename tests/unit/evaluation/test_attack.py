@@ -17,6 +17,7 @@ EVERY_ROW = {
     "mi_fgsm": Attack("a", "mi_fgsm", 0.1, 2, 0.06),
     "pgd": Attack("a", "pgd", 0.1, 2, 0.06, restarts=2),
     "apgd": Attack("a", "apgd", 0.1, 2, loss="margin"),
+    "orthogonal_pgd": Attack("a", "orthogonal_pgd", 0.3, 10),
     "square": Attack("a", "square", 0.1, 10),
     "fab": Attack("a", "fab", 0.1, 3, loss="targeted_dlr"),
     "fmn": Attack("a", "fmn", 0.1, 5),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from e2sad_jax import evaluation
-from e2sad_jax.evaluation import Attack, Detector, diagnosis
+from e2sad_jax.evaluation import Attack, Detector, autoattack, diagnosis
 from tests.helpers import mostly_slow
 from tests.unit.evaluation.conftest import linear
 
@@ -107,6 +107,24 @@ def test_each_attack_alone_evades_the_detector_and_rejections_are_reported(judge
     assert (
         evaluation.evaluate(sides, PARAMS, x, y, [SUITE[1]], detector=blind)["APGD"].correct.mean() > (~fooled).mean()
     )
+
+
+def test_orthogonal_pgd_evades_a_detector_whatever_its_weight(monkeypatch):
+    x, y = images()
+    clean, fooled = expected(x)
+    for weight in (1e-6, 1e6):
+        detector = dataclasses.replace(DETECTOR, weight=weight)
+        result = evaluation.auto(sides, PARAMS, x, y, eps=EPS, stages=[evaluation.ORTHOGONAL], detector=detector)
+        np.testing.assert_array_equal(result.standing["clean"], clean)
+        np.testing.assert_array_equal(result.robust, ~fooled)
+    seen = []
+    monkeypatch.setattr(autoattack, "run_stages", lambda evaluation, stages, **_: seen.append(stages))
+    for detector in (None, DETECTOR):
+        evaluation.auto(sides, PARAMS, x, y, eps=EPS, detector=detector)
+    assert [[stage.name for stage in stages] for stages in seen] == [
+        ["APGD-CE", "APGD-T", "Square"],
+        ["APGD-CE", "APGD-T", "Orthogonal PGD", "Square"],
+    ]
 
 
 def test_fooled_here_and_accepted_there_is_not_fooled():
