@@ -89,7 +89,7 @@ def orthogonal_pgd(
     def judged(image: jax.Array, losses: jax.Array, score: jax.Array, wrong: jax.Array) -> Candidate:
         losses, score = as_float32(losses), as_float32(score)
         accepted = ~(score > threshold)
-        worth = jnp.where(wrong, -score, losses)
+        worth = jnp.where(wrong, -score, losses).astype(start.dtype)
         return Candidate(image, wrong & accepted, jnp.where(accepted & ~jnp.isnan(worth), worth, -jnp.inf))
 
     def alone(image: jax.Array) -> Candidate:
