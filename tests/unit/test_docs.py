@@ -133,7 +133,7 @@ NAMED = {
     ("page", "number", "folder", "rows"),
     [
         ("docs/defenses.md", 1, "mnist_short", 12),
-        ("docs/defenses.md", 2, "digits_flops", 17),
+        ("docs/defenses.md", 2, "digits_flops", 18),
         ("docs/defenses.md", 3, "svhn_flops", 8),
         ("docs/defenses.md", 4, "defenses_mnist", 15),
         ("docs/e2sad.md", 3, "e2sad_parts", 11),
