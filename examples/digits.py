@@ -35,7 +35,6 @@ def main(steps: int, images: int) -> None:
         model,
         digits,
         training.init_state(config, model, digits.image_shape, len(digits.x_train)),
-        steps=steps,
         record=report,
         checkpoint=lambda step, state: None,  # `python -m experiments.digits` keeps them on disk
     )

@@ -56,7 +56,6 @@ def main(steps: int, images: int, names: list[str]) -> None:
             model,
             digits,
             training.init_state(config, model, digits.image_shape),
-            steps=steps,
             record=lambda step, metrics, count: None,
             checkpoint=lambda step, state: None,
         )

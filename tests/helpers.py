@@ -54,7 +54,7 @@ def fit(config: Config, dataset: Dataset, state: TrainState | None = None, **kwa
     model = networks.create(config.model, dataset.num_classes, dataset.image_shape)
     state = training.init_state(config, model, dataset.image_shape, len(dataset.x_train)) if state is None else state
     kwargs = {"teacher": teacher_of(config, dataset), **kwargs}
-    kwargs = {"steps": config.steps, "record": lambda *a: None, "checkpoint": lambda *a: None, **kwargs}
+    kwargs = {"record": lambda *a: None, "checkpoint": lambda *a: None, **kwargs}
     return training.fit(config, model, dataset, state, **kwargs)
 
 

@@ -32,9 +32,9 @@ def fit(
     dataset: Dataset,
     state: TrainState,
     *,
-    steps: int,
     record: Callable[[int, dict[str, jax.Array], int], None],
     checkpoint: Callable[[int, TrainState], None],
+    steps: int | None = None,
     stop: Callable[[], bool] = lambda: False,
     steps_per_dispatch: int | None = None,
     mesh: Mesh | None = None,
@@ -45,14 +45,14 @@ def fit(
     Args:
       config: the run's settings, or those of a population: they may differ in the seed and in the settings
         of `varied_settings`.
-      model: the network.
+      model: the network, which normalises its images by itself: `mean` and `std` of the settings are for `networks.create`.
       dataset: images and labels.
       state: where to begin, of a population with a leading axis P; its buffers are donated and must not be used again.
-      steps: step to end at.
       record: called after every dispatch with the last step's number, the metrics of its steps, and how many those are.
         The metrics are still on the device, and it must not wait for them. They are `[P]` for a population, and have a
         leading axis `steps_per_dispatch` where that is above 1.
       checkpoint: called every `checkpoint_every` steps, and at the end.
+      steps: step to end at; None for `config.total_steps`, over which the schedules stretch in any case.
       stop: asked after every dispatch; True ends the loop, after a last checkpoint.
       steps_per_dispatch: steps that the host starts at once; None for 1 on the CPU, where each is long, and
         `STEPS_PER_DISPATCH` elsewhere.
@@ -74,6 +74,7 @@ def fit(
     )
     put = functools.partial(distributed.replicate, mesh)
     n = len(dataset.x_train)
+    steps = c.total_steps(n) if steps is None else steps
     wanted, given = (n, dataset.num_classes), None if teacher is None else teacher.shape
     if c.entry.learns and given != wanted:
         raise ValueError(
