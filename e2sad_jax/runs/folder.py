@@ -166,9 +166,11 @@ def read_config(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
     path = workdir / "config.json"
     try:
         values = read_sealed(path, CONFIG_BYTES)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        exported = workdir if workdir.suffix == ".safetensors" else workdir / "model.safetensors"
+        hint = f"; export.load_safetensors({str(exported)!r}) reads an export" if exported.is_file() else ""
         raise WorkdirError(
-            f"{path} does not exist: {workdir} is not the workdir of a run; name one that has config.json"
+            f"{path} does not exist: {workdir} is not the workdir of a run; name one that has config.json{hint}"
         ) from error
     except (OSError, ValueError) as error:
         raise WorkdirError(

@@ -32,6 +32,10 @@ def given_weights(config: Config, model: nn.Module, dataset: Dataset) -> Any:
       WorkdirError, CheckpointError: if nothing readable is there.
     """
     path, flag = _path(config), f"--init_from={config.init_from}"
+    if not path.exists():
+        raise ConfigError(
+            f"{flag}: there is no such file or folder; name a run's folder, or a safetensors file of an export"
+        )
     given: Classifier = load(path) if path.is_dir() else load_safetensors(path)
     there, here = given.config.in_effect(), config.in_effect()
     for name in SEEN:

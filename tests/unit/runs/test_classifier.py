@@ -99,6 +99,12 @@ def test_load_follows_a_run_that_replaces_its_checkpoint_meanwhile(copy, monkeyp
 def test_load_refuses_what_is_no_run_or_damaged(copy, tmp_path):
     with pytest.raises(WorkdirError, match="is not the workdir of a run"):
         load(tmp_path)
+    export = tmp_path / "export" / "model.safetensors"
+    export.parent.mkdir()
+    export.touch()
+    for asked in (export, export.parent):
+        with pytest.raises(WorkdirError, match=rf"config.json; export.load_safetensors\('{export}'\) reads an export"):
+            load(asked)
     for path in (copy / "checkpoints" / "12").rglob("*"):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[:500])

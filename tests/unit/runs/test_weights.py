@@ -75,7 +75,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(trained, tiny, 
             ConfigError,
             "trained with no --std and not --std=0.5; give the same",
         ),
-        ({"init_from": str(tmp_path / "nothing.safetensors")}, WorkdirError, "nothing.safetensors"),
+        (
+            {"init_from": str(tmp_path / "nothing.safetensors")},
+            ConfigError,
+            "nothing.safetensors: there is no such file or folder",
+        ),
         ({"init_from": str(tmp_path)}, WorkdirError, str(tmp_path)),
     ):
         config = config_of(tmp_path / "w", **changes)
