@@ -151,6 +151,7 @@ def _faults(result: Content) -> str:
 
 MNIST = "python -m experiments.compare --data=mnist"
 SMALL = f"{MNIST} --steps=2000 --batch_size=64 --examples=500 --queries=300 --apgd_steps=30 --targets=3"
+ROBUST2 = "e2SAD, robust, first point by a step"
 ROBUST = f'{MNIST} --entry="e2SAD, robust"'
 QUESTIONS = (
     Question(
@@ -166,22 +167,27 @@ QUESTIONS = (
     Question(
         "And on the digits, a small data set?",
         *("digits_flops/compare.md", "digits_flops/compare.json"),
-        _robust("e2SAD, robust", "ATTA-1", "FGSM-PGI", "PGD-3"),
+        _robust("e2SAD, robust", ROBUST2, "ATTA-1", "FGSM-PGI", "PGD-3"),
     ),
     Question(
         "And on a part of SVHN, at 8/255?",
         *("svhn_flops/compare.md", "svhn_flops/compare.json"),
-        _robust("e2SAD, robust", "FGSM-PGI", "ATTA-2", "PGD-3"),
+        _robust("e2SAD, robust", ROBUST2, "FGSM-PGI", "ATTA-2", "PGD-3"),
     ),
     Question(
         "And for four times as many FLOPs, on all test images?",
         *("mnist_long/compare.md", "mnist_long/compare.json"),
-        _robust("e2SAD, robust", "FGSM-PGI", "ATTA-2", "PGD-3"),
+        _robust("e2SAD, robust", ROBUST2, "FGSM-PGI", "ATTA-2", "PGD-3"),
     ),
     Question(
         "And these under the effort of AutoAttack, Square among the attacks, on 500 images?",
         *("mnist_long/standard/compare.md", "mnist_long/standard/compare.json"),
-        _robust("e2SAD, robust", "FGSM-PGI", "ATTA-2", "PGD-3"),
+        _robust("e2SAD, robust", ROBUST2, "FGSM-PGI", "ATTA-2", "PGD-3"),
+    ),
+    Question(
+        "And does it pay to train for 30 epochs?",
+        *("mnist_30_epochs/compare.md", "mnist_30_epochs/compare.json"),
+        _robust(ROBUST2),
     ),
     Question(
         "And what does the official AutoAttack code say of e2SAD there?",
