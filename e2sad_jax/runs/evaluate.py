@@ -82,7 +82,8 @@ class Request:
     )
     results: str = setting(
         "",
-        "folder for evaluation.html, .md, .json and .png; empty: WORKDIR/evaluation, or runs/evaluation for --predict",
+        "folder for evaluation.html, .md, .json and .png; empty: WORKDIR/evaluation, or runs/evaluation/NAME for --predict, "
+        "NAME of the function or file",
     )
 
     def __post_init__(self) -> None:
@@ -92,8 +93,8 @@ class Request:
             )
         if self.predict and ":" not in self.predict and not _is_exported(self.predict):
             raise ConfigError(f"--predict={self.predict}: must be MODULE:FUNCTION or PATH.stablehlo")
-        if self.predict and not self.data.endswith(".npz"):
-            raise ConfigError(f"--data={self.data}: must be PATH.npz with --predict")
+        if self.predict and not self.data:
+            raise ConfigError("--data: must be given with --predict, a data set or PATH.npz")
         if self.predict and not self.eps:
             raise ConfigError("--eps=0: must be above 0 with --predict, which has no run's budget")
         for field in dataclasses.fields(self):
@@ -285,7 +286,11 @@ def _asked(request: Request) -> _Asked:
         else:
             function, name = _function(request.predict), request.predict.split(":")[1]
         make = functools.partial(of_function, function, name=name, **how)
-        transform, eps, folder = "unit", request.eps, results or pathlib.Path("runs/evaluation")
+        transform, eps, folder = (
+            "unit",
+            request.eps,
+            results or pathlib.Path("runs/evaluation", pathlib.Path(name).stem),
+        )
         norm = request.norm or "linf"
     else:
         classifier = load(request.workdir, request.which)

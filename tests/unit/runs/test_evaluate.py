@@ -1,6 +1,8 @@
 """What `experiments.evaluate` does with a run's folder, and with anyone's function."""
 
+import dataclasses
 import json
+import pathlib
 import shutil
 import sys
 
@@ -172,7 +174,7 @@ def test_a_sample_of_a_file_sorted_by_class_has_every_class(mine, tmp_path):
         ({}, "--workdir or --predict: exactly one of them must be given"),
         ({"workdir": "a", "predict": "b:c"}, "--workdir or --predict"),
         ({"predict": "b"}, "--predict=b: must be MODULE:FUNCTION"),
-        ({"predict": "b:c", "data": "mnist", "eps": 0.1}, "--data=mnist: must be PATH.npz with --predict"),
+        ({"predict": "b:c", "eps": 0.1}, "--data: must be given with --predict, a data set or PATH.npz"),
         ({"predict": "b:c", "data": "a.npz"}, "--eps=0: must be above 0 with --predict"),
         ({"workdir": "a", "examples": -1}, r"--examples=-1: must be at least 0"),
         ({"workdir": "a", "fab": -1}, r"--fab=-1: must be at least 0"),
@@ -200,6 +202,14 @@ def test_what_cannot_be_written_or_is_no_run_is_refused(trained, tiny, tmp_path,
         evaluate.run(Request(workdir=str(trained), norm="l2"))
     with pytest.raises(WorkdirError, match="is not the workdir of a run"):
         evaluate.run(Request(workdir=str(tmp_path)))
+
+
+def test_a_function_is_measured_on_a_data_set_by_name_in_a_folder_of_its_own(mine, tiny, monkeypatch):
+    small = dataclasses.replace(tiny, x_train=tiny.x_train[:, ::2, ::2], x_test=tiny.x_test[:, ::2, ::2])
+    monkeypatch.setattr("e2sad_jax.data.load", lambda name, data_dir: {"mnist": small}[name])
+    asked = evaluate._asked(Request(predict="mine:predict", data="mnist", eps=0.1, examples=10))
+    assert (len(asked.model.labels), asked.test_images) == (10, len(tiny.x_test))
+    assert asked.folder == pathlib.Path("runs/evaluation/predict")
 
 
 def test_a_budget_in_grey_levels_is_refused(mine):
