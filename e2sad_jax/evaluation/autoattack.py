@@ -117,8 +117,6 @@ def auto(
     Reference: Croce & Hein, 2020, https://arxiv.org/abs/2003.01690
     """
     eps = _entrance.as_budget("auto", eps)
-    if stages is None:
-        stages = STAGES if detector is None else (*STAGES[:-1], ORTHOGONAL, STAGES[-1])
     bound = _entrance.bind(apply, params)
     limits, random = _entrance.as_bounds(bounds), {"draws": draws, "seed": seed}
     programs = programs_of(bound.apply, transform, limits, params=params, detector=detector, **random)
@@ -164,9 +162,11 @@ def _joined(results: Sequence[AutoResult]) -> AutoResult:
 
 
 def run_stages(
-    evaluation: Evaluation, stages: Sequence[Attack], *, eps: float, norm: str = "linf", keep: bool = False
+    evaluation: Evaluation, stages: Sequence[Attack] | None, *, eps: float, norm: str = "linf", keep: bool = False
 ) -> AutoResult:
     """Runs the stages of `auto` on an `Evaluation`."""
+    if stages is None:
+        stages = STAGES if evaluation.programs.detector is None else (*STAGES[:-1], ORTHOGONAL, STAGES[-1])
     if not stages:
         raise ValueError("stages is empty; it must hold at least one evaluation.Attack, as evaluation.STAGES does")
     eps = _entrance.as_budget("auto", eps)

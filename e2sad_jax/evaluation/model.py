@@ -136,7 +136,7 @@ class Model:
 
     def auto(
         self,
-        stages: Sequence[Attack],
+        stages: Sequence[Attack] | None = None,
         *,
         eps: float,
         norm: str = "linf",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from e2sad_jax import evaluation
-from e2sad_jax.evaluation import Attack, Detector, autoattack, diagnosis
+from e2sad_jax.evaluation import Attack, Detector, diagnosis
 from tests.helpers import mostly_slow
 from tests.unit.evaluation.conftest import linear
 
@@ -109,7 +109,7 @@ def test_each_attack_alone_evades_the_detector_and_rejections_are_reported(judge
     )
 
 
-def test_orthogonal_pgd_evades_a_detector_whatever_its_weight(monkeypatch):
+def test_orthogonal_pgd_evades_a_detector_whatever_its_weight():
     x, y = images()
     clean, fooled = expected(x)
     for weight in (1e-6, 1e6):
@@ -117,14 +117,22 @@ def test_orthogonal_pgd_evades_a_detector_whatever_its_weight(monkeypatch):
         result = evaluation.auto(sides, PARAMS, x, y, eps=EPS, stages=[evaluation.ORTHOGONAL], detector=detector)
         np.testing.assert_array_equal(result.standing["clean"], clean)
         np.testing.assert_array_equal(result.robust, ~fooled)
-    seen = []
-    monkeypatch.setattr(autoattack, "run_stages", lambda evaluation, stages, **_: seen.append(stages))
-    for detector in (None, DETECTOR):
-        evaluation.auto(sides, PARAMS, x, y, eps=EPS, detector=detector)
-    assert [[stage.name for stage in stages] for stages in seen] == [
-        ["APGD-CE", "APGD-T", "Square"],
-        ["APGD-CE", "APGD-T", "Orthogonal PGD", "Square"],
-    ]
+
+
+def test_by_default_orthogonal_pgd_is_among_the_attacks_on_a_detector(monkeypatch):
+    x, y = images()
+
+    def outcomes(self, attacks, **_):
+        raise StopIteration([attack.name for attack in attacks])
+
+    monkeypatch.setattr("e2sad_jax.evaluation.evaluator.Evaluation.outcomes", outcomes)
+    for detector, more in ((None, []), (DETECTOR, ["Orthogonal PGD"])):
+        with pytest.raises(StopIteration) as asked:
+            evaluation.auto(sides, PARAMS, x, y, eps=EPS, detector=detector)
+        assert asked.value.value == ["clean", "APGD-CE", "APGD-T", *more, "Square"]
+        with pytest.raises(StopIteration) as asked:
+            evaluation.of_function(sides, x, y, params=PARAMS, detector=detector).auto(eps=EPS)
+        assert asked.value.value == ["clean", "APGD-CE", "APGD-T", *more, "Square"]
 
 
 def test_fooled_here_and_accepted_there_is_not_fooled():
