@@ -31,7 +31,7 @@ from e2sad_jax.errors import (
 )
 from e2sad_jax.runs import _compilation_cache, _malloc
 from e2sad_jax.runs.recipes import RECIPES, Recipe
-from e2sad_jax.training.config import COMMON, PRESETS, RECIPE, Config, configure, number, preset, setting_of
+from e2sad_jax.training.config import COMMON, PRESETS, RECIPE, Config, configure, parse_number, preset, setting_of
 
 FLAGS = flags.FLAGS
 
@@ -41,13 +41,13 @@ class Number(flags.FloatParser):
 
     def convert(self, argument: int | float | str) -> float:
         """The number of a flag's text."""
-        return number(argument) if isinstance(argument, str) else float(argument)
+        return parse_number(argument) if isinstance(argument, str) else float(argument)
 
 
 DEFINE: Mapping[type, Callable[..., Any]] = {
     bool: flags.DEFINE_bool,
     int: flags.DEFINE_integer,
-    float: functools.partial(flags.DEFINE, Number()),
+    float: functools.partial(flags.DEFINE, Number(), serializer=flags.ArgumentSerializer()),
     str: flags.DEFINE_string,
     tuple: flags.DEFINE_multi_string,
 }
@@ -205,11 +205,20 @@ def launch(run: Callable[[], None], saved: str, *, resumes: bool = True) -> None
 def define_flags(recipe: Recipe) -> None:
     """Defines a flag for each setting, with its range in the help text, as the main module's own: `--help` lists those."""
     import_defenses()
-    one, two = ({**preset(p, recipe.settings.get("eps1", Config.eps1)), **recipe.robust} for p in ("robust", "robust2"))
-    more = {name: value for name, value in two.items() if one.get(name) != value}
+    eps1 = recipe.settings.get("eps1", Config.eps1)
+    presets = {name: {**own, **recipe.robust} for name in PRESETS if (own := preset(name, eps1))}
+
+    def chosen(setting: str, whose: str = "") -> dict[str, Any]:
+        """The values that presets have, by what the help says of them."""
+        values: dict[Any, list[str]] = {}
+        for name, own in presets.items():
+            if setting in own:
+                values.setdefault(own[setting], []).append(name)
+        return {f"{whose}with --preset={' or '.join(names)}": value for value, names in values.items()}
+
     for field in COMMON:
         other = {f"for {d}": s[field.name] for d, s in recipe.by_defense.items() if field.name in s}
-        other |= {"with --preset=robust": one[field.name]} if field.name in one else {}
+        other |= chosen(field.name)
         _define(setting_of(field), recipe.settings.get(field.name, field.default), _defaults(other))
     for setting in _own_settings():
         if setting.name in FLAGS:
@@ -218,8 +227,7 @@ def define_flags(recipe: Recipe) -> None:
         its_defaults = {d: _own_defaults(d, recipe)[setting.name] for d in readers(setting.name)}
         value = next(iter(its_defaults.values()))
         other = {f"for {d}": own for d, own in its_defaults.items() if own != value}
-        other |= {"for e2sad with --preset=robust": one[setting.name]} if setting.name in one else {}
-        other |= {"with --preset=robust2": more[setting.name]} if setting.name in more else {}
+        other |= chosen(setting.name, "for e2sad ")
         _define(setting, value, f"; read by {', '.join(its_defaults)}{_defaults(other)}")
     text = (
         "robust: settings with robust accuracy under strong attacks, for one gradient step; robust2: for two; paper: the "

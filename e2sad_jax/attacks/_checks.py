@@ -174,6 +174,20 @@ def budget(name: str, argument: str, value: object, x: jax.Array, *, norm: str =
     return _wide(value, x)
 
 
+def score(name: str, value: jax.Array) -> jax.Array:
+    """The scores of a detector.
+
+    Raises:
+      TypeError: if they are no floating point numbers.
+    """
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            f"{name}: score_fn returned {value.dtype}; it must return floating point scores, before they are compared with "
+            "the threshold: an attack follows their gradient"
+        )
+    return value
+
+
 def threshold(name: str, value: object) -> None:
     """Refuses a detector's threshold that is NaN: no score would be above it, and every image accepted."""
     if is_readable(value) and np.isnan(read(value)).any():  # type: ignore[arg-type]

@@ -18,22 +18,21 @@ from e2sad_jax.attacks.adaptive import evading
 
 BALLS = (*NORMS, "l0")
 FAMILIES = ("gradient", "score-based", "minimum-norm")
+SCORE = ("score_fn", "threshold")  # of a detector, for attacks that take the former
 GIVEN = (
-    *("key", "loss_fn", "margin_fn", "misclassified_fn", "logits_fn", "x", "labels", "targets"),
     *(
+        "key",
+        "loss_fn",
+        "margin_fn",
+        "misclassified_fn",
+        "logits_fn",
+        "x",
+        "labels",
+        "targets",
         "constraint_fn",
-        "score_fn",
-        "threshold",
-        "any_wrong",
-        "eps",
-        "pixels",
-        "steps",
-        "queries",
-        "step_size",
-        "restarts",
-        "norm",
-        "bounds",
+        *SCORE,
     ),
+    *("any_wrong", "eps", "pixels", "steps", "queries", "step_size", "restarts", "norm", "bounds"),
 )
 
 
@@ -43,7 +42,7 @@ class Method:
 
     `run` passes to `function` those of the following that its signature names, by keyword: `key` (keys `[N]`), `loss_fn`,
     `margin_fn`, `misclassified_fn` (images to values `[N]`), `logits_fn`, `x`, `labels`, `targets`, `constraint_fn`,
-    `score_fn` and `threshold` (the constraint and 0; the loss and `misclassified_fn` are without it then),
+    `score_fn` with its `threshold` (the constraint and 0; `loss_fn` and `misclassified_fn` are then without it),
     `any_wrong` (True: a suite counts every wrong class), `eps` or its whole part as `pixels`, `steps` or `queries`,
     `step_size`, `restarts`, `norm`, `bounds`. A parameter of another name needs a default.
 
@@ -80,7 +79,8 @@ class Method:
     @property
     def parameters(self) -> frozenset[str]:
         """The names of `function`'s parameters that `run` passes."""
-        return frozenset(inspect.signature(self.function).parameters) & frozenset(GIVEN)
+        named = frozenset(inspect.signature(self.function).parameters)
+        return named & frozenset(GIVEN) - (frozenset() if "score_fn" in named else frozenset(SCORE))
 
     @property
     def counts(self) -> str:
@@ -88,15 +88,15 @@ class Method:
         return next(iter({"steps", "queries"} & self.parameters), "")
 
     def passes(self, steps: int = 0) -> int:
-        """How often the model is asked about an image in `steps` steps, for progress bars.
+        """How often the model is asked about an image, for progress bars; a step of each candidate or search counts once.
 
         Args:
           steps: gradient steps, queries or generations; 0 for the attack's default.
         """
         parameters = inspect.signature(self.function).parameters
-        default = parameters[self.counts].default if self.counts else 1
-        each = [parameters[name].default for name in ("population", "binary_steps") if name in parameters]
-        return math.prod([max(1, steps or (default if isinstance(default, int) else 1)), *each])
+        counted = {name: p.default for name, p in parameters.items() if isinstance(p.default, int)}
+        each = [counted.get(name, 1) for name in ("population", "binary_steps")]
+        return math.prod([max(1, steps or counted.get(self.counts, 1)), *each])
 
     @property
     def random(self) -> bool:
@@ -163,8 +163,8 @@ class Method:
           targets: integer classes to walk to, `[N]`, for minimum-norm attacks that take them; or None.
           constraint_fn: images to `[N]`, above 0 where the model rejects an image; None if it rejects none. Then
             `misclassified_fn` is True, and `margin_fn` above 0, only for images that are not rejected, and `loss_fn` is
-            lower by what the constraint has above 0. An attack that takes `score_fn` has both without it. Of the
-            minimum-norm attacks `carlini_wagner` alone knows it.
+            lower by what the constraint has above 0. An attack that takes `score_fn` is given `loss_fn` and
+            `misclassified_fn` without it. Of the minimum-norm attacks `carlini_wagner` alone knows it.
           step_size: length of a step; None for the attack's default.
           restarts: number of random starts, at least 1.
           norm: one of `norms`.

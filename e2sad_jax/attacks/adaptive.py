@@ -107,12 +107,7 @@ def evading(loss_fn: LossFn, score_fn: LossFn, threshold: jax.typing.ArrayLike, 
     _checks.threshold("evading", threshold)
 
     def evaded(x: jax.Array) -> jax.Array:
-        score = per_image("score_fn", score_fn, x)
-        if not jnp.issubdtype(score.dtype, jnp.floating):
-            raise TypeError(
-                f"evading: score_fn returned {score.dtype}; it must return floating point scores, before they are compared "
-                "with the threshold: an attack follows their gradient"
-            )
+        score = _checks.score("evading", per_image("score_fn", score_fn, x))
         excess = jnp.maximum(as_float32(score) - threshold, 0)
         return as_float32(per_image("loss_fn", loss_fn, x)) - weight * excess
 

@@ -59,7 +59,7 @@ def orthogonal_pgd(
       where all are rejected, that of `x`. No gradient flows through them.
 
     Raises:
-      TypeError: if `x` is not floating point.
+      TypeError: if `x` or the scores are not floating point.
       ValueError: if a budget is out of range, `norm` is unknown, `key` has neither one key nor N, `threshold` is NaN, or a
         function does not return one value per image.
 
@@ -77,11 +77,8 @@ def orthogonal_pgd(
     if key is not None:
         start = limits.project(start + eps * limits.sample(per_image_keys("orthogonal_pgd", key, len(x)), start))
 
-    def losses_at(image: jax.Array) -> jax.Array:
-        return per_image("loss_fn", loss_fn, image)
-
     def score_at(image: jax.Array) -> jax.Array:
-        return per_image("score_fn", score_fn, image)
+        return _checks.score("orthogonal_pgd", per_image("score_fn", score_fn, image))
 
     def wrong_at(image: jax.Array) -> jax.Array:
         return per_image("misclassified_fn", misclassified_fn, image).astype(bool)
@@ -91,9 +88,6 @@ def orthogonal_pgd(
         accepted = ~(score > threshold)
         worth = jnp.where(wrong, -score, losses).astype(start.dtype)
         return Candidate(image, wrong & accepted, jnp.where(accepted & ~jnp.isnan(worth), worth, -jnp.inf))
-
-    def alone(image: jax.Array) -> Candidate:
-        return judged(image, losses_at(image), score_at(image), wrong_at(image))
 
     def step(_: int | jax.Array, state: tuple[jax.Array, Candidate]) -> tuple[jax.Array, Candidate]:
         point, best = state
@@ -109,7 +103,8 @@ def orthogonal_pgd(
     never = like_sharded(jnp.zeros(len(x), bool), x)
     nothing = Candidate(x, never, like_sharded(jnp.full(len(x), -jnp.inf, start.dtype), x))
     end, best = _loops.repeat(steps, step, (start, nothing))
-    best = best.keep_worst(alone(cast_inside(end, x.dtype, limits)))
+    last = cast_inside(end, x.dtype, limits)
+    best = best.keep_worst(judged(last, per_image("loss_fn", loss_fn, last), score_at(last), wrong_at(last)))
     return jax.lax.stop_gradient(best.image)
 
 

@@ -75,7 +75,12 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     tests = data.sample_tests(dataset, request.examples)
     there = len(dataset.x_test), len(np.unique(tests.y_test)), dataset.num_classes
     result: dict[str, Any] = {
-        "asked": {"question": request.question(), "data": dataset.sha256, "commit": commit},
+        "asked": {
+            "question": request.question(),
+            "data": dataset.sha256,
+            "detectors": dataclasses.asdict(ORTHOGONAL),
+            "commit": commit,
+        },
         "request": dataclasses.asdict(request),
         "images": in_words(len(tests.x_test), *there, JUDGES["test"]),
         "command": provenance.command(),
@@ -272,8 +277,8 @@ def table(result: Mapping[str, Any]) -> Table:
             f"Robust: the share of {result['images']}, eps {r['eps']:.4g}.",
             f"Detectors reject {FALSE_POSITIVES:.0%} of the held-out training images. A rejected clean image counts as an "
             f"error, a rejected adversarial one as robust. Adaptive attacks on them: the worst case over weights {weights} of "
-            "the score, in 1 / (standard deviation of clean scores), orthogonal PGD, which has none, and the images of the "
-            "claimed attack.",
+            f"the score, in 1 / (standard deviation of clean scores), over orthogonal PGD ({ORTHOGONAL.steps} steps), which "
+            "has no weight, and over the images of the claimed attack.",
             f"At any l2: the share of {NEAREST} images for which Carlini and Wagner's attack ({SEARCH['binary_steps']} times "
             f"{SEARCH['steps']} steps) finds one that is misclassified and accepted, and the median distance.",
             f"Training, inference: XLA's count of FLOPs for the CPU; predictions of {COUNTED} images.",

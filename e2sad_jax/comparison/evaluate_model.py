@@ -33,7 +33,7 @@ def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[s
       dataset: the data.
 
     Returns:
-      What the question's file in its workdir holds: accuracies in [0, 1] of each checkpoint.
+      What the file of `outcome_path` holds: accuracies in [0, 1] of each checkpoint.
 
     Raises:
       ConfigError, WorkdirError, NonFiniteError: as training does.
@@ -103,8 +103,8 @@ def question(request: Request, dataset: Dataset) -> dict[str, Any]:
 
 def outcome_path(workdir: str | os.PathLike[str], asked: Mapping[str, Any]) -> pathlib.Path:
     """The file of a question's outcome in a run's folder; the same whichever checkpoints are asked."""
-    of_any = json.dumps({key: value for key, value in asked.items() if key != "checkpoints"}, sort_keys=True)
-    return pathlib.Path(workdir) / f"auto-{hashlib.sha256(of_any.encode()).hexdigest()[:8]}.json"
+    text = json.dumps({key: value for key, value in asked.items() if key != "checkpoints"}, sort_keys=True)
+    return pathlib.Path(workdir) / f"auto-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
 
 
 def known_outcome(path: pathlib.Path, asked: Mapping[str, Any], steps: int) -> dict[str, Any]:

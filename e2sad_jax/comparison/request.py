@@ -37,6 +37,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "e2SAD, paper's points": {"defense": "e2sad"},
     "e2SAD, lambda 1": {"defense": "e2sad", "lam": 1.0},
     "e2SAD, robust": {"defense": "e2sad", "preset": "robust"},
+    "e2SAD, robust2": {"defense": "e2sad", "preset": "robust2"},
     "e2SAD, two steps": {
         "defense": "e2sad",
         "preset": "robust",
@@ -245,7 +246,7 @@ class Request:
         if self.entry:
             return tuple(dict.fromkeys(self.entry))
         if self.recipe:
-            return ("natural", REFERENCE, "ATTA-1", *FASTAT)
+            return ("natural", REFERENCE, "e2SAD, robust2", "ATTA-1", *FASTAT)
         return ("natural", REFERENCE, *PARTS) if self.parts else tuple(entries())
 
     def question(self) -> dict[str, Any]:

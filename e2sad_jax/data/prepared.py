@@ -54,13 +54,16 @@ class Wanted(NamedTuple):
 
     def copy(self, root: pathlib.Path) -> pathlib.Path:
         """The file of the decoded copy in a data folder."""
-        return root / "decoded" / "tfds" / f"{urllib.parse.quote(self.asked + self.splits, safe='')}.npz"
+        name = urllib.parse.quote(self.asked + self.splits, safe="")
+        if len(name) > 200:  # a file's name has at most 255 bytes
+            name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        return root / "decoded" / "tfds" / f"{name}.npz"
 
 
 def stem(data: str) -> str:
-    """What stands for a `--data` in the name of a folder: the stem of a file, NAME-CONFIG-VERSION of the library's sets."""
+    """What stands for a `--data` in the name of a folder: the stem of a file; of the library's sets all that is asked for."""
     if data.startswith(PREFIX):
-        return re.sub(r"[^\w.]+", "-", data.removeprefix(PREFIX))
+        return re.sub(r"[^\w.]+", "-", data.removeprefix(PREFIX)).strip("-")
     return pathlib.PurePath(data).stem
 
 
@@ -71,7 +74,12 @@ def parse(text: str) -> Wanted:
       DataError: if it has not the form `FORM`.
     """
     if match := _WANTED.fullmatch(text):
-        return Wanted(*(part or "" for part in match.groups()))
+        wanted = Wanted(*(part or "" for part in match.groups()))
+        if not re.fullmatch(_VERSION, wanted.config):
+            return wanted
+        raise DataError(
+            f"--data={quoted(text)}: a version follows a colon, as in {PREFIX}{wanted.name}:{wanted.config}"
+        )
     raise DataError(f"--data={quoted(text)}: must be {FORM}, such as tfds:imagenette/160px:1.0.0@train,validation")
 
 

@@ -228,9 +228,13 @@ def _keep(dataset: Dataset, copy: pathlib.Path) -> None:
 
 
 def _unreadable(name: str, folder: pathlib.Path, err: Exception, then: str = "run again") -> DataError:
+    remedy = f"delete that folder and {then}"
+    if isinstance(err, ImportError):
+        remedy = "install what is missing: pip install 'e2sad_jax[data]'"
+    elif isinstance(err, PermissionError):
+        remedy = "make them readable"
     return DataError(
-        f"{name}: the prepared records in {folder} cannot be read ({type(err).__name__}: {first_line(err)}); delete "
-        f"that folder and {then}"
+        f"{name}: the prepared records in {folder} cannot be read ({type(err).__name__}: {first_line(err)}); {remedy}"
     )
 
 

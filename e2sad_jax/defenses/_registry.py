@@ -11,7 +11,7 @@ import jax
 
 from e2sad_jax.attacks import core
 from e2sad_jax.defenses._types import TRAINING_LOSSES, Bounds, LogitsFn, Parts
-from e2sad_jax.errors import ConfigError, quoted
+from e2sad_jax.errors import ConfigError, close_to, quoted
 
 LARGEST = 2**53  # of any number of things: what a float64 still counts
 
@@ -82,7 +82,8 @@ class Setting:
             right &= self.upper is None or value <= self.upper
         if not right:
             shown = value if kind in (int, float) else quoted(value)[1:-1]
-            raise ConfigError(f"--{self.name}={shown}: must be {self.range or 'finite'}")
+            close = close_to(value, self.choices) if self.choices and kind is str else ""
+            raise ConfigError(f"--{self.name}={shown}: {close}must be {self.range or 'finite'}")
         return value
 
     def means_as(self, other: "Setting") -> bool:

@@ -164,7 +164,7 @@ def _joined(results: Sequence[AutoResult]) -> AutoResult:
 def run_stages(
     evaluation: Evaluation, stages: Sequence[Attack] | None, *, eps: float, norm: str = "linf", keep: bool = False
 ) -> AutoResult:
-    """Runs the stages of `auto` on an `Evaluation`."""
+    """Runs the stages of `auto`, None for its default ones, on an `Evaluation`."""
     if stages is None:
         stages = STAGES if evaluation.programs.detector is None else (*STAGES[:-1], ORTHOGONAL, STAGES[-1])
     if not stages:

@@ -29,7 +29,7 @@ class Effort:
       steps: numbers of PGD's steps in the curve over steps.
       restarts: random starts of the curve over restarts, at least 1.
       pgd_steps: steps of PGD elsewhere.
-      apgd_steps: steps of both APGD in the worst case.
+      apgd_steps: steps of both APGD, and of orthogonal PGD, in the worst case.
       queries: of Square in the worst case; 0 leaves it out.
       targets: wrong classes that the targeted APGD tries.
       fab: wrong classes that FAB tries, before Square; 0 leaves it out.

@@ -143,7 +143,7 @@ class Model:
         keep: bool = False,
         progress: Progress | None = None,
     ) -> AutoResult:
-        """`auto` of this model."""
+        """`auto` of this model, by default with the stages that `auto` has."""
         return run_stages(self._evaluation(0, progress), stages, eps=eps, norm=norm, keep=keep)
 
     def per_image(

@@ -110,7 +110,12 @@ class Programs:
         detector = self.detector
         if detector is None:
             return None
-        return lambda x: detector.weight * (core.as_float32(detector.score_fn(params, x)) - detector.threshold)
+
+        def constraint(x: jax.Array) -> jax.Array:
+            score = core.checks.score("detector", detector.score_fn(params, x))
+            return detector.weight * (core.as_float32(score) - detector.threshold)
+
+        return constraint
 
     def attack(self, attack: Attack) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
         """The jitted `(params, images, labels, index, seed, eps, rank) -> (adversarial inputs, classes, rejected)`."""

@@ -13,7 +13,7 @@ import numpy as np
 from e2sad_jax import data, distributed
 from e2sad_jax._io import check_folder, write_json, write_text
 from e2sad_jax.attacks import ATTACKS, core
-from e2sad_jax.errors import ConfigError, DataError
+from e2sad_jax.errors import ConfigError, DataError, close_to
 from e2sad_jax.evaluation import Attack, Effort, Model, diagnose, of_classifier, of_function, quantize
 from e2sad_jax.evaluation.evaluator import BEFORE
 from e2sad_jax.evaluation.exported import stablehlo
@@ -22,7 +22,7 @@ from e2sad_jax.reporting import diagnosis, provenance
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs import saved_images
 from e2sad_jax.runs.classifier import CHOICES, load
-from e2sad_jax.training.config import Config, check, number, setting
+from e2sad_jax.training.config import Config, check, parse_number, setting
 
 UNFINISHED = "unfinished"  # folder of finished batches, until all of them are
 EXAMPLES, SHOWN = "examples.png", 10  # columns of the picture, at most
@@ -236,15 +236,15 @@ def _attack(text: str, norm: str) -> Attack:
     """
     name, *numbers = text.split(":")
     try:
-        eps, steps = number(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
+        eps, steps = parse_number(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
         if name not in ATTACKS or len(numbers) > 2 or eps < 0 or steps < 0:
             raise ValueError
         norms = ATTACKS[name].norms
         return Attack(text, name, eps, steps, norm=norm if norm in norms else norms[0])
     except (ValueError, IndexError) as error:
         raise ConfigError(
-            f"--attack={text:.100}: must be NAME:EPS or NAME:EPS:STEPS, with a budget of at least 0 and a NAME of "
-            f"{', '.join(ATTACKS)}"
+            f"--attack={text:.100}: {'' if name in ATTACKS else close_to(name, ATTACKS)}must be NAME:EPS or NAME:EPS:STEPS, "
+            f"with a budget of at least 0 and a NAME of {', '.join(ATTACKS)}"
         ) from error
 
 

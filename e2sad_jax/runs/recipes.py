@@ -50,7 +50,7 @@ RECIPES: Mapping[str, Recipe] = {
             "soft_label": False,
         },
         by_defense={"e2sad": {"soft_label": True}},  # e2SAD alone is trained on soft labels there
-        preset="robust2",  # a single step is worth less on colour images (results/svhn_flops)
+        preset="robust2",  # one seed on a part of SVHN: 0.320, robust 0.278 (docs/defenses.md)
     ),
     # The recipe of FastAT Benchmark (https://arxiv.org/abs/2604.22853). Of its label smoothing of 0.4 nine tenths fall on
     # the wrong classes.

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,10 @@ def module(name: str) -> Any:
 
 
 class Tracker:
-    """A run in the project `PROJECT` of a tracker, by the name of its folder; a resumed run goes on in its own."""
+    """A run in the project `PROJECT` of a tracker, by the name of its folder.
+
+    A resumed run goes on in its own, unless its folder has moved. Values of steps that it trains again may be dropped.
+    """
 
     def __init__(self, name: str, workdir: pathlib.Path, settings: Mapping[str, Any]):
         """Opens it.
@@ -40,17 +44,21 @@ class Tracker:
         Raises:
           ConfigError: if the package is missing, or it refuses, as without a login.
         """
-        given: dict[str, Any] = {"project": PROJECT, "name": workdir.name, "config": dict(settings), "resume": "allow"}
+        path = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:8]  # folders of one name are several runs
+        plain = re.sub(r"[^\w.-]", "-", workdir.name)
+        own = f"{plain}-{path}"
+        given: dict[str, Any] = {"project": PROJECT, "config": dict(settings), "resume": "allow"}
         if name == "wandb":
-            path = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:8]
-            given |= {"id": f"{workdir.name}-{path}", "dir": str(workdir), "reinit": "create_new"}
+            given |= {"name": workdir.name, "id": own, "dir": str(workdir), "reinit": "create_new"}
+        else:
+            given |= {"name": own}
         package = module(name)
         try:
             self._run = package.init(**given)
         except Exception as error:  # whatever the package raises
+            remedy = "log in, or set WANDB_MODE=offline, or leave" if name == "wandb" else "mend that, or leave"
             raise ConfigError(
-                f"--tracker={name}: it does not start ({type(error).__name__}: {first_line(error)}); log in, or set "
-                "WANDB_MODE=offline, or leave the flag out"
+                f"--tracker={name}: it does not start ({type(error).__name__}: {first_line(error)}); {remedy} the flag out"
             ) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

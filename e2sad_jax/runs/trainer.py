@@ -384,16 +384,17 @@ class _Trainer:
             return {}
         if config.eps_warmup and step < config.warmup_steps(run.steps):
             return {}  # a network that has not seen the whole budget yet is not robust to it
-        found = overfitting(run, params, metrics["clean"], metrics["robust"])
+        found = overfitting(run, params, metrics["robust"])
         if found["collapsed"] and member not in self._told:
             self._told.add(member)
             where = f" of {run.workdir.name}" if len(self._runs) > 1 else ""
             rising = "" if config.eps_warmup else "a rising budget (--eps_warmup=0.5), "
-            stronger = (
-                "more --attack_steps"
-                if "attack_steps" in config.settings
-                else "an attack of several steps (--defense=pgd)"
-            )
+            if "attack_steps" in config.settings:
+                stronger = "a larger --attack_steps"
+            elif config.settings.get("first_point") == "start":
+                stronger = "a step to the first point, too (--preset=robust2)"
+            else:
+                stronger = "an attack of several steps (--defense=pgd)"
             self._bar.say(
                 f"step {step:,}{where}: catastrophic overfitting. Accuracy on {run.chosen_on} is {found['fgsm']:.3f} under "
                 f"FGSM and {metrics['robust']:.3f} under PGD-10 (gradient alignment {found['alignment']:.2f}). Train with "
@@ -494,7 +495,8 @@ def _check_sizes(config: Config, train_set: Dataset, steps: int) -> None:
     for flag, what in (("eps_warmup", "every budget"), ("lr_warmup", "the learning rate")):
         if (rise := config.in_effect().get(flag, 0)) > max(1, steps) and distributed.is_main():  # more steps may follow
             print(
-                f"warning: --{flag}={rise:g}: {what} ends at {steps / rise:.2g} of its value, for --steps={steps}",
+                f"warning: --{flag}={rise:g}: the rise of {what} is cut off at {steps / rise:.2g} of it, for the run has "
+                f"{steps:,} steps; give at most {steps:,}, or a fraction below 1",
                 file=sys.stderr,
             )
     if steps * config.batch_size >= 2**32:  # the place in the order is counted in 32 bits

@@ -65,19 +65,18 @@ def _validated(run: "Run", params: Any, stop: Callable[[], int]) -> dict[str, fl
     return values if values["score"] != UNJUDGED else {"score": UNJUDGED}
 
 
-def overfitting(run: "Run", params: Any, clean: float, robust: float) -> dict[str, float]:
+def overfitting(run: "Run", params: Any, robust: float) -> dict[str, float]:
     """Signs on the validation set that training has overfitted to attacks of one step (catastrophic overfitting).
 
     Args:
       run: the run.
       params: the network's variables.
-      clean: accuracy without attack.
       robust: accuracy under PGD-10.
 
     Returns:
       `fgsm`, the accuracy under FGSM; `alignment`, that of `masking.alignment` on up to `ALIGNED` images; `collapsed`, 1 where
-      the gradients are not aligned, and PGD's accuracy is below half of FGSM's, by more than the bound of the check "FGSM
-      above PGD"; else 0.
+      three things hold: PGD's accuracy is below half of FGSM's; it is more than `masking.MAX_GAP` below FGSM's; the alignment
+      is below `masking.MIN_ALIGNMENT`. Else 0.
     """
     config, images = run.config, run.validation_set
     attack = Attack("fgsm", "fgsm", config.eps1, 1, norm=config.norm)
@@ -91,7 +90,7 @@ def overfitting(run: "Run", params: Any, clean: float, robust: float) -> dict[st
         "fgsm": fgsm,
         "alignment": alignment,
         "collapsed": float(
-            fgsm - robust > masking.gap_bound(clean, fgsm)
+            fgsm - robust > masking.MAX_GAP
             and 2 * robust < fgsm
             and alignment < masking.MIN_ALIGNMENT  # a network that has only begun to learn is aligned
         ),

@@ -466,7 +466,7 @@ def number_of_steps(value: float, total: int) -> float:
     return value * total if value < 1 else value
 
 
-def number(text: str) -> float:
+def parse_number(text: str) -> float:
     """A number, or a quotient of two, such as 8/255.
 
     Raises:
@@ -481,7 +481,7 @@ def number(text: str) -> float:
 def _numbers(text: str) -> tuple[float, ...]:
     """Numbers separated by commas, none in an empty text; NaN alone if one of them is no number."""
     try:
-        return tuple(number(one) for one in text.split(",")) if text else ()
+        return tuple(parse_number(one) for one in text.split(",")) if text else ()
     except ValueError:
         return (math.nan,)
 

@@ -147,12 +147,13 @@ def test_help_explains_every_setting_with_its_range_and_default(ended):
     text = " ".join(out.split())
     for words in [
         "--alpha: weight of the clean loss; in [0, 1]; read by fgsm, ifgsm, hamm, e2sad (default for e2sad "
-        "with --preset=robust: 0) (default: '0.6')",
-        "--lam: weight lambda of the dissimilarity; at least 0; read by e2sad (default for e2sad with --preset=robust: 0.3) "
+        "with --preset=robust or robust2: 0) (default: '0.6')",
+        "--lam: weight lambda of the dissimilarity; at least 0; read by e2sad (default for e2sad with --preset=robust or "
+        "robust2: 0.3) "
         "(default: '0.3')",
         "--second_step: what the second step differentiates; one of total, noise, loss, literal, random; read by e2sad",
         "--epochs: passes over the training set instead of --steps, 0: use --steps; in [0, 1000000.0] (default: '20.0')",
-        "1 - delta for the true class (default for e2sad: True; default with --preset=robust: True)",
+        "1 - delta for the true class (default for e2sad: True; default with --preset=robust or robust2: True)",
     ]:
         assert words in text
     assert abs(float(re.search(r"--eps1: .*?\(default: '([\d.]+)'\)", text).group(1)) - 24 / 255) < 1e-12

@@ -288,6 +288,22 @@ def test_orthogonal_pgd_returns_the_image_where_it_finds_nothing():
     np.testing.assert_array_equal(made, x)
 
 
+def test_orthogonal_pgd_returns_the_accepted_point_of_the_highest_loss_where_nothing_fools():
+    """The loss is the first pixel; the detector's score jumps, without a gradient, where that is above 0.65."""
+    made = attacks.orthogonal_pgd(
+        None,
+        lambda z: z[:, 0],
+        lambda z: z[:, 1] + (z[:, 0] > 0.65).astype(z.dtype),
+        jnp.full((1, 2), 0.5),
+        misclassified_fn=lambda z: z[:, 0] > 2,
+        threshold=0.9,
+        eps=0.3,
+        steps=3,
+        step_size=0.1,
+    )
+    np.testing.assert_allclose(made, [[0.6, 0.5]], atol=1e-6)
+
+
 def test_a_step_of_orthogonal_pgd_leaves_the_other_function_alone():
     """In the l2 ball, of linear functions: up the loss at one score; where it is misclassified, down the score at one loss."""
     a, b = np.asarray([[3.0, 1, 0], [1, 2, 2]], np.float32)

@@ -144,6 +144,27 @@ def test_what_a_method_does_not_support_is_refused():
     ATTACKS["square"].check("row", norm="l2", ndim=4)
 
 
+def test_a_threshold_is_a_detectors_where_the_attack_takes_its_score():
+    seen = {}
+
+    def own(loss_fn, x, *, eps, threshold=0.7, population=None):
+        seen["own"] = threshold
+        return x
+
+    def of_detector(loss_fn, score_fn, x, *, threshold, eps):
+        seen["of detector"] = threshold, float(score_fn(x)[0])
+        return x
+
+    y = labels()
+    Method(own, "gradient").run(f, images(), y, key=KEYS, eps=EPS)
+    Method(of_detector, "gradient").run(f, images(), y, key=KEYS, eps=EPS)
+    Method(of_detector, "gradient").run(
+        f, images(), y, key=KEYS, eps=EPS, constraint_fn=lambda z: jnp.full(len(z), 0.5)
+    )
+    assert seen == {"own": 0.7, "of detector": (0.0, 0.5)}
+    assert Method(own, "gradient").passes() == 1
+
+
 def test_entries_say_what_they_are():
     assert {name for name, method in ATTACKS.items() if method.random} == {
         *("pgd", "apgd", "orthogonal_pgd", "square", "fab", "few_pixels")

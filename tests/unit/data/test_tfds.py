@@ -246,6 +246,7 @@ def test_a_set_that_the_library_prepares_with_tensorflow_alone(asked, root, reco
         ("mini_set@train[,validation", ["has no split 'train['"]),
         ("mini_set@train[:0],validation", ["'train[:0]' holds no images"]),
         ("", ["must be tfds:NAME"]),
+        ("mini_set/3.0.1", ["a version follows a colon, as in tfds:mini_set:3.0.1"]),
         ("mini_set@train", ["must be tfds:NAME", "@TRAIN,TEST"]),
         ("../mini_set", ["must be tfds:NAME"]),
         ("mini_set/..", ["must be tfds:NAME"]),

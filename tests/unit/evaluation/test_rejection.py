@@ -135,6 +135,20 @@ def test_by_default_orthogonal_pgd_is_among_the_attacks_on_a_detector(monkeypatc
         assert asked.value.value == ["clean", "APGD-CE", "APGD-T", *more, "Square"]
 
 
+def test_the_worst_case_of_a_diagnosis_has_orthogonal_pgd_where_the_model_rejects():
+    names = [stage.name for stage in EFFORT.stages(4, rejects=True)]
+    assert names == ["APGD-CE", "APGD-T", "Orthogonal PGD"]
+    assert [stage.name for stage in EFFORT.stages(4)] == ["APGD-CE", "APGD-T"]
+
+
+def test_a_decision_in_place_of_a_score_is_refused():
+    x, y = images()
+    detector = Detector(lambda params, z: oblique(params, z) > 0, 0.5, weight=1.0)
+    for attack in (evaluation.ORTHOGONAL, SUITE[1]):
+        with pytest.raises(TypeError, match="detector: score_fn returned bool; it must return floating point scores"):
+            evaluation.auto(sides, PARAMS, x, y, eps=EPS, stages=[attack], detector=detector)
+
+
 def test_fooled_here_and_accepted_there_is_not_fooled():
     """The detector rejects exactly what is misclassified: some images fool the model, others pass, none does both."""
     x, y = images()

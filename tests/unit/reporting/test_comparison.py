@@ -78,7 +78,7 @@ def test_models_are_trained_attacked_once_and_shown(little, tiny_data, tmp_path,
     monkeypatch.setattr(evaluate_model.trainer, "train", train)
     monkeypatch.setattr(evaluate_model, "auto", counting)
     fewer = dataclasses.replace(request, examples=5)
-    assert run(fewer, quiet)["rows"] != result["rows"]
+    assert [row["runs"][0]["images"] for row in run(fewer, quiet)["rows"]] == [5, 5]
     monkeypatch.setattr(evaluate_model, "auto", no_more)
     assert run(request, quiet)["rows"] == result["rows"], "a run keeps its outcome of each question"
     run(fewer, quiet)
@@ -274,6 +274,7 @@ def test_all_share_the_schedule_and_a_preset_brings_its_points():
     assert parts["e2SAD, robust, no dissimilarity"].eps_warmup == 0.25
     constant = parts["e2SAD, robust, constant learning rate"]
     assert (constant.schedule, constant.learning_rate, constant.eps_warmup) == ("constant", 0.001, 0.25)
+    assert configs["e2SAD, robust2"].workdir == parts["e2SAD, robust, first point by a step"].workdir, "one run"
     assert len({c.workdir for c in [*parts.values(), configs["e2SAD, robust"]]}) == len(parts) + 1
     assert len({c.workdir for c in configs.values()}) == len(configs)
 
@@ -282,7 +283,7 @@ def test_fastats_recipe_stands_where_no_flag_is_given():
     request = Request.of(recipe="fastat")
     assert (request.data, request.eps, request.steps, request.queries) == ("cifar10", 8 / 255, 38_282, 5000)
     assert len(request.stages(10)) == 3
-    assert set(request.entries()) > {"e2SAD, robust", "natural", *FASTAT}
+    assert set(request.entries()) > {"e2SAD, robust", "e2SAD, robust2", "natural", *FASTAT}
     for name in request.entries():
         (config,) = request.configs(name)
         about = (config.model, config.optimizer, config.learning_rate, config.schedule, config.augment)

@@ -1,6 +1,7 @@
 """Metrics of a run that go to an experiment tracker, for which a module stands in; and what keeps it from starting."""
 
 import json
+import re
 import sys
 import types
 
@@ -8,6 +9,7 @@ import pytest
 
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.runs import trainer
+from e2sad_jax.runs.tracker import Tracker
 from tests.unit.runs.helpers import config_of, never, stop_after
 
 pytestmark = pytest.mark.usefixtures("scores")
@@ -37,13 +39,23 @@ def test_it_gets_what_metrics_jsonl_gets_and_a_resumed_run_goes_on(name, begun, 
             trainer.train(run, stop)
     (first, earlier), (second, later) = begun
     assert first == second, "the same run"
-    assert (first["project"], first["name"], first["resume"]) == ("e2sad_jax", "w", "allow")
+    assert (first["project"], first["resume"]) == ("e2sad_jax", "allow")
+    assert first["name"].partition("-")[0] == "w"
     assert first["config"]["learning_rate"] == config.learning_rate
     assert earlier.pop() == later.pop() == "finished"
     lines = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     assert {step: values["train/loss"] for step, values in earlier + later if "train/loss" in values} == losses
     assert any("validation/" in tag for _, values in later for tag in values)
+
+
+@pytest.mark.parametrize(("name", "key"), [("wandb", "id"), ("trackio", "name")])
+def test_folders_of_one_name_are_several_runs(name, key, begun, tmp_path):
+    for folder in ("a/seed:0", "b/seed:0", "a/seed:0"):
+        Tracker(name, tmp_path / folder, {})
+    first, other, again = (given[key] for given, _ in begun)
+    assert first == again != other
+    assert re.fullmatch(r"seed-0-[0-9a-f]{8}", first), "without the characters that wandb refuses"
 
 
 def test_what_keeps_it_from_starting_is_said_before_anything_is_written(monkeypatch, tiny, tmp_path):
