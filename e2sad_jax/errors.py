@@ -31,7 +31,7 @@ def quoted(value: object) -> str:
 def close_to(name: str, names: Iterable[str]) -> str:
     """Returns those of `names` that a misspelt name may stand for, as the beginning of a remedy; empty if none is like it."""
     by_lower = {one.lower(): one for one in names}
-    close = difflib.get_close_matches(name[:100].lower(), by_lower)
+    close = difflib.get_close_matches(name[:100].lower(), by_lower, cutoff=0.65)
     return f"did you mean {' or '.join(quoted(by_lower[one]) for one in close)}? " if close else ""
 
 

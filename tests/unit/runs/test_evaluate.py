@@ -182,7 +182,7 @@ def test_a_sample_of_a_file_sorted_by_class_has_every_class(mine, tmp_path):
         ({"workdir": "a", "norm": "l1"}, r"--norm=l1: must be empty or one of linf, l2"),
         ({"workdir": "a", "which": "first"}, r"--which=first: must be one of last, best"),
         ({"workdir": "a", "attack": ("jsma",)}, "--attack=jsma: must be NAME:EPS or NAME:EPS:STEPS"),
-        ({"workdir": "a", "attack": ("pgd:0.1:5", "pgdd:0.1")}, "--attack=pgdd:0.1: must be NAME:EPS"),
+        ({"workdir": "a", "attack": ("pgd:0.1:5", "pgdd:0.1")}, "--attack=pgdd:0.1: did you mean 'pgd' or 'apgd'"),
         ({"workdir": "a", "attack": ("pgd:x",)}, "--attack=pgd:x: must be .* a NAME of fgsm, ifgsm"),
         ({"workdir": "a", "attack": ("pgd:-1:5",)}, "--attack=pgd:-1:5: must be .* at least 0"),
         ({"workdir": "a", "fab": 3, "auto": False}, r"--fab=3: is a part of the worst case; leave it out, or --noauto"),
