@@ -83,7 +83,7 @@ REFUSED = [
     ("mnist", ["--lambda=0.1"], "Unknown command line flag 'lambda'"),
     ("mnist", ["--defense=mart"], "must be one of natural, fgsm"),
     ("mnist", ["--baseline=best"], "--baseline=best: must be empty or one of"),
-    ("mnist", ["--preset=best"], "--preset=best: must be one of robust, paper"),
+    ("mnist", ["--preset=best"], "--preset=best: must be one of robust, robust2, paper"),
     ("mnist", ["e2sad"], "unexpected argument 'e2sad'"),
     ("mnist", ["--data=nowhere.npz"], "nowhere.npz"),
     ("mnist", ["--data=cifar"], "cifar"),

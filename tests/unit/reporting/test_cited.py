@@ -108,7 +108,9 @@ def test_all_systems_are_made_attacked_once_and_shown(little, tiny, tmp_path, mo
     assert rows["input mutation"]["inference"] == pytest.approx(4, rel=0.05), "the image and three mutations"
     assert rows["natural"]["adaptive"]["robust"] <= rows["natural"]["clean"]
     assert json.loads((tmp_path / "out" / "cited.json").read_text())["rows"] == rows
-    with pytest.raises(ConfigError, match=r"--entry=PGD-2: did you mean 'PGD-3'\? must be of natural, .*Defense-GAN with"):
+    with pytest.raises(
+        ConfigError, match=r"--entry=PGD-2: did you mean 'PGD-3'\? must be of natural, .*Defense-GAN with"
+    ):
         comparison.run(dataclasses.replace(request, entry=("PGD-2",)), said.append)
     monkeypatch.setattr(provenance, "commit", lambda: "b" * 40)
     monkeypatch.setattr(cited, "_of_around", None)
