@@ -30,7 +30,8 @@ number of it compares with one on SVHN. The JSON files of `mnist`, `svhn_10k`, `
 brought into the present format after they were measured; no measured number changed. `mnist_long/standard` and
 `cited_digits` were measured while result files of an earlier command were not committed; their commit was marked "with
 changes" for it, which was taken off by hand. `cited_digits` was written to `results/cited_digits_100`. The rows of e2SAD in
-`mnist_long/standard` were put beside the others by hand, with their commands. No accelerator has been measured.
+`mnist_long/standard` were put beside the others by hand, with their commands. The outcomes of the first seeds of `mnist_long`
+were written back into the folders of their runs from `compare.json`. No accelerator has been measured.
 """
 
 

@@ -28,11 +28,16 @@ def quoted(value: object) -> str:
     return shortened(repr(value) if isinstance(value, str) and value.isprintable() else ascii(value))
 
 
-def close_to(name: str, names: Iterable[str]) -> str:
-    """Returns those of `names` that a misspelt name may stand for, as the beginning of a remedy; empty if none is like it."""
+def similar(name: str, names: Iterable[str]) -> list[str]:
+    """Returns those of `names` that a misspelt name may stand for, the likeliest first."""
     by_lower = {one.lower(): one for one in names}
-    close = difflib.get_close_matches(name[:100].lower(), by_lower, cutoff=0.65)
-    return f"did you mean {' or '.join(quoted(by_lower[one]) for one in close)}? " if close else ""
+    return [by_lower[one] for one in difflib.get_close_matches(name[:100].lower(), by_lower, cutoff=0.65)]
+
+
+def close_to(name: str, names: Iterable[str]) -> str:
+    """Returns what is `similar`, as the beginning of a remedy; empty if nothing is."""
+    close = similar(name, names)
+    return f"did you mean {' or '.join(map(quoted, close))}? " if close else ""
 
 
 def first_line(error: object, limit: int = 300) -> str:

@@ -20,19 +20,9 @@ BALLS = (*NORMS, "l0")
 FAMILIES = ("gradient", "score-based", "minimum-norm")
 SCORE = ("score_fn", "threshold")  # of a detector, for attacks that take the former
 GIVEN = (
-    *(
-        "key",
-        "loss_fn",
-        "margin_fn",
-        "misclassified_fn",
-        "logits_fn",
-        "x",
-        "labels",
-        "targets",
-        "constraint_fn",
-        *SCORE,
-    ),
-    *("any_wrong", "eps", "pixels", "steps", "queries", "step_size", "restarts", "norm", "bounds"),
+    *("key", "loss_fn", "margin_fn", "misclassified_fn", "logits_fn", "x", "labels", "targets"),
+    *("constraint_fn", *SCORE, "any_wrong", "eps", "pixels"),
+    *("steps", "queries", "step_size", "restarts", "norm", "bounds"),
 )
 
 

@@ -176,6 +176,11 @@ def _download(builder: Any, dl_manager: Any) -> dict[str, pathlib.Path]:
 
 
 def check_sha256(path: pathlib.Path, expected: str, remedy: str) -> None:
+    """Refuses a file of another SHA-256 than the hexadecimal one that is expected.
+
+    Raises:
+      DataError: with both, and the remedy.
+    """
     with open(path, "rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != expected:

@@ -15,7 +15,6 @@ Layout under the data folder:
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import importlib.resources.abc
 import importlib.util
@@ -41,7 +40,7 @@ from e2sad_jax.data.builders import BUILDERS, TRAIN, UrlInfos, check_sha256
 from e2sad_jax.data.dataset import Dataset, check_claim, checked
 from e2sad_jax.data.known import KNOWN
 from e2sad_jax.data.npz import warned, write_npz
-from e2sad_jax.errors import DataError, first_line
+from e2sad_jax.errors import DataError, first_line, similar
 
 # The library takes the backport of this module of Python's, which it does not declare for any Python of today.
 dataset_builder.importlib_resources = importlib.resources
@@ -208,7 +207,7 @@ def _check_known(wanted: prepared.Wanted, places: Sequence[pathlib.Path]) -> Non
     known = set(tfds.list_builders(with_community_datasets=False))
     if wanted.name in known:
         return
-    close = difflib.get_close_matches(wanted.name.lower(), sorted({*known, *there}))
+    close = similar(wanted.name, sorted({*known, *there}))
     meant = [prepared.PREFIX + name for match in close for name in there.get(match, [match])]
     hint = f"did you mean {' or '.join(meant)}?" if meant else "see https://www.tensorflow.org/datasets/catalog"
     raise DataError(

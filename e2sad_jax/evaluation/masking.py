@@ -114,7 +114,7 @@ def run_checks(
         Check(
             "FGSM above PGD",
             float(fgsm.mean() - pgd.mean()),
-            # Aligned gradients are no sign of it, and FGSM is then weak beside small steps, as on an undefended model.
+            # An undefended model has aligned gradients, and a wide gap because one step is a weak attack.
             max(MAX_GAP, float(clean.mean() - fgsm.mean())) if gradients.alignment >= MIN_ALIGNMENT else MAX_GAP,
             True,
             "one large step fails where small ones succeed: the loss is bent along the first gradient (catastrophic "

@@ -286,11 +286,8 @@ def _asked(request: Request) -> _Asked:
         else:
             function, name = _function(request.predict), request.predict.split(":")[1]
         make = functools.partial(of_function, function, name=name, **how)
-        transform, eps, folder = (
-            "unit",
-            request.eps,
-            results or pathlib.Path("runs/evaluation", pathlib.Path(name).stem),
-        )
+        transform, eps = "unit", request.eps
+        folder = results or pathlib.Path("runs/evaluation", pathlib.Path(name).stem)
         norm = request.norm or "linf"
     else:
         classifier = load(request.workdir, request.which)

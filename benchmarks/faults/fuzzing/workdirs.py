@@ -105,7 +105,7 @@ class Notes(Target):
         found = {"attack": {}, "tested": {}, "provenance": place, "predictions": [[0, 1, 2, 3, 9]]}
         self.good: dict[str, Any] = {
             "training.json": [sealed(segment), sealed({**segment, "from_step": 2})],
-            "auto.json": sealed(known),
+            "auto-0.json": sealed(known),
             "cost.json": sealed(costs),
             "outcome.json": sealed(found),
             "metrics.jsonl": {"step": 3, "loss": 0.5},
@@ -138,7 +138,7 @@ class Notes(Target):
                     if folder.read_training(self.folder)[-1]["to_step"] != 7:
                         raise Wrong("what was noted behind it cannot be read")
                 return segments or Refused(Error("none"))
-            case "auto.json":
+            case "auto-0.json":
                 known = known_outcome(path, {"data": "x"}, 4)
                 if "best" in known:
                     row_of("x", training.configure(), [known])

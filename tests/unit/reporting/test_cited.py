@@ -109,7 +109,7 @@ def test_all_systems_are_made_attacked_once_and_shown(little, tiny, tmp_path, mo
     assert rows["natural"]["adaptive"]["robust"] <= rows["natural"]["clean"]
     assert json.loads((tmp_path / "out" / "cited.json").read_text())["rows"] == rows
     with pytest.raises(
-        ConfigError, match=r"--entry=PGD-2: did you mean 'PGD-3'\? must be of natural, .*Defense-GAN with"
+        ConfigError, match=r"--entry=PGD-2: did you mean 'PGD-3'\? must be of natural, .*Defense-GAN with --cited"
     ):
         comparison.run(dataclasses.replace(request, entry=("PGD-2",)), said.append)
     monkeypatch.setattr(provenance, "commit", lambda: "b" * 40)
