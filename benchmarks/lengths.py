@@ -24,7 +24,8 @@ from e2sad_jax.evaluation import Attack
 from e2sad_jax.reporting import paper_numbers, plots, provenance
 from e2sad_jax.reporting.table import Table
 from e2sad_jax.training import Config
-from e2sad_jax.training.config import DATA_DIR, check, configure, preset, setting
+from e2sad_jax.training.config import DATA_DIR, check, configure, setting
+from e2sad_jax.training.presets import preset
 
 IFGSM = "IFGSM-30"
 COLORS = {"robust": "#c1272d", "paper": "#3b6ea5"}  # of the presets that are compared

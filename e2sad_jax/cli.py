@@ -31,7 +31,8 @@ from e2sad_jax.errors import (
 )
 from e2sad_jax.runs import _compilation_cache, _malloc
 from e2sad_jax.runs.recipes import RECIPES, Recipe
-from e2sad_jax.training.config import COMMON, PRESETS, RECIPE, Config, configure, parse_number, preset, setting_of
+from e2sad_jax.training.config import COMMON, Config, configure, parse_number, setting_of
+from e2sad_jax.training.presets import PRESETS, RECIPE, preset
 
 FLAGS = flags.FLAGS
 

@@ -13,15 +13,13 @@ from e2sad_jax.runs.recipes import RECIPES
 from e2sad_jax.training.config import (
     DATA,
     DATA_DIR,
-    RECIPE,
-    SCHEDULE,
     SCHEDULES,
     Config,
     check,
     configure,
-    preset,
     setting,
 )
+from e2sad_jax.training.presets import RECIPE, SCHEDULE, preset
 
 # By name in tables and pictures. Budgets are in multiples of eps.
 ENTRIES: Mapping[str, Mapping[str, Any]] = {

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from e2sad_jax.training.config import PRESETS
+from e2sad_jax.training.presets import PRESETS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

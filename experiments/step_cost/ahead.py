@@ -19,7 +19,8 @@ from e2sad_jax.reporting import plots, provenance
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.reporting.table import Table
 from e2sad_jax.runs.signals import stopping
-from e2sad_jax.training.config import Config, preset
+from e2sad_jax.training.config import Config
+from e2sad_jax.training.presets import preset
 from e2sad_jax.training.state import shardings
 from e2sad_jax.training.step import step_arguments
 from experiments.step_cost.compiled import Program
