@@ -1,6 +1,7 @@
 """Trains, attacks and shows what is compared, model by model."""
 
 import dataclasses
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 from e2sad_jax import data
 from e2sad_jax._io import check_folder, read_json, write_json, write_text
 from e2sad_jax.comparison import cited
-from e2sad_jax.comparison.evaluate_model import evaluate_model
+from e2sad_jax.comparison.evaluate_model import evaluate_model, question
 from e2sad_jax.comparison.flops import match_flops, step_flops
 from e2sad_jax.comparison.request import Request, position
 from e2sad_jax.comparison.show import broken, card, markdown, plot
@@ -39,7 +40,9 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     The same labels everywhere, so that only the defense differs. The last checkpoint is attacked and, unless `last_only`,
     the averaged weights and the best checkpoint, chosen by PGD-10 on images that no run trains on. The price of training is
     XLA's count of FLOPs for the CPU, by this code.
-    What a compare.json for the same question has of other entries is kept, with its origin.
+    What a compare.json for the same question has of other entries is kept, with its origin. Of an entry it keeps the seeds:
+    one whose run is gone from the workdir is not trained again. Entries of the same settings are one, by the name that is
+    asked for.
 
     Args:
       request: what to compare.
@@ -64,20 +67,34 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     shape, num_classes = tuple(dataset.image_shape), dataset.num_classes
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
-    earlier = _earlier(folder / "compare.json", request, shape, num_classes, say)
-    for name in sorted(request.entries(), key=position):
-        runs = []
-        configs = [match_flops(request, config, shape, num_classes) for config in request.configs(name)]
+    known = _earlier(folder / "compare.json", request, shape, num_classes, say)
+    asked = {
+        name: [match_flops(request, config, shape, num_classes) for config in request.configs(name)]
+        for name in sorted(request.entries(), key=position)
+    }
+    own = {name: settings_of(configs[0]) for name, configs in asked.items()}
+    earlier = [row for row in known if _settings_then(row) not in own.values()]
+    for name, configs in asked.items():
+        same = [row for row in known if _settings_then(row) == own[name]]
+        measured = {
+            run["seed"]: run for row in same for run in row["runs"] if run["asked"] == question(request, dataset)
+        }
         for config in configs:
+            if config.seed in measured and not os.path.exists(config.workdir):
+                say(f"{name}, seed {config.seed}: measured before ({folder / 'compare.json'})")
+                continue  # of `measured`
             try:
                 outcome = evaluate_model(request, config, dataset)
                 segments = read_training(pathlib.Path(config.workdir))
-                runs.append({**outcome, "trained": list(dict.fromkeys(segment["commit"] for segment in segments))})
+                trained = list(dict.fromkeys(segment["commit"] for segment in segments))
+                measured[config.seed] = {**outcome, "trained": trained}
             except NonFiniteError as error:
+                measured.pop(config.seed, None)
                 say(f"{name}, seed {config.seed}: {error}")
-        if not runs:
+        if not measured:
             continue
-        rows.append({**row_of(name, configs[0], runs), "seeds": request.seeds})
+        runs = [measured[seed] for seed in sorted(measured)]
+        rows.append({**row_of(name, configs[0], runs), "seeds": max(request.seeds, *(row["seeds"] for row in same), 0)})
         if len(rows) == 1:
             earlier = _same_question(earlier, rows[0], say)
         result = priced(
@@ -96,12 +113,12 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
             }
         )
         _write(folder, result)
-        own = next(row for row in result["rows"] if row["name"] == name)
+        row = next(row for row in result["rows"] if row["name"] == name)
         last, best = (
-            f"clean {a['clean']:.3f}, robust {a['robust']:.3f}" for a in (own["last"], own.get("best", own["last"]))
+            f"clean {a['clean']:.3f}, robust {a['robust']:.3f}" for a in (row["last"], row.get("best", row["last"]))
         )
-        say(f"{name}: {last}{f' (best checkpoint: {best})' if best != last else ''}, {own['flops']:.3g} FLOPs")
-        for sentence in broken(own):
+        say(f"{name}: {last}{f' (best checkpoint: {best})' if best != last else ''}, {row['flops']:.3g} FLOPs")
+        for sentence in broken(row):
             say(f"{name}: {sentence}")
     if not rows:
         raise NonFiniteError("every run diverged; nothing was compared")
@@ -158,7 +175,7 @@ def _show(folder: pathlib.Path) -> dict[str, Any]:
 def _earlier(
     path: pathlib.Path, request: Request, shape: Sequence[int], num_classes: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Rows that a run before, for the same question, wrote of entries that are not asked for now, with their origin."""
+    """Rows that a run before wrote for the same question, with their origin."""
     try:
         before = read_json(path)
         asked = _DEFAULTS | before["request"]
@@ -166,11 +183,10 @@ def _earlier(
             return []
         origin = {"command": before["command"], "environment": before["environment"]}
         rows = [{"origin": origin, "seeds": before["request"]["seeds"], **row} for row in before["rows"]]
-        others = [row for row in rows if row["name"] not in request.entries()]
         card({**before, "rows": rows})  # has all that is shown
         markdown({**before, "rows": rows})
         kept = []
-        for row in others:
+        for row in rows:
             if _settings_then(row) == _settings_now(request, row["name"], shape, num_classes):
                 kept.append(row)
             else:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -71,6 +72,34 @@ def test_rows_may_have_numbers_of_seeds_of_their_own(tiny_data, tmp_path, made_u
     (rs_fgsm,) = (line for line in page.splitlines() if line.startswith("| RS-FGSM"))
     assert (natural.count(" .. "), rs_fgsm.count(" .. ")) == (0, 2)
     assert "At most 3 seeds." in show.card(result)
+
+
+def test_seeds_that_were_measured_are_not_trained_again(tiny_data, tmp_path, made_up):
+    request = Request(entry=("RS-FGSM",), data="tiny.npz", workdir=str(tmp_path), **LITTLE)
+    two = run(dataclasses.replace(request, seeds=2), quiet)["rows"][0]
+    del made_up[:]
+    said = []
+    three = run(dataclasses.replace(request, seeds=3), said.append)["rows"][0]
+    assert [config.seed for config in made_up] == [2], "the new one alone"
+    assert three["runs"][:2] == two["runs"]
+    assert (three["seeds"], [run["seed"] for run in three["runs"]]) == (3, [0, 1, 2])
+    assert three["last"]["highest"] == pytest.approx(two["last"]["highest"] + 0.1), "a mean and range of all three"
+    assert said[1] == f"RS-FGSM, seed 1: measured before ({tmp_path / 'compare.json'})"
+    assert run(request, quiet)["rows"][0]["runs"] == three["runs"], "who asks for one seed loses none"
+    pathlib.Path(made_up[0].workdir).mkdir()
+    run(dataclasses.replace(request, seeds=3), quiet)
+    assert [config.seed for config in made_up] == [2, 2], "what lies in its folder counts before what is noted of it"
+    run(dataclasses.replace(request, queries=6), quiet)
+    assert [config.seed for config in made_up] == [2, 2, 0], "attacks of its own"
+
+
+def test_entries_of_the_same_settings_are_one_row_by_the_name_asked_for(tiny_data, tmp_path, made_up):
+    names = "e2SAD, robust, first point by a step", "e2SAD, robust2"
+    first, second = (Request(entry=(name,), data="tiny.npz", workdir=str(tmp_path), **LITTLE) for name in names)
+    run(first, quiet)
+    (row,) = run(dataclasses.replace(second, seeds=2), quiet)["rows"]
+    assert (row["name"], len(row["runs"])) == ("e2SAD, robust2", 2)
+    assert [config.seed for config in made_up] == [0, 1]
 
 
 def test_rows_of_another_question_are_left_out(tiny_data, tmp_path, made_up, monkeypatch, capsys):
