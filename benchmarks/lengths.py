@@ -1,4 +1,4 @@
-"""How robust e2SAD is after how many training steps: the paper's setting beside `--preset=robust`.
+"""How robust e2SAD is after how many training steps: the paper's setting beside `--preset=robust2`.
 
 python -m benchmarks.lengths --data_dir=data   # 2,000, 8,000 and 16,000 steps of 128: for an accelerator, or hours
 
@@ -28,7 +28,7 @@ from e2sad_jax.training.config import DATA_DIR, check, configure, setting
 from e2sad_jax.training.presets import preset
 
 IFGSM = "IFGSM-30"
-COLORS = {"robust": "#c1272d", "paper": "#3b6ea5"}  # of the presets that are compared
+COLORS = {"robust2": "#c1272d", "paper": "#3b6ea5"}  # of the presets that are compared
 TITLE = "Robust accuracy against training steps"
 
 

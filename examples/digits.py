@@ -27,7 +27,7 @@ def report(step: int, metrics: dict[str, jax.Array], count: int) -> None:
 
 def main(steps: int, images: int) -> None:
     """Prints what is left under each attack."""
-    config = configure(model="digits_cnn", steps=steps, batch_size=64, eps1=0.2, **preset("robust", 0.2))
+    config = configure(model="digits_cnn", steps=steps, batch_size=64, eps1=0.2, **preset("robust2", 0.2))
     digits = data.load("digits")
     model = networks.create(config.model, digits.num_classes, digits.image_shape)
     state = training.fit(

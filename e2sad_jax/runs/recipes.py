@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from e2sad_jax.training.presets import PRESETS
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -23,7 +21,7 @@ class Recipe:
     about: str
     settings: Mapping[str, Any]
     by_defense: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    preset: str = PRESETS[0]
+    preset: str = "robust2"
     robust: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     baseline: str = ""
 
@@ -50,7 +48,6 @@ RECIPES: Mapping[str, Recipe] = {
             "soft_label": False,
         },
         by_defense={"e2sad": {"soft_label": True}},  # e2SAD alone is trained on soft labels there
-        preset="robust2",  # one seed on a part of SVHN: 0.320, robust 0.278 (docs/defenses.md)
     ),
     # The recipe of FastAT Benchmark (https://arxiv.org/abs/2604.22853). Of its label smoothing of 0.4 nine tenths fall on
     # the wrong classes.
@@ -75,7 +72,6 @@ RECIPES: Mapping[str, Recipe] = {
             "attack_steps": 10,
             "validation_examples": 1000,
         },
-        preset="robust2",
         robust={"schedule": "onecycle", "learning_rate": 0.1, "eps_warmup": 0.0, "eps_scale": 1.0},
     ),
     # Not the paper's: a narrow network, and a budget that 8x8 digits enlarged to 28x28 can be defended against in minutes.

@@ -122,7 +122,7 @@ def test_a_recipe_gives_way_to_flags_and_its_baseline_reads_what_it_can(parsed):
 
 
 def test_a_preset_gives_way_to_flags_and_its_schedule_is_the_baselines_too(parsed):
-    beside, chosen = parsed("mnist", "--lam=3", "--eps1=0.2", "--baseline=fgsm")
+    beside, chosen = parsed("mnist", "--preset=robust", "--lam=3", "--eps1=0.2", "--baseline=fgsm")
     settings = ("lam", "eps2", "first_point", "adversarial_at", "alpha", "memory", "ball_second")
     assert [chosen.settings[name] for name in settings] == [3.0, 0.1, "start", "second", 0.0, "int8", True]
     assert parsed("mnist")[0].settings["lam"] == 0.3
@@ -147,21 +147,22 @@ def test_a_preset_gives_way_to_flags_and_its_schedule_is_the_baselines_too(parse
 )
 def test_flags_without_effect_beside_others_are_refused(flags, message, parsed):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        parsed("mnist", *flags)
+        parsed("mnist", "--preset=robust", *flags)
     assert parsed("mnist", "--first_point=step", "--first_step_size=0.1")[0].settings["first_step_size"] == 0.1
 
 
-def test_robust2_takes_a_step_to_the_first_point_too_and_is_the_preset_for_colour_images(parsed):
-    (one,), (two,) = parsed("mnist"), parsed("mnist", "--preset=robust2")
+def test_robust2_takes_a_step_to_the_first_point_too_and_is_the_preset_of_every_command(parsed):
+    (one,), (two,) = parsed("mnist", "--preset=robust"), parsed("mnist")
     assert one.settings["first_point"] == "start"
     changed = {name: value for name, value in two.settings.items() if one.settings[name] != value}
     assert changed == {"first_point": "step", "first_step_size": 0.15}
-    assert parsed("mnist", "--preset=robust2", "--first_point=start")[0].digest() == one.digest()
+    assert parsed("mnist", "--first_point=start")[0].digest() == one.digest()
+    assert parsed("digits")[-1].settings["first_step_size"] == 0.1
     assert parsed("svhn")[0].settings["first_step_size"] == 12 / 255
     assert parsed("cifar10")[0].settings["first_step_size"] == 4 / 255
 
 
-def test_robust_is_the_preset_of_every_defense_and_paper_is_one_flag_away(parsed):
+def test_the_preset_is_for_every_defense_and_paper_is_one_flag_away(parsed):
     for defense in ("natural", "fgsm", "e2sad"):
         (config,) = parsed("mnist", f"--defense={defense}")
         assert (config.schedule, config.learning_rate, config.soft_label) == ("cyclic", 5e-3, True)

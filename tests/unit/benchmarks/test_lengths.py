@@ -39,13 +39,13 @@ def trained(tiny, monkeypatch):
 def test_each_length_is_trained_once_and_a_constant_rate_goes_on(trained, tmp_path):
     asked = lengths.Request(steps=("10", "5"), workdir=str(tmp_path), **BUDGET)
     lengths.run(asked)
-    assert trained == [("robust-5", 0), ("paper-5", 0), ("robust-10", 0), ("paper-10", 5)], "and where each began"
+    assert trained == [("robust2-5", 0), ("paper-5", 0), ("robust2-10", 0), ("paper-10", 5)], "and where each began"
     lengths.run(dataclasses.replace(asked, steps=("20",), preset=("paper",)))
     assert trained[4:] == [("paper-20", 10)]
     rows = read_json(tmp_path / "lengths.json")["rows"]
     assert [(row["preset"], row["steps"]) for row in rows] == [
-        ("robust", 5),
-        ("robust", 10),
+        ("robust2", 5),
+        ("robust2", 10),
         ("paper", 5),
         ("paper", 10),
         ("paper", 20),
@@ -62,19 +62,21 @@ def test_rows_of_other_settings_and_damaged_files_do_not_count(trained, tmp_path
     asked = lengths.Request(steps=("5",), workdir=str(tmp_path), **BUDGET)
     lengths.run(asked)
     own = lengths.preset
-    monkeypatch.setattr(lengths, "preset", lambda name, eps: {**own(name, eps), "lam": 0.5} if name == "robust" else {})
+    monkeypatch.setattr(
+        lengths, "preset", lambda name, eps: {**own(name, eps), "lam": 0.5} if name == "robust2" else {}
+    )
     lengths.run(asked)
-    assert trained[2:] == [("robust-5", 5)], "the preset is another one now"
+    assert trained[2:] == [("robust2-5", 5)], "the preset is another one now"
     assert capsys.readouterr().err == ""
     (tmp_path / "lengths.json").write_text("[")
     lengths.run(asked)
-    assert trained[3:] == [("robust-5", 5), ("paper-5", 5)]
+    assert trained[3:] == [("robust2-5", 5), ("paper-5", 5)]
     assert "lengths.json is unusable" in capsys.readouterr().err
 
 
 def test_the_paper_s_setting_and_the_attacks(tmp_path):
     asked = lengths.Request(data="mnist", workdir=str(tmp_path))
-    paper, robust = (asked.config(name, 2000) for name in ("paper", "robust"))
+    paper, robust = (asked.config(name, 2000) for name in ("paper", "robust2"))
     assert (paper.eps1, paper.schedule, paper.eps_scale, paper.soft_label) == (0.3, "constant", 1, True)
     assert paper.settings["eps2"] == pytest.approx(0.1)
     assert (robust.settings["memory"], robust.schedule) == ("int8", "cyclic")
@@ -84,7 +86,7 @@ def test_the_paper_s_setting_and_the_attacks(tmp_path):
 
 
 def test_a_preset_that_is_none_is_refused():
-    with pytest.raises(ConfigError, match="--preset=x: must be one of robust, paper"):
+    with pytest.raises(ConfigError, match="--preset=x: must be one of robust2, paper"):
         lengths.Request(preset=("x",))
 
 
