@@ -31,6 +31,50 @@ def note(y: Y, slot: Any, value: Any) -> Y:
 note.defvjp(lambda y, slot, value: (y, value), lambda value, g: (g, value, jax.tree.map(jnp.zeros_like, value)))
 
 
+@jax.custom_vjp
+def _normalized(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, near: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The normalised batch, in float32 or wider, its mean and its variance.
+
+    Both moments are of x less `near`, the running average: one pass and one sum over the devices, and what E[x^2] - E[x]^2
+    loses where the mean is far from zero is not lost. The gradient is written out, because that of the compiler sums three
+    times.
+    """
+    return _forward(x, scale, bias, near)[0]
+
+
+def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, near: jax.Array) -> tuple[Any, Any]:
+    axes = tuple(range(x.ndim - 1))
+    moved = x.astype(_arguments.wide(x.dtype)) - _along(near, x)
+    first, second = moved.mean(axes), (moved**2).mean(axes)
+    mean, var = near + first, jnp.maximum(second - first**2, 0)
+    rate = jax.lax.rsqrt(var + EPSILON)
+    y = (moved - _along(first, x)) * _along(scale * rate, x) + _along(bias, x)
+    return (y, mean, var), (x, scale, mean, rate)
+
+
+def _backward(saved: Any, gradients: Any) -> tuple[jax.Array, ...]:
+    x, scale, mean, rate = saved
+    g, g_mean, g_var = gradients
+    axes = tuple(range(x.ndim - 1))
+    count = x.size // x.shape[-1]
+    unit = (x.astype(g.dtype) - _along(mean, x)) * _along(rate, x)
+    g_bias, g_scale = g.sum(axes), (g * unit).sum(axes)
+    factor = scale * rate
+    constant, slope = (g_mean - factor * g_bias) / count, (2 * g_var / rate - factor * g_scale) / count
+    g_x = _along(factor, x) * g + _along(slope, x) * unit + _along(constant, x)
+    return g_x.astype(x.dtype), g_scale, g_bias, jnp.zeros_like(mean)
+
+
+_normalized.defvjp(_forward, _backward)
+
+
+def _along(v: jax.Array, x: jax.Array) -> jax.Array:
+    """A value for each feature, in the rank of `x`."""
+    return v.reshape((1,) * (x.ndim - 1) + v.shape)
+
+
 class BatchNorm(nn.Module):
     """Normalises over all axes but the last: scale (x - mean) / sqrt(var + 1e-5) + bias, in float32 or wider.
 
@@ -44,23 +88,21 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        shape, axes = x.shape[-1:], tuple(range(x.ndim - 1))
+        shape = x.shape[-1:]
         stats = {
             name: self.variable("batch_stats", name, make, shape).value
             for name, make in (("mean", jnp.zeros), ("var", jnp.ones))
         }
         scale = self.param("scale", nn.initializers.ones_init(), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), shape)
-        wide = x.astype(_arguments.wide(x.dtype))
         if train:
-            mean = wide.mean(axes, keepdims=True)
-            stats = {"mean": mean.reshape(shape), "var": ((wide - mean) ** 2).mean(axes)}
-
-        def along(v: jax.Array) -> jax.Array:
-            return v.reshape((1,) * (x.ndim - 1) + shape)
-
-        factor = scale * jax.lax.rsqrt(stats["var"] + EPSILON)
-        y = ((wide - along(stats["mean"])) * along(factor) + along(bias)).astype(self.dtype or x.dtype)
+            wide, mean, var = _normalized(x, scale, bias, stats["mean"])
+            stats = {"mean": mean, "var": var}
+        else:
+            factor = scale * jax.lax.rsqrt(stats["var"] + EPSILON)
+            centred = x.astype(_arguments.wide(x.dtype)) - _along(stats["mean"], x)
+            wide = centred * _along(factor, x) + _along(bias, x)
+        y = wide.astype(self.dtype or x.dtype)
         if train and self.has_variable(NOTED, "mean"):
             slot: Any = {name: self.get_variable(NOTED, name) for name in stats}
             y = note(y, slot, stats)

@@ -28,7 +28,7 @@ SHAPE, CLASSES, IMAGES, BATCH = (8, 8, 1), 10, 64, 32
 
 @functools.cache
 def compiled(target, defense, steps=1, **settings):
-    config = configure(model="digits_cnn", defense=defense, batch_size=BATCH, **settings)
+    config = configure(**{"model": "digits_cnn", "defense": defense, "batch_size": BATCH, **settings})
     with less_optimising(), no_compilation_cache():  # a program for no device cannot be read back
         return ahead.lower(config, SHAPE, CLASSES, IMAGES, Target.named(target), steps).compile()
 
@@ -64,6 +64,12 @@ def test_many_steps_for_eight_gpus_send_one_sum_of_the_gradients(defense):
     assert number <= 4
     images = 4 * BATCH * SHAPE[0] * SHAPE[1]
     assert sum(size for _, size in sent.values()) <= 2 * images, "at most what a memory or free training keeps"
+
+
+def test_batch_normalisation_sums_once_forward_and_once_backward():
+    program = read("h100x8", "natural", model="preact_resnet18", width=8)
+    number, _ = program.collectives()["all-reduce"]
+    assert number <= 2 * 17 + 3, "17 layers of it; then gradients and scalars"
 
 
 @pytest.mark.parametrize("defense", DEFENSES)
