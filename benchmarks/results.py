@@ -121,6 +121,12 @@ def _bounds(result: Content) -> str:
     return f"e2SAD, robust, on one chip: at least {', '.join(bounds.values())}"
 
 
+def _bounds_and_sums(result: Content) -> str:
+    """The bound of e2SAD's robust step, and how often the chips exchange something in it."""
+    (row,) = (row for row in result["rows"] if row["label"] == "e2sad, robust")
+    return f"e2SAD, robust: at least {1e3 * max(row['bounds'].values()):.2f} ms, {row['collectives']['all-reduce']['number']} sums"
+
+
 def _cited(result: Content) -> str:
     rows = result["rows"]
     names = ("distillation", "feature squeezing", "MagNet", "Defense-GAN", "e2SAD, robust")
@@ -251,6 +257,11 @@ QUESTIONS = (
         "What bounds a step on H100s? (compiled for them, not run)",
         *("accelerators/h100/ahead.md", "accelerators/h100/ahead.json"),
         _bounds,
+    ),
+    Question(
+        "And a step of PreActResNet-18 on eight of them?",
+        *("accelerators/h100x8_preact_resnet18/ahead.md", "accelerators/h100x8_preact_resnet18/ahead.json"),
+        _bounds_and_sums,
     ),
     Question(
         "What bounds a step on TPUs v5e? (compiled for them, not run)",
