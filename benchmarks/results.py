@@ -124,7 +124,8 @@ def _bounds(result: Content) -> str:
 def _bounds_and_sums(result: Content) -> str:
     """The bound of e2SAD's robust step, and how often the chips exchange something in it."""
     (row,) = (row for row in result["rows"] if row["label"] == "e2sad, robust")
-    return f"e2SAD, robust: at least {1e3 * max(row['bounds'].values()):.2f} ms, {row['collectives']['all-reduce']['number']} sums"
+    sums = row["collectives"]["all-reduce"]["number"]
+    return f"e2SAD, robust: at least {1e3 * max(row['bounds'].values()):.2f} ms, {sums} sums"
 
 
 def _cited(result: Content) -> str:

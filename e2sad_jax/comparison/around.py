@@ -1,8 +1,9 @@
 """The defenses at inference that a comparison of cited systems builds around one network."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from e2sad_jax.comparison.request import Request
 from e2sad_jax.data import Dataset
 from e2sad_jax.data.dataset import hold_out
 from e2sad_jax.evaluation import Attack, in_batches
+from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs.classifier import Classifier
 
 FALSE_POSITIVES = 0.05  # of held-out training images, for every detector
@@ -162,15 +164,21 @@ def magnet(base: Base) -> Around:
     for number, (blocks, p) in enumerate((((3, "average", 3), 2), ((3,), 1))):
         first, key = jax.random.split(jax.random.key(number))
         apply, params = inference.autoencoder(first, base.image_shape, blocks=blocks)
-        params = inference.train_autoencoder(
-            key, apply, params, x, epochs=epochs, batch_size=batch, learning_rate=3e-3, bounds=bounds
-        )
+        steps = epochs * len(x) // batch
+        with _advancing(f"train autoencoder {number + 1} of MagNet", steps) as record:
+            params = inference.train_autoencoder(
+                *(key, apply, params, x),
+                epochs=epochs,
+                batch_size=batch,
+                learning_rate=3e-3,
+                bounds=bounds,
+                record=record,
+            )
         reconstruct.append(functools.partial(apply, params))
         scores.append(functools.partial(inference.error_score, reconstruct[-1], p=p))
         gradient = jax.grad(
             lambda p, z, apply=apply, key=key: inference.reconstruction_loss(lambda w: apply(p, w), key, z)[0]
         )
-        steps = epochs * len(x) // batch
         made += steps * training.function_counts(gradient, params, jnp.zeros((batch, *base.image_shape)))["flops"]
     held_out, rate = jnp.asarray(base.held_out), FALSE_POSITIVES / 2
     built = inference.magnet(reconstruct[0], scores, held_out, false_positive_rate=rate, bounds=bounds)
@@ -189,7 +197,8 @@ def defense_gan(base: Base) -> Around:
     """Defense-GAN with a dense generator. A projection starts anew for each query; the attack takes its own gradient."""
     latent, x = 16, jnp.asarray(base.train)
     gan = inference.gan(jax.random.key(0), base.image_shape, latent=latent, hidden=(64, 64))
-    gan, _ = inference.train_gan(jax.random.key(1), gan, x, steps=GAN_STEPS, learning_rate=1e-3)
+    with _advancing("train Defense-GAN", GAN_STEPS) as record:
+        gan, _ = inference.train_gan(jax.random.key(1), gan, x, steps=GAN_STEPS, learning_rate=1e-3, record=record)
 
     def projected(key: jax.Array, z: jax.Array, steps: int = PROJECTION_STEPS) -> jax.Array:
         return inference.project(key, gan.generate_fn, z, steps=steps, restarts=4, latent=latent, unroll=True).images
@@ -220,6 +229,13 @@ AROUND: Mapping[str, Callable[[Base], Around]] = {
     "MagNet": magnet,
     "Defense-GAN": defense_gan,
 }
+
+
+@contextlib.contextmanager
+def _advancing(title: str, steps: int) -> Iterator[Callable[[int], None]]:
+    """A bar of steps, which what it gives advances by one."""
+    with Bar(title, steps, "steps") as bar:
+        yield lambda step: bar.update(1)
 
 
 def _with_score(base: Base, score: Function) -> float:

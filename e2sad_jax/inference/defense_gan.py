@@ -180,6 +180,7 @@ def train_gan(
     batch_size: int = 50,
     learning_rate: float = 1e-4,
     weight: float = 10.0,
+    record: Callable[[int], None] | None = None,
 ) -> tuple[Gan, dict[str, jax.Array]]:
     """Trains a GAN as Defense-GAN does: `critic_steps` steps of the critic for one of the generator, Adam (0.5, 0.9).
 
@@ -192,6 +193,7 @@ def train_gan(
       batch_size: images a step, drawn with replacement; at least 1.
       learning_rate: of both.
       weight: of the gradient penalty.
+      record: called after each step of the generator with the number of its steps so far.
 
     Returns:
       The trained GAN, and the parts of the last step's losses by name. A trained critic's `distance` falls while the
@@ -239,6 +241,8 @@ def train_gan(
     params = (*params, *map(tx.init, params))
     for number in range(steps):
         params, parts = step(params, x, jax.random.fold_in(key, number))
+        if record is not None:
+            record(number + 1)
     return model._replace(generator=params[0], critic=params[1]), parts
 
 

@@ -151,6 +151,7 @@ def train_autoencoder(
     learning_rate: float = 1e-3,
     noise: float = 0.1,
     bounds: Bounds = (0.0, 1.0),
+    record: Callable[[int], None] | None = None,
 ) -> Any:
     """Trains an autoencoder on clean images by `reconstruction_loss` and Adam.
 
@@ -164,6 +165,7 @@ def train_autoencoder(
       learning_rate: Adam's.
       noise: as of `reconstruction_loss`.
       bounds: as of `reconstruction_loss`.
+      record: called after each step with the number of steps so far.
 
     Returns:
       The trained parameters.
@@ -189,6 +191,8 @@ def train_autoencoder(
     state = tx.init(params)
     for batch, rows in enumerate(_batches(shuffle, len(x), epochs, batch_size)):
         params, state = step(params, state, x, jnp.asarray(rows), jax.random.fold_in(draw, batch))
+        if record is not None:
+            record(batch + 1)
     return params
 
 

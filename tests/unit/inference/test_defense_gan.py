@@ -161,9 +161,11 @@ def test_a_tiny_gan_comes_nearer_to_its_images():
     digits = jnp.asarray(np.float32(data.load("digits").x_train[:256, ::4, ::4] / 255))
     with jax.numpy_dtype_promotion("standard"):
         first = inference.gan(KEY, digits.shape[1:], latent=8, hidden=(32, 32))
+        seen = []
         model, parts = inference.train_gan(
-            KEY, first, digits, steps=150, critic_steps=2, batch_size=32, learning_rate=2e-3
+            KEY, first, digits, steps=150, critic_steps=2, batch_size=32, learning_rate=2e-3, record=seen.append
         )
+    assert seen == list(range(1, 151))
     assert all(np.isfinite(leaf) for leaf in parts.values())
     project = jax.jit(
         lambda p: inference.project(KEY, lambda z: model.generate(p, z), digits[:20], steps=40, restarts=2, latent=8)

@@ -22,9 +22,11 @@ def trained(digits):
     """Autoencoder II after 60 steps, and before."""
     with jax.numpy_dtype_promotion("standard"):
         apply, first = inference.autoencoder(KEY, digits.shape[1:], blocks=(3,))
+        seen = []
         params = inference.train_autoencoder(
-            KEY, apply, first, digits[:300], epochs=20, batch_size=100, learning_rate=3e-2
+            KEY, apply, first, digits[:300], epochs=20, batch_size=100, learning_rate=3e-2, record=seen.append
         )
+    assert seen == list(range(1, 61))
     return lambda z: apply(first, z), lambda z: apply(params, z)
 
 
