@@ -20,7 +20,6 @@ from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.reporting.table import Table
 from e2sad_jax.runs.signals import stopping
 from e2sad_jax.training.config import Config
-from e2sad_jax.training.presets import preset
 from e2sad_jax.training.state import shardings
 from e2sad_jax.training.step import step_arguments
 from experiments.step_cost.compiled import Program
@@ -153,14 +152,8 @@ def run(request: Request) -> None:
 
 
 def _configs(request: Request) -> list[tuple[str, Config]]:
-    """The rows with their settings; e2SAD has one for each preset."""
-    found = []
-    for kind in request.kinds():
-        config = request.config(kind)
-        found.append((kind.name, config))
-        if kind.defense == "e2sad":
-            found.append(("e2sad, robust", request.config(kind, **preset("robust", config.eps1))))
-    return found
+    """The rows with their settings."""
+    return [(kind.name, request.config(kind)) for kind in request.kinds()]
 
 
 def table(result: Mapping[str, Any]) -> Table:

@@ -1,6 +1,7 @@
 """Measures the steps of all defenses side by side in one process."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import signal
@@ -121,6 +122,7 @@ def _row(kind: Kind) -> dict[str, Any]:
         "by": kind.by,
         "defense": kind.defense,
         "attack_steps": kind.attack_steps or None,
+        "preset": kind.preset,
         "precision": kind.precision,
         "error": None,
         "differs": False,
@@ -151,7 +153,7 @@ def _build(request: Request, rows: Rows, ceilings: dict[str, float], bar: Bar) -
                     peak_bytes=counts.peak_bytes(step.compiled),
                 )
                 parameters = step.parameters()
-                if request.peer and kind.precision == "float32":
+                if request.peer and kind.precision == "float32" and kind.preset == "paper":  # peers have no others
                     losses[kind.defense, kind.attack_steps] = step.losses(len(TOLERANCES))
                 timers[kind] = step.timer(request.seconds)
                 if counted := training.step_counts(request.config(kind), request.image_shape, NUM_CLASSES):
@@ -247,7 +249,7 @@ def summarise(
         row["time_natural"] = ratio(kind, natural)
         row["time_our_natural"] = ratio(kind, Kind(OURS, "natural", 0, kind.precision))
         row["time_ifgsm_30"] = ratio(kind, Kind(kind.by, "ifgsm", 30, kind.precision))
-        row["time_float32"] = ratio(kind, Kind(kind.by, kind.defense, kind.attack_steps, "float32"))
+        row["time_float32"] = ratio(kind, dataclasses.replace(kind, precision="float32"))
         row["ours_over_peer"] = ratio(ours, kind) if kind.by != OURS else None
         flops = (rows.get(natural) or {}).get("flops")
         row["flops_natural"] = row["flops"] / flops if flops and row["flops"] else None

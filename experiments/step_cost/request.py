@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from e2sad_jax import distributed, networks
 from e2sad_jax.data import KNOWN
 from e2sad_jax.defenses import DEFENSES, readers
 from e2sad_jax.errors import ConfigError, DataError, Error
 from e2sad_jax.training.config import Config, check_at_least, configure
+from e2sad_jax.training.presets import PRESETS, preset
 from experiments.step_cost import peers, targets
 
 NUM_CLASSES = 10
@@ -36,16 +36,20 @@ class Kind:
       defense: a key of `defenses.DEFENSES`.
       attack_steps: of an iterated attack, else 0.
       precision: a key of `networks.PRECISIONS`.
+      preset: one of `training.PRESETS`, of e2SAD alone; "paper" for the other defenses.
     """
 
     by: str
     defense: str
     attack_steps: int
     precision: str
+    preset: str = "paper"
 
     @property
     def name(self) -> str:
-        """The defense with its steps: e2sad, ifgsm-30."""
+        """The defense with its steps or its preset: e2sad, ifgsm-30, e2sad, robust2."""
+        if self.preset != "paper":
+            return f"{self.defense}, {self.preset}"
         return f"{self.defense}-{self.attack_steps}" if self.attack_steps else self.defense
 
 
@@ -123,11 +127,15 @@ class Request:
                     if precision == "float32":
                         variants = [by for peer in dict.fromkeys(self.peer) for by in peers.VARIANTS[peer]]
                         found += [Kind(by, defense, steps, precision) for by in variants]
+                if defense == "e2sad":
+                    found += [Kind(OURS, defense, 0, precision, name) for name in PRESETS if name != "paper"]
         return found
 
-    def config(self, kind: Kind, **settings: Any) -> Config:
+    def config(self, kind: Kind) -> Config:
         """The settings of a run that trains with this step; eps and weights, which cost nothing, are the defaults."""
         own = {"attack_steps": kind.attack_steps} if kind.attack_steps else {}
+        if kind.preset != "paper":
+            own = preset(kind.preset, Config.eps1)
         return configure(
             defense=kind.defense,
             model=self.model,
@@ -135,7 +143,6 @@ class Request:
             devices=self.devices,
             precision=kind.precision,
             **own,
-            **settings,
         )
 
 

@@ -60,8 +60,8 @@ COLUMNS: Sequence[tuple[tuple[str, str], Callable[[Row], str]]] = (
 
 
 def label(row: Row) -> str:
-    """The defense as it is written, with its steps."""
-    return DEFENSES[row["defense"]].label + (f"-{row['attack_steps']}" if row["attack_steps"] else "")
+    """The defense as it is written, with its steps or its preset."""
+    return DEFENSES[row["defense"]].label + row["name"].removeprefix(row["defense"])
 
 
 def _cells(result: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[list[str]]]:
@@ -201,11 +201,11 @@ def _panel(ax: Any, rows: Sequence[Row], field: str, title: str) -> None:
                 ax.fill_between(steps, low, high, color=color, alpha=0.18, lw=0)
         for row in own:
             if row["defense"] in MARKS:
-                gradients = 1 if row["defense"] == "fgsm" else 2
+                gradients = 1 if row["defense"] == "fgsm" or row["name"].endswith(", robust") else 2
                 _, marker, size = MARKS[row["defense"]]
                 ax.plot(gradients, row[field], marker, color=color, ms=size, mec="white", mew=0.8, zorder=4)
                 if by == OURS and row["defense"] == "e2sad":
-                    _level(ax, row[field], f"e2SAD {row[field]:.2f}", color)
+                    _level(ax, row[field], f"{label(row)} {row[field]:.2f}", color)
     if field == "flops_natural" and iterated:
         ax.plot(
             *zip(*((k, TARGET[0] + TARGET[1] * k) for k in range(1, top + 1)), strict=True), "--", color="0.55", lw=1

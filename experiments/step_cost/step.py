@@ -90,13 +90,13 @@ class Step:
             mesh=mesh,
         )
         images, labels, order = data(image_shape, num_classes, config.batch_size)
-        self._state = training.init_state(config, model, image_shape)
+        self._state = training.init_state(config, model, image_shape, len(images))
         extra: list[Any] = []
         if runs is not None:
             order = np.tile(order, (runs, 1))
             self._state, extra = training.stack([self._state] * runs), [{}]
         self._put = functools.partial(distributed.replicate, mesh)
-        self._state = self._put(self._state)
+        self._state = training.place(self._put(self._state), mesh, population=runs is not None)
         logits = np.zeros((len(labels), num_classes), np.float32)
         given = (labels, logits) if config.entry.learns else labels
         self._arguments = [*self._put((images, given, order)), *self._put(extra)]

@@ -123,7 +123,9 @@ def test_the_command(tmp_path):
     assert "Traceback" not in done.stderr
     rows = json.loads((tmp_path / "ahead.json").read_text())["rows"]
     assert [(row["label"], row["target"], row["error"]) for row in rows] == [
-        (label, target, None) for label in ("natural", "e2sad", "e2sad, robust") for target in ("h100", "h100x8")
+        (label, target, None)
+        for label in ("natural", "e2sad", "e2sad, robust", "e2sad, robust2")
+        for target in ("h100", "h100x8")
     ]
     one, eight = (row for row in rows if row["label"] == "e2sad")
     assert eight["flops"] == one["flops"] / 8

@@ -17,7 +17,7 @@ from e2sad_jax.training import Config, configure
 from experiments.paper import cost, plan
 from experiments.step_cost import counts, measure, peers
 from experiments.step_cost.request import Request
-from experiments.step_cost.step import Step
+from experiments.step_cost.step import Step, data
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Of a process: one device, and little work for the compiler.
@@ -92,6 +92,22 @@ def test_several_steps_in_a_dispatch_are_the_same_steps():
     np.testing.assert_allclose(several.losses(5), one.losses(5), rtol=1e-6)
     several.run(1)
     assert several.at_once == 3
+
+
+@pytest.mark.usefixtures("unoptimized")
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_step_that_remembers_is_the_one_that_training_runs(devices):
+    """It keeps the perturbations of its batch, on the devices that have these images."""
+    request = Request(defense=("e2sad",), model="digits_cnn", image_size=8, batch_size=8, devices=devices)
+    step = Step(request.config(request.kinds()[-1]), request.image_shape, 10, steps_per_dispatch=1)
+    step.run(1)  # at a budget of 0
+    before = np.asarray(step._state.memory["delta"])
+    step.run(1)
+    after = step._state.memory["delta"]
+    assert len(after.sharding.device_set) == devices
+    assert after.addressable_shards[0].data.shape[0] == 1024 // devices
+    changed = np.flatnonzero((np.asarray(after) != before).any(1))
+    assert sorted(changed) == sorted(data(request.image_shape, 10, 8).batch(1, 8))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 import statistics
 import time
 from typing import Any
@@ -165,10 +166,12 @@ def test_precisions_are_held_against_their_own_natural_step_and_float32(made_up,
     run.run(Request(defense=("e2sad",), precision=("float32", "bf16"), rounds=1, results=str(tmp_path)))
     rows = json.loads((tmp_path / "step_cost.json").read_text())["rows"]
     assert [(r["name"], r["precision"]) for r in rows] == [
-        (name, precision) for precision in ("float32", "bf16") for name in ("natural", "e2sad")
+        (name, precision)
+        for precision in ("float32", "bf16")
+        for name in ("natural", "e2sad", "e2sad, robust", "e2sad, robust2")
     ]
-    assert [r["time_natural"] for r in rows] == [1.0, 4.0, 1.0, 4.0]
-    assert [r["time_float32"] for r in rows] == [1.0] * 4
+    assert [r["time_natural"] for r in rows] == 2 * [1.0, 4.0, 30.0, 30.0]
+    assert [r["time_float32"] for r in rows] == [1.0] * 8
     text = (tmp_path / "step_cost.md").read_text()
     assert "time / float32" in text
     assert "e2SAD bf16" in text
@@ -264,7 +267,8 @@ def test_a_peer_stands_below_ours(made_up, tmp_path, capsys):
 def test_every_defense_is_measured_unless_some_are_named():
     names = [kind.name for kind in Request().kinds()]
     assert names[:2] == ["natural", "fgsm"]
-    assert {name.split("-")[0] for name in names} == set(DEFENSES)
+    assert {re.split("-|, ", name)[0] for name in names} == set(DEFENSES)
+    assert [name for name in names if name.startswith("e2sad")] == ["e2sad", "e2sad, robust", "e2sad, robust2"]
     assert [name for name in names if "-" in name] == [
         *(f"ifgsm-{k}" for k in (1, 2, 5, 10, 20, 30, 40)),
         *("pgd-2", "pgd-10", "trades-2", "trades-10", "atta-2", "atta-10"),
@@ -273,7 +277,10 @@ def test_every_defense_is_measured_unless_some_are_named():
 
 def test_steps_that_are_named_are_those_of_each_attack_that_takes_steps():
     names = [kind.name for kind in Request(defense=("trades", "e2sad", "pgd"), attack_steps=(7, 3)).kinds()]
-    assert names == ["natural", "trades-3", "trades-7", "e2sad", "pgd-3", "pgd-7"]
+    presets = ["e2sad", "e2sad, robust", "e2sad, robust2"]
+    assert names == ["natural", "trades-3", "trades-7", *presets, "pgd-3", "pgd-7"]
+    request = Request(defense=("e2sad",))
+    assert [request.config(kind).settings["memory"] for kind in request.kinds()[1:]] == ["none", "int8", "int8"]
 
 
 # --- what it refuses
