@@ -61,15 +61,21 @@ def train(name: str) -> None:
     define_flags(recipe)
 
     def main() -> None:
-        configs = read_configs(recipe)
+        by_seed = read_seeds(recipe)
         from e2sad_jax.runs import run  # after the flags are known to be right: this brings Orbax along
 
         distributed.connect(FLAGS.coordinator, FLAGS.process_id, FLAGS.num_processes)
         distributed.require_backend()
         if FLAGS.describe:
-            print(run.describe(configs[-1]))
-        elif results := run.train_with_baseline(configs, name):
-            print(f"\n{run.summary(results, configs[-1])}")
+            print(run.describe(by_seed[0][-1]))
+            return
+        found = []
+        for configs in by_seed:
+            if results := run.train_with_baseline(configs, name):
+                print(f"\n{run.summary(results, configs[-1])}", flush=True)
+                found.append(results)
+        if len(found) > 1:
+            print(f"\n{run.summary_of_seeds(found, by_seed[0][-1])}")
 
     launch(main, "the workdir's last checkpoint is safe")
 
@@ -237,6 +243,8 @@ def define_flags(recipe: Recipe) -> None:
     flags.DEFINE_string("preset", recipe.preset, text, module_name=sys.argv[0])
     text = f"second defense to train, shown in the same table; one of {', '.join(DEFENSES)}; empty: none"
     flags.DEFINE_string("baseline", recipe.baseline, text, module_name=sys.argv[0])
+    text = "runs to train, with --seed and the seeds after it; their mean and standard deviation are shown; at least 1"
+    flags.DEFINE_integer("seeds", 1, text, module_name=sys.argv[0])
     flags.DEFINE_string(
         "coordinator",
         "",
@@ -246,6 +254,26 @@ def define_flags(recipe: Recipe) -> None:
     flags.DEFINE_integer("process_id", -1, "several processes: this one's number, from 0", module_name=sys.argv[0])
     flags.DEFINE_integer("num_processes", 0, "several processes: their number", module_name=sys.argv[0])
     flags.DEFINE_bool("describe", False, "print the network's layers and stop", module_name=sys.argv[0])
+
+
+def read_seeds(recipe: Recipe) -> list[list[Config]]:
+    """What `read_configs` returns for each of --seeds; where there are several, a --workdir is the start of their names.
+
+    Raises:
+      ConfigError: as `read_configs`, or if --seeds is out of range.
+    """
+    first, workdir = FLAGS.seed, FLAGS.workdir
+    if FLAGS.seeds < 1:
+        raise ConfigError(f"--seeds={FLAGS.seeds}: must be at least 1")
+    if FLAGS.seeds == 1:
+        return [read_configs(recipe)]
+    found = []
+    for seed in range(first, first + FLAGS.seeds):
+        FLAGS["seed"].value = seed
+        if workdir:
+            FLAGS["workdir"].value = f"{workdir}-seed{seed}"
+        found.append(read_configs(recipe))
+    return found
 
 
 def read_configs(recipe: Recipe) -> list[Config]:

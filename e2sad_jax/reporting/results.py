@@ -128,6 +128,38 @@ def table(all_results: Mapping[str, Mapping[str, Any]], notes: Sequence[str] = (
     return Table(title=heading(first), columns=list(columns), rows=rows, notes=notes, footer=1)
 
 
+def of_seeds(by_seed: Sequence[Mapping[str, Mapping[str, Any]]]) -> Table:
+    """The table of several seeds: mean and standard deviation of each accuracy, a column for each model.
+
+    Where the best checkpoint of a seed is its last, it counts in both columns.
+
+    Args:
+      by_seed: for each of at least two seeds, what `build` returned, by the name of the model.
+    """
+    first = by_seed[0]
+    columns = {"attack": [*map(_attack_name, next(iter(first.values()))["attacks"]), WORST]}
+    for name in first:
+        runs = [results[name] for results in by_seed]
+        kinds = {name: runs}
+        if any(card.apart(run) for run in runs):
+            kinds[f"{name}, best"] = [run["best"] for run in runs]
+        for heading_of, measured in kinds.items():
+            values = np.array(
+                [[*(row["accuracy"] for row in m["attacks"]), m["worst_case_accuracy"]] for m in measured]
+            )
+            spread = values.std(0, ddof=1)
+            columns[heading_of] = [f"{mean:.4f} ± {s:.4f}" for mean, s in zip(values.mean(0), spread, strict=True)]
+    any_run = next(iter(first.values()))
+    seeds = [next(iter(results.values()))["config"]["seed"] for results in by_seed]
+    notes = [
+        f"Mean ± standard deviation over the {len(seeds)} runs with seeds {seeds[0]} to {seeds[-1]}.",
+        f"Command: `{provenance.command()}`",
+        provenance.sentence(any_run["environment"]),
+    ]
+    rows = list(zip(*columns.values(), strict=True))
+    return Table(title=heading(any_run), columns=list(columns), rows=rows, notes=notes, footer=1)
+
+
 def about_best(all_results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A sentence for each model: which of its checkpoints is the best, and on which images it was chosen."""
     sentences = []

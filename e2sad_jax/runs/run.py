@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2sad_jax import data, distributed, networks
+from e2sad_jax._io import write_text
 from e2sad_jax.errors import ConfigError, Stopped, as_device_error
 from e2sad_jax.evaluation import SUITES, Attack, Outcomes
 from e2sad_jax.reporting import plots, provenance
@@ -178,6 +179,18 @@ def summary(results: Mapping[str, Mapping[str, Any]], config: Config) -> str:
     workdir = workdir_of(config)
     lines = (f"{what + ':':16} {workdir / name}" for what, name in files.items())
     return "\n\n".join([reported.summary(results), "\n".join(lines)])
+
+
+def summary_of_seeds(by_seed: Sequence[Mapping[str, Mapping[str, Any]]], config: Config) -> str:
+    """The table of the mean over seeds for a terminal, which it writes to `seeds.md` in the folder of the first, too.
+
+    Args:
+      by_seed: what `train_with_baseline` returned for each.
+      config: the first seed's.
+    """
+    table, path = reported.of_seeds(by_seed), workdir_of(config) / "seeds.md"
+    write_text(path, table.markdown())
+    return f"{table.text()}\n\n{path}"
 
 
 def describe(config: Config) -> str:

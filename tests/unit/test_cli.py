@@ -97,16 +97,32 @@ def parsed(monkeypatch):
     kinds = dict(cli.DEFINE)
     plain = {name: getattr(flags, name) for name in ("DEFINE_string", "DEFINE_integer", "DEFINE_bool")}
 
-    def read(name, *arguments):
+    def read(name, *arguments, reader=cli.read_configs):
         monkeypatch.setattr(cli, "FLAGS", own := flags.FlagValues())
         monkeypatch.setattr(cli, "DEFINE", {kind: _into(define, own) for kind, define in kinds.items()})
         for attribute, define in plain.items():
             monkeypatch.setattr(flags, attribute, _into(define, own))
         cli.define_flags(RECIPES[name])
         own([name, *arguments])
-        return cli.read_configs(RECIPES[name])
+        return reader(RECIPES[name])
 
     return read
+
+
+def test_several_seeds_have_folders_of_their_own(parsed):
+    three = parsed("digits", "--seeds=3", "--seed=5", reader=cli.read_seeds)
+    assert [[config.seed for config in configs] for configs in three] == [[5, 5], [6, 6], [7, 7]]
+    assert [configs[1].workdir for configs in three] == [configs[1].default_workdir() for configs in three]
+    assert len({config.workdir for configs in three for config in configs}) == 6
+    assert three[0][1].workdir == parsed("digits", "--seed=5")[1].workdir, "the run that is there is taken up"
+    named = parsed("digits", "--seeds=2", "--workdir=here", reader=cli.read_seeds)
+    assert [config.workdir for configs in named for config in configs] == [
+        f"here-seed{seed}{whose}" for seed in (0, 1) for whose in ("-natural", "")
+    ]
+    ((one,),) = parsed("mnist", "--workdir=here", reader=cli.read_seeds)
+    assert one.workdir == "here"
+    with pytest.raises(ConfigError, match="--seeds=0: must be at least 1"):
+        parsed("mnist", "--seeds=0", reader=cli.read_seeds)
 
 
 def _into(define, own):

@@ -99,6 +99,17 @@ def test_a_best_checkpoint_apart_has_a_column():
     assert lines[-1].startswith("e2sad: the checkpoint of step 1,500")
 
 
+def test_several_seeds_are_their_mean_and_standard_deviation():
+    by_seed = [
+        {"natural": build("digits", seed=seed), "e2sad": build("digits", correct, (20_000, correct + 300), seed=seed)}
+        for seed, correct in ((3, 9_000), (4, 9_100), (5, 9_500))
+    ]
+    table = results.of_seeds(by_seed)
+    assert table.columns == ["attack", "natural", "e2sad", "e2sad, best"]
+    assert table.rows[-1] == ("all attacks combined", "0.9000 ± 0.0000", "0.9200 ± 0.0265", "0.9500 ± 0.0265")
+    assert table.notes[0] == "Mean ± standard deviation over the 3 runs with seeds 3 to 5."
+
+
 def test_a_run_without_a_best_checkpoint_says_nothing_of_one():
     made = build("mnist", defense="natural")
     assert made["best"] is None
