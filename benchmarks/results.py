@@ -31,7 +31,8 @@ brought into the present format after they were measured; no measured number cha
 `cited_digits` were measured while result files of an earlier command were not committed; their commit was marked "with
 changes" for it, which was taken off by hand. `cited_digits` was written to `results/cited_digits_100`. The rows of e2SAD in
 `mnist_long/standard` were put beside the others by hand, with their commands. The outcomes of the first seeds of `mnist_long`
-were written back into the folders of their runs from `compare.json`. No accelerator has been measured.
+were written back into the folders of their runs from `compare.json`. The first seeds of `e2SAD, robust2` were measured under
+its other name, `e2SAD, robust, first point by a step`. No accelerator has been measured.
 """
 
 
@@ -159,7 +160,7 @@ def _faults(result: Content) -> str:
 
 MNIST = "python -m experiments.compare --data=mnist"
 SMALL = f"{MNIST} --steps=2000 --batch_size=64 --examples=500 --queries=300 --apgd_steps=30 --targets=3"
-ROBUST2 = "e2SAD, robust, first point by a step"
+ROBUST2 = "e2SAD, robust2"
 ROBUST = f'{MNIST} --entry="e2SAD, robust"'
 QUESTIONS = (
     Question(
@@ -170,7 +171,7 @@ QUESTIONS = (
     Question(
         "And for the same training FLOPs, with memory and soft labels?",
         *("mnist_short/compare.md", "mnist_short/compare.json"),
-        _robust("e2SAD, robust", "ATTA-1", "PGD-3", "RS-FGSM"),
+        _robust(ROBUST2, "e2SAD, robust", "ATTA-1", "PGD-3", "RS-FGSM"),
     ),
     Question(
         "And on the digits, a small data set?",
