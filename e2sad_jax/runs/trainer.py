@@ -41,6 +41,7 @@ from e2sad_jax.runs.validation import UNJUDGED, overfitting, validate
 from e2sad_jax.runs.weights import check_source, given_weights, note_source
 from e2sad_jax.training import TrainState, fit, gather, init_state, nbytes, place, stack, unstack
 from e2sad_jax.training.config import Config
+from e2sad_jax.training.stream import is_resident
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,6 +321,9 @@ class _Trainer:
                 else ""
             )
             print(f"Memory of perturbations ({first.config.memory}): {size / 1e6:,.1f} MB{share}", file=sys.stderr)
+        x = first.train_set.x_train
+        if len(runs) == 1 and not silent and not is_resident(first.config, x):
+            print(f"Training images ({x.nbytes / 1e6:,.1f} MB) stay on the host: --resident=host", file=sys.stderr)
         with Bar(title, steps, "steps", initial=self._start, silent=silent) as bar:
             self._bar, self._told = bar, set[int]()
             tracked = [run for run in runs if run.config.tracker and not silent]

@@ -143,6 +143,13 @@ class Config:
     seed: int = setting(0, "seed of initialisation, order and attacks", lower=0, upper=2**32 - 1)
     precision: str = setting("float32", "what the layers compute in", choices=("float32", "tf32", "bf16"))
     devices: int = setting(1, "devices to split each batch over, 0: all", lower=0, identity=False)
+    resident: str = setting(
+        "auto",
+        "where the training images lie: on each device, or on the host, which sends each batch; auto: on the device if they "
+        "take at most half of its memory",
+        choices=("auto", "device", "host"),
+        identity=False,
+    )
     validation_examples: int = setting(
         0, "training images held out to choose the best checkpoint, 0: use 500 of the training images", lower=0
     )

@@ -17,6 +17,7 @@ from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.training.config import Config
 from e2sad_jax.training.state import TrainState, varied_settings
 from e2sad_jax.training.step import epoch_order, make_train_step
+from e2sad_jax.training.stream import Stream, is_resident, most_steps
 
 STEPS_PER_DISPATCH = 64  # on accelerators; each is too short there for the host to start them one by one
 
@@ -41,6 +42,9 @@ def fit(
     teacher: np.ndarray | jax.Array | None = None,
 ) -> TrainState:
     """Trains from `state` to step `steps`, or until `stop()`.
+
+    The training images lie on the device, or stay on the host (`--resident`); the steps are the same to the bit. Those of a
+    population lie on the device.
 
     Args:
       config: the run's settings, or those of a population: they may differ in the seed and in the settings
@@ -68,19 +72,28 @@ def fit(
     configs = [config] if isinstance(config, Config) else list(config)
     population, c = not isinstance(config, Config), configs[0]
     batch_size = c.batch_size
-    at_once = steps_per_dispatch or steps_at_once()
+    at_once, n = steps_per_dispatch or steps_at_once(), len(dataset.x_train)
+    resident = population or is_resident(c, dataset.x_train)
+    if not resident:
+        at_once = min(at_once, most_steps(dataset.x_train, batch_size))
     train_step = make_train_step(
-        c, model, dataset.num_classes, TRANSFORMS[c.transform], population=population, steps=at_once, mesh=mesh
+        c,
+        model,
+        dataset.num_classes,
+        TRANSFORMS[c.transform],
+        population=population,
+        steps=at_once,
+        mesh=mesh,
+        streamed=0 if resident else n,
     )
     put = functools.partial(distributed.replicate, mesh)
-    n = len(dataset.x_train)
     steps = c.total_steps(n) if steps is None else steps
     wanted, given = (n, dataset.num_classes), None if teacher is None else teacher.shape
     if c.entry.learns and given != wanted:
         raise ValueError(
             f"fit: teacher has shape {given}; --defense={c.defense} needs its logits of the training images, {wanted}"
         )
-    images, labels = put((dataset.x_train, (dataset.y_train, teacher) if c.entry.learns else dataset.y_train))
+    labels = put((dataset.y_train, teacher) if c.entry.learns else dataset.y_train)
     keys = put([_streams.key(c.seed, _streams.ORDER) for c in configs])
     order_of = functools.partial(epoch_order, keys[0], n=n)
     extra: list[Any] = []
@@ -89,20 +102,42 @@ def fit(
         values = [config.to_json() for config in configs]
         varied = {name: np.array([v[name] for v in values], np.float32) for name in varied_settings(configs)}
         extra = [put(varied)]
-    step, epoch, order = int(state.step[0] if population else state.step), -1, jnp.zeros(0, jnp.int32)
-    with jax.transfer_guard("disallow"):
+    step = int(state.step[0] if population else state.step)
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> jax.Array:
+        return order_of(epoch=put(np.uint32(epoch)))
+
+    def dispatch(step: int) -> tuple[int, int]:
+        """The epoch of a step, and how many steps start with it."""
+        epoch = step // c.steps_per_batch * batch_size // n
+        count = min(
+            at_once,
+            steps - step,
+            c.checkpoint_every - step % c.checkpoint_every,
+            c.steps_per_batch * -(-(epoch + 1) * n // batch_size) - step,  # those that begin in this epoch
+        )
+        return epoch, count
+
+    def ask(step: int) -> None:
+        epoch, count = dispatch(step)
+        stream.ask(step, count, jax.device_get(distributed.local(order(epoch))))
+
+    metrics: Any = ()
+    with jax.transfer_guard("disallow"), Stream(c, dataset.x_train, at_once, mesh) as stream:
+        images: Any = put(dataset.x_train) if resident else None
+        if not resident and step < steps:
+            ask(step)
         while step < steps:
-            if step // c.steps_per_batch * batch_size // n != epoch:
-                epoch = step // c.steps_per_batch * batch_size // n
-                order = order_of(epoch=put(np.uint32(epoch)))
-            count = min(
-                at_once,
-                steps - step,
-                c.checkpoint_every - step % c.checkpoint_every,
-                c.steps_per_batch * -(-(epoch + 1) * n // batch_size) - step,  # those that begin in this epoch
-            )
+            epoch, count = dispatch(step)
+            if not resident:
+                sent, first = stream.take()
+                images = sent, put(first)
+                jax.block_until_ready(metrics)  # so that no more than two dispatches hold images
+                if step + count < steps:
+                    ask(step + count)
             counted = [put(np.int32(count))] if at_once > 1 else []
-            state, metrics = train_step(state, images, labels, order, *extra, *counted)
+            state, metrics = train_step(state, images, labels, order(epoch), *extra, *counted)
             step += count
             record(step, metrics, count)
             stopping = stop()

@@ -107,6 +107,7 @@ def make_train_step(
     population: bool = False,
     steps: int = 1,
     mesh: Mesh | None = None,
+    streamed: int = 0,
 ) -> TrainStep:
     """Makes the jitted step of the configured defense, `(state, images, labels, order) -> (state, metrics)`.
 
@@ -127,28 +128,36 @@ def make_train_step(
         All of them must begin in the same epoch. `metrics` have a leading axis `steps`, of which `count` are filled.
       mesh: devices to split each batch over (`distributed.mesh`); all arguments are replicated on each of them, but for
         the state's memory, of which each has its share (`state.place`).
+      streamed: the number of training images where they are not on the device; 0 where they are. Then `images` is a pair: those
+        of the next batches, `[batches, batch_size, H, W, C]` (`stream.Stream`), and the number of the first batch.
     """
     soft = config.delta if config.soft_label else 0.0
     defense, augmentation = config.entry, config.augmentation
 
     def train_step(
         state: TrainState,
-        images: jax.Array,
+        images: jax.Array | tuple[jax.Array, jax.Array],
         labels: jax.Array | tuple[jax.Array, jax.Array],
         order: jax.Array,
         varied: Mapping[str, jax.Array] = types.MappingProxyType({}),
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        total = config.total_steps(images.shape[0])
+        n = streamed or images.shape[0]  # type: ignore[union-attr]
+        total = config.total_steps(n)
         eps, settings = settings_at(config, state.step, total, varied)
         tx = optimizer(config, total)
-        offset = state.step.astype(jnp.uint32) // config.steps_per_batch * config.batch_size % images.shape[0]
+        number = state.step // config.steps_per_batch  # of the batch: steps that replay it see it as it was
+        offset = number.astype(jnp.uint32) * config.batch_size % n
         batch = jax.lax.dynamic_slice_in_dim(order, offset, config.batch_size)
-        rows = jax.tree.map(lambda values: values[batch], (images, labels))
-        check_rows(config, state.memory, images.shape[0])
-        remembered = None if state.memory is None else recall(state.memory, batch, eps, images.shape[1:])
+        if isinstance(images, tuple):
+            of_batches, first = images
+            own = jax.lax.dynamic_index_in_dim(of_batches, number - first, keepdims=False)
+        else:
+            own = images[batch]
+        rows = own, jax.tree.map(lambda values: values[batch], labels)
+        check_rows(config, state.memory, n)
+        remembered = None if state.memory is None else recall(state.memory, batch, eps, own.shape[1:])
         if mesh is not None:
             rows, remembered = jax.lax.with_sharding_constraint((rows, remembered), distributed.split(mesh))
-        number = state.step // config.steps_per_batch  # of the batch: steps that replay it see it as it was
         drawn = augmentation.draw(jax.random.fold_in(jax.random.fold_in(state.key, AUGMENTATION), number), rows[0])
         moved = None if remembered is None else {n: augmentation.moved(drawn, kept) for n, kept in remembered.items()}
         own_labels, taught = rows[1] if defense.learns else (rows[1], None)
