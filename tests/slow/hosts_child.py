@@ -51,7 +51,7 @@ def main(folder: pathlib.Path, data: pathlib.Path) -> None:
     scenario("loss", steps=60, learning_rate=1e30)
     stopped = scenario("stopped", steps=600)  # by Ctrl-C in the second process, which the test sends
     step = int(re.search(r"Stopped at step ([\d,]+)", stopped["message"])[1].replace(",", ""))  # type: ignore[index]
-    scenario("resumed", "stopped", steps=step + 30)
+    scenario("resumed", "stopped", steps=step + 30, resident="host")  # each process sends its own part of each batch
     ended = scenario("foreign", steps=3)  # the first process alone finds the folder unusable; the second waits for it
     print(ended, flush=True)
     os._exit(ended["code"])
