@@ -257,7 +257,7 @@ def define_flags(recipe: Recipe) -> None:
 
 
 def read_seeds(recipe: Recipe) -> list[list[Config]]:
-    """What `read_configs` returns for each of --seeds; where there are several, a --workdir is the start of their names.
+    """What `read_configs` returns for each of --seeds; where there are several, a --workdir begins the names of their folders.
 
     Raises:
       ConfigError: as `read_configs`, or if --seeds is out of range.
@@ -267,11 +267,15 @@ def read_seeds(recipe: Recipe) -> list[list[Config]]:
         raise ConfigError(f"--seeds={FLAGS.seeds}: must be at least 1")
     if FLAGS.seeds == 1:
         return [read_configs(recipe)]
+    if first + FLAGS.seeds > 2**32:
+        raise ConfigError(
+            f"--seed={first} --seeds={FLAGS.seeds}: the last seed must be at most {2**32 - 1:,}; lower one of them"
+        )
     found = []
     for seed in range(first, first + FLAGS.seeds):
         FLAGS["seed"].value = seed
         if workdir:
-            FLAGS["workdir"].value = f"{workdir}-seed{seed}"
+            FLAGS["workdir"].value = _beside(workdir, f"seed{seed}")
         found.append(read_configs(recipe))
     return found
 
@@ -288,11 +292,16 @@ def read_configs(recipe: Recipe) -> list[Config]:
         raise ConfigError(f"--baseline={FLAGS.baseline}: must be empty or one of {', '.join(DEFENSES)}")
     if FLAGS.baseline in ("", config.defense):
         return [config]
-    workdir = pathlib.Path(config.workdir).expanduser()
-    if workdir.name in ("", ".."):
-        workdir = workdir.resolve()
-    second = workdir.with_name(f"{workdir.name}-{FLAGS.baseline}")
-    return [dataclasses.replace(_read_config(recipe, FLAGS.baseline), workdir=str(second)), config]
+    second = _beside(config.workdir, FLAGS.baseline)
+    return [dataclasses.replace(_read_config(recipe, FLAGS.baseline), workdir=second), config]
+
+
+def _beside(workdir: str, end: str) -> str:
+    """The folder beside another one whose name has this end more."""
+    path = pathlib.Path(workdir).expanduser()
+    if path.name in ("", ".."):
+        path = path.resolve()
+    return str(path.with_name(f"{path.name}-{end}"))
 
 
 def define_flag(field: "dataclasses.Field[Any]") -> None:

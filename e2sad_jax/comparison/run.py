@@ -67,17 +67,18 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     shape, num_classes = tuple(dataset.image_shape), dataset.num_classes
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
-    known = _earlier(folder / "compare.json", request, shape, num_classes, say)
+    earlier = _earlier(folder / "compare.json", request, shape, num_classes, say)
     asked = {
         name: [match_flops(request, config, shape, num_classes) for config in request.configs(name)]
         for name in sorted(request.entries(), key=position)
     }
-    own = {name: settings_of(configs[0]) for name, configs in asked.items()}
-    earlier = [row for row in known if _settings_then(row) not in own.values()]
     for name, configs in asked.items():
-        same = [row for row in known if _settings_then(row) == own[name]]
+        same = [row for row in earlier if _settings_then(row) == settings_of(configs[0])]
         measured = {
-            run["seed"]: run for row in same for run in row["runs"] if run["asked"] == question(request, dataset)
+            run["seed"]: {"origin": row["origin"], **run}
+            for row in same
+            for run in row["runs"]
+            if run["asked"] == question(request, dataset)
         }
         for config in configs:
             if config.seed in measured and not os.path.exists(config.workdir):
@@ -94,7 +95,8 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
         if not measured:
             continue
         runs = [measured[seed] for seed in sorted(measured)]
-        rows.append({**row_of(name, configs[0], runs), "seeds": max(request.seeds, *(row["seeds"] for row in same), 0)})
+        rows.append({**row_of(name, configs[0], runs), "seeds": max([request.seeds, *(row["seeds"] for row in same)])})
+        earlier = [row for row in earlier if row not in same]
         if len(rows) == 1:
             earlier = _same_question(earlier, rows[0], say)
         result = priced(

@@ -173,19 +173,26 @@ def _origins(result: Result) -> list[str]:
     """What trained and attacked the rows; which of the rows, where there are several."""
     origins: dict[str, list[str]] = {}
     for row in result["rows"]:
-        origin = row.get("origin", result)
-        e = origin["environment"]
-        made = f"`{origin['command']}`, {e['hardware']}, {e['date']}, commit {e['commit']}"
-        origins.setdefault(made, []).append(row["name"])
+        for run in row["runs"]:
+            origin = _origin(result, row, run)
+            e = origin["environment"]
+            made = f"`{origin['command']}`, {e['hardware']}, {e['date']}, commit {e['commit']}"
+            if row["name"] not in origins.setdefault(made, []):
+                origins[made].append(row["name"])
     return list(origins) if len(origins) == 1 else [f"{made}: {'; '.join(of)}" for made, of in origins.items()]
+
+
+def _origin(result: Result, row: Mapping[str, Any], run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Command and environment of a run: its own where it was measured for an earlier row, that of its row, or the result's."""
+    return run.get("origin") or row.get("origin") or result
 
 
 def _elsewhere(result: Result) -> list[str]:
     """What was done at another commit than the origin's, by runs that were there already: a sentence for each commit."""
     found: dict[tuple[str, str], list[str]] = {}
     for row in result["rows"]:
-        here = row.get("origin", result)["environment"]["commit"]
         for run in row["runs"]:
+            here = _origin(result, row, run)["environment"]["commit"]
             attacked = [run[which].get("commit", here) for which in _attacked(result)]
             done = [("trained", commit) for commit in run.get("trained", [])] + [("attacked", at) for at in attacked]
             for key in dict.fromkeys(done):

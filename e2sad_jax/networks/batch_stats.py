@@ -37,9 +37,9 @@ def _normalized(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The normalised batch, in float32 or wider, its mean and its variance.
 
-    Both moments are of x less `near`, the running average: one pass and one sum over the devices, and what E[x^2] - E[x]^2
-    loses where the mean is far from zero is not lost. The gradient is written out, because that of the compiler sums three
-    times.
+    Both moments are of x less `near`, the running average, in one pass and with one sum over the devices. So the digits that
+    E[x^2] - E[x]^2 loses where the mean is far from zero are kept once the average has come near. The gradient is written
+    out, because JAX's has three sums.
     """
     return _forward(x, scale, bias, near)[0]
 
@@ -51,11 +51,11 @@ def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, near: jax.Array) -
     mean, var = near + first, jnp.maximum(second - first**2, 0)
     rate = jax.lax.rsqrt(var + EPSILON)
     y = (moved - _along(first, x)) * _along(scale * rate, x) + _along(bias, x)
-    return (y, mean, var), (x, scale, mean, rate)
+    return (y, mean, var), (x, scale, bias, near, mean, rate)
 
 
 def _backward(saved: Any, gradients: Any) -> tuple[jax.Array, ...]:
-    x, scale, mean, rate = saved
+    x, scale, bias, near, mean, rate = saved
     g, g_mean, g_var = gradients
     axes = tuple(range(x.ndim - 1))
     count = x.size // x.shape[-1]
@@ -64,7 +64,7 @@ def _backward(saved: Any, gradients: Any) -> tuple[jax.Array, ...]:
     factor = scale * rate
     constant, slope = (g_mean - factor * g_bias) / count, (2 * g_var / rate - factor * g_scale) / count
     g_x = _along(factor, x) * g + _along(slope, x) * unit + _along(constant, x)
-    return g_x.astype(x.dtype), g_scale, g_bias, jnp.zeros_like(mean)
+    return g_x.astype(x.dtype), g_scale.astype(scale.dtype), g_bias.astype(bias.dtype), jnp.zeros_like(near)
 
 
 _normalized.defvjp(_forward, _backward)

@@ -131,7 +131,7 @@ def table(all_results: Mapping[str, Mapping[str, Any]], notes: Sequence[str] = (
 def of_seeds(by_seed: Sequence[Mapping[str, Mapping[str, Any]]]) -> Table:
     """The table of several seeds: mean and standard deviation of each accuracy, a column for each model.
 
-    Where the best checkpoint of a seed is its last, it counts in both columns.
+    Where the best checkpoint of a seed is its last, or none was chosen, the last counts in both columns.
 
     Args:
       by_seed: for each of at least two seeds, what `build` returned, by the name of the model.
@@ -142,7 +142,7 @@ def of_seeds(by_seed: Sequence[Mapping[str, Mapping[str, Any]]]) -> Table:
         runs = [results[name] for results in by_seed]
         kinds = {name: runs}
         if any(card.apart(run) for run in runs):
-            kinds[f"{name}, best"] = [run["best"] for run in runs]
+            kinds[f"{name}, best"] = [run["best"] or run for run in runs]
         for heading_of, measured in kinds.items():
             values = np.array(
                 [[*(row["accuracy"] for row in m["attacks"]), m["worst_case_accuracy"]] for m in measured]

@@ -201,7 +201,10 @@ def _opened(config: Config, dataset: Dataset) -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
         if distributed.is_main():
             stack.enter_context(open_workdir(workdir, config, dataset))
-        distributed.check_same(json.dumps([config.identity(), steps, config.checkpoint_every, dataset.sha256]))
+        resident = is_resident(config, train_set.x_train)
+        distributed.check_same(
+            json.dumps([config.identity(), steps, config.checkpoint_every, dataset.sha256, resident])
+        )
         start = max([0, *steps_in(workdir)])
         if start and not config.resume:
             raise WorkdirError(
@@ -323,7 +326,7 @@ class _Trainer:
             print(f"Memory of perturbations ({first.config.memory}): {size / 1e6:,.1f} MB{share}", file=sys.stderr)
         x = first.train_set.x_train
         if len(runs) == 1 and not silent and not is_resident(first.config, x):
-            print(f"Training images ({x.nbytes / 1e6:,.1f} MB) stay on the host: --resident=host", file=sys.stderr)
+            print(f"Training images ({x.nbytes / 1e6:,.1f} MB) stay on the host (--resident)", file=sys.stderr)
         with Bar(title, steps, "steps", initial=self._start, silent=silent) as bar:
             self._bar, self._told = bar, set[int]()
             tracked = [run for run in runs if run.config.tracker and not silent]
@@ -465,6 +468,8 @@ class _Trainer:
                 f"--eval_batch_size (now {config.eval_batch_size}), or --batch_size (now {config.batch_size}) with another "
                 "--workdir"
             )
+            if len(self._runs) == 1 and is_resident(config, first.train_set.x_train):
+                lower += ", or training images on the host (--resident=host)"
             kept = f"{first.saved()}, and the same command resumes from there"
             if named := as_device_error(error, f"in training, after step {bar.done:,}", kept, lower):
                 raise named from error

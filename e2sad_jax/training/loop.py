@@ -43,7 +43,7 @@ def fit(
 ) -> TrainState:
     """Trains from `state` to step `steps`, or until `stop()`.
 
-    The training images lie on the device, or stay on the host (`--resident`); the steps are the same to the bit. Those of a
+    The training images lie on the device, or stay on the host (`config.resident`); the steps are the same. Those of a
     population lie on the device.
 
     Args:
@@ -54,7 +54,7 @@ def fit(
       state: where to begin, of a population with a leading axis P; its buffers are donated and must not be used again.
       record: called after every dispatch with the last step's number, the metrics of its steps, and how many those are.
         The metrics are still on the device, and it must not wait for them. They are `[P]` for a population, and have a
-        leading axis `steps_per_dispatch` where that is above 1.
+        leading axis where several steps may start at once: `steps_per_dispatch`, or less where images stay on the host.
       checkpoint: called every `checkpoint_every` steps, and at the end.
       steps: step to end at; None for `config.total_steps`, over which the schedules stretch in any case.
       stop: asked after every dispatch; True ends the loop, after a last checkpoint.
@@ -67,15 +67,18 @@ def fit(
       The state reached.
 
     Raises:
-      ValueError: if the teacher is missing, or of another shape.
+      ValueError: if the teacher is missing, or of another shape; if there are too many steps; or for a population whose
+        images are to stay on the host.
     """
     configs = [config] if isinstance(config, Config) else list(config)
     population, c = not isinstance(config, Config), configs[0]
     batch_size = c.batch_size
     at_once, n = steps_per_dispatch or steps_at_once(), len(dataset.x_train)
+    if population and c.resident == "host":
+        raise ValueError("fit: resident='host' is for one run; the images of a population lie on the device")
     resident = population or is_resident(c, dataset.x_train)
     if not resident:
-        at_once = min(at_once, most_steps(dataset.x_train, batch_size))
+        at_once = min(at_once, most_steps(c, dataset.x_train))
     train_step = make_train_step(
         c,
         model,
@@ -88,6 +91,8 @@ def fit(
     )
     put = functools.partial(distributed.replicate, mesh)
     steps = c.total_steps(n) if steps is None else steps
+    if steps * batch_size >= 2**32:  # the place in the order is counted in 32 bits
+        raise ValueError(f"fit: {steps:,} steps of {batch_size}; their product must be below {2**32:,}: fewer steps")
     wanted, given = (n, dataset.num_classes), None if teacher is None else teacher.shape
     if c.entry.learns and given != wanted:
         raise ValueError(
@@ -119,9 +124,13 @@ def fit(
         )
         return epoch, count
 
+    @functools.lru_cache(maxsize=1)
+    def on_host(epoch: int) -> np.ndarray:
+        return jax.device_get(distributed.local(order(epoch)))
+
     def ask(step: int) -> None:
         epoch, count = dispatch(step)
-        stream.ask(step, count, jax.device_get(distributed.local(order(epoch))))
+        stream.ask(step, count, on_host(epoch))
 
     metrics: Any = ()
     with jax.transfer_guard("disallow"), Stream(c, dataset.x_train, at_once, mesh) as stream:
@@ -133,11 +142,13 @@ def fit(
             if not resident:
                 sent, first = stream.take()
                 images = sent, put(first)
-                jax.block_until_ready(metrics)  # so that no more than two dispatches hold images
+            counted = [put(np.int32(count))] if at_once > 1 else []
+            before = metrics
+            state, metrics = train_step(state, images, labels, order(epoch), *extra, *counted)
+            if not resident:
+                jax.block_until_ready(before)  # so that no more than two dispatches hold images
                 if step + count < steps:
                     ask(step + count)
-            counted = [put(np.int32(count))] if at_once > 1 else []
-            state, metrics = train_step(state, images, labels, order(epoch), *extra, *counted)
             step += count
             record(step, metrics, count)
             stopping = stop()

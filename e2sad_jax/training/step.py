@@ -128,8 +128,8 @@ def make_train_step(
         All of them must begin in the same epoch. `metrics` have a leading axis `steps`, of which `count` are filled.
       mesh: devices to split each batch over (`distributed.mesh`); all arguments are replicated on each of them, but for
         the state's memory, of which each has its share (`state.place`).
-      streamed: the number of training images where they are not on the device; 0 where they are. Then `images` is a pair: those
-        of the next batches, `[batches, batch_size, H, W, C]` (`stream.Stream`), and the number of the first batch.
+      streamed: 0 where the training images lie on the device, else their number. Above 0 `images` is a pair: those of the
+        next batches, `[batches, batch_size, H, W, C]` (`stream.Stream`), and the number of the first batch.
     """
     soft = config.delta if config.soft_label else 0.0
     defense, augmentation = config.entry, config.augmentation

@@ -128,8 +128,19 @@ def test_moments_are_right_where_the_mean_is_far_from_zero():
     wide = np.asarray(x, np.float64)
     np.testing.assert_allclose(mean, wide.mean((0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(var, wide.var((0, 1, 2)), rtol=1e-3)
-    flat = batch_stats._normalized(jnp.full((4, 2), 0.1), jnp.ones(2), jnp.zeros(2), jnp.zeros(2))
-    assert (np.abs(flat[0]) < 1e-4).all(), "a feature that is the same everywhere"
+    y, _, var = batch_stats._normalized(jnp.full((64, 2), 300.1), jnp.ones(2), jnp.zeros(2), jnp.zeros(2))
+    assert np.isfinite(y).all(), "a feature that is the same everywhere, far from its running average"
+    assert (var == 0).all()
+
+
+def test_gradients_have_the_types_of_what_they_are_of():
+    x, scale = images(4, (4, 4, 2)).astype(jnp.bfloat16), jnp.ones(2, jnp.bfloat16)
+
+    def loss(x, scale, bias):
+        return (batch_stats._normalized(x, scale, bias, jnp.zeros(2))[0] ** 2).sum()
+
+    gradients = jax.grad(loss, argnums=(0, 1, 2))(x, scale, scale)
+    assert [g.dtype for g in gradients] == [jnp.bfloat16] * 3
 
 
 def test_in_evaluation_an_image_does_not_depend_on_its_neighbours():

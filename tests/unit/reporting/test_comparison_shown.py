@@ -12,7 +12,8 @@ from e2sad_jax.comparison import run as comparison
 from e2sad_jax.comparison import show
 from e2sad_jax.comparison.request import ENTRIES, Request
 from e2sad_jax.comparison.run import run
-from e2sad_jax.errors import ConfigError
+from e2sad_jax.errors import ConfigError, Stopped
+from e2sad_jax.reporting import provenance
 from tests.unit.reporting.helpers import LITTLE, PRICES, no_more, quiet
 
 
@@ -81,16 +82,47 @@ def test_seeds_that_were_measured_are_not_trained_again(tiny_data, tmp_path, mad
     said = []
     three = run(dataclasses.replace(request, seeds=3), said.append)["rows"][0]
     assert [config.seed for config in made_up] == [2], "the new one alone"
-    assert three["runs"][:2] == two["runs"]
+    assert [{**run, "origin": 0} for run in three["runs"][:2]] == [{**run, "origin": 0} for run in two["runs"]]
+    assert ["origin" in run for run in three["runs"]] == [True, True, False]
     assert (three["seeds"], [run["seed"] for run in three["runs"]]) == (3, [0, 1, 2])
     assert three["last"]["highest"] == pytest.approx(two["last"]["highest"] + 0.1), "a mean and range of all three"
     assert said[1] == f"RS-FGSM, seed 1: measured before ({tmp_path / 'compare.json'})"
-    assert run(request, quiet)["rows"][0]["runs"] == three["runs"], "who asks for one seed loses none"
+    one = run(request, quiet)["rows"][0]
+    assert [run["last"] for run in one["runs"]] == [run["last"] for run in three["runs"]], "who asks for one loses none"
     pathlib.Path(made_up[0].workdir).mkdir()
     run(dataclasses.replace(request, seeds=3), quiet)
     assert [config.seed for config in made_up] == [2, 2], "what lies in its folder counts before what is noted of it"
     run(dataclasses.replace(request, queries=6), quiet)
     assert [config.seed for config in made_up] == [2, 2, 0], "attacks of its own"
+
+
+def test_a_comparison_that_is_stopped_keeps_the_seeds_that_were_measured(tiny_data, tmp_path, made_up, monkeypatch):
+    """Those of entries that it has not come to, too."""
+    request = Request(entry=("natural", "RS-FGSM"), data="tiny.npz", workdir=str(tmp_path), **LITTLE)
+    run(dataclasses.replace(request, seeds=2), quiet)
+    made = comparison.evaluate_model
+
+    def stopped(request, config, dataset):
+        if config.defense == "rs_fgsm":
+            raise Stopped("stopped", 2)
+        return made(request, config, dataset)
+
+    monkeypatch.setattr(comparison, "evaluate_model", stopped)
+    with pytest.raises(Stopped):
+        run(dataclasses.replace(request, seeds=3), quiet)
+    rows = json.loads((tmp_path / "compare.json").read_text())["rows"]
+    assert [(row["name"], len(row["runs"])) for row in rows] == [("natural", 3), ("RS-FGSM", 2)]
+
+
+def test_each_seed_keeps_the_command_that_measured_it(tiny_data, tmp_path, made_up, monkeypatch):
+    request = Request(entry=("natural",), data="tiny.npz", workdir=str(tmp_path), **LITTLE)
+    monkeypatch.setattr(provenance, "command", lambda: "the first command")
+    run(request, quiet)
+    monkeypatch.setattr(provenance, "command", lambda: "the second command")
+    result = run(dataclasses.replace(request, seeds=2), quiet)
+    run(dataclasses.replace(request, entry=("RS-FGSM",)), quiet)
+    for page in (show.markdown(result), (tmp_path / "compare.md").read_text()):
+        assert ["Trained and attacked: `the first command`" in page, "`the second command`" in page] == [True, True]
 
 
 def test_entries_of_the_same_settings_are_one_row_by_the_name_asked_for(tiny_data, tmp_path, made_up):

@@ -76,7 +76,7 @@ def test_each_device_reads_its_own_images(case, tiny, monkeypatch):
     assert all(part.data.shape[:2] == (2, 4) for part in sent[0].addressable_shards)
 
 
-def test_no_more_than_two_dispatches_of_images_are_on_the_device(tiny):
+def test_no_more_than_two_dispatches_of_images_are_on_the_device(tiny, monkeypatch):
     config = tiny_config(defense="natural", steps=12, batch_size=8).replace(resident="host")
     shape, most = (3, 8, *tiny.image_shape), []
 
@@ -84,9 +84,12 @@ def test_no_more_than_two_dispatches_of_images_are_on_the_device(tiny):
         most.append(sum(a.shape == shape for a in jax.live_arrays()))
         assert not any(a.shape == tiny.x_train.shape for a in jax.live_arrays())
 
+    done, wait, ask = [], jax.block_until_ready, stream.Stream.ask
+    monkeypatch.setattr(jax, "block_until_ready", lambda tree: done.append(bool(tree)) or wait(tree))
+    monkeypatch.setattr(stream.Stream, "ask", lambda self, *args: done.append(args[0]) or ask(self, *args))
     fit(config, tiny, record=count, steps_per_dispatch=3)
-    assert max(most) <= 3, "two, and the one that is read"
-    assert max(most) >= 1
+    assert max(most) == 1, "that which trains"
+    assert done == [0, False, 3, True, 5, True, 7, True, 10, True], "waits for the one before, then reads"
 
 
 def test_what_lies_on_the_device(monkeypatch):
@@ -99,13 +102,18 @@ def test_what_lies_on_the_device(monkeypatch):
         monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
         assert stream.is_resident(config, images) is resident
         assert stream.is_resident(config.replace(resident="device"), images)
+    remembering = tiny_config(**CASES["robust2"], batch_size=10)
+    for limit, resident in ((640, True), (639, False)):
+        device = types.SimpleNamespace(memory_stats=lambda limit=limit: {"bytes_limit": limit})
+        monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
+        assert stream.is_resident(remembering, images) is resident, "a byte for each pixel"
 
 
 def test_large_images_are_sent_in_fewer_steps(tiny, monkeypatch):
     monkeypatch.setattr(stream, "SENT", 3 * 16 * tiny.x_train[:1].nbytes)
-    assert stream.most_steps(tiny.x_train, 16) == 3
-    assert stream.most_steps(tiny.x_train, 17) == 2
-    assert stream.most_steps(tiny.x_train, 1000) == 1
+    for batch_size, steps in ((16, 3), (17, 2), (1000, 1)):
+        assert stream.most_steps(tiny_config(defense="natural", batch_size=batch_size), tiny.x_train) == steps
+    assert stream.most_steps(tiny_config(defense="free", replays=4, steps=8), tiny.x_train) == 12
     config, counts = tiny_config(defense="natural", steps=7, checkpoint_every=7), []
     fit(
         config.replace(resident="host"),
@@ -122,3 +130,19 @@ def test_images_of_floats_are_sent_as_they_are(tiny):
     )
     config = tiny_config(defense="natural", steps=3)
     assert bits(fit(config, half)) == bits(fit(config.replace(resident="host"), half))
+
+
+def test_the_callers_device_and_types_are_those_of_the_images(tiny):
+    config = tiny_config(defense="natural", steps=2).replace(resident="host")
+    with jax.default_device(jax.devices()[1]):
+        assert fit(config, tiny).step.devices() == {jax.devices()[1]}
+
+
+def test_what_cannot_be_is_refused(tiny):
+    config = tiny_config(defense="natural", steps=2).replace(resident="host")
+    model = networks.create(config.model, tiny.num_classes, tiny.image_shape)
+    quiet = {"record": lambda *a: None, "checkpoint": lambda *a: None}
+    with pytest.raises(ValueError, match="resident='host' is for one run"):
+        training.fit([config, config.replace(seed=1)], model, tiny, None, **quiet)
+    with pytest.raises(ValueError, match="must be below 4,294,967,296: fewer steps"):
+        fit(config, tiny, steps=2**28)
