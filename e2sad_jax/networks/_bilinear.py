@@ -96,8 +96,12 @@ def define(
     """
 
     @functools.partial(jax.jit, static_argnames=tuple(static))
-    def evaluate(*args: jax.Array, **params: Any) -> jax.Array:
+    def compiled(*args: jax.Array, **params: Any) -> jax.Array:
         return primitive.bind(*args, **params)
+
+    def evaluate(*args: jax.Array, **params: Any) -> jax.Array:
+        with jax.disable_jit(False):  # without it, this would be called again by `compiled`
+            return compiled(*args, **params)
 
     def shape_of(*avals: Any, **params: Any) -> Any:
         shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]

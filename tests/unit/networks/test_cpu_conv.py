@@ -256,6 +256,20 @@ def test_a_network_and_its_gradients_are_those_of_plain_layers(name, monkeypatch
         assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max()
 
 
+def test_nothing_changes_where_jit_is_disabled():
+    """For whoever debugs a loss of a network, operation by operation."""
+    model = networks.create("digits_cnn", 3, (8, 8, 1))
+    x = jnp.asarray(np.random.RandomState(0).rand(2, 8, 8, 1), jnp.float32)
+    logits_fn = networks.logits_fn(model, model.init(jax.random.key(0), x))
+
+    def slope(z):
+        return jax.grad(lambda z: (logits_fn(z) ** 2).sum())(z)
+
+    expected = slope(x)
+    with jax.disable_jit():
+        np.testing.assert_allclose(slope(x), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 8, 5), (2, 7, 9, 1), (1, 2, 3, 4)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pooling_is_flax_own_with_its_gradient(shape, dtype):
