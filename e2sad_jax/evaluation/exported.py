@@ -52,9 +52,11 @@ def stablehlo(path: str | os.PathLike[str]) -> Callable[[jax.Array], jax.Array]:
     if outputs[0].shape[0] != size:
         raise DataError(f"{path}: returns {outputs[0].shape[0]} rows for {size} images; it must return one for each")
 
+    forward = jax.custom_batching.sequential_vmap(exported.call)  # `jax.export` has no rule for `vmap`
+
     @jax.custom_vjp
     def without_gradient(x: jax.Array) -> jax.Array:
-        return exported.call(x)  # type: ignore[no-any-return]
+        return forward(x)  # type: ignore[no-any-return]
 
     def refuse(x: jax.Array) -> Any:
         raise DataError(

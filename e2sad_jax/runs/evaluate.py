@@ -5,7 +5,7 @@ import functools
 import importlib
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from e2sad_jax.evaluation.exported import stablehlo
 from e2sad_jax.evaluation.finished import Finished
 from e2sad_jax.reporting import diagnosis, provenance
 from e2sad_jax.reporting.progress import Bar
-from e2sad_jax.runs import saved_images
+from e2sad_jax.runs import black_box, saved_images
 from e2sad_jax.runs.classifier import CHOICES, load
 from e2sad_jax.training.config import Config, check, parse_number, setting
 
@@ -42,7 +42,7 @@ class Request:
     predict: str = setting(
         "",
         "instead of a run: MODULE:FUNCTION, from images in [0, 1] to logits, in JAX, or PATH.stablehlo, such a function as "
-        "jax.export wrote it with its gradient; needs --data and --eps",
+        "jax.export wrote it, with its gradient or without; needs --data and --eps",
     )
     data: str = setting("", "data set whose test images are attacked; empty: that of the run")
     data_dir: str = setting("", "folder of data sets; empty: that of the run")
@@ -105,8 +105,32 @@ class Request:
             raise ConfigError(f"--fab={self.fab}: is a part of the worst case; leave it out, or --noauto")
 
 
+class _Asked(NamedTuple):
+    """What a request asks about.
+
+    Attributes:
+      model: the model and its images.
+      test_images: how many there are, of which the model's are a sample.
+      eps: the budget.
+      norm: its norm.
+      folder: where the files go.
+      make: the model with other images, as stored, and labels.
+      transform: name of the transform that the model's images are behind.
+    """
+
+    model: Model
+    test_images: int
+    eps: float
+    norm: str
+    folder: pathlib.Path
+    make: Callable[[Any, Any], Model]
+    transform: str
+
+
 def run(request: Request) -> dict[str, Any]:
     """Evaluates, prints the tables, and writes evaluation.html, .md, .json and .png; goes on where it was stopped.
+
+    Of a model without a gradient it writes evaluation.md and .json.
 
     Raises:
       ConfigError, DataError, WorkdirError: before anything is measured.
@@ -154,6 +178,8 @@ def run(request: Request) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigError(f"--attack={attack.name}: {error}") from error
     n = len(model.images)
+    if not black_box.has_gradient(model):
+        return _without_gradient(request, asked, model, substitute, more)
     total = effort.work(n, model.num_classes, substitute is not None, model.images.ndim, model.detector is not None)
     total += n * sum(attack.gradients(model.num_classes) for attack in more)
     with Bar(f"evaluate {model.name}", total, "gradients") as bar:
@@ -177,16 +203,8 @@ def run(request: Request) -> dict[str, Any]:
     ]
     worst = result.pop("worst_images")
     files = ["evaluation.html", "evaluation.md", "evaluation.json", "evaluation.png"]
-    result["quantized"] = None
-    if request.quantize:
-        grey = quantize(worst, model.images, eps=eps, norm=asked.norm)
-        result["quantized"] = float(asked.make(grey, model.labels).clean().mean())
-    if request.save_images:
-        saved_images.write(folder / WORST, worst, model.labels, model.num_classes, asked.transform)
-        files.append(WORST)
-        if request.quantize:
-            saved_images.write(folder / WORST_8BIT, grey, model.labels, model.num_classes)
-            files.append(WORST_8BIT)
+    result["quantized"], saved = _save(request, asked, model, worst)
+    files += saved
     classes = {"classes": len(np.unique(model.labels)), "num_classes": model.num_classes}
     examples = _examples(folder / EXAMPLES, model, worst)
     files += [EXAMPLES] if examples else []
@@ -206,6 +224,64 @@ def run(request: Request) -> dict[str, Any]:
     for name in files:
         accuracy = {WORST: result["robust"], WORST_8BIT: result["quantized"]}.get(name)
         print(f"{folder / name}{'' if accuracy is None else f' (--data reads it back: clean accuracy {accuracy:.4f})'}")
+    return result
+
+
+def _save(request: Request, asked: _Asked, model: Model, worst: np.ndarray) -> tuple[float | None, list[str]]:
+    """The accuracy on the worst images in grey levels, if that is asked for, and the names of the files that it writes."""
+    quantized, files = None, []
+    if request.quantize:
+        grey = quantize(worst, model.images, eps=asked.eps, norm=asked.norm)
+        quantized = float(asked.make(grey, model.labels).clean().mean())
+    if request.save_images:
+        saved_images.write(asked.folder / WORST, worst, model.labels, model.num_classes, asked.transform)
+        files.append(WORST)
+        if request.quantize:
+            saved_images.write(asked.folder / WORST_8BIT, grey, model.labels, model.num_classes)
+            files.append(WORST_8BIT)
+    return quantized, files
+
+
+def _without_gradient(
+    request: Request, asked: _Asked, model: Model, substitute: Model | None, more: Sequence[Attack]
+) -> dict[str, Any]:
+    """Evaluates a model that Square and other models' images alone can attack, prints the table, and writes it.
+
+    Raises:
+      ConfigError: if there is no such attack, or a flag asks for others.
+    """
+    square = request.queries and model.images.ndim == 4
+    if not (square or substitute or more):
+        raise ConfigError("--queries=0: must be above 0, or --transfer_from given, for the model has no gradient")
+    if request.fab:
+        raise ConfigError(f"--fab={request.fab}: follows the gradient, and the model has none; leave it out")
+    stages = [Attack("Square", "square", asked.eps, request.queries, norm=asked.norm)] if square else []
+    transfer = Attack("PGD-40", "pgd", asked.eps, 40, norm=asked.norm)
+    attacks = [*stages, *more, *([transfer] if substitute else [])]
+    total = len(model.images) * sum(attack.gradients(model.num_classes) for attack in attacks)
+    with Bar(f"evaluate {model.name}", total, "queries") as bar:
+        result = black_box.evaluate(
+            model,
+            [*stages, *more],
+            eps=asked.eps,
+            norm=asked.norm,
+            substitute=substitute,
+            transfer=transfer,
+            progress=lambda what, count: (bar.skip if what == BEFORE else bar.update)(count, what),
+        )
+    result["quantized"], saved = _save(request, asked, model, result.pop("worst_images"))
+    result |= {
+        "test_images": asked.test_images,
+        "command": provenance.command(),
+        "environment": provenance.environment(),
+    }
+    write_json(asked.folder / "evaluation.json", result)
+    table = black_box.table(result)
+    write_text(asked.folder / "evaluation.md", table.markdown())
+    Finished(asked.folder / UNFINISHED).clear()
+    print(f"\n{table.text()}\n")
+    for name in ("evaluation.md", "evaluation.json", *saved):
+        print(asked.folder / name)
     return result
 
 
@@ -246,28 +322,6 @@ def _attack(text: str, norm: str) -> Attack:
             f"--attack={text:.100}: {'' if name in ATTACKS else close_to(name, ATTACKS)}must be NAME:EPS or NAME:EPS:STEPS, "
             f"with a budget of at least 0 and a NAME of {', '.join(ATTACKS)}"
         ) from error
-
-
-class _Asked(NamedTuple):
-    """What a request asks about.
-
-    Attributes:
-      model: the model and its images.
-      test_images: how many there are, of which the model's are a sample.
-      eps: the budget.
-      norm: its norm.
-      folder: where the files go.
-      make: the model with other images, as stored, and labels.
-      transform: name of the transform that the model's images are behind.
-    """
-
-    model: Model
-    test_images: int
-    eps: float
-    norm: str
-    folder: pathlib.Path
-    make: Callable[[Any, Any], Model]
-    transform: str
 
 
 def _asked(request: Request) -> _Asked:

@@ -6,13 +6,16 @@ import pathlib
 import shutil
 import sys
 
+import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from e2sad_jax import evaluation
 from e2sad_jax.errors import ConfigError, DataError, WorkdirError
 from e2sad_jax.evaluation import Effort
-from e2sad_jax.runs import evaluate, folder
+from e2sad_jax.runs import black_box, evaluate, folder
 from e2sad_jax.runs.evaluate import Request
 
 LITTLE = Effort(budgets=(0.5, 1.0), steps=(1, 5), restarts=2, pgd_steps=5, apgd_steps=5, queries=50, targets=1, fmn=5)
@@ -69,6 +72,74 @@ def test_more_attacks_have_a_table_of_their_own(mine, tmp_path, monkeypatch, cap
     assert "greedy_l0:16" in (tmp_path / "here" / "evaluation.md").read_text()
     with pytest.raises(ConfigError, match=r"--attack=pgd:0.2: .*steps=0; it must be at least 1"):
         evaluate.run(Request(predict="mine:predict", data=mine, eps=0.1, attack=("pgd:0.2",)))
+
+
+@pytest.fixture
+def without_gradient(mine):
+    """The function of `mine`, as a file that has no gradient."""
+    w = np.load("w.npy")
+    function = jax.jit(lambda x: x.reshape(x.shape[0], -1) @ w)
+    shape = (*jax.export.symbolic_shape("N"), 4, 4, 1)
+    exported = jax.export.export(function)(jax.ShapeDtypeStruct(shape, jnp.float32))
+    pathlib.Path("black.stablehlo").write_bytes(exported.serialize())
+    return "black.stablehlo"
+
+
+def test_a_file_without_its_gradient_faces_attacks_that_need_none(without_gradient, mine, tmp_path, capsys):
+    flags = {"predict": without_gradient, "data": mine, "eps": 0.1}
+    result = evaluate.run(Request(**flags, queries=200, attack=("few_pixels:1:2",), save_images=True, quantize=False))
+    square, pixel = result["attacks"]
+    assert (square["attack"], pixel["norm"]) == ("Square", "l0")
+    assert result["robust"] == square["accuracy"] < result["clean"] == 1.0, "a pixel of any size is beyond the budget"
+    strong = evaluate.run(Request(predict="mine:predict", data=mine, eps=0.1, results="white"))
+    assert strong["robust"] <= result["robust"]
+    saved = np.load("runs/evaluation/black/worst_images.npz")["x_test"]
+    assert np.abs(saved - np.load(mine)["x_test"] / 255).max() <= 0.1 + 1e-6
+    assert (tmp_path / "runs/evaluation/black/evaluation.md").read_text().count("The model has no gradient") == 1
+    assert "all within the budget" in capsys.readouterr().out
+    assert not (tmp_path / "runs/evaluation/black/unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        ({"queries": 0}, ConfigError, r"--queries=0: must be above 0, or --transfer_from given, for the model has no"),
+        ({"fab": 2}, ConfigError, r"--fab=2: follows the gradient, and the model has none"),
+        ({"attack": ("pgd:0.1:2",)}, DataError, r"black.stablehlo: was exported without its gradient; serialize\(vjp"),
+    ],
+)
+def test_attacks_that_follow_a_gradient_are_refused_where_there_is_none(flags, error, message, without_gradient, mine):
+    with pytest.raises(error, match=message):
+        evaluate.run(Request(predict=without_gradient, data=mine, eps=0.1, **{"queries": 20, **flags}))
+
+
+def test_images_of_another_model_are_shown_to_one_without_gradient(mine):
+    w = np.load("w.npy")
+    images = np.load(mine)["x_test"].astype(np.float32) / 255
+    labels = np.load(mine)["y_test"]
+
+    def refuse(x):
+        raise DataError("no gradient")
+
+    apply = jax.custom_vjp(lambda x: x.reshape(len(x), -1) @ w)
+    apply.defvjp(refuse, lambda residuals, g: (g,))
+    black, white = (
+        evaluation.of_function(f, images, labels, name=name)
+        for f, name in ((apply, "black"), (lambda x: x.reshape(len(x), -1) @ w, "white"))
+    )
+    assert [black_box.has_gradient(model) for model in (black, white)] == [False, True]
+    result = black_box.evaluate(
+        black,
+        [],
+        eps=0.2,
+        norm="linf",
+        substitute=white,
+        transfer=evaluation.Attack("PGD-5", "pgd", 0.2, 5),
+        progress=lambda what, count: None,
+    )
+    (row,) = result["attacks"]
+    assert row["attack"] == "PGD-5 on white"
+    assert result["robust"] == row["accuracy"] < result["clean"]
 
 
 TINY = Effort(budgets=(1.0,), steps=(1,), restarts=1, pgd_steps=1, fmn=1, worst_case=False)
