@@ -52,6 +52,7 @@ DEFINE: Mapping[type, Callable[..., Any]] = {
     str: flags.DEFINE_string,
     tuple: flags.DEFINE_multi_string,
 }
+MOST_SEEDS = 1000
 KINDS = {"int": "an integer", "float": "a number", "bool": "true or false"}  # by absl's names
 
 
@@ -69,13 +70,25 @@ def train(name: str) -> None:
         if FLAGS.describe:
             print(run.describe(by_seed[0][-1]))
             return
-        found = []
+        found, diverged = [], ""
         for configs in by_seed:
-            if results := run.train_with_baseline(configs, name):
+            if len(by_seed) > 1 and distributed.is_main():
+                print(f"Seed {configs[-1].seed}", file=sys.stderr)
+            try:
+                results = run.train_with_baseline(configs, name)
+            except NonFiniteError as error:
+                if len(by_seed) == 1:
+                    raise
+                diverged = f"seed {configs[-1].seed}: {error}"
+                print(diverged, file=sys.stderr, flush=True)
+                continue
+            if results:
                 print(f"\n{run.summary(results, configs[-1])}", flush=True)
                 found.append(results)
         if len(found) > 1:
-            print(f"\n{run.summary_of_seeds(found, by_seed[0][-1])}")
+            print(f"\n{run.summary_of_seeds(found, by_seed[0][-1])}", flush=True)
+        if diverged:
+            raise NonFiniteError(diverged)
 
     launch(main, "the workdir's last checkpoint is safe")
 
@@ -243,7 +256,8 @@ def define_flags(recipe: Recipe) -> None:
     flags.DEFINE_string("preset", recipe.preset, text, module_name=sys.argv[0])
     text = f"second defense to train, shown in the same table; one of {', '.join(DEFENSES)}; empty: none"
     flags.DEFINE_string("baseline", recipe.baseline, text, module_name=sys.argv[0])
-    text = "runs to train, with --seed and the seeds after it; their mean and standard deviation are shown; at least 1"
+    text = "runs to train, with --seed and the seeds after it; their mean and standard deviation are shown; in "
+    text += f"[1, {MOST_SEEDS}]"
     flags.DEFINE_integer("seeds", 1, text, module_name=sys.argv[0])
     flags.DEFINE_string(
         "coordinator",
@@ -263,8 +277,8 @@ def read_seeds(recipe: Recipe) -> list[list[Config]]:
       ConfigError: as `read_configs`, or if --seeds is out of range.
     """
     first, workdir = FLAGS.seed, FLAGS.workdir
-    if FLAGS.seeds < 1:
-        raise ConfigError(f"--seeds={FLAGS.seeds}: must be at least 1")
+    if not 1 <= FLAGS.seeds <= MOST_SEEDS:
+        raise ConfigError(f"--seeds={FLAGS.seeds}: must be in [1, {MOST_SEEDS}]")
     if FLAGS.seeds == 1:
         return [read_configs(recipe)]
     if first + FLAGS.seeds > 2**32:
@@ -301,6 +315,8 @@ def _beside(workdir: str, end: str) -> str:
     path = pathlib.Path(workdir).expanduser()
     if path.name in ("", ".."):
         path = path.resolve()
+    if not path.name:
+        raise ConfigError(f"--workdir={workdir}: must be a folder with a name, for another run's is beside it")
     return str(path.with_name(f"{path.name}-{end}"))
 
 

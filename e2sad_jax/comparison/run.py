@@ -1,6 +1,7 @@
 """Trains, attacks and shows what is compared, model by model."""
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 import sys
@@ -42,7 +43,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     XLA's count of FLOPs for the CPU, by this code.
     What a compare.json for the same question has of other entries is kept, with its origin. Of an entry it keeps the seeds:
     one whose run is gone from the workdir is not trained again. Entries of the same settings are one, by the name that is
-    asked for.
+    asked for. A compare.json that has other rows, or is damaged, is set aside under another name.
 
     Args:
       request: what to compare.
@@ -61,13 +62,16 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
     provenance.commit()  # before the results that are written make it one with changes
     folder = pathlib.Path(request.results or request.workdir).expanduser()
     if request.show:
-        return _show(folder)
+        shown = _show(folder)
+        _tell(folder, say)
+        return shown
     check_folder(folder, f"--results={folder}")
     dataset = data.load(request.data, request.data_dir or None)
     shape, num_classes = tuple(dataset.image_shape), dataset.num_classes
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
-    earlier = _earlier(folder / "compare.json", request, shape, num_classes, say)
+    path = folder / "compare.json"
+    earlier, whole = _earlier(path, request, shape, num_classes, say)
     asked = {
         name: [match_flops(request, config, shape, num_classes) for config in request.configs(name)]
         for name in sorted(request.entries(), key=position)
@@ -82,13 +86,14 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
         }
         for config in configs:
             if config.seed in measured and not os.path.exists(config.workdir):
-                say(f"{name}, seed {config.seed}: measured before ({folder / 'compare.json'})")
+                say(f"{name}, seed {config.seed}: measured before ({path})")
                 continue  # of `measured`
             try:
                 outcome = evaluate_model(request, config, dataset)
                 segments = read_training(pathlib.Path(config.workdir))
-                trained = list(dict.fromkeys(segment["commit"] for segment in segments))
-                measured[config.seed] = {**outcome, "trained": trained}
+                made = {**outcome, "trained": list(dict.fromkeys(segment["commit"] for segment in segments))}
+                if {**measured.get(config.seed, {}), **made} != measured.get(config.seed):  # else it keeps its origin
+                    measured[config.seed] = made
             except NonFiniteError as error:
                 measured.pop(config.seed, None)
                 say(f"{name}, seed {config.seed}: {error}")
@@ -96,9 +101,15 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
             continue
         runs = [measured[seed] for seed in sorted(measured)]
         rows.append({**row_of(name, configs[0], runs), "seeds": max([request.seeds, *(row["seeds"] for row in same)])})
-        earlier = [row for row in earlier if row not in same]
         if len(rows) == 1:
-            earlier = _same_question(earlier, rows[0], say)
+            same_images = _same_question(earlier, rows[0], say)
+            if path.exists() and not (whole and same_images == earlier):
+                _set_aside(path, say)
+            earlier = same_images
+        else:  # another process may have added some meanwhile
+            earlier = _same_question(_earlier(path, request, shape, num_classes, _quiet)[0], rows[0], _quiet)
+        mine = [row["settings"] for row in rows]
+        earlier = [row for row in earlier if _settings_then(row) not in mine]
         result = priced(
             {
                 "format": FORMAT,
@@ -119,11 +130,13 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
         last, best = (
             f"clean {a['clean']:.3f}, robust {a['robust']:.3f}" for a in (row["last"], row.get("best", row["last"]))
         )
-        say(f"{name}: {last}{f' (best checkpoint: {best})' if best != last else ''}, {row['flops']:.3g} FLOPs")
+        title = f"{name}, mean of {len(runs)} seeds" if len(runs) > 1 else name
+        say(f"{title}: {last}{f' (best checkpoint: {best})' if best != last else ''}, {row['flops']:.3g} FLOPs")
         for sentence in broken(row):
             say(f"{name}: {sentence}")
     if not rows:
         raise NonFiniteError("every run diverged; nothing was compared")
+    _tell(folder, say)
     return result
 
 
@@ -176,13 +189,15 @@ def _show(folder: pathlib.Path) -> dict[str, Any]:
 
 def _earlier(
     path: pathlib.Path, request: Request, shape: Sequence[int], num_classes: int, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Rows that a run before wrote for the same question, with their origin."""
+) -> tuple[list[dict[str, Any]], bool]:
+    """Rows that a run before wrote for the same question, with their origin, and whether these are all that it wrote."""
     try:
         before = read_json(path)
         asked = _DEFAULTS | before["request"]
-        if {key: asked.get(key) for key in request.question()} != request.question():
-            return []
+        now = request.question()
+        if differ := [f"--{key}={asked.get(key)} there, {now[key]} now" for key in now if asked.get(key) != now[key]]:
+            say(f"{path}: of another question ({'; '.join(differ)}); its rows are left out")
+            return [], False
         origin = {"command": before["command"], "environment": before["environment"]}
         rows = [{"origin": origin, "seeds": before["request"]["seeds"], **row} for row in before["rows"]]
         card({**before, "rows": rows})  # has all that is shown
@@ -193,12 +208,29 @@ def _earlier(
                 kept.append(row)
             else:
                 say(f"{row['name']}: an earlier row, of other settings; left out")
-        return kept
+        return kept, len(kept) == len(rows)
     except FileNotFoundError:
-        return []
+        return [], True
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         print(f"warning: {path} is unusable ({first_line(error)}); it is written again", file=sys.stderr, flush=True)
-        return []
+        return [], False
+
+
+def _set_aside(path: pathlib.Path, say: Callable[[str], None]) -> None:
+    """Keeps a file under a name that its content gives it."""
+    kept = path.with_name(f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}{path.suffix}")
+    path.replace(kept)
+    say(f"{path}: what it had is in {kept}")
+
+
+def _quiet(line: str) -> None:
+    pass
+
+
+def _tell(folder: pathlib.Path, say: Callable[[str], None]) -> None:
+    """Names the files of a comparison."""
+    for name in ("compare.md", "compare.json", "compare.png", "compare_card.md"):
+        say(str(folder / name))
 
 
 def _settings_then(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def of_seeds(by_seed: Sequence[Mapping[str, Mapping[str, Any]]]) -> Table:
     any_run = next(iter(first.values()))
     seeds = [next(iter(results.values()))["config"]["seed"] for results in by_seed]
     notes = [
-        f"Mean ± standard deviation over the {len(seeds)} runs with seeds {seeds[0]} to {seeds[-1]}.",
+        f"Mean ± standard deviation over {len(seeds)} runs, of seeds {', '.join(map(str, seeds))}.",
         f"Command: `{provenance.command()}`",
         provenance.sentence(any_run["environment"]),
     ]

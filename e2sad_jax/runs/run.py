@@ -189,8 +189,9 @@ def summary_of_seeds(by_seed: Sequence[Mapping[str, Mapping[str, Any]]], config:
       config: the first seed's.
     """
     table, path = reported.of_seeds(by_seed), workdir_of(config) / "seeds.md"
+    ensure_exists(path.parent)
     write_text(path, table.markdown())
-    return f"{table.text()}\n\n{path}"
+    return f"{table.text()}\n\ntable of the seeds: {path}"
 
 
 def describe(config: Config) -> str:

@@ -124,9 +124,11 @@ def test_several_seeds_have_folders_of_their_own(parsed):
         assert [config.workdir for (config,) in slashed] == ["here-seed0", "here-seed1"]
     with pytest.raises(ConfigError, match="--seed=4294967295 --seeds=2: the last seed must be at most 4,294,967,295"):
         parsed("mnist", "--seeds=2", "--seed=4294967295", reader=cli.read_seeds)
+    with pytest.raises(ConfigError, match="--workdir=/: must be a folder with a name"):
+        parsed("digits", "--workdir=/")
     ((one,),) = parsed("mnist", "--workdir=here", reader=cli.read_seeds)
     assert one.workdir == "here"
-    with pytest.raises(ConfigError, match="--seeds=0: must be at least 1"):
+    with pytest.raises(ConfigError, match=r"--seeds=0: must be in \[1, 1000\]"):
         parsed("mnist", "--seeds=0", reader=cli.read_seeds)
 
 

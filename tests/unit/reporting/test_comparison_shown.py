@@ -125,6 +125,43 @@ def test_each_seed_keeps_the_command_that_measured_it(tiny_data, tmp_path, made_
         assert ["Trained and attacked: `the first command`" in page, "`the second command`" in page] == [True, True]
 
 
+@pytest.mark.parametrize("change", [{"queries": 6}, {"steps": 4}, "damaged", "other images"])
+def test_a_file_whose_rows_are_left_out_is_set_aside(change, tiny_data, tmp_path, made_up, monkeypatch):
+    request = Request(entry=("natural", "RS-FGSM"), data="tiny.npz", workdir=str(tmp_path), **LITTLE)
+    run(dataclasses.replace(request, seeds=2), quiet)
+    path, said = tmp_path / "compare.json", []
+    if change == "damaged":
+        path.write_bytes(path.read_bytes()[:-100])
+    if change == "other images":
+        monkeypatch.setattr(data, "load", lambda *args: dataclasses.replace(tiny_data, x_test=255 - tiny_data.x_test))
+    content = path.read_bytes()
+    run(dataclasses.replace(request, entry=("natural",), **(change if isinstance(change, dict) else {})), said.append)
+    (kept,) = tmp_path.glob("compare-*.json")
+    assert kept.read_bytes() == content
+    assert f"{path}: what it had is in {kept}" in said
+    if isinstance(change, dict):
+        ((name, value),) = change.items()
+        told = f"{path}: of another question (--{name}={LITTLE[name]} there, {value} now); its rows are left out"
+        assert told in said
+    run(dataclasses.replace(request, entry=("natural",), **(change if isinstance(change, dict) else {})), quiet)
+    assert list(tmp_path.glob("compare-*.json")) == [kept], "once"
+
+
+def test_two_comparisons_at_once_lose_no_row(tiny_data, tmp_path, made_up, monkeypatch):
+    request = Request(entry=("natural", "PGD-3"), data="tiny.npz", workdir=str(tmp_path), **LITTLE)
+    made = comparison.evaluate_model
+
+    def meanwhile(asked, config, dataset):
+        if config.defense == "pgd":  # another process begins and ends
+            monkeypatch.setattr(comparison, "evaluate_model", made)
+            run(dataclasses.replace(request, entry=("RS-FGSM",)), quiet)
+        return made(asked, config, dataset)
+
+    monkeypatch.setattr(comparison, "evaluate_model", meanwhile)
+    assert [row["name"] for row in run(request, quiet)["rows"]] == ["natural", "RS-FGSM", "PGD-3"]
+    assert not list(tmp_path.glob("compare-*.json"))
+
+
 def test_entries_of_the_same_settings_are_one_row_by_the_name_asked_for(tiny_data, tmp_path, made_up):
     names = "e2SAD, robust, first point by a step", "e2SAD, robust2"
     first, second = (Request(entry=(name,), data="tiny.npz", workdir=str(tmp_path), **LITTLE) for name in names)
@@ -148,7 +185,7 @@ def test_rows_of_another_question_are_left_out(tiny_data, tmp_path, made_up, mon
         run(request, quiet)
         changed.setattr(data, "load", lambda *args: dataclasses.replace(tiny_data, x_test=255 - tiny_data.x_test))
         assert [row["name"] for row in run(natural, said.append)["rows"]] == ["natural"], "other test images"
-    assert said[0].startswith("RS-FGSM: an earlier row, of other images")
+    assert "RS-FGSM: an earlier row, of other images or attacks; left out" in said
     with monkeypatch.context() as changed:
         run(request, quiet)
         recipe = {**ENTRIES, "RS-FGSM": {"defense": "rs_fgsm", "attack_step_size": 0.5}}

@@ -109,7 +109,7 @@ def test_several_seeds_are_their_mean_and_standard_deviation():
     assert table.rows[-1] == ("all attacks combined", "0.9000 ± 0.0000", "0.9200 ± 0.0265", "0.9500 ± 0.0265")
     by_seed[0]["e2sad"]["best"] = None
     assert results.of_seeds(by_seed).rows[-1][3] == "0.9400 ± 0.0400", "its last counts"
-    assert table.notes[0] == "Mean ± standard deviation over the 3 runs with seeds 3 to 5."
+    assert table.notes[0] == "Mean ± standard deviation over 3 runs, of seeds 3, 4, 5."
 
 
 def test_a_run_without_a_best_checkpoint_says_nothing_of_one():
