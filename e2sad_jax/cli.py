@@ -70,25 +70,7 @@ def train(name: str) -> None:
         if FLAGS.describe:
             print(run.describe(by_seed[0][-1]))
             return
-        found, diverged = [], ""
-        for configs in by_seed:
-            if len(by_seed) > 1 and distributed.is_main():
-                print(f"Seed {configs[-1].seed}", file=sys.stderr)
-            try:
-                results = run.train_with_baseline(configs, name)
-            except NonFiniteError as error:
-                if len(by_seed) == 1:
-                    raise
-                diverged = f"seed {configs[-1].seed}: {error}"
-                print(diverged, file=sys.stderr, flush=True)
-                continue
-            if results:
-                print(f"\n{run.summary(results, configs[-1])}", flush=True)
-                found.append(results)
-        if len(found) > 1:
-            print(f"\n{run.summary_of_seeds(found, by_seed[0][-1])}", flush=True)
-        if diverged:
-            raise NonFiniteError(diverged)
+        run.train_seeds(by_seed, name)
 
     launch(main, "the workdir's last checkpoint is safe")
 

@@ -1,5 +1,6 @@
 """A complete run, for the training commands: data, training with checkpoints, evaluation, results."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from e2sad_jax import data, distributed, networks
 from e2sad_jax._io import write_text
-from e2sad_jax.errors import ConfigError, Stopped, as_device_error
+from e2sad_jax.errors import ConfigError, NonFiniteError, Stopped, as_device_error
 from e2sad_jax.evaluation import SUITES, Attack, Outcomes
 from e2sad_jax.reporting import plots, provenance
 from e2sad_jax.reporting import results as reported
@@ -179,6 +180,39 @@ def summary(results: Mapping[str, Mapping[str, Any]], config: Config) -> str:
     workdir = workdir_of(config)
     lines = (f"{what + ':':16} {workdir / name}" for what, name in files.items())
     return "\n\n".join([reported.summary(results), "\n".join(lines)])
+
+
+def train_seeds(by_seed: Sequence[Sequence[Config]], suite: str) -> None:
+    """Trains, evaluates and reports the runs of each seed, and prints their tables, and that of all seeds.
+
+    Args:
+      by_seed: for each seed what `train_with_baseline` takes.
+      suite: as of `train_and_report`.
+
+    Raises:
+      NonFiniteError: if one diverged, after the others where there are several.
+      As `train_with_baseline`.
+    """
+    found, diverged = [], []
+    for configs in by_seed:
+        seed = configs[-1].seed
+        if len(by_seed) > 1 and distributed.is_main():
+            print(f"Seed {seed}", file=sys.stderr, flush=True)
+        try:
+            results = train_with_baseline(configs, suite)
+        except NonFiniteError as error:
+            if len(by_seed) == 1:
+                raise
+            print(f"seed {seed}: {error}", file=sys.stderr, flush=True)
+            diverged.append(str(seed))
+            continue
+        if results:
+            print(f"\n{summary(results, configs[-1])}", flush=True)
+            found.append(results)
+    if len(found) > 1:
+        print(f"\n{summary_of_seeds(found, by_seed[0][-1])}", flush=True)
+    if diverged:
+        raise NonFiniteError(f"{len(diverged)} of {len(by_seed)} seeds diverged: {', '.join(diverged)}")
 
 
 def summary_of_seeds(by_seed: Sequence[Mapping[str, Mapping[str, Any]]], config: Config) -> str:

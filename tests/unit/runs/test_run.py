@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import e2sad_jax
-from e2sad_jax.errors import ConfigError, DeviceError, OutOfMemoryError, Stopped, WorkdirError
+from e2sad_jax.errors import ConfigError, DeviceError, NonFiniteError, OutOfMemoryError, Stopped, WorkdirError
 from e2sad_jax.runs import run, trainer
 from e2sad_jax.runs.run import train_and_report, train_with_baseline
 from tests.unit.runs.helpers import config_of, fit_with
@@ -139,6 +139,32 @@ def test_a_baseline_stands_beside_the_run_in_its_table(scores, tmp_path):
     assert "| attack | natural | fgsm |" in (tmp_path / "fgsm" / "results.md").read_text()
     assert "| attack | natural |\n" in (tmp_path / "natural" / "results.md").read_text()
     assert "  natural    fgsm" in run.summary(results, chosen)
+
+
+def test_a_seed_that_diverges_is_left_out_of_the_seeds_table(scores, tmp_path, monkeypatch, capsys):
+    by_seed = [[config_of(tmp_path / str(seed)).replace(seed=seed)] for seed in range(3)]
+    train = run.train_with_baseline
+
+    def diverging(configs, suite):
+        if configs[0].seed == 1:
+            raise NonFiniteError("step 7: loss=nan")
+        return train(configs, suite)
+
+    monkeypatch.setattr(run, "train_with_baseline", diverging)
+    with pytest.raises(NonFiniteError, match="1 of 3 seeds diverged: 1"):
+        run.train_seeds(by_seed, "mnist")
+    page = (tmp_path / "0" / "seeds.md").read_text()
+    assert "over 2 runs, of seeds 0, 2." in page
+    accuracies = [
+        json.loads((tmp_path / str(seed) / "results.json").read_text())["worst_case_accuracy"] for seed in (0, 2)
+    ]
+    assert f"{np.mean(accuracies):.4f} ± {np.std(accuracies, ddof=1):.4f}" in page
+    printed = capsys.readouterr()
+    assert "Seed 0" in printed.err
+    assert "seed 1: step 7: loss=nan" in printed.err
+    assert f"table of the seeds: {tmp_path / '0' / 'seeds.md'}" in printed.out
+    with pytest.raises(NonFiniteError, match="step 7: loss=nan"):
+        run.train_seeds(by_seed[1:2], "mnist")
 
 
 def test_runs_that_do_not_go_together_are_refused(tmp_path):
