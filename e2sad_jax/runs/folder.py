@@ -111,12 +111,15 @@ def check_workdir(workdir: pathlib.Path, config: Config, dataset: Dataset) -> No
         return
     there, dataset_there = read_config(workdir)
     ours, theirs = config.identity(), there.identity()
-    unread = "not read"
-    pairs = {name: (theirs.get(name, unread), ours.get(name, unread)) for name in {**ours, **theirs}}
-    differences = [f"--{name}: {of} there, {here} here" for name, (of, here) in pairs.items() if of != here]
+    differences = []
+    for name in {**ours, **theirs}:
+        if ours.get(name) != theirs.get(name):  # what has no effect in one of them has its value all the same
+            of, here = (one.to_json().get(name, "not read") for one in (there, config))
+            if of != here:
+                differences.append(f"--{name}: {of} there, {here} here")
     if dataset_there["sha256"] != dataset.sha256:
         differences.append(f"data: {dataset_there['name']} there, {dataset.name} here, with other content")
-    if differences:
+    if differences or ours != theirs:
         raise WorkdirError(f"{workdir} holds another run ({'; '.join(differences)}); choose another --workdir")
 
 

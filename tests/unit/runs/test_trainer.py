@@ -97,6 +97,9 @@ def test_a_refused_start_changes_nothing(workdir, tiny):
         ({"steps": 11}, r"--steps=11: .* is at step 12 already"),
         ({"resume": False}, r"holds a run at step 12 and --resume is off"),
         ({"seed": 7}, r"holds another run \(--seed: 0 there, 7 here\)"),
+        ({"schedule": "cyclic"}, r"holds another run \(--schedule: constant there, cyclic here\)"),
+        ({"augment": "flip"}, r"holds another run \(--augment: none there, flip here\)"),
+        ({"defense": "fgsm"}, r"--defense: natural there, fgsm here; --alpha: not read there, 0.6 here"),
     ]:
         with (
             pytest.raises((ConfigError, WorkdirError), match=words),
