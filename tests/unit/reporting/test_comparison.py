@@ -25,6 +25,9 @@ from tests.unit.reporting.helpers import LITTLE, no_more, quiet
 from tests.unit.runs.test_folder import damages
 
 
+FILES = ("compare.md", "compare.json", "compare.png", "compare_card.md")
+
+
 @pytest.mark.slow
 def test_models_are_trained_attacked_once_and_shown(little, tiny_data, tmp_path, monkeypatch, standard_promotion):
     scores = {"natural": {1: 0.0, 2: 1.0, 3: 1.0}, "rs_fgsm": {1: 0.0, 2: 2.0, 3: 1.0}}
@@ -63,7 +66,8 @@ def test_models_are_trained_attacked_once_and_shown(little, tiny_data, tmp_path,
         saved = load(row["runs"][0]["workdir"], which).params
         for ours, theirs in zip(*map(jax.tree.leaves, (params, saved)), strict=True):
             np.testing.assert_array_equal(ours, theirs)
-    assert ["best checkpoint" in line for line in said] == [False, True]
+    assert ["best checkpoint" in line for line in said[:2]] == [False, True]
+    assert said[2:] == [str(tmp_path / "out" / name) for name in FILES]
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["rows"] == result["rows"]
     assert (tmp_path / "out" / "compare.md").read_text() == show.markdown(result)
     assert (tmp_path / "out" / "compare_card.md").read_text() == show.card(result)
