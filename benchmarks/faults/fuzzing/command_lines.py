@@ -42,7 +42,7 @@ class Flags(Target):
             **{"paper": paper.define_flags, "step_cost": step_cost.define_flags},
         }
         runs: dict[str, Callable[[], Any]] = {
-            "mnist": lambda: run.train_with_baseline(cli.read_configs(RECIPES["mnist"]), "mnist"),
+            "mnist": lambda: run.train_with_baseline(cli.read_seeds(RECIPES["mnist"])[0], "mnist"),
             **{name: functools.partial(cli.run_request, name) for name in ("compare", "evaluate")},
             **{"paper": paper._run, "step_cost": step_cost._run},
         }
