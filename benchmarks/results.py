@@ -76,6 +76,14 @@ def _seeds(result: Content) -> str:
     return f"{own['robust']:.3f}{spread}, clean {own['clean']:.3f}"
 
 
+def _lengths(result: Content) -> str:
+    shown = [
+        f"{row['preset']} {row['robust']:.3f} ({row['steps']:,} steps), under IFGSM-30 {row['ifgsm']:.3f}"
+        for row in result["rows"]
+    ]
+    return "; ".join(shown)
+
+
 def _official(result: Content) -> str:
     last = result["rows"][-1]
     differ = len(result["differ"])
@@ -199,6 +207,12 @@ QUESTIONS = (
         _robust(ROBUST2),
     ),
     Question(
+        "And at the full width of the paper's network, 1,000 test images, Square (200 queries) among the attacks?",
+        *("mnist_lengths/lengths.md", "mnist_lengths/lengths.json"),
+        _lengths,
+        "python -m benchmarks.lengths --results=results/mnist_lengths",
+    ),
+    Question(
         "And what does the official AutoAttack code say of e2SAD there?",
         *("mnist_long/official/official.md", "mnist_long/official/official.json"),
         _official,
@@ -209,6 +223,13 @@ QUESTIONS = (
         _cited,
         "python -m experiments.compare --cited --data=digits --eps=0.2 --steps=1000 --batch_size=32 --apgd_steps=30 "
         "--targets=3 --queries=300 --results=results/cited_digits",
+    ),
+    Question(
+        "And on MNIST, after 500 steps?",
+        *("cited_mnist/cited.md", "cited_mnist/cited.json"),
+        _cited,
+        "python -m experiments.compare --cited --data=mnist --eps=0.3 --steps=500 --batch_size=64 --apgd_steps=30 "
+        "--targets=3 --queries=300 --examples=100 --results=results/cited_mnist",
     ),
     Question(
         "What is each part of e2SAD's robust preset worth? (held-out images)",
@@ -320,10 +341,10 @@ def provenance_of(content: Content) -> list[dict[str, str]]:
         return [{"command": line, **{k: re.findall(p, about)[0] for k, p in patterns.items()}}]
     if "provenance" in content:
         parts = [content["provenance"]]
-    elif "environment" in content:
+    elif "environment" in content or "rows" in content:
         rows = content.get("rows", [])
         rows = rows.values() if isinstance(rows, dict) else rows
-        parts = [content] * sum("origin" not in row for row in rows) or [content]
+        parts = [content] * sum("origin" not in row for row in rows) or [content] * ("environment" in content)
         parts += [row["origin"] for row in rows if "origin" in row]
     else:
         parts = list(content.values())
