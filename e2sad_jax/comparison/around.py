@@ -91,6 +91,7 @@ class Around:
       made: FLOPs of making it, beside the network's training.
       draws: as of `evaluation.auto`.
       nearest: whether the nearest images that fool it are sought too, at any l2 distance: what it was broken with.
+      more: functions of the same values as `apply` with other gradients, each with the attacks that follow them.
     """
 
     apply: Callable[..., jax.Array]
@@ -100,6 +101,7 @@ class Around:
     made: float = 0.0
     draws: int = 0
     nearest: bool = False
+    more: Sequence[tuple[Callable[..., jax.Array], Sequence[Attack]]] = ()
 
 
 def inputs(network: Classifier, images: np.ndarray) -> np.ndarray:
@@ -194,17 +196,23 @@ def magnet(base: Base) -> Around:
 
 
 def defense_gan(base: Base) -> Around:
-    """Defense-GAN with a dense generator. A projection starts anew for each query; the attack takes its own gradient."""
-    latent, x = 16, jnp.asarray(base.train)
+    """Defense-GAN with a dense generator. A projection starts anew for each query.
+
+    Attacks take its own gradient, and the identity's (BPDA), which its published break takes.
+    """
+    latent, x, eps = 16, jnp.asarray(base.train), base.request.eps
     gan = inference.gan(jax.random.key(0), base.image_shape, latent=latent, hidden=(64, 64))
     with _advancing("train Defense-GAN", GAN_STEPS) as record:
         gan, _ = inference.train_gan(jax.random.key(1), gan, x, steps=GAN_STEPS, learning_rate=1e-3, record=record)
 
-    def projected(key: jax.Array, z: jax.Array, steps: int = PROJECTION_STEPS) -> jax.Array:
-        return inference.project(key, gan.generate_fn, z, steps=steps, restarts=4, latent=latent, unroll=True).images
+    def projected(key: jax.Array, z: jax.Array, steps: int = PROJECTION_STEPS, unroll: bool = True) -> jax.Array:
+        return inference.project(key, gan.generate_fn, z, steps=steps, restarts=4, latent=latent, unroll=unroll).images
 
     def apply(params: Any, z: jax.Array, key: jax.Array) -> jax.Array:
         return base.apply(params, projected(key, z))
+
+    def approximated(params: Any, z: jax.Array, key: jax.Array) -> jax.Array:
+        return base.apply(params, attacks.bpda(lambda z: projected(key, z, unroll=False))(z))
 
     def price(steps: int) -> float:
         return base.flops(lambda params, z: base.apply(params, projected(jax.random.key(0), z, steps)))
@@ -215,10 +223,11 @@ def defense_gan(base: Base) -> Around:
     return Around(
         apply,
         None,
-        [Attack("PGD-40 through the projection", "pgd", base.request.eps, 40, base.request.eps / 10)],
+        [Attack("PGD-40 through the projection", "pgd", eps, 40, eps / 10)],
         one + (PROJECTION_STEPS - 1) * (two - one),
         GAN_STEPS * 5 * step,  # five of the critic for each of the generator, which costs less than one of them
         draws=1,
+        more=[(approximated, [Attack("PGD-100 by BPDA", "pgd", eps, 100, eps / 20)])],
     )
 
 

@@ -172,6 +172,9 @@ def _of_around(base: Base, name: str, around: Around, tests: Dataset, spent: flo
     if around.score_fn is not None:
         stages.append(ORTHOGONAL)  # once, for it takes no weight
     worst = [models[0].auto(stages, eps=eps), *(model.auto(around.stages, eps=eps) for model in models[1:])]
+    for apply, others in around.more:
+        worst.append(dataclasses.replace(models[0], apply=apply).auto(others, eps=eps))
+        stages += others
     stood = np.all([shown, *(result.robust for result in worst)], axis=0)
     return {
         "clean": float(models[0].clean().mean()),

@@ -102,6 +102,7 @@ def test_all_systems_are_made_attacked_once_and_shown(little, tiny, tmp_path, mo
     rows = result["rows"]
     evaded = [name for name, found in rows.items() if "Orthogonal PGD" in found["adaptive"]["attack"]]
     assert evaded == ["feature squeezing", "input mutation", "model mutation", "MagNet"], "those with a detector"
+    assert rows["Defense-GAN"]["adaptive"]["attack"] == "PGD-40 through the projection, PGD-100 by BPDA"
     assert [name for name, found in rows.items() if found["nearest"]] == ["natural", "feature squeezing", "MagNet"]
     assert rows["distillation"]["training"] == pytest.approx(2, abs=0.1), "with its teacher"
     assert rows["feature squeezing"]["inference"] == pytest.approx(3, rel=0.05), "the image and two squeezed ones"
