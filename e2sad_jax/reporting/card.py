@@ -47,10 +47,14 @@ def images_of(results: Mapping[str, Any]) -> str:
     return in_words(results["examples"], there["test_examples"], results.get("classes"), there["num_classes"])
 
 
+def values(measured: Mapping[str, Any]) -> list[float]:
+    """Accuracies of one checkpoint under each attack, then under all combined."""
+    return [*(row["accuracy"] for row in measured["attacks"]), measured["worst_case_accuracy"]]
+
+
 def accuracies(measured: Mapping[str, Any]) -> list[str]:
-    """Accuracies of one checkpoint under each attack, then under all combined, as shown."""
-    values = [*(row["accuracy"] for row in measured["attacks"]), measured["worst_case_accuracy"]]
-    return [f"{value:.4f}" for value in values]
+    """`values` as shown."""
+    return [f"{value:.4f}" for value in values(measured)]
 
 
 def apart(results: Mapping[str, Any]) -> bool:

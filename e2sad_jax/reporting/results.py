@@ -144,9 +144,7 @@ def of_seeds(by_seed: Sequence[Mapping[str, Mapping[str, Any]]]) -> Table:
         if any(card.apart(run) for run in runs):
             kinds[f"{name}, best"] = [run["best"] or run for run in runs]
         for heading_of, measured in kinds.items():
-            values = np.array(
-                [[*(row["accuracy"] for row in m["attacks"]), m["worst_case_accuracy"]] for m in measured]
-            )
+            values = np.array([card.values(one) for one in measured])
             spread = values.std(0, ddof=1)
             columns[heading_of] = [f"{mean:.4f} ± {s:.4f}" for mean, s in zip(values.mean(0), spread, strict=True)]
     any_run = next(iter(first.values()))

@@ -178,7 +178,7 @@ def run(request: Request) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigError(f"--attack={attack.name}: {error}") from error
     n = len(model.images)
-    if not black_box.has_gradient(model):
+    if _is_exported(request.predict) and not black_box.has_gradient(model):
         return _without_gradient(request, asked, model, substitute, more)
     total = effort.work(n, model.num_classes, substitute is not None, model.images.ndim, model.detector is not None)
     total += n * sum(attack.gradients(model.num_classes) for attack in more)

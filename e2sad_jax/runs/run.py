@@ -203,7 +203,8 @@ def train_seeds(by_seed: Sequence[Sequence[Config]], suite: str) -> None:
         except NonFiniteError as error:
             if len(by_seed) == 1:
                 raise
-            print(f"seed {seed}: {error}", file=sys.stderr, flush=True)
+            if distributed.is_main():
+                print(f"seed {seed}: {error}", file=sys.stderr, flush=True)
             diverged.append(str(seed))
             continue
         if results:
