@@ -52,7 +52,7 @@ DEFINE: Mapping[type, Callable[..., Any]] = {
     str: flags.DEFINE_string,
     tuple: flags.DEFINE_multi_string,
 }
-MOST_SEEDS = 1000
+MOST_SEEDS = 1000  # all their settings are checked before the first is trained
 KINDS = {"int": "an integer", "float": "a number", "bool": "true or false"}  # by absl's names
 
 

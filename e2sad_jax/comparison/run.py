@@ -76,13 +76,14 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
         name: [match_flops(request, config, shape, num_classes) for config in request.configs(name)]
         for name in sorted(request.entries(), key=position)
     }
+    faced = question(request, dataset)
     for name, configs in asked.items():
         same = [row for row in earlier if _settings_then(row) == settings_of(configs[0])]
         measured = {
             run["seed"]: {"origin": row["origin"], **run}
             for row in same
             for run in row["runs"]
-            if run["asked"] == question(request, dataset)
+            if run["asked"] == faced
         }
         for config in configs:
             if config.seed in measured and not os.path.exists(config.workdir):

@@ -299,6 +299,7 @@ class _Trainer:
         self._start, self._began = self._first.step, time.monotonic()
         self._before = [run.checkpoints.seconds(self._start) if self._start else 0.0 for run in runs]
         first = self._first
+        self._resident = len(runs) > 1 or is_resident(first.config, first.train_set.x_train)
         self._logits = jit(lambda params, x: networks.logits_fn(first.model, params)(first.transform.apply(x)))
 
     def seconds(self, member: int) -> float:
@@ -324,9 +325,9 @@ class _Trainer:
                 else ""
             )
             print(f"Memory of perturbations ({first.config.memory}): {size / 1e6:,.1f} MB{share}", file=sys.stderr)
-        x = first.train_set.x_train
-        if len(runs) == 1 and not silent and not is_resident(first.config, x):
-            print(f"Training images ({x.nbytes / 1e6:,.1f} MB) stay on the host (--resident)", file=sys.stderr)
+        if not (self._resident or silent):
+            size = first.train_set.x_train.nbytes
+            print(f"Training images ({size / 1e6:,.1f} MB) stay on the host (--resident)", file=sys.stderr)
         with Bar(title, steps, "steps", initial=self._start, silent=silent) as bar:
             self._bar, self._told = bar, set[int]()
             tracked = [run for run in runs if run.config.tracker and not silent]
@@ -468,7 +469,7 @@ class _Trainer:
                 f"--eval_batch_size (now {config.eval_batch_size}), or --batch_size (now {config.batch_size}) with another "
                 "--workdir"
             )
-            if len(self._runs) == 1 and is_resident(config, first.train_set.x_train):
+            if len(self._runs) == 1 and self._resident:
                 lower += ", or training images on the host (--resident=host)"
             kept = f"{first.saved()}, and the same command resumes from there"
             if named := as_device_error(error, f"in training, after step {bar.done:,}", kept, lower):
