@@ -36,6 +36,8 @@ class AutoResult:
         misclassified and accepted.
       alone: by stage: how many of the images that it was run on it fooled.
       nan: by stage, "clean" first: how many of the images that it was run on have NaN logits then. They count as fooled.
+      passes: by stage, "clean" first: how often the model was asked about an image, in gradient steps or queries. Of an image
+        that falls to a target the later targets are not tried.
       adversarial: `[N, ...]`, the input that fools the model; where none was found, the clean one. None unless kept.
       rejected: bool `[N]`, whether the model rejects the clean image; None for a model that rejects none.
     """
@@ -43,6 +45,7 @@ class AutoResult:
     standing: Mapping[str, np.ndarray]
     alone: Mapping[str, int]
     nan: Mapping[str, int]
+    passes: Mapping[str, int]
     adversarial: np.ndarray | None
     rejected: np.ndarray | None = None
 
@@ -156,6 +159,7 @@ def _joined(results: Sequence[AutoResult]) -> AutoResult:
         {name: np.concatenate([r.standing[name] for r in results]) for name in results[0].standing},
         {name: sum(r.alone[name] for r in results) for name in results[0].alone},
         {name: sum(r.nan[name] for r in results) for name in results[0].nan},
+        {name: sum(r.passes[name] for r in results) for name in results[0].passes},
         together([r.adversarial for r in results]),
         together([r.rejected for r in results]),
     )
@@ -187,4 +191,5 @@ def run_stages(
     for name, outcome in outcomes.items():
         nan[name] = int(((outcome.prediction == -1) & before).sum())
         before = outcome.withstood
-    return AutoResult(standing, alone, nan, kept[0] if keep else None, outcomes["clean"].rejected)
+    passes = {name: evaluation.passes.get(name, 0) for name in outcomes}
+    return AutoResult(standing, alone, nan, passes, kept[0] if keep else None, outcomes["clean"].rejected)

@@ -303,6 +303,7 @@ class Evaluation:
         self.programs, self.params, self.mesh = programs, placed(params, mesh), mesh
         self.progress: Progress = progress or (lambda name, gradients: None)
         self.finished, self.first = finished, first
+        self.passes: dict[str, int] = {}  # by attack: how often the model was asked about an image
 
     def check(self, attacks: Sequence[Attack]) -> None:
         """Raises an error if an attack cannot run, or two have the same name.
@@ -409,6 +410,7 @@ class Evaluation:
                 withstood = (prediction == self.labels[some]) | rejected
                 yield Batch(some, prediction, rejected, inputs, shown)
                 left.append(some[withstood])
+                self.passes[attack.name] = self.passes.get(attack.name, 0) + len(some) * attack.passes
                 standing -= (fallen := int((~withstood).sum()))
                 done_with = len(some) + (len(ranks) - rank) * fallen
                 self.progress(BEFORE if shown is BEFORE else name(), done_with * of_rank)

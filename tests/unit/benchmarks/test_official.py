@@ -6,20 +6,28 @@ import importlib.util
 import numpy as np
 import pytest
 
-from benchmarks import official
+from benchmarks import official, official_page, official_sides
 from benchmarks.results import provenance_of
 from e2sad_jax._compile import pure
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.evaluation import FAB, STAGES, Model
+
+BALLS = ("0.3", "linf", "l1:0.3", "linf:0", "l2:much", "linf:nan")
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({}, r"--workdir=: must name the folder of a run"),
+        ({"workdir": ("run", "")}, r"--workdir=: must name the folder of a run"),
+        ({"workdir": ("run", "other")}, r"--results=: must name a folder for the page of several runs"),
+        *(
+            ({"ball": (ball,)}, rf"--ball={ball}: must be a norm and a budget above 0, as linf:0\.3 or l2:2")
+            for ball in BALLS
+        ),
         ({"which": "newest"}, r"--which='?newest'?: must be .*last, best, average"),
         ({"judge": "train"}, r"--judge='?train'?: must be .*test, held_out"),
-        ({"attacks": "apgd-ce,pgd"}, r"--attacks=apgd-ce,pgd: 'pgd' must be one of apgd-ce, apgd-t, fab-t, square"),
+        ({"attacks": "apgd-ce,pgd"}, r"--attacks=apgd-ce,pgd: 'pgd' must be one of apgd-ce, apgd-t, square, fab-t"),
         ({"attacks": ""}, r"--attacks=: '' must be one of"),
         ({"examples": -1}, r"--examples=-1: must be at least 0"),
         *(
@@ -31,7 +39,7 @@ from e2sad_jax.evaluation import FAB, STAGES, Model
 )
 def test_a_wrong_argument_is_refused_in_one_line(given, message):
     with pytest.raises(ConfigError, match=message) as told:
-        official.Request(**({"workdir": "run"} if given else {}) | given)
+        official.Request(**({"workdir": ("run",)} if given else {}) | given)
     assert "\n" not in str(told.value)
 
 
@@ -41,13 +49,13 @@ def test_a_wrong_argument_is_refused_in_one_line(given, message):
 def test_packages_that_are_missing_are_named(monkeypatch, missing, named):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else object())
     with pytest.raises(ConfigError, match=rf"^needs {named}, not installed here: pip install -e '\.\[bench\]'$"):
-        official.run(official.Request(workdir="run"))
+        official.run(official.Request(workdir=("run",)))
 
 
 def test_the_effort_is_autoattacks_and_can_be_less():
     ce, targeted, square = STAGES
-    assert official.Request(workdir="run").stages(10) == [ce, targeted, FAB, square]
-    less = official.Request(workdir="run", attacks="square,apgd-t", queries=7, apgd_steps=3)
+    assert official.Request(workdir=("run",)).stages(10) == [ce, targeted, square, FAB]
+    less = official.Request(workdir=("run",), attacks="square,apgd-t", queries=7, apgd_steps=3)
     targeted, square = less.stages(5)
     assert (targeted.name, targeted.steps, targeted.targets) == ("APGD-T", 3, 4), "no more targets than wrong classes"
     assert (square.name, square.steps) == ("Square", 7)
@@ -60,22 +68,34 @@ def test_our_side_has_the_time_of_each_attack():
     apply = pure(lambda params, z: z.reshape(len(z), -1) @ params)
     model = Model("linear", apply, w, x, (x.reshape(8, -1) @ w).argmax(1), batch_size=4)
     stages = [dataclasses.replace(STAGES[i], steps=4) for i in (0, 2)]
-    own = official.ours(model, stages, eps=0.3, norm="linf")
+    own = official_sides.ours(model, stages, eps=0.3, norm="linf")
     assert len(own.seconds) == 2
     assert min(own.seconds) > 0
     assert own.standing[0].all()
     assert own.found.any()
+    assert 0 < own.compiling[0] < own.seconds[0]
+    left = int(own.standing[1].sum())
+    assert (list(own.gradients), list(own.queries)) == ([8 * 4, 0], [0, left * 4])
 
 
-def side(*standing, seconds=(1.25, 2.0)):
-    return official.Side([np.array(list(s)) == "1" for s in standing], seconds, np.zeros((4, 2, 2, 1), np.float32))
+def test_a_run_is_attacked_in_its_own_ball_or_in_those_that_are_given():
+    assert official.Request(workdir=("run",)).balls("l2", 0.5) == [("l2", 0.5)]
+    assert official.Request(workdir=("run",), ball=("linf:0.3", "l2:2")).balls("l2", 0.5) == [
+        ("linf", 0.3),
+        ("l2", 2.0),
+    ]
+
+
+def side(*standing, seconds=(1.25, 2.0), compiling=(0.0, 0.0)):
+    standing = [np.array(list(s)) == "1" for s in standing]
+    return official_sides.Side(standing, seconds, compiling, (400, 0), (44, 9000), np.zeros((4, 2, 2, 1), np.float32))
 
 
 @pytest.fixture
 def result():
-    theirs, own = side("1110", "0110", "0010"), side("1110", "1010", "1010", seconds=(0.5, 4.0))
+    theirs, own = side("1110", "0110", "0010"), side("1110", "1010", "1010", seconds=(0.5, 4.0), compiling=(0.25, 0))
     assert theirs.found.tolist() == [True, True, False, False]
-    found = official.outcome(["APGD-CE", "Square"], theirs, own, np.array([3, 5, 8, 9]))
+    found = official_page.outcome(["APGD-CE", "Square"], theirs, own, np.array([3, 5, 8, 9]))
     about = {"hardware": "CPU, 2 cores, Some CPU", "date": "2026-11-29 09:00 UTC", "commit": "abc123"}
     return {
         "command": "python -m benchmarks.official --workdir=run",
@@ -91,16 +111,20 @@ def result():
 
 def test_images_on_which_the_two_disagree_are_counted_and_named(result):
     clean, first, last = result["rows"]
-    assert (clean["official"], clean["ours"], clean["official_seconds"]) == (0.75, 0.75, None)
+    assert (clean["official"], clean["ours"], "official_seconds" in clean) == (0.75, 0.75, False)
     assert (first["official_alone"], first["ours_alone"], first["official"], first["ours"]) == (1, 1, 0.5, 0.5)
     assert (last["official_alone"], last["ours_alone"], last["official"], last["ours"]) == (1, 0, 0.25, 0.5)
     assert result["differ"] == [{"image": 3, "official": "APGD-CE", "ours": None}]
 
 
 def test_the_page_holds_the_table_and_its_provenance(result):
-    page = official.page(result)
-    assert "| APGD-CE | 0.5000 | 0.5000 | 1 | 1 | 1.2 | 0.5 |" in page
-    assert "| Square | 0.2500 | 0.5000 | 1 | 0 | 2.0 | 4.0 |" in page
+    page = official_page.page([result])
+    assert "| APGD-CE | 0.5000 | 0.5000 | 1 | 1 | 400 | 400 | 44 | 44 | 1.2 | 0.5 | 0.2 |" in page
+    assert "| Square | 0.2500 | 0.5000 | 1 | 0 | 0 | 0 | 9,000 | 9,000 | 2.0 | 4.0 | 0.0 |" in page
+    # All attacks of the official version, and of ours those that are its default.
+    assert (
+        "| e2sad, 1,000 steps | digits | l-infinity, 0.2 | 0.750 | 0.250 | 0.500 |  | 400 | 400 | 3 | 4 | 0 |" in page
+    )
     assert "Of 2 adversarial images of the official code, JAX misclassifies 2; 0 lie outside the ball" in page
     assert "- Image 3: official APGD-CE, ours robust." in page
     assert "- The official code warned: it seems to be a dynamic defense!" in page
@@ -110,11 +134,11 @@ def test_the_page_holds_the_table_and_its_provenance(result):
 
 
 def test_an_image_outside_its_ball_and_a_weaker_worst_case_fail(result):
-    assert official.failures(result) == ["ours leaves 0.5000, the official code 0.2500"]
+    assert official_page.failures([result]) == ["e2sad, l-infinity, 0.2: ours leaves 0.5000, the official code 0.2500"]
     result["rows"][-1]["ours"] = 0.26
-    assert official.failures(result) == []
+    assert official_page.failures([result]) == []
     result["official_images"]["outside"] = 1
-    assert official.failures(result) == ["official_images: 1 outside the ball"]
+    assert official_page.failures([result]) == ["e2sad, l-infinity, 0.2: official_images: 1 outside the ball"]
 
 
 def test_distances_are_those_of_the_norm():

@@ -40,6 +40,17 @@ def test_on_a_linear_model_it_finds_the_exact_worst_case(problem, result):
     ]
 
 
+def test_it_says_how_often_the_model_was_asked(problem, result):
+    """Images that have fallen are asked no more, nor, of a targeted attack, those that have fallen to a target before."""
+    clean, first, second = (int(result.standing[name].sum()) for name in ("clean", "APGD-CE", "APGD-T"))
+    assert result.passes["clean"] == N
+    assert result.passes["APGD-CE"] == 10 * clean
+    assert 10 * (first + 3 * second) <= result.passes["APGD-T"] <= 10 * 4 * first
+    assert result.passes["Square"] == 60 * second
+    other = auto(kept, problem.w, problem.images, problem.labels, eps=EPS, stages=STAGES, batch_size=50)
+    assert other.passes == result.passes, "padding counts as no image"
+
+
 def test_the_images_it_keeps_fool_the_model_inside_the_ball(problem, result):
     x, fooled = problem.images, result.standing["clean"] & ~result.robust
     assert (linear(problem.w, result.adversarial).argmax(1) != problem.labels)[fooled].all()
@@ -72,7 +83,7 @@ def test_the_parts_of_a_data_set_give_what_all_of_it_gives(problem, result):
     np.testing.assert_allclose(result.adversarial, other.adversarial, atol=1e-6)
     for name in result.standing:
         np.testing.assert_array_equal(result.standing[name], other.standing[name])
-    assert (other.alone, other.nan) == (result.alone, result.nan)
+    assert (other.alone, other.nan, other.passes) == (result.alone, result.nan, result.passes)
     of_all = len(traced)
     auto(apply, problem.w, itertools.islice(parts(), 1), None, eps=EPS, stages=STAGES, batch_size=16)
     assert len(traced) == 2 * of_all, "later parts compile nothing"

@@ -1,0 +1,178 @@
+"""official.md: the two sides of `benchmarks.official` beside each other."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.official_sides import Side
+from e2sad_jax.reporting.table import Table
+
+TOLERANCE = 0.01  # of accuracy
+ADDED = "FAB-T"  # the attack that `evaluation.auto` leaves out by default
+
+
+def outcome(stages: Sequence[str], theirs: Side, own: Side, places: np.ndarray) -> dict[str, Any]:
+    """Both sides after each attack, and every image on which they disagree at the end.
+
+    Args:
+      stages: names of the attacks.
+      theirs: what the official code found.
+      own: what `evaluation.auto` found.
+      places: `[N]`, of the images in their data set.
+
+    Returns:
+      "rows" and "differ", for JSON.
+    """
+    rows: list[dict[str, Any]] = []
+    for i, name in enumerate(("clean", *stages)):
+        they, we = theirs.standing[i], own.standing[i]
+        row = {
+            "attack": name,
+            "official": float(they.mean()),
+            "ours": float(we.mean()),
+            "official_alone": int((we & ~they).sum()),
+            "ours_alone": int((they & ~we).sum()),
+        }
+        for side, of in (("official", theirs), ("ours", own)) if i else ():
+            row |= {f"{side}_seconds": round(float(of.seconds[i - 1]), 2), f"{side}_gradients": of.gradients[i - 1]}
+            row |= {f"{side}_queries": of.queries[i - 1]}
+        if i:
+            row["ours_compiling"] = round(float(own.compiling[i - 1]), 2)
+        rows.append(row)
+
+    def fell_to(side: Side, i: Any) -> str | None:
+        return next((n for n, right in zip(("clean", *stages), side.standing, strict=True) if not right[i]), None)
+
+    differ = [
+        {"image": int(places[i]), "official": fell_to(theirs, i), "ours": fell_to(own, i)}
+        for i in np.flatnonzero(theirs.standing[-1] != own.standing[-1])
+    ]
+    return {"rows": rows, "differ": differ}
+
+
+def _ball(result: Mapping[str, Any]) -> str:
+    return f"{'l-infinity' if result['norm'] == 'linf' else result['norm']}, {result['eps']:.4g}"
+
+
+def _default(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of the attacks that `evaluation.auto` has by default."""
+    return [row for row in result["rows"][1:] if row["attack"] != ADDED]
+
+
+def _total(rows: Sequence[Mapping[str, Any]], what: str) -> float:
+    return sum(float(row[what]) for row in rows)
+
+
+def summary(results: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each network and ball: the official standard version beside the default of `evaluation.auto`."""
+    rows = []
+    for result in results:
+        all_rows, own = result["rows"][1:], _default(result)
+        gradients = _total(all_rows, "official_gradients"), _total(own, "ours_gradients")
+        seconds = _total(all_rows, "official_seconds"), _total(own, "ours_seconds")
+        rows.append(
+            [
+                f"{result['defense']}, {result['step']:,} steps",
+                result["data"],
+                _ball(result),
+                f"{result['rows'][0]['ours']:.3f}",
+                f"{all_rows[-1]['official']:.3f}",
+                f"{own[-1]['ours']:.3f}",
+                f"{all_rows[-1]['ours']:.3f}" if len(own) < len(all_rows) else None,
+                f"{gradients[0]:,.0f}",
+                f"{gradients[1]:,.0f}",
+                f"{seconds[0]:,.0f}",
+                f"{seconds[1]:,.0f}",
+                f"{_total(own, 'ours_compiling'):,.0f}",
+            ]
+        )
+    columns = [
+        "network",
+        "data",
+        "ball",
+        "clean",
+        "official",
+        "ours",
+        "ours and FAB-T",
+        "official gradients",
+        "our gradients",
+    ]
+    return Table(columns=[*columns, "official, s", "ours, s", "of it compiling"], rows=rows)
+
+
+def _details(result: Mapping[str, Any]) -> list[str]:
+    """The attacks one by one, and the images on which the sides disagree."""
+
+    def number(row: Mapping[str, Any], key: str, form: str) -> str | None:
+        return f"{row[key]:{form}}" if key in row else None
+
+    sides = ("official", "ours")
+    columns = ["after", *sides, "fell to the official alone", "to ours alone"]
+    columns += [f"{side}, {what}" for what in ("gradients", "queries", "s") for side in sides]
+    table = Table(
+        columns=[*columns, "of ours compiling"],
+        rows=[
+            [
+                row["attack"],
+                *(f"{row[side]:.4f}" for side in sides),
+                row["official_alone"],
+                row["ours_alone"],
+                *(number(row, f"{side}_{what}", ",") for what in ("gradients", "queries") for side in sides),
+                *(number(row, f"{side}_seconds", ".1f") for side in sides),
+                number(row, "ours_compiling", ".1f"),
+            ]
+            for row in result["rows"]
+        ],
+    )
+    they, we, effort, about = (result[key] for key in ("official_images", "our_images", "effort", "environment"))
+    notes = [
+        f"Logits in PyTorch and JAX differ by at most {result['logits_differ']:.1e}.",
+        f"Of {they['found']:,} adversarial images of the official code, JAX misclassifies {they['misclassified']:,}; "
+        f"{they['outside']:,} lie outside the ball (largest change {they['largest']:.6f}).",
+        f"Of {we['found']:,} of ours, PyTorch misclassifies {we['misclassified']:,}; {we['outside']:,} lie outside the ball "
+        f"(largest change {we['largest']:.6f}).",
+        *(
+            f"Image {d['image']:,}: official {d['official'] or 'robust'}, ours {d['ours'] or 'robust'}."
+            for d in result["differ"]
+        ),
+        *(f"The official code warned: {warning}" for warning in result["warnings"]),
+    ]
+    return [
+        f"## {result['defense']}, {result['step']:,} steps ({result['which']} weights), {_ball(result)}\n",
+        f"{result['images']} of {result['data']}. APGD {effort['apgd_steps']} steps, {effort['targets']} targets, "
+        f"FAB {effort['fab_steps']} steps, Square {effort['queries']:,} queries.\n",
+        table.markdown(),
+        *(f"- {note}" for note in notes),
+        "",
+        f"`{result['command']}`, {about['hardware']}, {about['date']}, commit {about['commit']}; "
+        f"pyautoattack {about['pyautoattack']}, PyTorch {about['torch']}, JAX {about['jax']}",
+        "",
+    ]
+
+
+def page(results: Sequence[Mapping[str, Any]]) -> str:
+    """What official.json holds, in Markdown."""
+    return "\n".join(
+        [
+            "# The official AutoAttack code and `evaluation.auto`\n",
+            "Robust accuracy of the same weights on the same images: the official standard version (APGD-CE, APGD-T, Square "
+            "and FAB-T) beside the default of `evaluation.auto`, which leaves out FAB-T. Each attack is run on the images "
+            "that are left. A gradient is one of one image; a targeted attack takes one for each target and step.\n",
+            summary(results).markdown(),
+            *(line for result in results for line in _details(result)),
+        ]
+    )
+
+
+def failures(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What makes the command end with exit code 1."""
+    found = []
+    for result in results:
+        name, last = f"{result['defense']}, {_ball(result)}", result["rows"][-1]
+        for side in ("official_images", "our_images"):
+            if outside := result[side]["outside"]:
+                found.append(f"{name}: {side}: {outside} outside the ball")
+        if last["ours"] > last["official"] + TOLERANCE:
+            found.append(f"{name}: ours leaves {last['ours']:.4f}, the official code {last['official']:.4f}")
+    return found
