@@ -16,7 +16,7 @@ It takes functions, of any model library:
 * `auto` measures the worst case by AutoAttack's protocol.
 * `transfer` shows the images made for one model to others.
 * `diagnose` measures curves, worst case and transfer of a `Model`, and makes the checks of `masking`.
-* `distances` and `accuracy_at` make the accuracy at every budget of one minimum-norm attack.
+* `distances` and `accuracy_at` make the accuracy at every budget of one minimum-norm attack; `optimality` compares attacks.
 * `wrap` puts normalisation and layout inside a model.
 * `quantize` rounds adversarial images to 8-bit grey levels inside the ball.
 * `surfaces` computes the loss around images.
@@ -25,7 +25,7 @@ It takes functions, of any model library:
 from e2sad_jax.evaluation._entrance import Apply, Detector
 from e2sad_jax.evaluation.attack import SUITES, Attack
 from e2sad_jax.evaluation.autoattack import FAB, ORTHOGONAL, STAGES, AutoResult, auto
-from e2sad_jax.evaluation.curves import accuracy_at, distances
+from e2sad_jax.evaluation.curves import accuracy_at, distances, optimality
 from e2sad_jax.evaluation.diagnosis import Effort, diagnose
 from e2sad_jax.evaluation.evaluator import Outcome, Outcomes, evaluate, nan_logits, predict, transfer
 from e2sad_jax.evaluation.grey import quantize
@@ -60,6 +60,7 @@ __all__ = [
     "of_classifier",
     "of_function",
     "of_stablehlo",
+    "optimality",
     "predict",
     "quantize",
     "transfer",

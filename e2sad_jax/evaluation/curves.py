@@ -76,6 +76,36 @@ def accuracy_at(distances: Any, budgets: Any) -> np.ndarray:
     return np.asarray((far > (radius + np.minimum(SLACK, radius))[..., None]).mean(-1))
 
 
+def optimality(distances: Any, nearest: Any) -> float:
+    """Computes how near an attack comes to the nearest adversarial images that are known (AttackBench's local optimality).
+
+    It is the share of the area between the accuracy without attack and the curve of `nearest` that the attack's curve takes
+    away, over all budgets up to the farthest image of `nearest`: 1 for an attack that always finds the nearest, 0 for one that
+    finds none.
+
+    Args:
+      distances: `[N]`, as `distances` returns them: of the attack.
+      nearest: `[N]`, the least of all attacks that are compared, this one among them.
+
+    Raises:
+      ValueError: if the arrays are not `[N]`, one of them has NaN or a number below 0, no attack found anything, or one
+        distance is below the nearest.
+
+    Reference: Cina et al., 2024, https://arxiv.org/abs/2404.19460
+    """
+    own, best = np.asarray(distances, np.float64), np.asarray(nearest, np.float64)
+    if own.shape != best.shape or own.ndim != 1 or not (own >= best).all() or not (best >= 0).all():
+        raise ValueError(
+            f"optimality: distances {own.shape} and nearest {best.shape} must both be [N], and no distance below its nearest"
+        )
+    if not (reach := best[np.isfinite(best)].max(initial=0.0)):
+        raise ValueError("optimality: nearest has no distance that is finite and above 0; no attack has found anything")
+    # The area below an accuracy curve is the mean distance, as far as it counts.
+    area, least = (np.minimum(far, reach).mean() for far in (own, best))
+    most = reach * (best > 0).mean()
+    return float((most - area) / (most - least))
+
+
 def _wide(name: str, images: Any) -> np.ndarray:
     array = _entrance.as_images(images)
     if array.dtype == np.uint8:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from e2sad_jax import attacks, evaluation
-from e2sad_jax.evaluation import Attack, accuracy_at, distances
+from e2sad_jax.evaluation import Attack, accuracy_at, distances, optimality
 from tests.unit.evaluation.conftest import linear
 
 CLEAN = np.full((4, 2, 2, 3), 0.5, np.float32)
@@ -96,3 +96,29 @@ def test_what_cannot_be_right_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             accuracy_at(*given)
+
+
+def test_optimality_is_the_share_of_the_area_that_an_attack_takes():
+    """Against the areas below the curves, summed at many budgets."""
+    rng = np.random.default_rng(0)
+    nearest = np.where(rng.random(50) < 0.1, 0.0, rng.random(50))
+    own = np.where(rng.random(50) < 0.2, np.inf, nearest * 1.5)
+    own[nearest == 0] = 0
+    budgets = (np.arange(100_000) + 0.5) / 100_000 * nearest.max()
+    area, least = (np.mean((far[:, None] > budgets).mean(0)) for far in (own, nearest))
+    clean = (nearest > 0).mean()
+    assert optimality(own, nearest) == pytest.approx((clean - area) / (clean - least), abs=1e-4)
+    assert optimality(nearest, nearest) == 1
+    assert optimality(np.where(nearest > 0, np.inf, 0), nearest) == 0
+
+
+def test_optimality_of_what_cannot_be_is_refused():
+    for own, nearest, message in [
+        ([1.0], [1.0, 2.0], r"distances \(1,\) and nearest \(2,\) must both be \[N\]"),
+        ([1.0, 1.0], [1.0, 2.0], "no distance below its nearest"),
+        ([np.nan], [1.0], "no distance below"),
+        ([np.inf], [np.inf], "no attack has found anything"),
+        ([1.0], [0.0], "no attack has found anything"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            optimality(own, nearest)

@@ -1,0 +1,89 @@
+"""benchmarks.optimality: our side on a linear model, whose distances are known; the page from made-up outcomes."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from benchmarks import optimality
+from benchmarks.results import provenance_of
+from e2sad_jax._compile import pure
+from e2sad_jax.errors import ConfigError
+from e2sad_jax.evaluation import Model
+
+linear = pure(lambda params, z: z.reshape(len(z), -1) @ params)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"workdir": ()}, "--workdir=: must name the folder of a run"),
+        ({"workdir": ("",)}, "--workdir=: must name the folder of a run"),
+        ({"norm": ("linf", "l1")}, "--norm=l1: must be one of linf, l2"),
+        *(({name: 0}, f"--{name}=0: must be at least 1") for name in ("examples", "steps", "rounds", "batch_size")),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_is_refused_in_one_line(given, message):
+    with pytest.raises(ConfigError, match=message):
+        optimality.Request(**{"workdir": ("run",)} | given)
+
+
+def test_packages_that_are_missing_are_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "adv_lib" else object())
+    with pytest.raises(
+        ConfigError, match=r"^needs adv-lib, not installed here: see the top of benchmarks/optimality\.py$"
+    ):
+        optimality.run(optimality.Request(workdir=("run",)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    rng = np.random.default_rng(0)
+    w, x = rng.normal(size=(12, 2)).astype(np.float32), rng.uniform(0.4, 0.6, size=(8, 2, 6, 1)).astype(np.float32)
+    labels = (x.reshape(8, -1) @ w).argmax(1)
+    labels[0] = 1 - labels[0]
+    return Model("linear", linear, w, x, labels, (-5.0, 5.0), batch_size=4).compiled()
+
+
+@pytest.mark.usefixtures("unoptimized")
+@pytest.mark.parametrize(("norm", "dual"), [("linf", 1), ("l2", 2)])
+def test_on_a_linear_model_all_find_the_nearest(model, norm, dual):
+    difference = model.params[:, 0] - model.params[:, 1]
+    lead = np.abs(model.images.reshape(8, -1) @ difference)
+    exact = lead / np.linalg.norm(difference, dual)
+    exact[0] = 0  # misclassified as it is
+    assert exact[1:].min() > 0.005
+    asked = optimality.Request(workdir=("run",), steps=100, rounds=12)
+    makers = optimality.ours(model, norm, asked)
+    assert set(makers) == {"FMN", "FAB", optimality.APGD} | ({"DDN"} if norm == "l2" else set())
+    for name, make in makers.items():
+        apgd = name == optimality.APGD
+        far = optimality.least(model, make, norm, 12) if apgd else optimality.reach(model, make, norm)
+        step = optimality.FARTHEST[norm] / 2**12 if apgd else 0
+        assert (far >= exact - 1e-6).all(), name
+        assert (far <= 1.05 * exact + step + 1e-6).all(), name
+
+
+def test_the_page_holds_both_sides_and_its_provenance():
+    far = {"ours": np.array([0.0, 1.0, 2.0]), "theirs": np.array([0.0, 2.0, np.inf])}
+    found = {
+        ("FMN", side): values for side, values in zip((optimality.OURS, optimality.THEIRS), far.values(), strict=True)
+    }
+    rows = optimality.summarise(found, dict.fromkeys(found, 1.25))
+    assert [(row["optimality"], row["median"], row["found"]) for row in rows] == [(1.0, 1.0, 3), (0.0, 2.0, 2)]
+    about = {"hardware": "CPU, 2 cores, Some CPU", "date": "2026-11-29 09:00 UTC", "commit": "abc123"}
+    result = {
+        **{
+            "command": "python -m benchmarks.optimality --workdir=run",
+            "defense": "e2sad",
+            "step": 1000,
+            "data": "digits",
+        },
+        "environment": {**about, "adv-lib": "0.2.8", "torch": "2.13.0", "jax": "0.10.2"},
+        **{"images": "3 of 355 test images", "norm": "linf", "steps": 100, "rounds": 8, "rows": rows},
+    }
+    page = optimality.page([result])
+    assert "| FMN | 100.0 | 0.0 | 1.0000 | 2.0000 | 1.2 | 1.2 |" in page
+    (found_about,) = provenance_of(page)
+    assert (found_about["command"], found_about["commit"]) == (result["command"], "abc123")
