@@ -5,7 +5,8 @@ python -m benchmarks.official --workdir=runs/a --workdir=runs/b --ball=linf:0.3 
 
 A run's network is carried to PyTorch, where the code of Croce and Hein (https://github.com/fra31/auto-attack, which
 `pyautoattack` packages) attacks it: version "standard", in the ball of the run's own eps1, or in those that are given. FAB-T
-comes last on both sides, so that the page shows what it adds to the three attacks that `evaluation.auto` has by default.
+comes last on both sides, so that the page shows what it adds to the three attacks that `evaluation.auto` has by default. With
+`--noise=0.1` the network draws Gaussian noise on its inputs, and both sides attack the mean of 20 draws: version "rand".
 Prints a Markdown page, and writes official.md and official.json after each network and ball. Ends with exit code 1 if one of
 the official images leaves its ball, or if `evaluation.auto` leaves an accuracy more than a point above the official one.
 """
@@ -17,27 +18,33 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from benchmarks.official_page import failures, outcome, page
-from benchmarks.official_sides import Side, carried, counted, official, ours, right_in_torch, tensor
+from benchmarks.official_sides import Side, carried, counted, noisy, official, ours, right_in_torch, tensor
 from e2sad_jax import cli, data
 from e2sad_jax._io import check_folder, digest, read_json, write_json, write_text
 from e2sad_jax.comparison.request import JUDGES
 from e2sad_jax.data.dataset import hold_out, in_words
 from e2sad_jax.errors import ConfigError
-from e2sad_jax.evaluation import FAB, STAGES, Attack, distances, of_classifier
+from e2sad_jax.evaluation import FAB, STAGES, Attack, Model, distances, of_classifier
 from e2sad_jax.evaluation.curves import SLACK
 from e2sad_jax.reporting import provenance
 from e2sad_jax.runs.classifier import CHOICES, Classifier, load
 from e2sad_jax.training.config import check, setting
 from experiments.step_cost.peers import SHIPPED_BY
 
-ATTACKS = dict(zip(("apgd-ce", "apgd-t", "square", "fab-t"), (*STAGES, FAB), strict=True))
+DLR = Attack("APGD-DLR", "apgd", steps=100, loss="dlr")
+ATTACKS = dict(zip(("apgd-ce", "apgd-t", "square", "fab-t", "apgd-dlr"), (*STAGES, FAB, DLR), strict=True))
+VERSIONS = {"standard": ("apgd-ce", "apgd-t", "square", "fab-t"), "rand": ("apgd-ce", "apgd-dlr")}
+DRAWS, JUDGED_BY = (
+    20,
+    100,
+)  # draws that an attack averages over, as the official version does; draws of the last verdict
 NORMS = {"linf": "Linf", "l2": "L2"}
 BALL = "norm and budget, as linf:0.3 or l2:2, may be given several times; none: the ball of the run's training"
 
@@ -56,7 +63,8 @@ class Request:
     judge: str = setting("test", "which images are attacked", choices=tuple(JUDGES))
     examples: int = setting(1000, "images, a sample stratified by class, or all if there are fewer; 0: all", lower=0)
     data_dir: str = setting("", "folder of data sets; empty: that of the run")
-    attacks: str = setting(",".join(ATTACKS), f"attacks, in this order, of {','.join(ATTACKS)}")
+    noise: float = setting(0.0, "standard deviation of Gaussian noise on the inputs; 0: none", lower=0)
+    attacks: str = setting("", f"attacks, of {','.join(ATTACKS)}; empty: those of the version")
     apgd_steps: int = setting(100, "steps of APGD-CE and of APGD-T", lower=1)
     targets: int = setting(9, "wrong classes that APGD-T and FAB-T try", lower=1)
     fab_steps: int = setting(100, "steps of FAB-T", lower=1)
@@ -73,13 +81,19 @@ class Request:
         if len(self.workdir) > 1 and not self.results:
             raise ConfigError("--results=: must name a folder for the page of several runs")
         self.balls("linf", 0.0)
-        if unknown := [name for name in self.attacks.split(",") if name not in ATTACKS]:
+        if unknown := [name for name in self.attacks.split(",") if self.attacks and name not in ATTACKS]:
             raise ConfigError(f"--attacks={self.attacks}: {unknown[0]!r} must be one of {', '.join(ATTACKS)}")
+
+    @property
+    def version(self) -> str:
+        """The official code's name of what attacks such a network."""
+        return "rand" if self.noise else "standard"
 
     @property
     def names(self) -> list[str]:
         """The attacks, in the order in which they run."""
-        return [name for name in ATTACKS if name in self.attacks.split(",")]
+        chosen = self.attacks.split(",") if self.attacks else VERSIONS[self.version]
+        return [name for name in ATTACKS if name in chosen]
 
     def balls(self, norm: str, eps: float) -> list[tuple[str, float]]:
         """(norm, budget) of each ball, or the run's own, which is given.
@@ -107,6 +121,7 @@ class Request:
             "apgd-t": {"steps": self.apgd_steps, "targets": targets},
             "fab-t": {"steps": self.fab_steps, "targets": targets},
             "square": {"steps": self.queries},
+            "apgd-dlr": {"steps": self.apgd_steps},
         }
         return [dataclasses.replace(ATTACKS[name], **effort[name]) for name in self.names]
 
@@ -123,7 +138,7 @@ def check_installed() -> None:
 
 
 def adversary(net: Any, norm: str, eps: float, num_classes: int, asked: Request) -> Any:
-    """The official AutoAttack of version "standard", its effort that which is asked.
+    """The official AutoAttack of the version that is asked, with its effort.
 
     Args:
       net: the network in PyTorch, `counted`.
@@ -135,7 +150,7 @@ def adversary(net: Any, norm: str, eps: float, num_classes: int, asked: Request)
     from pyautoattack import AutoAttack
 
     device = next(net.parameters()).device
-    found = AutoAttack(net, norm=NORMS[norm], eps=eps, seed=asked.seed, version="standard", device=device)
+    found = AutoAttack(net, norm=NORMS[norm], eps=eps, seed=asked.seed, version=asked.version, device=device)
     for apgd in (found.apgd, found.apgd_targeted):
         if apgd.n_iter != asked.apgd_steps:
             apgd.n_iter = apgd.n_iter_orig = steps = asked.apgd_steps
@@ -215,9 +230,20 @@ def answer(duel: Duel, asked: Request, folder: pathlib.Path) -> dict[str, Any]:
     batch_size = min(asked.batch_size, len(places))
     model = of_classifier(trained, sample.x_test, sample.y_test, batch_size=batch_size, seed=asked.seed)
     net, logits_differ = carried(trained, model.images, batch_size)
+    if asked.noise:
+        net = noisy(net, asked.noise, asked.seed)
+        model = dataclasses.replace(model, apply=_drawing(trained, asked.noise), draws=DRAWS)
     effort = {name: getattr(asked, name) for name in ("apgd_steps", "targets", "fab_steps", "queries", "seed")}
     # An attack that another version or order has finished is begun again.
-    question = {**effort, "attacks": asked.names, "batch_size": batch_size, "eps": eps, "norm": norm, **_versions()}
+    question = {
+        **effort,
+        "noise": asked.noise,
+        "attacks": asked.names,
+        "batch_size": batch_size,
+        "eps": eps,
+        "norm": norm,
+        **_versions(),
+    }
     arrays = {"images": model.images, "labels": model.labels}
     arrays |= {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(trained.params))}
     name = digest(arrays, json.dumps(question, sort_keys=True))[:8]
@@ -261,7 +287,25 @@ def answer(duel: Duel, asked: Request, folder: pathlib.Path) -> dict[str, Any]:
         **outcome([stage.name for stage in stages], theirs, own, places),
         "official_images": checked(theirs, ~model.right_on(theirs.images.clip(0, 1))),
         "our_images": checked(own, ~in_torch),
+        **({"noise": asked.noise, "judged": _judged(model, theirs, own)} if asked.noise else {}),
         "warnings": warnings,
+    }
+
+
+def _drawing(trained: Classifier, noise: float) -> Callable[..., jax.Array]:
+    def apply(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
+        return trained.apply(params, x + noise * jax.random.normal(key, x.shape, x.dtype))
+
+    return apply
+
+
+def _judged(model: Model, theirs: Side, own: Side) -> dict[str, float]:
+    """The accuracy on each side's images by the mean of many draws, which neither has seen."""
+    judge = dataclasses.replace(model, draws=JUDGED_BY, seed=model.seed + 1)
+    low, high = model.bounds
+    return {
+        side: float(judge.right_on(of.images.clip(low, high)).mean())
+        for side, of in (("official", theirs), ("ours", own))
     }
 
 

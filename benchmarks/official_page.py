@@ -136,6 +136,12 @@ def _details(result: Mapping[str, Any]) -> list[str]:
             f"Image {d['image']:,}: official {d['official'] or 'robust'}, ours {d['ours'] or 'robust'}."
             for d in result["differ"]
         ),
+        *(
+            f"The network draws noise of deviation {result['noise']:g}, so a verdict is one of chance. By the mean of other draws "
+            f"it classifies {result['judged']['official']:.3f} of the official images correctly, {result['judged']['ours']:.3f} "
+            "of ours."
+            for _ in range("noise" in result)
+        ),
         *(f"The official code warned: {warning}" for warning in result["warnings"]),
     ]
     return [

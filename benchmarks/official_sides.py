@@ -113,6 +113,23 @@ def counted(net: Any) -> Any:
     return Counted().eval()
 
 
+def noisy(net: Any, noise: float, seed: int) -> Any:
+    """The `torch.nn.Module` with Gaussian noise of this deviation on its inputs, a draw at each call."""
+    import torch
+
+    class Noisy(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+            self.generator = torch.Generator(next(net.parameters()).device).manual_seed(seed)
+
+        def forward(self, x: Any) -> Any:
+            drawn = torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
+            return self.net(x + noise * drawn)
+
+    return Noisy().eval()
+
+
 def official(
     official_code: Any, model: Model, names: Sequence[str], batch_size: int, kept: pathlib.Path | None = None
 ) -> tuple[Side, list[str]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -35,7 +36,12 @@ def with_transposes(product: Function, kernel_dtype: Any = None) -> Three:
 
 
 def bilinear(
-    name: str, functions: Three, *, static: Sequence[str], on: Mapping[str, Three] = types.MappingProxyType({})
+    name: str,
+    functions: Three,
+    *,
+    static: Sequence[str],
+    on: Mapping[str, Three] = types.MappingProxyType({}),
+    by_image: bool = False,
 ) -> Primitive:
     """A product that is linear in images and in kernel, with derivatives of every order.
 
@@ -45,12 +51,14 @@ def bilinear(
         last two take `shape`, that of their result, too.
       static: names of further arguments of all three.
       on: the same for platforms that have their own: "cpu", "cuda", "tpu".
+      by_image: whether x and y have a first axis of images, each of which is multiplied by itself.
     """
     names = (name, f"{name}_input_gradient", f"{name}_kernel_gradient")
     product, of_image, of_kernel = (Primitive(one) for one in names)
     static = (*static, "shape")
     for i, primitive in enumerate((product, of_image, of_kernel)):
-        define(primitive, functions[i], static, {platform: own[i] for platform, own in on.items()})
+        own_functions = {platform: own[i] for platform, own in on.items()}
+        define(primitive, functions[i], static, own_functions, by_image and primitive is not of_kernel)
 
     def to_image(image: Any, y: jax.Array, w: jax.Array, kwargs: Any) -> jax.Array:
         return of_image.bind(y, w, shape=image.aval.shape, **kwargs)
@@ -85,6 +93,7 @@ def define(
     xla: Function,
     static: Sequence[str] = (),
     on: Mapping[str, Function] = types.MappingProxyType({}),
+    by_image: bool = False,
 ) -> None:
     """What JAX has to know of a primitive, its derivatives aside.
 
@@ -92,7 +101,9 @@ def define(
       primitive: to be defined.
       xla: what it is.
       static: names of its parameters.
-      on: what it is on platforms that have their own; that of the CPU not in programs without loops, nor under `vmap`.
+      on: what it is on platforms that have their own; that of the CPU not in programs without loops, nor under `vmap`, but for
+        that of images alone where it works `by_image`.
+      by_image: whether the first axis of its first operand and of its result is of images, each computed by itself.
     """
 
     @functools.partial(jax.jit, static_argnames=tuple(static))
@@ -111,6 +122,14 @@ def define(
     elsewhere = {platform: own for platform, own in on.items() if platform != "cpu" and own is not xla}
 
     def batched(args: Sequence[jax.Array], axes: Sequence[int | None], **params: Any) -> tuple[jax.Array, int]:
+        if by_image and axes[0] is not None and set(axes[1:]) == {None}:  # that many more images
+            images = jnp.moveaxis(args[0], axes[0], 0)
+            size, n = images.shape[:2]
+            if "shape" in params:
+                params["shape"] = (size * n, *params["shape"][1:])
+            result = primitive.bind(images.reshape(size * n, *images.shape[2:]), *args[1:], **params)
+            return result.reshape(size, n, *result.shape[1:]), 0
+
         def many(function: Function) -> Function:
             return jax.vmap(functools.partial(function, **params), in_axes=tuple(axes))
 

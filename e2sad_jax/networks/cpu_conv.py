@@ -219,6 +219,7 @@ conv_p = bilinear(
     XLA,
     static=("padding", "precision"),
     on={"cpu": (_cpu_conv, _cpu_input_gradient, _cpu_kernel_gradient)},
+    by_image=True,
 )
 
 

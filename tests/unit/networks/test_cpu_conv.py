@@ -125,6 +125,25 @@ def test_vmap_over_images_kernels_or_both():
             )
 
 
+@pytest.mark.parametrize("of_gradient", [False, True])
+def test_vmap_over_images_alone_is_more_images(of_gradient):
+    """So attacks by the mean of many draws, or on the gradients of all classes, have the fast form too."""
+    x, w, padding = example("uneven", np.float32)
+    xs = jnp.stack([x, 2 * x])
+
+    def once(x):
+        y, back = jax.vjp(lambda x: cpu_conv.conv(x, w, padding=padding), x)
+        return back(y)[0] if of_gradient else y
+
+    names = [str(eqn.primitive) for eqn in jax.make_jaxpr(jax.vmap(once))(xs).eqns]
+    assert "conv_general_dilated" not in names
+    assert "conv" in names
+    merged = once(xs.reshape(-1, *x.shape[1:]))
+    np.testing.assert_allclose(
+        jax.jit(jax.vmap(once))(xs), merged.reshape(2, len(x), *merged.shape[1:]), rtol=1e-5, atol=1e-5
+    )
+
+
 def convolutions(function, *arguments) -> list[str]:
     """The order of the axes in each convolution that JAX hands to XLA."""
     text = jax.jit(function).lower(*arguments).as_text()

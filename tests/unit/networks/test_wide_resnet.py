@@ -113,7 +113,9 @@ if importlib.util.find_spec("torch"):
         rng = np.random.default_rng(0)
         x = rng.uniform(size=(4, 12, 12, 3)).astype(np.float32)
         variables = model.init(jax.random.key(0), x)
-        stats = jax.tree.map(lambda a: jnp.asarray(rng.uniform(0.2, 0.8, a.shape), a.dtype), variables["batch_stats"])
+        stats = variables["batch_stats"]
+        if not train:  # in training they are where the moments are taken from: as training begins
+            stats = jax.tree.map(lambda a: jnp.asarray(rng.uniform(0.2, 0.8, a.shape), a.dtype), stats)
         variables = {**variables, "batch_stats": stats}
         weights = rng.normal(size=(4, 4)).astype(np.float32)
 
@@ -129,7 +131,8 @@ if importlib.util.find_spec("torch"):
         theirs = (reference(model, p, z, train) * torch.tensor(weights)).sum()
         theirs.backward()
         np.testing.assert_allclose(value, theirs.item(), rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(of_x, z.grad.numpy().transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
+        scale = np.abs(z.grad.numpy()).max()  # of what the small entries are sums of
+        np.testing.assert_allclose(of_x, z.grad.numpy().transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-5 * max(1, scale))
         for path, leaf in jax.tree_util.tree_leaves_with_path(of_params):
             other = p
             for key in path:
