@@ -136,12 +136,7 @@ def _details(result: Mapping[str, Any]) -> list[str]:
             f"Image {d['image']:,}: official {d['official'] or 'robust'}, ours {d['ours'] or 'robust'}."
             for d in result["differ"]
         ),
-        *(
-            f"The network draws noise of deviation {result['noise']:g}, so a verdict is one of chance. By the mean of other draws "
-            f"it classifies {result['judged']['official']:.3f} of the official images correctly, {result['judged']['ours']:.3f} "
-            "of ours."
-            for _ in range("noise" in result)
-        ),
+        *_of_chance(result),
         *(f"The official code warned: {warning}" for warning in result["warnings"]),
     ]
     return [
@@ -154,6 +149,16 @@ def _details(result: Mapping[str, Any]) -> list[str]:
         f"`{result['command']}`, {about['hardware']}, {about['date']}, commit {about['commit']}; "
         f"pyautoattack {about['pyautoattack']}, PyTorch {about['torch']}, JAX {about['jax']}",
         "",
+    ]
+
+
+def _of_chance(result: Mapping[str, Any]) -> list[str]:
+    if "noise" not in result:
+        return []
+    official, ours = (f"{result['judged'][side]:.3f}" for side in ("official", "ours"))
+    return [
+        f"The network draws noise of deviation {result['noise']:g}, so a verdict is one of chance. By the mean of other draws "
+        f"{official} of the official images are classified correctly, {ours} of ours."
     ]
 
 

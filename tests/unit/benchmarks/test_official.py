@@ -27,8 +27,12 @@ BALLS = ("0.3", "linf", "l1:0.3", "linf:0", "l2:much", "linf:nan")
         ),
         ({"which": "newest"}, r"--which='?newest'?: must be .*last, best, average"),
         ({"judge": "train"}, r"--judge='?train'?: must be .*test, held_out"),
-        ({"attacks": "apgd-ce,pgd"}, r"--attacks=apgd-ce,pgd: 'pgd' must be one of apgd-ce, apgd-t, square, fab-t"),
-        ({"attacks": ""}, r"--attacks=: '' must be one of"),
+        (
+            {"attacks": "apgd-ce,pgd"},
+            r"--attacks=apgd-ce,pgd: 'pgd' must be one of apgd-ce, apgd-t, square, fab-t, apgd-dlr",
+        ),
+        ({"attacks": "square,"}, r"--attacks=square,: '' must be one of"),
+        ({"noise": -1.0}, r"--noise=-1\.0: must be at least 0"),
         ({"examples": -1}, r"--examples=-1: must be at least 0"),
         *(
             ({n: 0}, f"--{n}=0: must be at least 1")
@@ -131,6 +135,14 @@ def test_the_page_holds_the_table_and_its_provenance(result):
     for content in (page, result):
         (about,) = provenance_of(content)
         assert (about["command"], about["commit"]) == ("python -m benchmarks.official --workdir=run", "abc123")
+
+
+def test_a_random_network_is_judged_by_draws_of_its_own(result):
+    asked = official.Request(workdir=("run",), noise=0.1, apgd_steps=7)
+    assert (asked.version, asked.names) == ("rand", ["apgd-ce", "apgd-dlr"])
+    assert [(stage.loss, stage.steps) for stage in asked.stages(10)] == [("ce", 7), ("dlr", 7)]
+    page = official_page.page([result | {"noise": 0.1, "judged": {"official": 0.25, "ours": 0.5}}])
+    assert "By the mean of other draws 0.250 of the official images are classified correctly, 0.500 of ours." in page
 
 
 def test_an_image_outside_its_ball_and_a_weaker_worst_case_fail(result):

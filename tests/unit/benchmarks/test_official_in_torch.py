@@ -90,6 +90,25 @@ if importlib.util.find_spec("pyautoattack"):
             official.distances(images, side.images, np.ones(len(images), bool), norm="linf") <= eps + official.SLACK
         ).all()
 
+    def test_both_sides_attack_a_network_that_draws(trained, images):
+        net, _ = official_sides.carried(trained, images)
+        asked = official.Request(workdir=("run",), noise=0.05, apgd_steps=3)
+        drawing = official_sides.noisy(net, asked.noise, 0)
+        x = official_sides.tensor(images, net)
+        first, second = drawing(x), drawing(x)
+        assert not (first == second).all()
+        labels = np.asarray(trained.apply(trained.params, images)).argmax(1)
+        apply = official._drawing(trained, asked.noise)
+        model = Model("digits", apply, trained.params, images, labels, batch_size=8, draws=official.DRAWS)
+        code = official.adversary(official_sides.counted(drawing), "linf", 0.05, 10, asked)
+        assert (code.apgd.eot_iter, code.apgd.n_iter) == (official.DRAWS, 3)
+        theirs, _ = official_sides.official(code, model, asked.names, 8)
+        own = official_sides.ours(model, asked.stages(10), eps=0.05, norm="linf")
+        assert theirs.gradients[0] >= official.DRAWS * 3 * theirs.standing[0].sum()
+        judged = official._judged(model, theirs, own)
+        assert max(judged.values()) < 1
+        assert abs(judged["official"] - judged["ours"]) <= 0.25
+
     def test_the_standard_effort_is_left_as_the_official_code_sets_it(trained, images):
         from pyautoattack import AutoAttack
 
