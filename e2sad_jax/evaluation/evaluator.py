@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from e2sad_jax import _arguments, distributed, losses
-from e2sad_jax._compile import jit
+from e2sad_jax._compile import jit, platform
 from e2sad_jax.evaluation import _entrance
 from e2sad_jax.evaluation._entrance import Apply, Bounds, Detector, Transform
 from e2sad_jax.evaluation.attack import CLEAN, Attack
@@ -23,6 +23,8 @@ from e2sad_jax.evaluation.finished import Finished, Judged, Key, question
 from e2sad_jax.evaluation.programs import Programs, in_batches, placed, programs_of
 
 Progress = Callable[[str, int], None]  # what is done, an attack's name first; gradients since the last call
+PARTS = 8  # the smallest batch that has a program of its own is this part of a whole one
+WORTH = 100  # gradients of a whole batch that compiling such a program has to save
 BEFORE = "finished before"  # instead of the name, for what an earlier call has taken
 Visit = Callable[[Attack, np.ndarray, np.ndarray, np.ndarray], None]  # attack, places, inputs, which of them withstood
 
@@ -143,7 +145,8 @@ def evaluate(
       transform: from images as stored to what `apply` takes and attacks change. None: uint8 is divided by 255, floating
         point stays as it is.
       bounds: range of valid inputs: two numbers, or arrays that broadcast against one image. All inputs lie inside.
-      batch_size: images at once, at least 1. The last batch is filled up, and its padding left out of the result.
+      batch_size: images at once, at least 1. The last batch is filled up, and its padding left out of the result. On the CPU
+        one with few images of a long attack is filled up to a part of `batch_size` alone.
       seed: seed of the random numbers.
       mesh: devices to split batches over, if they divide them.
       progress: called with an attack's name and the number of gradients taken since the last call, summed over the images;
@@ -377,6 +380,7 @@ class Evaluation:
         wide = np.float64 if self.inputs.dtype == np.float64 else np.float32
         finished = None if show is not None or attack.kind == CLEAN else self.finished
         for rank in ranks:
+            size_of = functools.partial(self._size, of_rank * (len(ranks) + 1 - rank))
 
             def key(full: np.ndarray, rank: int = rank) -> Key:
                 return Key(self._question, attack, self.seed, rank, full + self.first)
@@ -398,10 +402,10 @@ class Evaluation:
                 return inputs, prediction, rejected, None if show is None else show(inputs, batch)
 
             left = []
-            for some, (inputs, *judged, shown) in in_batches(dispatch, places, self.batch_size):
+            for some, (inputs, *judged, shown) in in_batches(dispatch, places, self.batch_size, size_of):
                 judged = jax.device_get(judged)
                 if finished is not None and shown is not BEFORE:
-                    full = np.resize(some, self.batch_size)
+                    full = np.resize(some, len(inputs))
                     nothing = np.broadcast_to(np.zeros((), inputs.dtype), inputs.shape)
                     inputs = nothing if keep == "none" else jax.device_get(inputs)
                     whole = Judged(inputs, *judged)
@@ -415,6 +419,19 @@ class Evaluation:
                 done_with = len(some) + (len(ranks) - rank) * fallen
                 self.progress(BEFORE if shown is BEFORE else name(), done_with * of_rank)
             places = np.concatenate([places[:0], *left])
+
+    def _size(self, gradients: int, images: int) -> int:
+        """What a batch of so few images is filled up to: on the CPU, where padding takes as long as images, not all of a batch.
+
+        Args:
+          gradients: that the attack is still to take of each image.
+          images: in the batch.
+        """
+        size = self.batch_size
+        while images <= size // 2 and size // 2 >= self.batch_size // PARTS:
+            size //= 2
+        saves = gradients * (1 - size / self.batch_size) >= WORTH
+        return size if saves and self.mesh is None and platform() == "cpu" else self.batch_size
 
     @functools.cached_property
     def _question(self) -> str:

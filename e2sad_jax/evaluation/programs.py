@@ -22,13 +22,19 @@ from e2sad_jax.evaluation.attack import Attack
 T = TypeVar("T")
 
 
-def in_batches(run: Callable[[np.ndarray], T], places: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, T]]:
+def in_batches(
+    run: Callable[[np.ndarray], T],
+    places: np.ndarray,
+    batch_size: int,
+    size_of: Callable[[int], int] | None = None,
+) -> Iterator[tuple[np.ndarray, T]]:
     """Runs a program over images in batches of one size, and yields results one batch behind, so that no device waits.
 
     Args:
       run: places `[batch_size]` to what the program makes of the images there. It must not wait for the result.
       places: of the images, `[N]`.
       batch_size: images at once.
+      size_of: from the number of images in a batch to the size that it is filled up to; None for `batch_size`.
 
     Yields:
       The places of a batch and its result. The last batch is filled up with its own images: of a result only as many rows
@@ -37,7 +43,7 @@ def in_batches(run: Callable[[np.ndarray], T], places: np.ndarray, batch_size: i
     behind = None
     for first in range(0, len(places), batch_size):
         some = places[first : first + batch_size]
-        result = run(np.resize(some, batch_size))
+        result = run(np.resize(some, batch_size if size_of is None else size_of(len(some))))
         if behind is not None:
             yield behind
         behind = some, result

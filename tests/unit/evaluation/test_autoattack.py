@@ -67,6 +67,25 @@ def test_it_does_not_depend_on_the_batch_size(problem, result):
         np.testing.assert_array_equal(result.standing[name], other.standing[name])
 
 
+@pytest.mark.parametrize(("steps", "sizes"), [(10, {32}), (200, {32, 4})])
+def test_few_images_of_a_long_attack_are_not_filled_up_to_a_whole_batch(problem, steps, sizes):
+    """A program of their own is compiled where it saves more than that."""
+    traced = set()
+
+    def apply(params, x):
+        traced.add(len(x))
+        return linear(params, x)
+
+    n = 42  # five are misclassified as they are
+    stages = [Attack("APGD-CE", "apgd", steps=steps)]
+    settings = dict(eps=EPS, stages=stages, keep=True)
+    found = auto(apply, problem.w, problem.images[:n], problem.labels[:n], batch_size=32, **settings)
+    assert {size for size in traced if size > 2} == sizes  # two images tell the shape of the logits
+    whole = auto(kept, problem.w, problem.images[:n], problem.labels[:n], batch_size=n, **settings)
+    np.testing.assert_array_equal(found.robust, whole.robust)
+    np.testing.assert_allclose(found.adversarial, whole.adversarial, atol=1e-6)
+
+
 def test_the_parts_of_a_data_set_give_what_all_of_it_gives(problem, result):
     """Of any lengths, read one after the other; random starts belong to the place in the whole."""
     cuts, traced = [0, 17, 20, N], []
