@@ -14,7 +14,7 @@ from e2sad_jax._compile import jit
 from e2sad_jax._io import check_folder, read_json, write_json, write_text
 from e2sad_jax.comparison.around import AROUND, COUNTED, FALSE_POSITIVES, Around, Base, Function, inputs
 from e2sad_jax.comparison.flops import step_flops
-from e2sad_jax.comparison.request import JUDGES, Request
+from e2sad_jax.comparison.request import JUDGES, YOUNGER, Request
 from e2sad_jax.data import Dataset
 from e2sad_jax.data.dataset import in_words
 from e2sad_jax.errors import ConfigError, Stopped, close_to
@@ -217,6 +217,7 @@ def _earlier(path: pathlib.Path, asked: Mapping[str, Any], again: Sequence[str])
     try:
         before = read_json(path)
         then = {key: value for key, value in before["asked"].items() if key != "commit"}
+        then["question"] = {**YOUNGER, **then["question"]}
         if then != {key: value for key, value in asked.items() if key != "commit"}:
             return {}
         environment, rows = before["environment"], dict[str, Row]()

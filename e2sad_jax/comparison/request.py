@@ -82,7 +82,8 @@ FASTAT: Mapping[str, tuple[float, float]] = {
 # Its recipe, and the attacks of AutoAttack that are ours, for the fields of a request.
 _FIELD = RECIPES["cifar10"].settings
 _FASTAT: Mapping[str, Any] = {
-    **{name: _FIELD[name] for name in ("data", "model", "batch_size", "learning_rate", "schedule", "delta", "ema")},
+    **{name: _FIELD[name] for name in ("data", "model", "augment", "batch_size", "learning_rate")},
+    **{name: _FIELD[name] for name in ("schedule", "delta", "ema")},
     "validation_examples": _FIELD["validation_examples"],
     **{"eps": _FIELD["eps1"], "eps_warmup": 0.0, "eps_scale": 1.0, "steps": 38_282},  # 100 epochs of 49,000 images
     **{"examples": 10_000, "apgd_steps": 100, "targets": 9, "queries": 5000},
@@ -112,6 +113,19 @@ _PARTS: Mapping[str, Mapping[str, Any]] = {
 REFERENCE = "e2SAD, robust"  # its steps are the budget where all spend the same FLOPs
 PARTS = {f"{REFERENCE}, {name}": {"defense": "e2sad", "preset": "robust", **own} for name, own in _PARTS.items()}
 JUDGES = {"test": "test images", "held_out": "images held out of the training set"}
+
+# Of fields that are younger than a compare.json or cited.json.
+YOUNGER: Mapping[str, Any] = {
+    "delta": 0.0,
+    "eps_scale": 1.0,
+    "ema": 0.0,
+    "last_only": False,
+    "judge": "test",
+    "cited": False,
+    "recipe": "",
+    "width": 0,
+    "augment": "none",
+}
 
 
 def entries() -> dict[str, Mapping[str, Any]]:
@@ -170,6 +184,8 @@ class Request:
     data: str = setting("mnist", DATA)
     data_dir: str = setting("", DATA_DIR)
     model: str = setting("digits_cnn", "network; mnist_cnn is the paper's", choices=NETWORKS)
+    width: int = setting(0, "filters of a residual network's first convolution, 0: its own number", lower=0)
+    augment: str = setting("none", "changes of training images: crop, flip, cutout, separated by commas")
     steps: int = setting(2000, "training steps of each", lower=1)
     batch_size: int = setting(128, "images a step", lower=1)
     eps: float = setting(0.3, "l-infinity budget of training and attack", above=0, upper=1)
@@ -278,6 +294,8 @@ class Request:
             "data",
             "data_dir",
             "model",
+            "width",
+            "augment",
             "steps",
             "batch_size",
             "validation_examples",
@@ -288,7 +306,7 @@ class Request:
         common: dict[str, Any] = {key: getattr(self, key) for key in shared}
         common |= {"soft_label": self.delta > 0, "delta": self.delta or Config.delta}
         if self.recipe:
-            others: tuple[str, ...] = ("optimizer", "weight_decay", "augment")
+            others: tuple[str, ...] = ("optimizer", "weight_decay")
             if self.data == _FIELD["data"]:  # of its images
                 others += ("mean", "std")
             common |= {name: _FIELD[name] for name in others}

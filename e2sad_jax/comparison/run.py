@@ -15,7 +15,7 @@ from e2sad_jax._io import check_folder, read_json, write_json, write_text
 from e2sad_jax.comparison import cited
 from e2sad_jax.comparison.evaluate_model import evaluate_model, question
 from e2sad_jax.comparison.flops import match_flops, step_flops
-from e2sad_jax.comparison.request import Request, position
+from e2sad_jax.comparison.request import YOUNGER, Request, position
 from e2sad_jax.comparison.show import broken, card, markdown, plot
 from e2sad_jax.errors import ConfigError, NonFiniteError, first_line
 from e2sad_jax.reporting import provenance
@@ -23,16 +23,6 @@ from e2sad_jax.runs.folder import read_training
 from e2sad_jax.training import Config
 
 FORMAT = 4
-# Of settings that are younger than a compare.json.
-_DEFAULTS = {
-    "delta": 0.0,
-    "eps_scale": 1.0,
-    "ema": 0.0,
-    "last_only": False,
-    "judge": "test",
-    "cited": False,
-    "recipe": "",
-}
 
 
 def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -194,7 +184,7 @@ def _earlier(
     """Rows that a run before wrote for the same question, with their origin, and whether these are all that it wrote."""
     try:
         before = read_json(path)
-        asked = _DEFAULTS | before["request"]
+        asked = YOUNGER | before["request"]
         now = request.question()
         if differ := [f"--{key}={asked.get(key)} there, {now[key]} now" for key in now if asked.get(key) != now[key]]:
             say(f"{path}: of another question ({'; '.join(differ)}); its rows are left out")

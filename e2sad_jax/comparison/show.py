@@ -26,12 +26,21 @@ def protocol(result: Result) -> list[str]:
     """
     r = result["request"]
     return [
-        f"Trained on {r['data']}: network `{r['model']}`, {_length(r)}, {_seeds(result)}, {_labels(r)}, learning rate "
-        f"{r['learning_rate']:g} ({r['schedule']}), {_rise(r['eps_warmup'])}"
+        f"Trained on {r['data']}: network `{r['model']}`{_width(r)}, {_length(r)}, {_seeds(result)}, "
+        f"{_labels(r)}{_augmented(r)}, learning rate {r['learning_rate']:g} ({r['schedule']}), {_rise(r['eps_warmup'])}"
         f"{', unless a part says otherwise' if r['parts'] else ''}.",
         f"Robust accuracy: the share of {_images(result)} classified correctly under all of {_attacks(result)}; one restart "
         f"each, eps {result['eps']:.4g}.",
     ]
+
+
+def _width(request: Mapping[str, Any]) -> str:
+    return f" of width {width}" if (width := request.get("width")) else ""  # not in files of earlier versions
+
+
+def _augmented(request: Mapping[str, Any]) -> str:
+    changes = request.get("augment", "none")
+    return "" if changes == "none" else f", augmentation ({changes})"
 
 
 def _images(result: Result) -> str:

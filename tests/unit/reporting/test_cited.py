@@ -67,6 +67,9 @@ def test_the_table_has_both_attacks_and_both_prices(tmp_path):
     assert cited._earlier(path, {**asked, "commit": "abe"}, ("natural",)) == {"MagNet": both["MagNet"]}
     assert cited._earlier(path, {**asked, "commit": "abe"}, ("feature squeezing",)) == both
     assert cited._earlier(path, {**asked, "commit": "abe"}, ()) == {}
+    before = {key: value for key, value in asked["question"].items() if key != "width"}
+    write_json(path, {**result, "asked": {**asked, "question": before}})
+    assert cited._earlier(path, asked, ()) == {"natural": both["natural"]}, "of before there was a width"
     assert cited._earlier(path, {**asked, "data": "e"}, ("natural",)) == {}
     for found in both.values():
         del found["origin"]

@@ -305,6 +305,9 @@ def test_fastats_recipe_stands_where_no_flag_is_given():
         assert (config.weight_decay, config.ema, config.eps_warmup) == (5e-4, 0.9995, 0.0)
         assert (config.eps1, config.eps_scale, config.delta) == (8 / 255, 1.0, 0.36)
         assert config.mean.startswith("0.4914")
+    assert Request.of(recipe="fastat", augment="none", width=16).configs("natural")[0].augment == "none"
+    narrow = Request(model="preact_resnet18", width=16, augment="flip").configs("natural")[0]
+    assert (narrow.width, narrow.augment) == (16, "flip")
     short = Request.of(recipe="fastat", data="my.npz", steps=2000, model="digits_cnn", ema=0.0, entry=("PGD-10",))
     (config,) = short.configs("PGD-10")
     assert (short.data, config.steps, config.model, config.ema) == ("my.npz", 2000, "digits_cnn", 0.0), "as given"

@@ -256,6 +256,9 @@ def test_the_table_and_card_of_one_seed_and_of_several(tiny_data, tmp_path, made
         "network `digits_cnn`, 3 steps of 16, 1 seed, soft labels (delta 0.25), budget of training 1.1 eps, "
         "learning rate 0.005 (cyclic)" in page
     )
+    other = show.markdown({**one, "request": {**one["request"], "width": 16, "augment": "crop,flip"}})
+    assert "network `digits_cnn` of width 16, 3 steps" in other
+    assert "soft labels (delta 0.25), budget of training 1.1 eps, augmentation (crop,flip), learning rate" in other
     assert "APGD-CE (2 steps), Square (5 queries); one restart each, eps 0.3" in page, "three classes: no DLR"
     assert "under PGD-10 on 10 held-out images" in page
     assert "- FLOPs: XLA's count for the CPU, JAX " in page
