@@ -1,7 +1,7 @@
 """What an accelerator should run: timed trainings, step costs, comparisons, the paper at full scale. One command after another.
 
 python -m benchmarks.accelerator --list
-python -m benchmarks.accelerator --mnist=mnist.npz --svhn=svhn.npz --minutes=9
+python -m benchmarks.accelerator --mnist=mnist.npz --svhn=svhn.npz --cifar10=cifar10 --minutes=9
 python -m benchmarks.accelerator --mnist=mnist.npz --minutes=9 --first=compare_defenses
 
 Each command resumes by itself or measures again. If one ends early, the message names it and the flag to resume with.
@@ -36,6 +36,7 @@ COMPARISONS = {  # robust accuracy under the worst case, and its price
     "long": ("--steps=30000", "--entry=e2SAD, robust", "--entry=PGD-3"),
     "ablation": ("--steps=6000", "--parts"),
 }
+THROUGHPUTS = {"mnist": (), "preact_resnet18": ("--model=preact_resnet18",)}
 PAPER = {
     "tables": ("--table=1,2",),
     "second_step": ("--study=second_step",),
@@ -70,12 +71,13 @@ class Command:
         return [*self.words, *([f"--time_budget_minutes={seconds / 60:.2f}"] if self.budget else [])]
 
 
-def commands(mnist: str, svhn: str, runs: str, results: str, torch: bool = True) -> list[Command]:
+def commands(mnist: str, svhn: str, cifar10: str, runs: str, results: str, torch: bool = True) -> list[Command]:
     """Returns the commands in their order.
 
     Args:
       mnist: the data set's name, or a file.
       svhn: the same; "" leaves the paper's Table 3 out.
+      cifar10: the same; "" leaves the table of FastAT Benchmark out.
       runs: folder for runs.
       results: folder for results.
       torch: whether PyTorch is installed and timed too.
@@ -93,11 +95,18 @@ def commands(mnist: str, svhn: str, runs: str, results: str, torch: bool = True)
         own = tuple(flag for flag in own if torch or not flag.startswith("--peer"))
         words = ("experiments.step_cost", "--rounds=5", f"--results={results}/step_cost/{name}", *own)
         found.append(Command(f"step_cost_{name}", words))
+    for name, own in THROUGHPUTS.items():
+        found.append(
+            Command(f"throughput_{name}", ("benchmarks.throughput", f"--results={results}/throughput/{name}", *own))
+        )
     for name, own in COMPARISONS.items():
         size = ("--model=mnist_cnn", "--batch_size=256", "--seeds=3", "--examples=10000")
         effort = ("--queries=5000", "--apgd_steps=100")
         where = (f"--data={mnist}", f"--workdir={runs}/compare", f"--results={results}/compare_{name}")
         found.append(Command(f"compare_{name}", ("experiments.compare", *size, *effort, *where, *own)))
+    if cifar10:
+        where = (f"--data={cifar10}", f"--workdir={runs}/compare", f"--results={results}/compare_fastat")
+        found.append(Command("compare_fastat", ("experiments.compare", "--recipe=fastat", "--seeds=3", *where)))
     for name, own in PAPER.items():
         data = svhn if name == "svhn" else mnist
         folder = f"{results}/paper_bf16" if name == "bf16" else f"{results}/paper"
@@ -170,7 +179,7 @@ def call(words: Sequence[str], seconds: float) -> int:
 
 def main(argv: list[str]) -> None:
     torch = importlib.util.find_spec("torch") is not None
-    found = commands(FLAGS.mnist, FLAGS.svhn, FLAGS.runs, FLAGS.results, torch)
+    found = commands(FLAGS.mnist, FLAGS.svhn, FLAGS.cifar10, FLAGS.runs, FLAGS.results, torch)
     try:
         found = chosen(found, FLAGS.first, FLAGS.only)
     except ValueError as error:
@@ -191,6 +200,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("mnist", "mnist", "data set, or a file PATH.npz")
     flags.DEFINE_string("svhn", "", "the same; empty: without Table 3 of the paper")
+    flags.DEFINE_string("cifar10", "", "the same; empty: without the table of FastAT Benchmark")
     flags.DEFINE_string("runs", "runs/accelerator", "folder for runs")
     flags.DEFINE_string("results", "results/accelerator", "folder for results")
     flags.DEFINE_float("minutes", 9.0, "for all commands", lower_bound=2.0)

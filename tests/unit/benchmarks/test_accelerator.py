@@ -7,11 +7,11 @@ import types
 import pytest
 from absl import flags
 
-from benchmarks import accelerator
+from benchmarks import accelerator, throughput
 from e2sad_jax import cli
 from e2sad_jax.runs.recipes import RECIPES
 
-ALL = accelerator.commands("mnist.npz", "svhn.npz", "runs", "out")
+ALL = accelerator.commands("mnist.npz", "svhn.npz", "cifar10.npz", "runs", "out")
 
 
 @pytest.fixture
@@ -34,6 +34,9 @@ def values(monkeypatch):
                 cli.define_flags(RECIPES[name])
             elif name in cli.REQUESTS:
                 cli.define_request(name)
+            elif name == "throughput":
+                for field in dataclasses.fields(throughput.Request):
+                    cli.define_flag(field)
             else:
                 importlib.import_module(f"{module}.__main__").define_flags()
             assert own(["program", *words]) == ["program"], "nothing but flags"
@@ -53,16 +56,18 @@ def test_all_commands_in_their_order():
     assert [command.name for command in ALL] == [
         *("train_float32", "train_tf32", "train_bf16"),
         *("step_cost_eager_torch", "step_cost_ifgsm", "step_cost_precisions"),
-        *("compare_defenses", "compare_defenses_flops", "compare_long", "compare_ablation"),
+        *("throughput_mnist", "throughput_preact_resnet18"),
+        *("compare_defenses", "compare_defenses_flops", "compare_long", "compare_ablation", "compare_fastat"),
         *("paper_tables", "paper_second_step", "paper_figures", "paper_svhn", "paper_studies", "paper_bf16"),
     ]
     for command in ALL:
-        if command.kind != "step_cost":
-            assert f"--data={'svhn' if command.name == 'paper_svhn' else 'mnist'}.npz" in command.words
+        if command.kind not in ("step_cost", "throughput"):
+            other = {"paper_svhn": "svhn", "compare_fastat": "cifar10"}
+            assert f"--data={other.get(command.name, 'mnist')}.npz" in command.words
     folders = [word for command in ALL for word in command.words if word.startswith("--results=")]
     assert len(set(folders)) == len(folders) - 4, "the paper's five parts share one"
-    without = accelerator.commands("mnist", "", "runs", "out", torch=False)
-    assert len(without) == len(ALL) - 1
+    without = accelerator.commands("mnist", "", "", "runs", "out", torch=False)
+    assert len(without) == len(ALL) - 2
     assert not [word for command in without for word in command.words if "torch" in word and word.startswith("--peer")]
 
 
@@ -140,7 +145,7 @@ def test_a_run_that_diverged_or_a_step_that_failed_keeps_nothing_else(where, cod
     ],
 )
 def test_the_last_line_says_how_to_resume(codes, code, said, monkeypatch, capsys):
-    given = dict(mnist="mnist.npz", svhn="", runs="runs", results="out", minutes=60.0, only=[], list=False)
+    given = dict(mnist="mnist.npz", svhn="", cifar10="", runs="runs", results="out", minutes=60.0, only=[], list=False)
     machine = Machine(**codes)
     monkeypatch.setattr(accelerator, "call", machine.call)
     monkeypatch.setattr(accelerator, "FLAGS", types.SimpleNamespace(**given, first=""))
