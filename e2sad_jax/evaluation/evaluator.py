@@ -23,8 +23,7 @@ from e2sad_jax.evaluation.finished import Finished, Judged, Key, question
 from e2sad_jax.evaluation.programs import Programs, in_batches, placed, programs_of
 
 Progress = Callable[[str, int], None]  # what is done, an attack's name first; gradients since the last call
-PARTS = 8  # the smallest batch that has a program of its own is this part of a whole one
-WORTH = 100  # gradients of a whole batch that compiling such a program has to save
+WORTH = 100  # gradients of a whole batch that a program for a smaller one has to save
 BEFORE = "finished before"  # instead of the name, for what an earlier call has taken
 Visit = Callable[[Attack, np.ndarray, np.ndarray, np.ndarray], None]  # attack, places, inputs, which of them withstood
 
@@ -379,8 +378,9 @@ class Evaluation:
         program = self.programs.attack(attack)
         wide = np.float64 if self.inputs.dtype == np.float64 else np.float32
         finished = None if show is not None or attack.kind == CLEAN else self.finished
+        sizes = [self.batch_size]
         for rank in ranks:
-            size_of = functools.partial(self._size, of_rank * (len(ranks) + 1 - rank))
+            size_of = functools.partial(self._size, sizes, of_rank * (len(ranks) + 1 - rank))
 
             def key(full: np.ndarray, rank: int = rank) -> Key:
                 return Key(self._question, attack, self.seed, rank, full + self.first)
@@ -420,18 +420,22 @@ class Evaluation:
                 self.progress(BEFORE if shown is BEFORE else name(), done_with * of_rank)
             places = np.concatenate([places[:0], *left])
 
-    def _size(self, gradients: int, images: int) -> int:
+    def _size(self, sizes: list[int], gradients: int, images: int) -> int:
         """What a batch of so few images is filled up to: on the CPU, where padding takes as long as images, not all of a batch.
 
         Args:
+          sizes: those that have a program; a size that is worth one of its own is added.
           gradients: that the attack is still to take of each image.
           images: in the batch.
         """
+        least = min(size for size in sizes if size >= images)
         size = self.batch_size
-        while images <= size // 2 and size // 2 >= self.batch_size // PARTS:
+        while images <= size // 2:
             size //= 2
-        saves = gradients * (1 - size / self.batch_size) >= WORTH
-        return size if saves and self.mesh is None and platform() == "cpu" else self.batch_size
+        if gradients * (least - size) < WORTH * self.batch_size or self.mesh is not None or platform() != "cpu":
+            return least
+        sizes.append(size)
+        return size
 
     @functools.cached_property
     def _question(self) -> str:

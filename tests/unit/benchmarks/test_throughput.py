@@ -53,4 +53,4 @@ def test_rates_are_images_over_seconds():
     page = throughput.page(result)
     assert "`m` of width 16" in page
     assert "| --resident=host | 1,000 | 3.1 |" in page
-    assert [found["commit"] for found in provenance_of(page)] == ["abc"]
+    assert [found["commit"] for found in provenance_of(result)] == ["abc"]
