@@ -272,7 +272,7 @@ QUESTIONS = (
         " --results=results/step_cost",
     ),
     Question(
-        "What does a step cost in time with AVX-512? (an older commit)",
+        "And on a processor with AVX-512, every preset of e2SAD?",
         *("step_cost/avx512/step_cost.md", "step_cost/avx512/step_cost.json"),
         _step,
     ),
