@@ -81,13 +81,17 @@ class Attack:
         ranks = len(self.ranks(self.targets + 1 if num_classes is None else num_classes))
         method = attacks.ATTACKS.get(self.kind)
         queries = QUERIES_PER_GRADIENT if method is not None and method.family == "score-based" else 1
-        return max(1, self.passes // self.restarts // queries) * self.restarts * ranks
+        return max(1, self._of_a_restart // queries) * self.restarts * ranks
 
     @property
     def passes(self) -> int:
         """How often the model is asked about an image, of a targeted attack for each target: gradient steps or queries."""
+        return max(1, self._of_a_restart) * self.restarts
+
+    @property
+    def _of_a_restart(self) -> int:
         method = attacks.ATTACKS.get(self.kind)
-        return max(1, self.steps if method is None else method.passes(self.steps)) * self.restarts
+        return self.steps if method is None else method.passes(self.steps)
 
     def check(self, num_classes: int, ndim: int) -> None:
         """Raises an error if the attack cannot run on such images and classes.

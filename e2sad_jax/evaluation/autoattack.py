@@ -36,18 +36,18 @@ class AutoResult:
         misclassified and accepted.
       alone: by stage: how many of the images that it was run on it fooled.
       nan: by stage, "clean" first: how many of the images that it was run on have NaN logits then. They count as fooled.
-      passes: by stage, "clean" first: how often the model was asked about an image, in gradient steps or queries. Of an image
-        that falls to a target the later targets are not tried.
       adversarial: `[N, ...]`, the input that fools the model; where none was found, the clean one. None unless kept.
       rejected: bool `[N]`, whether the model rejects the clean image; None for a model that rejects none.
+      passes: by stage, "clean" first: how often the model was asked about an image, in gradient steps or queries, of a random
+        model for each draw. Of an image that falls to a target the later targets are not tried.
     """
 
     standing: Mapping[str, np.ndarray]
     alone: Mapping[str, int]
     nan: Mapping[str, int]
-    passes: Mapping[str, int]
     adversarial: np.ndarray | None
     rejected: np.ndarray | None = None
+    passes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def robust(self) -> np.ndarray:
@@ -83,8 +83,8 @@ def auto(
     """Measures robust accuracy in the worst case over several strong attacks (AutoAttack).
 
     APGD on the cross-entropy, APGD on the targeted DLR loss towards the nine likeliest wrong classes in turn, and Square,
-    which sees no gradient. An image that has fallen is not attacked again: the others are gathered into full batches. So
-    each stage is compiled once, and its cost falls with the images. `FAB` is the attack of AutoAttack that is left out.
+    which sees no gradient. An image that has fallen is not attacked again: the others are gathered into full batches, so
+    the cost of a stage falls with the images. `FAB` is the attack of AutoAttack that is left out.
 
     Args:
       apply: parameters and inputs `[N, ...]` to logits `[N, K]`.
@@ -159,9 +159,9 @@ def _joined(results: Sequence[AutoResult]) -> AutoResult:
         {name: np.concatenate([r.standing[name] for r in results]) for name in results[0].standing},
         {name: sum(r.alone[name] for r in results) for name in results[0].alone},
         {name: sum(r.nan[name] for r in results) for name in results[0].nan},
-        {name: sum(r.passes[name] for r in results) for name in results[0].passes},
         together([r.adversarial for r in results]),
         together([r.rejected for r in results]),
+        {name: sum(r.passes[name] for r in results) for name in results[0].passes},
     )
 
 
@@ -192,4 +192,4 @@ def run_stages(
         nan[name] = int(((outcome.prediction == -1) & before).sum())
         before = outcome.withstood
     passes = {name: evaluation.passes.get(name, 0) for name in outcomes}
-    return AutoResult(standing, alone, nan, passes, kept[0] if keep else None, outcomes["clean"].rejected)
+    return AutoResult(standing, alone, nan, kept[0] if keep else None, outcomes["clean"].rejected, passes)

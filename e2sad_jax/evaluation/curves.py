@@ -84,26 +84,36 @@ def optimality(distances: Any, nearest: Any) -> float:
     finds none.
 
     Args:
-      distances: `[N]`, as `distances` returns them: of the attack.
+      distances: `[N]`, as `distances` returns them: of the attack. It is 0 for an image that is misclassified as it is.
       nearest: `[N]`, the least of all attacks that are compared, this one among them.
 
+    Returns:
+      A number in [0, 1]. Where all images of `nearest` that fall do so at one distance, 1 if the attack finds them there.
+
     Raises:
-      ValueError: if the arrays are not `[N]`, one of them has NaN or a number below 0, no attack found anything, or one
-        distance is below the nearest.
+      ValueError: if the arrays are not `[N]`, a distance is NaN, below 0, or below the nearest, one is above 0 of an image
+        that is misclassified as it is, or no attack found anything.
 
     Reference: Cina et al., 2024, https://arxiv.org/abs/2404.19460
     """
     own, best = np.asarray(distances, np.float64), np.asarray(nearest, np.float64)
-    if own.shape != best.shape or own.ndim != 1 or not (own >= best).all() or not (best >= 0).all():
+    if own.ndim != 1 or own.shape != best.shape:
+        raise ValueError(f"optimality: distances have shape {own.shape} and nearest {best.shape}; both must be [N]")
+    for name, values in (("distances", own), ("nearest", best)):
+        if (wrong := ~(values >= 0)).any():
+            raise ValueError(f"optimality: {name} contain {values[wrong][0]:g}; each must be at least 0")
+    if (wrong := (own < best) | ((best == 0) & (own > 0))).any():
+        i = int(wrong.argmax())
         raise ValueError(
-            f"optimality: distances {own.shape} and nearest {best.shape} must both be [N], and no distance below its nearest"
+            f"optimality: distance {own[i]:g} of image {i} beside the nearest {best[i]:g}; it must be at least that, and 0 "
+            "where that is 0"
         )
     if not (reach := best[np.isfinite(best)].max(initial=0.0)):
         raise ValueError("optimality: nearest has no distance that is finite and above 0; no attack has found anything")
     # The area below an accuracy curve is the mean distance, as far as it counts.
     area, least = (np.minimum(far, reach).mean() for far in (own, best))
     most = reach * (best > 0).mean()
-    return float((most - area) / (most - least))
+    return float((most - area) / (most - least)) if most > least else float((own == best).mean())
 
 
 def _wide(name: str, images: Any) -> np.ndarray:

@@ -130,9 +130,9 @@ def evaluate(
     Random numbers belong to an image's place in `images`. So the outcome of an image depends neither on `batch_size`, nor
     on the number of devices, the other attacks, or their order.
 
-    An attack is compiled once for all budgets of the call. What is compiled is kept for later calls only if `apply` and
-    `transform` are this library's own (`networks.apply_fn`, `data.transforms`). Of another function nobody knows whether
-    it still computes the same.
+    An attack is compiled once for all budgets of the call, and on the CPU perhaps again for a small batch. What is compiled
+    is kept for later calls only if `apply` and `transform` are this library's own (`networks.apply_fn`, `data.transforms`).
+    Of another function nobody knows whether it still computes the same.
 
     Args:
       apply: parameters and inputs `[N, ...]` to logits `[N, K]`, K at least 2. It needs no hash.
@@ -145,7 +145,7 @@ def evaluate(
         point stays as it is.
       bounds: range of valid inputs: two numbers, or arrays that broadcast against one image. All inputs lie inside.
       batch_size: images at once, at least 1. The last batch is filled up, and its padding left out of the result. On the CPU
-        one with few images of a long attack is filled up to a part of `batch_size` alone.
+        a last batch of few images may be filled up to fewer, where that saves more time than another program takes.
       seed: seed of the random numbers.
       mesh: devices to split batches over, if they divide them.
       progress: called with an attack's name and the number of gradients taken since the last call, summed over the images;
@@ -378,20 +378,21 @@ class Evaluation:
         program = self.programs.attack(attack)
         wide = np.float64 if self.inputs.dtype == np.float64 else np.float32
         finished = None if show is not None or attack.kind == CLEAN else self.finished
-        sizes = [self.batch_size]
+        draws = max(1, self.programs.random[0])
         for rank in ranks:
-            size_of = functools.partial(self._size, sizes, of_rank * (len(ranks) + 1 - rank))
+            size_of = functools.partial(self._size, attack, draws * of_rank * (len(ranks) + 1 - rank))
 
-            def key(full: np.ndarray, rank: int = rank) -> Key:
-                return Key(self._question, attack, self.seed, rank, full + self.first)
+            def key(some: np.ndarray, rank: int = rank) -> Key:
+                return Key(self._question, attack, self.seed, rank, some + self.first)
 
-            def needed(full: np.ndarray, judged: Judged) -> np.ndarray:
-                fallen = (judged.prediction != self.labels[full]) & ~judged.rejected
-                return fallen if keep == "fallen" else np.full(len(full), keep == "all")
+            def needed(some: np.ndarray, judged: Judged) -> np.ndarray:
+                fallen = (judged.prediction != self.labels[some]) & ~judged.rejected
+                return fallen if keep == "fallen" else np.full(len(some), keep == "all")
 
             def dispatch(full: np.ndarray, rank: int = rank) -> Any:
                 if finished is not None:
-                    before = finished.read(key(full, rank), functools.partial(needed, full))
+                    some = full[: len(np.unique(full))]  # what is filled up repeats itself
+                    before = finished.read(key(some, rank), functools.partial(needed, some))
                     if before is not None:
                         return *before, BEFORE
                 batch = distributed.split_batch(
@@ -405,36 +406,37 @@ class Evaluation:
             for some, (inputs, *judged, shown) in in_batches(dispatch, places, self.batch_size, size_of):
                 judged = jax.device_get(judged)
                 if finished is not None and shown is not BEFORE:
-                    full = np.resize(some, len(inputs))
                     nothing = np.broadcast_to(np.zeros((), inputs.dtype), inputs.shape)
                     inputs = nothing if keep == "none" else jax.device_get(inputs)
-                    whole = Judged(inputs, *judged)
-                    finished.write(key(full), whole, needed(full, whole))
+                    whole = Judged(*(column[: len(some)] for column in (inputs, *judged)))
+                    finished.write(key(some), whole, needed(some, whole))
                 prediction, rejected = (column[: len(some)] for column in judged)
                 withstood = (prediction == self.labels[some]) | rejected
                 yield Batch(some, prediction, rejected, inputs, shown)
                 left.append(some[withstood])
-                self.passes[attack.name] = self.passes.get(attack.name, 0) + len(some) * attack.passes
+                self.passes[attack.name] = self.passes.get(attack.name, 0) + len(some) * attack.passes * draws
                 standing -= (fallen := int((~withstood).sum()))
                 done_with = len(some) + (len(ranks) - rank) * fallen
                 self.progress(BEFORE if shown is BEFORE else name(), done_with * of_rank)
             places = np.concatenate([places[:0], *left])
 
-    def _size(self, sizes: list[int], gradients: int, images: int) -> int:
+    def _size(self, attack: Attack, gradients: int, images: int) -> int:
         """What a batch of so few images is filled up to: on the CPU, where padding takes as long as images, not all of a batch.
 
         Args:
-          sizes: those that have a program; a size that is worth one of its own is added.
+          attack: whose program it is.
           gradients: that the attack is still to take of each image.
           images: in the batch.
         """
-        least = min(size for size in sizes if size >= images)
-        size = self.batch_size
+        if self.mesh is not None or platform() != "cpu":
+            return self.batch_size
+        sizes, size = self.programs.sizes(attack), self.batch_size
+        least = min((one for one in sizes if images <= one < self.batch_size), default=self.batch_size)
         while images <= size // 2:
             size //= 2
-        if gradients * (least - size) < WORTH * self.batch_size or self.mesh is not None or platform() != "cpu":
+        if gradients * (least - size) < WORTH * self.batch_size:
             return least
-        sizes.append(size)
+        sizes.add(size)
         return size
 
     @functools.cached_property

@@ -28,10 +28,11 @@ def in_batches(
     batch_size: int,
     size_of: Callable[[int], int] | None = None,
 ) -> Iterator[tuple[np.ndarray, T]]:
-    """Runs a program over images in batches of one size, and yields results one batch behind, so that no device waits.
+    """Runs a program over images in batches, and yields results one batch behind, so that no device waits.
 
     Args:
-      run: places `[batch_size]` to what the program makes of the images there. It must not wait for the result.
+      run: places `[batch_size]`, or as many as `size_of` says, to what the program makes of the images there. It must not
+        wait for the result.
       places: of the images, `[N]`.
       batch_size: images at once.
       size_of: from the number of images in a batch to the size that it is filled up to; None for `batch_size`.
@@ -125,9 +126,11 @@ class Programs:
 
     def attack(self, attack: Attack) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
         """The jitted `(params, images, labels, index, seed, eps, rank) -> (adversarial inputs, classes, rejected)`."""
-        # What the program does not depend on; a number of pixels may be a shape in it.
-        alike = dataclasses.replace(attack, name="", eps=attack.eps if attack.norm == "l0" else 0.0, targets=1)
-        return self.once((alike, _Same(attacks.ATTACKS.get(attack.kind))), lambda: self._attack(alike))
+        return self.once(_key(attack), lambda: self._attack(_alike(attack)))
+
+    def sizes(self, attack: Attack) -> set[int]:
+        """The sizes of small batches that the program of `attack` has been compiled for."""
+        return self.once(("sizes", _key(attack)), set[int])
 
     def _attack(self, attack: Attack) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
         @jit
@@ -193,6 +196,15 @@ class Programs:
             if count := sum(int(found[:n].sum()) for n, (found, _, _) in parts):
                 lowest, highest = min(low for _, (_, low, _) in parts), max(high for _, (_, _, high) in parts)
                 _entrance.refuse_outside(count, len(images), float(lowest), float(highest), self.bounds)
+
+
+def _alike(attack: Attack) -> Attack:
+    """Without what its program does not depend on; a number of pixels may be a shape in it."""
+    return dataclasses.replace(attack, name="", eps=attack.eps if attack.norm == "l0" else 0.0, targets=1)
+
+
+def _key(attack: Attack) -> Hashable:
+    return _alike(attack), _Same(attacks.ATTACKS.get(attack.kind))
 
 
 def programs_of(

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -76,14 +77,42 @@ def test_few_images_of_a_long_attack_are_not_filled_up_to_a_whole_batch(problem,
         traced.add(len(x))
         return linear(params, x)
 
-    n = 42  # five are misclassified as they are
     stages = [Attack("APGD-CE", "apgd", steps=steps)]
     settings = dict(eps=EPS, stages=stages, keep=True)
-    found = auto(apply, problem.w, problem.images[:n], problem.labels[:n], batch_size=32, **settings)
+    found = auto(apply, problem.w, problem.images, problem.labels, batch_size=32, **settings)
     assert {size for size in traced if size > 2} == sizes  # two images tell the shape of the logits
-    whole = auto(kept, problem.w, problem.images[:n], problem.labels[:n], batch_size=n, **settings)
+    whole = auto(kept, problem.w, problem.images, problem.labels, batch_size=N, **settings)
     np.testing.assert_array_equal(found.robust, whole.robust)
     np.testing.assert_allclose(found.adversarial, whole.adversarial, atol=1e-6)
+
+
+def test_later_parts_take_the_small_batches_that_the_first_has_compiled(problem):
+    traced = []
+
+    def apply(params, x):
+        traced.append(len(x))
+        return linear(params, x)
+
+    parts = [(problem.images[:25], problem.labels[:25]), (problem.images[25:], problem.labels[25:])]
+    stages = [Attack("APGD-T", "apgd", steps=200, loss="targeted_dlr", targets=2)]
+    settings = dict(eps=EPS, stages=stages, batch_size=16)
+    auto(apply, problem.w, iter(parts[:1]), None, **settings)
+    assert 4 in traced or 2 in traced
+    of_first = traced.copy()
+    traced.clear()
+    auto(apply, problem.w, iter([parts[0], parts[0]]), None, **settings)
+    assert traced == of_first, "the same images once more"
+
+
+def test_passes_of_a_random_model_are_those_of_its_draws(problem):
+    def apply(params, x, key):
+        return linear(params, x) + 1e-3 * jax.random.normal(key, (len(x), 1))
+
+    stages, settings = [Attack("APGD-CE", "apgd", steps=2)], dict(eps=EPS, batch_size=20)
+    one, many = (
+        auto(apply, problem.w, problem.images, problem.labels, stages=stages, draws=d, **settings) for d in (1, 3)
+    )
+    assert many.passes == {name: 3 * count for name, count in one.passes.items()}
 
 
 def test_the_parts_of_a_data_set_give_what_all_of_it_gives(problem, result):

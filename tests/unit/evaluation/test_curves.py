@@ -112,13 +112,29 @@ def test_optimality_is_the_share_of_the_area_that_an_attack_takes():
     assert optimality(np.where(nearest > 0, np.inf, 0), nearest) == 0
 
 
+@pytest.mark.parametrize(
+    ("own", "nearest", "share"),
+    [
+        ([1.0], [1.0], 1.0),
+        ([np.inf, 1.0], [np.inf, 1.0], 1.0),
+        ([1.0, 1.0, 0.0], [1.0, 1.0, 0.0], 1.0),
+        ([np.inf], [1.0], 0.0),
+    ],
+)
+def test_optimality_where_all_fall_at_one_distance(own, nearest, share):
+    assert optimality(own, nearest) == share
+
+
 def test_optimality_of_what_cannot_be_is_refused():
     for own, nearest, message in [
-        ([1.0], [1.0, 2.0], r"distances \(1,\) and nearest \(2,\) must both be \[N\]"),
-        ([1.0, 1.0], [1.0, 2.0], "no distance below its nearest"),
-        ([np.nan], [1.0], "no distance below"),
+        ([1.0], [1.0, 2.0], r"distances have shape \(1,\) and nearest \(2,\); both must be \[N\]"),
+        ([[1.0]], [[1.0]], r"distances have shape \(1, 1\)"),
+        ([1.0, 1.0], [1.0, 2.0], "distance 1 of image 1 beside the nearest 2; it must be at least that"),
+        ([np.inf], [0.0], "distance inf of image 0 beside the nearest 0; .* and 0 where that is 0"),
+        ([np.nan], [1.0], "distances contain nan; each must be at least 0"),
+        ([1.0], [-1.0], "nearest contain -1; each must be at least 0"),
         ([np.inf], [np.inf], "no attack has found anything"),
-        ([1.0], [0.0], "no attack has found anything"),
+        ([0.0], [0.0], "no attack has found anything"),
     ]:
         with pytest.raises(ValueError, match=message):
             optimality(own, nearest)

@@ -80,6 +80,15 @@ def test_after_a_kill_only_the_rest_is_computed(problem, whole, tmp_path):
     assert not tmp_path.exists()
 
 
+def test_more_targets_go_on_from_fewer_whatever_size_a_small_batch_has(problem, tmp_path):
+    """A batch is what its images are: more targets to come may choose another size to fill it up to."""
+    attack = Attack("APGD-T", "apgd", steps=60, loss="targeted_dlr", targets=1)
+    measured(problem, tmp_path, stages=[attack], batch_size=32)
+    taken = Taken()
+    measured(problem, tmp_path, taken, stages=[dataclasses.replace(attack, targets=4)], batch_size=32)
+    assert taken.before >= 60 * 35, "all images that are right were attacked towards the first target"
+
+
 @pytest.mark.parametrize("what", ["images", "labels", "params", "eps", "seed", "apply"])
 def test_batches_of_another_question_do_not_count(problem, tmp_path, what):
     other = {
