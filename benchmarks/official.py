@@ -6,7 +6,7 @@ python -m benchmarks.official --workdir=runs/a --workdir=runs/b --ball=linf:0.3 
 A run's network is carried to PyTorch, where the code of Croce and Hein (https://github.com/fra31/auto-attack, which
 `pyautoattack` packages) attacks it: version "standard", in the ball of the run's own eps1, or in those that are given. FAB-T
 comes last on both sides, so that the page shows what it adds to the three attacks that `evaluation.auto` has by default. With
-`--noise=0.1` the network draws Gaussian noise on its inputs, and both sides attack the mean of 20 draws: version "rand".
+`--noise=0.1` the network draws Gaussian noise on its inputs, and both sides average over 20 draws: version "rand".
 Prints a Markdown page, and writes official.md and official.json after each network and ball. Ends with exit code 1 if one of
 the official images leaves its ball, or if `evaluation.auto` leaves an accuracy more than a point above the official one.
 """
@@ -41,10 +41,8 @@ from experiments.step_cost.peers import SHIPPED_BY
 DLR = Attack("APGD-DLR", "apgd", steps=100, loss="dlr")
 ATTACKS = dict(zip(("apgd-ce", "apgd-t", "square", "fab-t", "apgd-dlr"), (*STAGES, FAB, DLR), strict=True))
 VERSIONS = {"standard": ("apgd-ce", "apgd-t", "square", "fab-t"), "rand": ("apgd-ce", "apgd-dlr")}
-DRAWS, JUDGED_BY = (
-    20,
-    100,
-)  # draws that an attack averages over, as the official version does; draws of the last verdict
+DRAWS = 20  # that an attack averages over, as the official version does
+JUDGED_BY = 100  # draws of the last verdict
 NORMS = {"linf": "Linf", "l2": "L2"}
 BALL = "norm and budget, as linf:0.3 or l2:2, may be given several times; none: the ball of the run's training"
 
@@ -171,9 +169,9 @@ def run(asked: Request) -> None:
     folder = pathlib.Path(asked.results or asked.workdir[0]).expanduser()
     duels = [duel for workdir in asked.workdir for duel in _duels(workdir, asked)]
     check_folder(folder, f"--results={folder}", make=True)
-    results = []
+    before, results = _before(folder), []
     for duel in duels:
-        results.append(answer(duel, asked, folder))
+        results.append(answer(duel, asked, folder, before))
         text = page(results)
         write_text(folder / "official.md", text)
         write_json(folder / "official.json", {**_about(), "results": results})
@@ -201,10 +199,9 @@ def _duels(workdir: str, asked: Request) -> list[Duel]:
     config = trained.config
     dataset = data.load(config.data, asked.data_dir or config.data_dir or None)
     num_classes = trained.dataset["num_classes"]
-    if num_classes < 4 and "apgd-t" in asked.names:
-        raise ConfigError(
-            f"--attacks={asked.attacks}: apgd-t needs at least 4 classes; {dataset.name} has {num_classes}"
-        )
+    for name, least in (("apgd-t", 4), ("apgd-dlr", 3)):
+        if num_classes < least and name in asked.names:
+            raise ConfigError(f"--attacks: {name} needs at least {least} classes; {dataset.name} has {num_classes}")
     judged = hold_out(dataset, config.validation_examples)[1] if asked.judge == "held_out" else dataset
     return [
         Duel(workdir, trained, dataset, judged, norm, eps)
@@ -220,8 +217,17 @@ def _about() -> dict[str, Any]:
     return {"command": provenance.command(), "environment": {**provenance.environment(), **_versions()}}
 
 
-def answer(duel: Duel, asked: Request, folder: pathlib.Path) -> dict[str, Any]:
-    """What both sides find, for JSON; what an earlier call has found in full is read from `folder`."""
+def answer(
+    duel: Duel, asked: Request, folder: pathlib.Path, before: Sequence[Mapping[str, Any]] = ()
+) -> Mapping[str, Any]:
+    """What both sides find, for JSON.
+
+    Args:
+      duel: run, images and ball.
+      asked: the effort.
+      folder: where the official code's finished attacks are kept.
+      before: results of an earlier call, of which that of the same question and commit is taken.
+    """
     trained, norm, eps = duel.trained, duel.norm, duel.eps
     config, num_classes = trained.config, trained.dataset["num_classes"]
     there = len(duel.judged.y_test)
@@ -247,13 +253,20 @@ def answer(duel: Duel, asked: Request, folder: pathlib.Path) -> dict[str, Any]:
     arrays = {"images": model.images, "labels": model.labels}
     arrays |= {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(trained.params))}
     name = digest(arrays, json.dumps(question, sort_keys=True))[:8]
-    if known := [result for result in _kept(folder) if result.get("question") == name]:
-        print(f"{duel.workdir}, {norm} {eps:g}: from {folder / 'official.json'}", file=sys.stderr, flush=True)
-        return known[0]
+    commit = provenance.commit()
+    for result in before:
+        same = (result.get("question"), result["environment"]["commit"]) == (name, commit)
+        if same and "with changes" not in (commit or ""):
+            print(f"{duel.workdir}, {norm} {eps:g}: from {folder / 'official.json'}", file=sys.stderr, flush=True)
+            return result
     code = adversary(counted(net), norm, eps, num_classes, asked)
-    theirs, warnings = official(code, model, asked.names, batch_size, folder / f"official-{name}.npz")
+    groups = [asked.names] if asked.noise else [[one] for one in asked.names]
+    theirs, warnings = official(code, model, groups, batch_size, folder / f"official-{name}.npz")
     stages = asked.stages(num_classes)
     own = ours(model, stages, eps=eps, norm=norm)
+    names = [stage.name for stage in stages]
+    if asked.noise:
+        own, names = own.at_once(), [" and ".join(names)]
 
     def checked(side: Side, wrong: np.ndarray) -> dict[str, Any]:
         lengths = distances(model.images, side.images, side.found, norm=norm)[side.found]
@@ -284,7 +297,7 @@ def answer(duel: Duel, asked: Request, folder: pathlib.Path) -> dict[str, Any]:
         "norm": norm,
         "effort": effort,
         "logits_differ": logits_differ,
-        **outcome([stage.name for stage in stages], theirs, own, places),
+        **outcome(names, theirs, own, places),
         "official_images": checked(theirs, ~model.right_on(theirs.images.clip(0, 1))),
         "our_images": checked(own, ~in_torch),
         **({"noise": asked.noise, "judged": _judged(model, theirs, own)} if asked.noise else {}),
@@ -300,20 +313,20 @@ def _drawing(trained: Classifier, noise: float) -> Callable[..., jax.Array]:
 
 
 def _judged(model: Model, theirs: Side, own: Side) -> dict[str, float]:
-    """The accuracy on each side's images by the mean of many draws, which neither has seen."""
-    judge = dataclasses.replace(model, draws=JUDGED_BY, seed=model.seed + 1)
+    """The accuracy on the clean images and on each side's by the mean of many draws, which no attack has seen."""
+    judge = dataclasses.replace(model, draws=JUDGED_BY, seed=(model.seed + 1) % 2**32)
     low, high = model.bounds
-    return {
-        side: float(judge.right_on(of.images.clip(low, high)).mean())
-        for side, of in (("official", theirs), ("ours", own))
-    }
+    found = {"clean": model.images, "official": theirs.images, "ours": own.images}
+    return {name: float(judge.right_on(images.clip(low, high)).mean()) for name, images in found.items()}
 
 
-def _kept(folder: pathlib.Path) -> Sequence[Any]:
+def _before(folder: pathlib.Path) -> list[Mapping[str, Any]]:
     """The results that an earlier call has left in `folder`."""
     try:
-        return list(read_json(folder / "official.json")["results"])
-    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        results = list(read_json(folder / "official.json")["results"])
+        page(results)  # has all that is shown
+        return results
+    except (FileNotFoundError, KeyError, TypeError, ValueError, IndexError, AttributeError):
         return []
 
 

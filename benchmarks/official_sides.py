@@ -28,7 +28,7 @@ COMPILATION = "/jax/core/compile/backend_compile_duration"  # JAX's name of XLA'
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Side:
-    """What one of the two found.
+    """What one of the two found; what is said of each attack is of each call where several attacks are one.
 
     Attributes:
       standing: bool `[N]` of the clean images and after each attack: what is classified correctly still.
@@ -45,6 +45,12 @@ class Side:
     gradients: Sequence[int]
     queries: Sequence[int]
     images: np.ndarray
+
+    def at_once(self) -> "Side":
+        """All attacks as one."""
+        ends = [self.standing[0], self.standing[-1]]
+        seconds, compiling = [sum(self.seconds)], [sum(self.compiling)]
+        return Side(ends, seconds, compiling, [sum(self.gradients)], [sum(self.queries)], self.images)
 
     @property
     def found(self) -> np.ndarray:
@@ -131,17 +137,21 @@ def noisy(net: Any, noise: float, seed: int) -> Any:
 
 
 def official(
-    official_code: Any, model: Model, names: Sequence[str], batch_size: int, kept: pathlib.Path | None = None
+    official_code: Any,
+    model: Model,
+    groups: Sequence[Sequence[str]],
+    batch_size: int,
+    kept: pathlib.Path | None = None,
 ) -> tuple[Side, list[str]]:
     """Runs attacks of the official code, each on the images that are left; and what it warned of.
 
-    The code attacks the images that are left in the order in which they are, so one call for each attack is what one call
-    for all of them is, and each has its time.
+    The code attacks the images that are left in the order in which they are. So one call for each attack is what one call
+    for all of them is, and each has its time. Of a random network it is not, because each call judges the clean images anew.
 
     Args:
       official_code: of `adversary`, of a network that is `counted`.
       model: whose images and labels are attacked.
-      names: of the attacks.
+      groups: names of the attacks of each call.
       batch_size: images at once.
       kept: file that keeps what is finished, of this question alone; a run that ended in between goes on from there.
     """
@@ -156,13 +166,13 @@ def official(
                 made, standing, seconds = there["made"], list(there["standing"]), list(there["seconds"])
                 asked = [(int(gradients), int(queries)) for gradients, queries in there["asked"]]
                 warnings.extend(there["warnings"].tolist())
-            print(f"official code: {', '.join(names[: len(seconds)])} from {kept}", file=sys.stderr, flush=True)
-        for name in names[len(seconds) :]:
+            print(f"official code: {len(seconds)} of {len(groups)} calls from {kept}", file=sys.stderr, flush=True)
+        for names in groups[len(seconds) :]:
             began, left = time.perf_counter(), np.flatnonzero(standing[-1])
             net.gradients = net.queries = 0
             right = standing[-1].copy()
             if len(left):
-                official_code.attacks_to_run = [name]
+                official_code.attacks_to_run = list(names)
                 labels = like(y[left], x)
                 images, predicted = official_code.run_standard_evaluation(x[left], labels, batch_size=batch_size)
                 right[left] = (predicted == labels).cpu().numpy()
