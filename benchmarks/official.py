@@ -79,6 +79,11 @@ class Request:
         if len(self.workdir) > 1 and not self.results:
             raise ConfigError("--results=: must name a folder for the page of several runs")
         self.balls("linf", 0.0)
+        if self.noise and (other := [name for name in self.names if name not in VERSIONS["rand"]]):
+            raise ConfigError(
+                f"--attacks={self.attacks}: {other[0]} does not average over draws; with --noise it must be of "
+                f"{', '.join(VERSIONS['rand'])}"
+            )
         if unknown := [name for name in self.attacks.split(",") if self.attacks and name not in ATTACKS]:
             raise ConfigError(f"--attacks={self.attacks}: {unknown[0]!r} must be one of {', '.join(ATTACKS)}")
 
@@ -169,13 +174,15 @@ def run(asked: Request) -> None:
     folder = pathlib.Path(asked.results or asked.workdir[0]).expanduser()
     duels = [duel for workdir in asked.workdir for duel in _duels(workdir, asked)]
     check_folder(folder, f"--results={folder}", make=True)
-    before, results = _before(folder), []
-    for duel in duels:
+    before, results = _before(folder), list[Mapping[str, Any]]()
+    for number, duel in enumerate(duels, 1):
+        print(f"{number} of {len(duels)}: {duel.workdir}, {duel.norm} {duel.eps:g}", file=sys.stderr, flush=True)
         results.append(answer(duel, asked, folder, before))
-        text = page(results)
-        write_text(folder / "official.md", text)
-        write_json(folder / "official.json", {**_about(), "results": results})
-    print(text, flush=True)
+        answered = {result["question"] for result in results}
+        every = [*results, *(result for result in before if result["question"] not in answered)]
+        write_text(folder / "official.md", page(every))
+        write_json(folder / "official.json", {**_about(), "results": every})
+    print(page(results), flush=True)
     for path in folder.glob("official-*.npz"):
         path.unlink()
     if failed := failures(results):
@@ -202,6 +209,8 @@ def _duels(workdir: str, asked: Request) -> list[Duel]:
     for name, least in (("apgd-t", 4), ("apgd-dlr", 3)):
         if num_classes < least and name in asked.names:
             raise ConfigError(f"--attacks: {name} needs at least {least} classes; {dataset.name} has {num_classes}")
+    if asked.judge == "held_out" and not config.validation_examples:
+        raise ConfigError(f"--judge=held_out: the run in {workdir} held out no images; take --judge=test")
     judged = hold_out(dataset, config.validation_examples)[1] if asked.judge == "held_out" else dataset
     return [
         Duel(workdir, trained, dataset, judged, norm, eps)
@@ -239,7 +248,8 @@ def answer(
     if asked.noise:
         net = noisy(net, asked.noise, asked.seed)
         model = dataclasses.replace(model, apply=_drawing(trained, asked.noise), draws=DRAWS)
-    effort = {name: getattr(asked, name) for name in ("apgd_steps", "targets", "fab_steps", "queries", "seed")}
+    effort = {name: getattr(asked, name) for name in ("apgd_steps", "fab_steps", "queries", "seed")}
+    effort["targets"] = min(asked.targets, num_classes - 1)
     # An attack that another version or order has finished is begun again.
     question = {
         **effort,
@@ -255,10 +265,13 @@ def answer(
     name = digest(arrays, json.dumps(question, sort_keys=True))[:8]
     commit = provenance.commit()
     for result in before:
-        same = (result.get("question"), result["environment"]["commit"]) == (name, commit)
-        if same and "with changes" not in (commit or ""):
-            print(f"{duel.workdir}, {norm} {eps:g}: from {folder / 'official.json'}", file=sys.stderr, flush=True)
+        if result["question"] != name:
+            continue
+        of = result["environment"]["commit"]
+        if of == commit and "with changes" not in (commit or ""):
+            print(f"from {folder / 'official.json'}", file=sys.stderr, flush=True)
             return result
+        print(f"that in {folder / 'official.json'} is of commit {of}: ours is made again", file=sys.stderr, flush=True)
     code = adversary(counted(net), norm, eps, num_classes, asked)
     groups = [asked.names] if asked.noise else [[one] for one in asked.names]
     theirs, warnings = official(code, model, groups, batch_size, folder / f"official-{name}.npz")
@@ -333,4 +346,4 @@ def _before(folder: pathlib.Path) -> list[Mapping[str, Any]]:
 if __name__ == "__main__":
     for flag in dataclasses.fields(Request):
         cli.define_flag(flag)
-    cli.launch(lambda: run(cli.from_flags(Request)), "what is finished is kept; the same command goes on from there")
+    cli.launch(lambda: run(cli.from_flags(Request)), "what is finished is kept")

@@ -90,6 +90,34 @@ def _official(result: Content) -> str:
     return f"official {last['official']:.3f}, ours {last['ours']:.3f}, {differ} of {result['examples']:,} images differ"
 
 
+def _agreement(result: Content) -> str:
+    """How far ours, without FAB-T, is from the official worst case over all networks and balls."""
+    above, gradients = [], {"official": 0, "ours": 0}
+    for one in result["results"]:
+        default = [row for row in one["rows"] if row["attack"] != "FAB-T"]
+        above.append(100 * (default[-1]["ours"] - one["rows"][-1]["official"]))
+        gradients["official"] += sum(row["official_gradients"] for row in one["rows"][1:])
+        gradients["ours"] += sum(row["ours_gradients"] for row in default[1:])
+    return (
+        f"{len(above)} networks and balls: ours {min(above):+.1f} to {max(above):+.1f} points from the official worst case, "
+        f"with {gradients['ours'] / gradients['official']:.2f} of its gradients"
+    )
+
+
+def _optimality(result: Content) -> str:
+    """The best attack of each norm, by its mean over the networks."""
+    shown = []
+    for norm in dict.fromkeys(one["norm"] for one in result["results"]):
+        of: dict[str, list[float]] = {}
+        for one in result["results"]:
+            for row in one["rows"] if one["norm"] == norm else ():
+                of.setdefault(f"{row['attack']} of {row['side']}", []).append(100 * row["optimality"])
+        means = {name: sum(values) / len(values) for name, values in of.items()}
+        best = sorted(means, key=lambda name: -means[name])[:2]
+        shown.append(f"{norm}: " + ", ".join(f"{name} {means[name]:.1f}" for name in best))
+    return "; ".join(shown)
+
+
 def _worth(without: str, what: str = "it") -> Callable[[Content], str]:
     """Robust accuracy of e2SAD's robust preset, and of the entry that lacks one of its parts."""
 

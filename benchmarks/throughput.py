@@ -3,8 +3,7 @@
 python -m benchmarks.throughput [--model=preact_resnet18 --width=16] [--defense=natural] [--results=results/throughput]
 
 Trains the same steps with `--resident=device` and `--resident=host`, and reads the batches of as many steps alone. Where the
-host reads faster than steps train, the two paths take the same time. Prints a Markdown page, and writes throughput.md and
-throughput.json.
+host reads faster than steps train, images on the host cost little. Prints a Markdown page, and writes throughput.md and .json.
 """
 
 import dataclasses
@@ -20,6 +19,7 @@ from e2sad_jax import cli, networks, training
 from e2sad_jax._io import check_folder, write_json, write_text
 from e2sad_jax.data import KNOWN, Dataset
 from e2sad_jax.defenses import DEFENSES
+from e2sad_jax.errors import ConfigError
 from e2sad_jax.networks import NETWORKS
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.table import Table
@@ -55,6 +55,10 @@ class Request:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
+        if self.images < self.batch_size:
+            raise ConfigError(f"--images={self.images}: must be at least --batch_size={self.batch_size}")
+        if DEFENSES[self.defense].learns:
+            raise ConfigError(f"--defense={self.defense}: needs a teacher; choose one that needs none")
 
     def config(self, resident: str) -> Config:
         """The settings of a run."""
@@ -155,4 +159,4 @@ def run(asked: Request) -> None:
 if __name__ == "__main__":
     for flag in dataclasses.fields(Request):
         cli.define_flag(flag)
-    cli.launch(lambda: run(cli.from_flags(Request)), "run the command again")
+    cli.launch(lambda: run(cli.from_flags(Request)), "nothing is written before the end", resumes=False)

@@ -38,8 +38,8 @@ class AutoResult:
       nan: by stage, "clean" first: how many of the images that it was run on have NaN logits then. They count as fooled.
       adversarial: `[N, ...]`, the input that fools the model; where none was found, the clean one. None unless kept.
       rejected: bool `[N]`, whether the model rejects the clean image; None for a model that rejects none.
-      passes: by stage, "clean" first: how often the model was asked about an image, in gradient steps or queries, of a random
-        model for each draw. Of an image that falls to a target the later targets are not tried.
+      passes: by stage, "clean" first: steps or queries, summed over its images, targets, restarts and draws. An image that has
+        fallen takes none in later stages, nor towards later targets; it takes all of the attack that it falls to.
     """
 
     standing: Mapping[str, np.ndarray]

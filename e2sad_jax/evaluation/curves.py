@@ -96,20 +96,32 @@ def optimality(distances: Any, nearest: Any) -> float:
 
     Reference: Cina et al., 2024, https://arxiv.org/abs/2404.19460
     """
-    own, best = np.asarray(distances, np.float64), np.asarray(nearest, np.float64)
-    if own.ndim != 1 or own.shape != best.shape:
-        raise ValueError(f"optimality: distances have shape {own.shape} and nearest {best.shape}; both must be [N]")
+    try:
+        own, best = np.asarray(distances, np.float64), np.asarray(nearest, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optimality: distances and nearest must be numbers ({error})") from None
+    if own.ndim != 1 or own.shape != best.shape or not len(own):
+        raise ValueError(
+            f"optimality: distances have shape {own.shape} and nearest {best.shape}; both must be [N], N at least 1"
+        )
     for name, values in (("distances", own), ("nearest", best)):
         if (wrong := ~(values >= 0)).any():
             raise ValueError(f"optimality: {name} contain {values[wrong][0]:g}; each must be at least 0")
-    if (wrong := (own < best) | ((best == 0) & (own > 0))).any():
+    if (wrong := own < best).any():
         i = int(wrong.argmax())
         raise ValueError(
-            f"optimality: distance {own[i]:g} of image {i} beside the nearest {best[i]:g}; it must be at least that, and 0 "
-            "where that is 0"
+            f"optimality: image {i} has distance {own[i]:g}, below its nearest {best[i]:g}; nearest is the second argument, "
+            "the least of all attacks"
+        )
+    if (wrong := (best == 0) & (own > 0)).any():
+        i = int(wrong.argmax())
+        raise ValueError(
+            f"optimality: image {i} has distance {own[i]:g} and nearest 0; one that is misclassified as it is must have 0"
         )
     if not (reach := best[np.isfinite(best)].max(initial=0.0)):
-        raise ValueError("optimality: nearest has no distance that is finite and above 0; no attack has found anything")
+        raise ValueError(
+            "optimality: no distance of nearest is finite and above 0; there is nothing that an attack has found"
+        )
     # The area below an accuracy curve is the mean distance, as far as it counts.
     area, least = (np.minimum(far, reach).mean() for far in (own, best))
     most = reach * (best > 0).mean()

@@ -131,8 +131,10 @@ def test_the_page_holds_both_sides_and_its_provenance():
         "environment": {**about, "adv-lib": "0.2.8", "torch": "2.13.0", "jax": "0.10.2"},
         **{"images": "3 of 355 test images", "norm": "linf", "steps": 100, "rounds": 8, "rows": rows},
     }
-    result["which"] = "last"
+    result |= {"workdir": "runs/mine", "clean": 0.75}
     page = optimality.page([result])
+    assert "## e2sad, 1,000 steps (mine), l-infinity" in page
+    assert "clean accuracy 0.750. Steps of each attack: 100; budgets of APGD: 8." in page
     assert "| FMN | 100.0 | 0.0 | 1.0000 | 2.0000 | 3 | 2 | 1.2 | 1.2 |" in page
     (found_about,) = provenance_of(page)
     assert (found_about["command"], found_about["commit"]) == (result["command"], "abc123")

@@ -127,14 +127,16 @@ def test_optimality_where_all_fall_at_one_distance(own, nearest, share):
 
 def test_optimality_of_what_cannot_be_is_refused():
     for own, nearest, message in [
-        ([1.0], [1.0, 2.0], r"distances have shape \(1,\) and nearest \(2,\); both must be \[N\]"),
+        ([1.0], [1.0, 2.0], r"distances have shape \(1,\) and nearest \(2,\); both must be \[N\], N at least 1"),
         ([[1.0]], [[1.0]], r"distances have shape \(1, 1\)"),
-        ([1.0, 1.0], [1.0, 2.0], "distance 1 of image 1 beside the nearest 2; it must be at least that"),
-        ([np.inf], [0.0], "distance inf of image 0 beside the nearest 0; .* and 0 where that is 0"),
+        ([1.0, 1.0], [1.0, 2.0], "image 1 has distance 1, below its nearest 2; nearest is the second argument"),
+        ([np.inf], [0.0], "image 0 has distance inf and nearest 0; one that is misclassified as it is must have 0"),
         ([np.nan], [1.0], "distances contain nan; each must be at least 0"),
         ([1.0], [-1.0], "nearest contain -1; each must be at least 0"),
-        ([np.inf], [np.inf], "no attack has found anything"),
-        ([0.0], [0.0], "no attack has found anything"),
+        ([np.inf], [np.inf], "no distance of nearest is finite and above 0"),
+        ([0.0], [0.0], "no distance of nearest is finite and above 0"),
+        ([], [], r"distances have shape \(0,\)"),
+        (["a"], ["b"], "optimality: distances and nearest must be numbers"),
     ]:
         with pytest.raises(ValueError, match=message):
             optimality(own, nearest)
