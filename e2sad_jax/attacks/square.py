@@ -24,11 +24,17 @@ class _State(NamedTuple):
 
 
 def sides(queries: int, p_init: float, height: int, width: int, least: int = 1) -> list[int]:
-    """Side of the square that each query after the first changes: its area is a share p of the image's."""
+    """Side of the square that each query after the first changes: its area is a share p of the image's.
+
+    Where a square has at least 3 pixels a side it is odd, as in the authors' code: its hill then has a middle.
+    """
     result = []
     for i in range(queries - 1):
         p = p_init / 2 ** sum(i * 10_000 // queries > halving for halving in HALVINGS)
-        result.append(min(max(round(math.sqrt(p * height * width)), least), height, width))
+        side = max(round(math.sqrt(p * height * width)), least)
+        if least > 1:
+            side += 1 - side % 2
+        result.append(min(side, height, width))
     return result
 
 
@@ -68,7 +74,8 @@ def square(
 
         +- h + v / ||v||_2
 
-    with v the change so far and h a hill and a pit side by side, upright or lying.
+    with v the change so far and h a hill and a pit side by side, upright or lying. The whole change is then made eps long,
+    as in the authors' code: what the range of images has cut off is used elsewhere.
 
     What is tried is kept if the margin rises. The squares shrink by the paper's schedule, stretched to the number of
     queries. An image that is misclassified changes no more, one that is so from the start not at all; when all are, the
@@ -218,6 +225,6 @@ def _hills(clean: jax.Array, eps: jax.typing.ArrayLike, size: list[int]) -> Furt
         )
         left_over = jnp.maximum(jnp.square(jnp.asarray(eps, clean.dtype)) - jnp.square(length(now)), 0)
         available = jnp.sqrt(jnp.square(by_channel(now * jnp.maximum(to, source))) + left_over / channels)
-        return clean + now * (1 - jnp.maximum(to, source)) + towards * available
+        return clean + eps * unit(now * (1 - jnp.maximum(to, source)) + towards * available)
 
     return change

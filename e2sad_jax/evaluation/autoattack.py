@@ -15,13 +15,14 @@ from e2sad_jax.evaluation.evaluator import Evaluation, Progress
 from e2sad_jax.evaluation.finished import Finished
 from e2sad_jax.evaluation.programs import programs_of
 
-# Croce & Hein's standard version but for FAB, which in their Table 2 hardly ever lowers what the other three leave.
+# Croce & Hein's standard version but for FAB, which in the l-infinity ball hardly ever lowers what the other three leave.
 STAGES = (
     Attack("APGD-CE", "apgd", steps=100),
     Attack("APGD-T", "apgd", steps=100, loss="targeted_dlr", targets=9),
     Attack("Square", "square", steps=5000),
 )
-FAB = Attack("FAB-T", "fab", steps=100, loss="targeted_dlr", targets=9)  # to be added to them
+# Added to them in the l2 ball: of a network that was trained in the l-infinity ball the others leave a multiple there.
+FAB = Attack("FAB-T", "fab", steps=100, loss="targeted_dlr", targets=9)
 # For models that reject images: no weight of the detector's score suits every detector, and this attack has none.
 ORTHOGONAL = Attack("Orthogonal PGD", "orthogonal_pgd", steps=100, loss="margin")
 
@@ -84,7 +85,7 @@ def auto(
 
     APGD on the cross-entropy, APGD on the targeted DLR loss towards the nine likeliest wrong classes in turn, and Square,
     which sees no gradient. An image that has fallen is not attacked again: the others are gathered into full batches, so
-    the cost of a stage falls with the images. `FAB` is the attack of AutoAttack that is left out.
+    the cost of a stage falls with the images. In the l2 ball `FAB` joins them before Square.
 
     Args:
       apply: parameters and inputs `[N, ...]` to logits `[N, K]`.
@@ -96,8 +97,8 @@ def auto(
       norm: "linf" or "l2".
       transform: from images to what `apply` takes. None: uint8 is divided by 255, floating point stays as it is.
       bounds: range of valid inputs, as of `evaluate`.
-      stages: attacks in their order; `eps` and `norm` take the place of their own. None: `STAGES`, and with `detector`
-        `ORTHOGONAL` before the last of them.
+      stages: attacks in their order; `eps` and `norm` take the place of their own. None: `STAGES`, and before the last of them
+        `FAB` in the l2 ball, with `detector` `ORTHOGONAL`.
       batch_size: images at once.
       seed: seed of the random numbers, which belong to the image's place in `images`.
       mesh: devices to split batches over, if they divide them.
@@ -170,7 +171,9 @@ def run_stages(
 ) -> AutoResult:
     """Runs the stages of `auto`, None for its default ones, on an `Evaluation`."""
     if stages is None:
-        stages = STAGES if evaluation.programs.detector is None else (*STAGES[:-1], ORTHOGONAL, STAGES[-1])
+        # FAB knows no detector.
+        more = (ORTHOGONAL,) if evaluation.programs.detector is not None else (FAB,) if norm == "l2" else ()
+        stages = (*STAGES[:-1], *more, STAGES[-1])
     if not stages:
         raise ValueError("stages is empty; it must hold at least one evaluation.Attack, as evaluation.STAGES does")
     eps = _entrance.as_budget("auto", eps)

@@ -14,7 +14,7 @@ from e2sad_jax import data, distributed
 from e2sad_jax._io import check_folder, write_json, write_text
 from e2sad_jax.attacks import ATTACKS, core
 from e2sad_jax.errors import ConfigError, DataError, close_to
-from e2sad_jax.evaluation import Attack, Effort, Model, diagnose, of_classifier, of_function, quantize
+from e2sad_jax.evaluation import FAB, Attack, Effort, Model, diagnose, of_classifier, of_function, quantize
 from e2sad_jax.evaluation.evaluator import BEFORE
 from e2sad_jax.evaluation.exported import stablehlo
 from e2sad_jax.evaluation.finished import Finished
@@ -62,10 +62,14 @@ class Request:
         "",
         "folder of a run, such as a natural model, whose adversarial images the evaluated model classifies; empty: none",
     )
-    auto: bool = setting(True, "the worst case over APGD-CE, APGD-T and Square")
+    auto: bool = setting(True, "the worst case over APGD-CE, APGD-T and Square, in the l2 ball FAB too")
     queries: int = setting(5000, "queries of Square, 0: leave it out", lower=0)
     targets: int = setting(9, "wrong classes that the targeted APGD tries", lower=1)
-    fab: int = setting(0, "wrong classes that FAB tries, before Square, 0: leave it out", lower=0)
+    fab: int = setting(
+        -1,
+        "wrong classes that FAB tries, before Square, 0: leave it out, -1: 9 in the l2 ball, none elsewhere",
+        lower=-1,
+    )
     restarts: int = setting(5, "random starts of PGD-40", lower=1)
     attack: tuple[str, ...] = setting(
         (),
@@ -101,7 +105,7 @@ class Request:
             check(field, getattr(self, field.name))
         for text in self.attack:
             _attack(text, "linf")
-        if self.fab and not self.auto:
+        if self.fab > 0 and not self.auto:
             raise ConfigError(f"--fab={self.fab}: is a part of the worst case; leave it out, or --noauto")
 
 
@@ -167,7 +171,7 @@ def run(request: Request) -> dict[str, Any]:
     effort = Effort(
         queries=request.queries,
         targets=request.targets,
-        fab=request.fab,
+        fab=request.fab if request.fab >= 0 else FAB.targets if asked.norm == "l2" else 0,
         restarts=request.restarts,
         worst_case=request.auto,
     )
@@ -253,7 +257,7 @@ def _without_gradient(
     square = request.queries and model.images.ndim == 4
     if not (square or substitute or more):
         raise ConfigError("--queries=0: must be above 0, or --transfer_from given, for the model has no gradient")
-    if request.fab:
+    if request.fab > 0:
         raise ConfigError(f"--fab={request.fab}: follows the gradient, and the model has none; leave it out")
     stages = [Attack("Square", "square", asked.eps, request.queries, norm=asked.norm)] if square else []
     transfer = Attack("PGD-40", "pgd", asked.eps, 40, norm=asked.norm)

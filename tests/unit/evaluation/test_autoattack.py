@@ -200,6 +200,15 @@ def test_the_standard_stages_are_autoattacks():
     assert evaluation.STAGES[2] == Attack("Square", "square", steps=5000)
 
 
+@pytest.mark.parametrize(
+    ("norm", "names"), [("linf", ["APGD-CE", "APGD-T", "Square"]), ("l2", ["APGD-CE", "APGD-T", "FAB-T", "Square"])]
+)
+def test_fab_is_a_stage_of_the_l2_ball(problem, norm, names):
+    nothing = problem.labels * 0 + (linear(problem.w, problem.images).argmax(1) + 1) % 5  # nothing is left to attack
+    result = auto(kept, problem.w, problem.images, nothing, eps=EPS, norm=norm, batch_size=N)
+    assert list(result.standing) == ["clean", *names]
+
+
 def test_the_l2_worst_case_of_a_linear_model(problem):
     distance, eps = problem.distance(2), 0.05
     stages = tuple(dataclasses.replace(stage, steps=30) for stage in STAGES[:2])

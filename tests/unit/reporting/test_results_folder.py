@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from benchmarks import official_page
 from benchmarks import results as index
 from e2sad_jax.comparison import show
 from e2sad_jax.reporting import card, results
@@ -44,6 +45,15 @@ def test_the_table_of_results_is_that_of_the_files():
     answered = {pathlib.PurePosixPath(question.source).parent.as_posix() for question in index.QUESTIONS}
     assert set(map(name, FOLDERS)) <= answered
     assert all(index.missing().values()), "what is not there has a command that makes it"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(RESULTS.glob("attacks_vs_reference/*/official.json")), ids=lambda p: p.parent.name
+)
+def test_the_page_of_the_official_code_is_that_of_its_json(path):
+    results = json.loads(path.read_text())["results"]
+    assert path.with_suffix(".md").read_text() == official_page.page(results)
+    assert [line for line in official_page.failures(results) if "outside" in line] == []
 
 
 def test_provenance_of_rows_of_several_origins():

@@ -248,7 +248,7 @@ def test_a_sample_of_a_file_sorted_by_class_has_every_class(mine, tmp_path):
         ({"predict": "b:c", "eps": 0.1}, "--data: must be given with --predict, a data set or PATH.npz"),
         ({"predict": "b:c", "data": "a.npz"}, "--eps=0: must be above 0 with --predict"),
         ({"workdir": "a", "examples": -1}, r"--examples=-1: must be at least 0"),
-        ({"workdir": "a", "fab": -1}, r"--fab=-1: must be at least 0"),
+        ({"workdir": "a", "fab": -2}, r"--fab=-2: must be at least -1"),
         ({"workdir": "a", "eps": float("nan")}, r"--eps=nan: must be at least 0"),
         ({"workdir": "a", "norm": "l1"}, r"--norm=l1: must be empty or one of linf, l2"),
         ({"workdir": "a", "which": "first"}, r"--which=first: must be one of last, best"),
