@@ -33,8 +33,9 @@ while result files of an earlier command were not committed; its commit was mark
 by hand. The rows of e2SAD in `mnist_long/standard` were put beside the others by hand, with their commands. The outcomes of
 the first seeds of `mnist_long` were written back into the folders of their runs from `compare.json`. The first seeds of
 `e2SAD, robust2` were measured under its other name, `e2SAD, robust, first point by a step`. In `attacks_vs_reference` our
-gradients are without those at starting points, 1 % of them, and its pages were written anew from their JSON files. Its seconds
-were measured beside other work on the same cores. No accelerator has been measured.
+gradients are without those at starting points, 1 % of them, and Square's l2 queries are those before it made its change as long
+as the budget; its pages were written anew from their JSON files, and its seconds were measured beside other work on the same
+cores. No accelerator has been measured.
 """
 
 
@@ -334,7 +335,7 @@ QUESTIONS = (
         _agreement,
     ),
     Question(
-        "How near to the image do our attacks come, and adv-lib's? (optimality in percent, mean of three networks)",
+        "How near to the image do our attacks come, and adv-lib's? (optimality in percent, mean over the networks)",
         *("attacks_vs_reference/mnist/optimality.md", "attacks_vs_reference/mnist/optimality.json"),
         _optimality,
     ),
