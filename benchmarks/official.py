@@ -5,15 +5,14 @@ python -m benchmarks.official --workdir=runs/a --workdir=runs/b --ball=linf:0.3 
 
 A run's network is carried to PyTorch, where the code of Croce and Hein (https://github.com/fra31/auto-attack, which
 `pyautoattack` packages) attacks it: version "standard", in the ball of the run's own eps1, or in those that are given. FAB-T
-comes last on both sides, so that the page shows what it adds to the three attacks that `evaluation.auto` has by default. With
-`--noise=0.1` the network draws Gaussian noise on its inputs, and both sides average over 20 draws: version "rand".
-Prints a Markdown page, and writes official.md and official.json after each network and ball. Ends with exit code 1 if one of
-the official images leaves its ball, or if `evaluation.auto` leaves an accuracy more than a point above the official one.
+comes last on both sides, so that the page shows what it adds to the other three. With `--noise=0.1` the network draws Gaussian
+noise on its inputs, and both sides average over 20 draws: version "rand". Prints a Markdown page, and writes official.md and
+official.json after each network and ball. Ends with exit code 1 if one of the official images leaves its ball, or if
+`evaluation.auto` leaves an accuracy more than a point above the official one.
 """
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 import math
 import pathlib
@@ -25,7 +24,18 @@ import jax
 import numpy as np
 
 from benchmarks.official_page import failures, outcome, page
-from benchmarks.official_sides import Side, carried, counted, noisy, official, ours, right_in_torch, tensor
+from benchmarks.official_sides import (
+    Side,
+    carried,
+    check_runs,
+    counted,
+    missing,
+    noisy,
+    official,
+    ours,
+    right_in_torch,
+    tensor,
+)
 from e2sad_jax import cli, data
 from e2sad_jax._io import check_folder, digest, read_json, write_json, write_text
 from e2sad_jax.comparison.request import JUDGES
@@ -74,18 +84,15 @@ class Request:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
-        if not all(self.workdir) or not self.workdir:
-            raise ConfigError("--workdir=: must name the folder of a run")
-        if len(self.workdir) > 1 and not self.results:
-            raise ConfigError("--results=: must name a folder for the page of several runs")
+        check_runs(self.workdir, self.results)
         self.balls("linf", 0.0)
+        if unknown := [name for name in self.attacks.split(",") if self.attacks and name not in ATTACKS]:
+            raise ConfigError(f"--attacks={self.attacks}: {unknown[0]!r} must be one of {', '.join(ATTACKS)}")
         if self.noise and (other := [name for name in self.names if name not in VERSIONS["rand"]]):
             raise ConfigError(
                 f"--attacks={self.attacks}: {other[0]} does not average over draws; with --noise it must be of "
                 f"{', '.join(VERSIONS['rand'])}"
             )
-        if unknown := [name for name in self.attacks.split(",") if self.attacks and name not in ATTACKS]:
-            raise ConfigError(f"--attacks={self.attacks}: {unknown[0]!r} must be one of {', '.join(ATTACKS)}")
 
     @property
     def version(self) -> str:
@@ -135,9 +142,8 @@ def check_installed() -> None:
     Raises:
       ConfigError: naming them and how to install them.
     """
-    needed = {"torch": SHIPPED_BY["torch"], "pyautoattack": "pyautoattack"}
-    if missing := [name for package, name in needed.items() if importlib.util.find_spec(package) is None]:
-        raise ConfigError(f"needs {' and '.join(missing)}, not installed here: pip install -e '.[bench]'")
+    if names := missing({"torch": SHIPPED_BY["torch"], "pyautoattack": "pyautoattack"}):
+        raise ConfigError(f"needs {names}, not installed here: pip install -e '.[bench]'")
 
 
 def adversary(net: Any, norm: str, eps: float, num_classes: int, asked: Request) -> Any:

@@ -11,10 +11,8 @@ from e2sad_jax.evaluation import FAB, STAGES
 from e2sad_jax.reporting.table import Table
 
 TOLERANCE = 0.01  # of accuracy
-ADDED, SQUARE = (
-    FAB.name,
-    STAGES[2].name,
-)  # the attack that `evaluation.auto` leaves out in the l-infinity ball; the one that queries
+ADDED = FAB.name  # the attack that `evaluation.auto` leaves out in the l-infinity ball
+SQUARE = STAGES[2].name  # the one that queries
 
 
 def outcome(stages: Sequence[str], theirs: Side, own: Side, places: np.ndarray) -> dict[str, Any]:
@@ -39,10 +37,10 @@ def outcome(stages: Sequence[str], theirs: Side, own: Side, places: np.ndarray) 
             "official_alone": int((we & ~they).sum()),
             "ours_alone": int((they & ~we).sum()),
         }
-        for side, of in (("official", theirs), ("ours", own)) if i else ():
-            row |= {f"{side}_seconds": round(float(of.seconds[i - 1]), 2), f"{side}_gradients": of.gradients[i - 1]}
-            row |= {f"{side}_queries": of.queries[i - 1]}
         if i:
+            for side, of in (("official", theirs), ("ours", own)):
+                row[f"{side}_seconds"] = round(float(of.seconds[i - 1]), 2)
+                row[f"{side}_gradients"], row[f"{side}_queries"] = of.gradients[i - 1], of.queries[i - 1]
             row["ours_compiling"] = round(float(own.compiling[i - 1]), 2)
         rows.append(row)
 
@@ -79,25 +77,22 @@ def summary(results: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for result in results:
         every, own = result["rows"][1:], default(result)
-        of = {"official": every, "ours": own, "ours and FAB-T": every if len(own) < len(every) else []}
+        chosen = [("official", every), ("ours", own)]
+        if added:
+            chosen.append(("ours", every if len(own) < len(every) else []))
         judged = result.get("judged", {})  # of a random network, by draws of their own
-
-        def accuracy(name: str, of: Any = of, judged: Any = judged) -> str | None:
-            side = name.partition(" ")[0]
-            return f"{judged.get(side, of[name][-1][side]):.3f}" if of[name] else None
-
-        def total(name: str, what: str, of: Any = of) -> str | None:
-            side = name.partition(" ")[0]
-            return f"{sum(row[f'{side}_{what}'] for row in of[name]):,.0f}" if of[name] else None
-
         rows.append(
             [
                 _network(result),
                 result["data"],
                 _ball(result),
                 f"{judged.get('clean', result['rows'][0]['ours']):.3f}",
-                *(accuracy(name) for name in names),
-                *(total(name, what) for what in ("gradients", "seconds") for name in names),
+                *(f"{judged.get(side, of[-1][side]):.3f}" if of else None for side, of in chosen),
+                *(
+                    f"{sum(row[f'{side}_{what}'] for row in of):,.0f}" if of else None
+                    for what in ("gradients", "seconds")
+                    for side, of in chosen
+                ),
             ]
         )
     columns = [f"{what}{name}" for what in ("", "gradients, ", "s, ") for name in names]
@@ -159,7 +154,7 @@ def _details(result: Mapping[str, Any]) -> list[str]:
 def _effort(result: Mapping[str, Any]) -> str:
     """The attacks that were run, each with its steps."""
     effort = result["effort"]
-    names = " and ".join(row["attack"] for row in result["rows"][1:]).split(" and ")
+    names = [name for row in result["rows"][1:] for name in row["attack"].split(" and ")]  # several of one call
     steps = {
         "APGD-T": f"{effort['apgd_steps']} steps for each of {effort['targets']} targets",
         ADDED: f"{effort['fab_steps']} steps for each of {effort['targets']} targets",

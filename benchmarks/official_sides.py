@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,6 +57,23 @@ class Side:
     def found(self) -> np.ndarray:
         """Which images an attack has made an adversarial one of, bool `[N]`."""
         return self.standing[0] & ~self.standing[-1]
+
+
+def check_runs(workdirs: Sequence[str], results: str) -> None:
+    """Refuses runs without a name, and several without a folder for their page.
+
+    Raises:
+      ConfigError: if that is so.
+    """
+    if not workdirs or not all(workdirs):
+        raise ConfigError("--workdir=: must name the folder of a run")
+    if len(workdirs) > 1 and not results:
+        raise ConfigError("--results=: must name a folder for the page of several runs")
+
+
+def missing(packages: Mapping[str, str]) -> str:
+    """Says which packages are not installed, by module and the name to install; empty if all are."""
+    return " and ".join(name for module, name in packages.items() if importlib.util.find_spec(module) is None)
 
 
 def carried(trained: Classifier, inputs: np.ndarray, batch_size: int = 250) -> tuple[Any, float]:

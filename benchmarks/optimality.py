@@ -13,7 +13,6 @@ after each network and norm.
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import math
 import pathlib
 import sys
@@ -24,15 +23,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.official_sides import carried, like, right_in_torch, tensor
+from benchmarks.official_sides import carried, check_runs, like, missing, right_in_torch, tensor
 from e2sad_jax import attacks, cli, data, losses
 from e2sad_jax._compile import jit
 from e2sad_jax._io import check_folder, write_json, write_text
 from e2sad_jax.data.dataset import in_words
 from e2sad_jax.errors import ConfigError, DataError
-from e2sad_jax.evaluation import Model, distances, in_batches, of_classifier, optimality
+from e2sad_jax.evaluation import Attack, Model, distances, in_batches, of_classifier, optimality
 from e2sad_jax.evaluation.curves import SLACK
-from e2sad_jax.losses import cross_entropy, soft_labels
+from e2sad_jax.evaluation.diagnosis import reach_of
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.table import Table
 from e2sad_jax.runs.classifier import CHOICES, load
@@ -40,10 +39,9 @@ from e2sad_jax.training.config import check, setting
 
 NORMS = {"linf": math.inf, "l2": 2.0}
 APGD, OURS, THEIRS = "APGD-CE, least budget", "e2sad_jax", "adv-lib"
-Make = Callable[
-    [np.ndarray, np.ndarray, np.ndarray], np.ndarray
-]  # images, labels and budgets [N] to adversarial images
-Right = Callable[[np.ndarray], np.ndarray]  # images to whether each is classified correctly, bool [N]
+# From images, labels and budgets [N] to adversarial images; from images to whether each is classified correctly, bool [N].
+Make = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+Right = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,44 +66,34 @@ class Request:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
-        if not self.workdir or not all(self.workdir):
-            raise ConfigError("--workdir=: must name the folder of a run")
-        if len(self.workdir) > 1 and not self.results:
-            raise ConfigError("--results=: must name a folder for the page of several runs")
+        check_runs(self.workdir, self.results)
         if unknown := [name for name in self.norm or ("",) if name not in NORMS]:
             raise ConfigError(f"--norm={unknown[0]:.100}: must be one of {', '.join(NORMS)}")
 
 
 def ours(model: Model, norm: str, asked: Request) -> dict[str, Make]:
     """Our attacks by name, each a function of images, labels and budgets."""
-    own: dict[str, Any] = {"steps": asked.steps, "bounds": model.bounds}
-    fixed: dict[str, Mapping[str, Any]] = {
-        "FMN": {"function": attacks.fmn, "norm": norm},
-        "FAB": {"function": attacks.fab, "norm": norm},
-        **({"DDN": {"function": attacks.ddn}} if norm == "l2" else {}),
-    }
+    everywhere = reach_of(model, norm)
 
-    def minimum_norm(function: Callable[..., jax.Array], **settings: Any) -> Callable[..., jax.Array]:
-        return lambda params, x, y, eps: function(lambda z: model.apply(params, z), x, y, **own, **settings)
+    def minimum_norm(name: str) -> Make:
+        attack = Attack(name, name.lower(), everywhere, asked.steps, norm=norm)
+        return lambda x, y, eps: model.attacked(attack)[1]
 
     def apgd(params: Any, x: jax.Array, y: jax.Array, eps: jax.Array) -> jax.Array:
         def loss(z: jax.Array) -> jax.Array:
-            return cross_entropy(model.apply(params, z), soft_labels(y, model.num_classes, 0))
+            return losses.cross_entropy(model.apply(params, z), losses.soft_labels(y, model.num_classes, 0))
 
         def wrong(z: jax.Array) -> jax.Array:
             return losses.margin(model.apply(params, z), y) > 0
 
         key = jax.random.key(asked.seed)
         radius = eps.reshape(-1, 1, 1, 1)
-        return attacks.apgd(key, loss, x, eps=radius, misclassified_fn=wrong, norm=norm, **own)
+        return attacks.apgd(
+            key, loss, x, eps=radius, steps=asked.steps, misclassified_fn=wrong, norm=norm, bounds=model.bounds
+        )
 
-    return {
-        name: _in_batches(model, jit(function))
-        for name, function in {
-            **{name: minimum_norm(**settings) for name, settings in fixed.items()},
-            APGD: apgd,
-        }.items()
-    }
+    names = ("FMN", "FAB", *(("DDN",) if norm == "l2" else ()))
+    return {**{name: minimum_norm(name) for name in names}, APGD: _in_batches(model, jit(apgd))}
 
 
 def _in_batches(model: Model, function: Callable[..., jax.Array]) -> Make:
@@ -211,26 +199,16 @@ def measure(model: Model, net: Any, norm: str, asked: Request) -> list[dict[str,
 
     rights: dict[str, Right] = {OURS: model.right_on, THEIRS: in_torch}
     sides = {OURS: ours(model, norm, asked), THEIRS: theirs(net, norm, asked)}
-    for attack in sides[OURS]:
-        start = (
-            np.min([far for (name, _), far in found.items() if name != APGD], axis=0) * 2 if attack == APGD else None
-        )
+    for attack in sides[OURS]:  # APGD last
+        if attack == APGD:
+            start = 2 * np.min(list(found.values()), axis=0)
+            start = np.where(np.isfinite(start), start, reach_of(model, norm))
         for side, makers in sides.items():
-            began = time.perf_counter()
-            if start is None:
-                far = reach(model, makers[attack], rights[side], norm)
-            else:
-                widest = np.where(np.isfinite(start), start, _diameter(model, norm))
-                far = least(model, makers[attack], rights[side], norm, widest, asked.rounds)
+            began, given = time.perf_counter(), (model, makers[attack], rights[side], norm)
+            far = least(*given, start, asked.rounds) if attack == APGD else reach(*given)
             found[attack, side], seconds[attack, side] = far, time.perf_counter() - began
             print(f"{norm}, {attack}, {side}: {seconds[attack, side]:.1f} s", file=sys.stderr, flush=True)
     return summarise(found, seconds)
-
-
-def _diameter(model: Model, norm: str) -> float:
-    """The distance between opposite corners of the range of images."""
-    width = model.bounds[1] - model.bounds[0]
-    return float(width if norm == "linf" else width * math.sqrt(np.prod(model.images.shape[1:])))
 
 
 def page(results: Sequence[Mapping[str, Any]]) -> str:
@@ -275,8 +253,8 @@ def run(asked: Request) -> None:
     Raises:
       ConfigError, DataError, WorkdirError: before anything is attacked.
     """
-    if missing := [name for name, module in (("adv-lib", "adv_lib"), ("torch", "torch")) if not _installed(module)]:
-        raise ConfigError(f"needs {' and '.join(missing)}, not installed here: see the top of benchmarks/optimality.py")
+    if names := missing({"adv_lib": "adv-lib", "torch": "torch"}):
+        raise ConfigError(f"needs {names}, not installed here: see the top of benchmarks/optimality.py")
     folder = pathlib.Path(asked.results or asked.workdir[0]).expanduser()
     runs = [(workdir, load(workdir, asked.which)) for workdir in asked.workdir]
     check_folder(folder, f"--results={folder}", make=True)
@@ -314,10 +292,6 @@ def run(asked: Request) -> None:
             about = {name: results[-1][name] for name in ("command", "environment")}
             write_json(folder / "optimality.json", {**about, "results": results})
     print(page(results), flush=True)
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 if __name__ == "__main__":

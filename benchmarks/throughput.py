@@ -29,10 +29,8 @@ from e2sad_jax.training.loop import steps_at_once
 from e2sad_jax.training.step import epoch_order
 from e2sad_jax.training.stream import Stream
 
-SHAPES = {
-    "mnist_cnn": "mnist",
-    "digits_cnn": "mnist",
-}  # the data set whose images a network takes; others take CIFAR-10's
+# The data set whose images a network takes; others take CIFAR-10's.
+SHAPES = {"mnist_cnn": "mnist", "digits_cnn": "mnist"}
 ALONE = "reading alone"
 
 

@@ -82,9 +82,8 @@ FASTAT: Mapping[str, tuple[float, float]] = {
 # Its recipe, and the attacks of AutoAttack that are ours, for the fields of a request.
 _FIELD = RECIPES["cifar10"].settings
 _FASTAT: Mapping[str, Any] = {
-    **{name: _FIELD[name] for name in ("data", "model", "augment", "batch_size", "learning_rate")},
-    **{name: _FIELD[name] for name in ("schedule", "delta", "ema")},
-    "validation_examples": _FIELD["validation_examples"],
+    **{name: _FIELD[name] for name in ("data", "model", "augment", "batch_size", "learning_rate", "schedule")},
+    **{name: _FIELD[name] for name in ("delta", "ema", "validation_examples")},
     **{"eps": _FIELD["eps1"], "eps_warmup": 0.0, "eps_scale": 1.0, "steps": 38_282},  # 100 epochs of 49,000 images
     **{"examples": 10_000, "apgd_steps": 100, "targets": 9, "queries": 5000},
 }

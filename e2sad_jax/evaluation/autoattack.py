@@ -21,7 +21,7 @@ STAGES = (
     Attack("APGD-T", "apgd", steps=100, loss="targeted_dlr", targets=9),
     Attack("Square", "square", steps=5000),
 )
-# Added to them in the l2 ball: of a network that was trained in the l-infinity ball the others leave a multiple there.
+# In the l2 ball it joins them: networks that are trained in the l-infinity ball fall to it alone there.
 FAB = Attack("FAB-T", "fab", steps=100, loss="targeted_dlr", targets=9)
 # For models that reject images: no weight of the detector's score suits every detector, and this attack has none.
 ORTHOGONAL = Attack("Orthogonal PGD", "orthogonal_pgd", steps=100, loss="margin")
@@ -150,6 +150,11 @@ def auto(
     return results[0] if len(results) == 1 else _joined(results)
 
 
+def joins_fab(norm: str, rejects: bool) -> bool:
+    """Whether FAB is one of the default stages: in the l2 ball, unless the model rejects images, for FAB knows no detector."""
+    return norm == "l2" and not rejects
+
+
 def _joined(results: Sequence[AutoResult]) -> AutoResult:
     """The result of all parts of a data set."""
 
@@ -171,8 +176,8 @@ def run_stages(
 ) -> AutoResult:
     """Runs the stages of `auto`, None for its default ones, on an `Evaluation`."""
     if stages is None:
-        # FAB knows no detector.
-        more = (ORTHOGONAL,) if evaluation.programs.detector is not None else (FAB,) if norm == "l2" else ()
+        rejects = evaluation.programs.detector is not None
+        more = (ORTHOGONAL,) if rejects else (FAB,) if joins_fab(norm, rejects) else ()
         stages = (*STAGES[:-1], *more, STAGES[-1])
     if not stages:
         raise ValueError("stages is empty; it must hold at least one evaluation.Attack, as evaluation.STAGES does")

@@ -10,7 +10,7 @@ from e2sad_jax import attacks
 from e2sad_jax.attacks import core
 from e2sad_jax.evaluation import _entrance, masking
 from e2sad_jax.evaluation.attack import Attack
-from e2sad_jax.evaluation.autoattack import FAB, ORTHOGONAL, STAGES
+from e2sad_jax.evaluation.autoattack import FAB, ORTHOGONAL, STAGES, joins_fab
 from e2sad_jax.evaluation.curves import SLACK, accuracy_at, distances
 from e2sad_jax.evaluation.evaluator import Outcome, Progress, nan_logits
 from e2sad_jax.evaluation.model import Model
@@ -32,7 +32,7 @@ class Effort:
       apgd_steps: steps of both APGD, and of orthogonal PGD, in the worst case.
       queries: of Square in the worst case; 0 leaves it out.
       targets: wrong classes that the targeted APGD tries.
-      fab: wrong classes that FAB tries, before Square; 0 leaves it out.
+      fab: wrong classes that FAB tries, before Square; 0 leaves it out, None has `auto`'s: 9 in the l2 ball, none elsewhere.
       fmn: steps of FMN, which looks for the nearest adversarial image: its distances give the accuracy at every budget; 0
         leaves it out, and so does a model that rejects images.
       worst_case: whether to measure the worst case.
@@ -45,11 +45,11 @@ class Effort:
     apgd_steps: int = 100
     queries: int = 5000
     targets: int = 9
-    fab: int = 0
+    fab: int | None = None
     fmn: int = 100
     worst_case: bool = True
 
-    def stages(self, num_classes: int, ndim: int = 4, rejects: bool = False) -> list[Attack]:
+    def stages(self, num_classes: int, ndim: int = 4, rejects: bool = False, norm: str = "linf") -> list[Attack]:
         """The stages of the worst case: `STAGES` with this effort, without those that cannot run.
 
         The targeted APGD needs four classes, Square images `[N, H, W, C]`, of `ndim` 4. A model that rejects images faces
@@ -62,13 +62,18 @@ class Effort:
             stages.append(dataclasses.replace(targeted, steps=self.apgd_steps, targets=self.targets))
         if rejects:
             stages.append(dataclasses.replace(ORTHOGONAL, steps=self.apgd_steps))
-        if self.fab:
-            stages.append(dataclasses.replace(FAB, targets=self.fab))
+        fab = self.fab
+        if fab is None:
+            fab = FAB.targets if joins_fab(norm, rejects) else 0
+        if fab:
+            stages.append(dataclasses.replace(FAB, targets=fab))
         if self.queries and ndim == 4:
             stages.append(dataclasses.replace(square, steps=self.queries))
         return stages
 
-    def work(self, images: int, num_classes: int, transfer: bool, ndim: int = 4, rejects: bool = False) -> int:
+    def work(
+        self, images: int, num_classes: int, transfer: bool, ndim: int = 4, rejects: bool = False, norm: str = "linf"
+    ) -> int:
         """The total number of gradients that `diagnose` reports as progress.
 
         Args:
@@ -77,11 +82,12 @@ class Effort:
           transfer: whether there is a substitute.
           ndim: number of axes of a batch of images.
           rejects: whether the model rejects images.
+          norm: of the ball.
         """
         pgd = self.pgd_steps
         budgets = 1 + 2 * pgd  # FGSM, PGD on two losses
         curves = len({*self.budgets, 1.0}) * budgets + sum(self.steps) + (self.restarts - 1) * pgd
-        worst = [Attack("clean", "clean"), *self.stages(num_classes, ndim, rejects)] if self.worst_case else []
+        worst = [Attack("clean", "clean"), *self.stages(num_classes, ndim, rejects, norm)] if self.worst_case else []
         rest = 1 + _GRADIENTS + pgd + (pgd if transfer else 0)  # clean, checks, the whole range
         rest += 0 if rejects else self.fmn
         return images * (curves + rest + sum(attack.gradients(num_classes) for attack in worst))
@@ -122,7 +128,7 @@ def diagnose(
     eps = _entrance.as_budget("diagnose", eps, positive=True)
     if norm not in core.NORMS:
         raise ValueError(f"diagnose: norm={norm!r}; it must be one of {', '.join(core.NORMS)}")
-    reach = _reach(model, norm)
+    reach = reach_of(model, norm)
     if substitute is not None and not (
         np.array_equal(substitute.images, model.images) and np.array_equal(substitute.labels, model.labels)
     ):
@@ -198,7 +204,7 @@ def diagnose(
     if effort.worst_case:
         stages = [
             dataclasses.replace(stage, eps=eps, norm=norm)
-            for stage in effort.stages(num_classes, model.images.ndim, model.detector is not None)
+            for stage in effort.stages(num_classes, model.images.ndim, model.detector is not None, norm)
         ]
         result = model.auto(stages, eps=eps, norm=norm, keep=True, progress=report)
         assert result.adversarial is not None
@@ -303,7 +309,7 @@ class _Worst:
         self.images[worse], self.wrong[worse], self.margin[worse] = images[worse], wrong[worse], margin[worse]
 
 
-def _reach(model: Model, norm: str) -> float:
+def reach_of(model: Model, norm: str) -> float:
     """The radius of a ball around any image of the range that holds all others.
 
     Raises:

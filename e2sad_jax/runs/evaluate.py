@@ -14,7 +14,7 @@ from e2sad_jax import data, distributed
 from e2sad_jax._io import check_folder, write_json, write_text
 from e2sad_jax.attacks import ATTACKS, core
 from e2sad_jax.errors import ConfigError, DataError, close_to
-from e2sad_jax.evaluation import FAB, Attack, Effort, Model, diagnose, of_classifier, of_function, quantize
+from e2sad_jax.evaluation import Attack, Effort, Model, diagnose, of_classifier, of_function, quantize
 from e2sad_jax.evaluation.evaluator import BEFORE
 from e2sad_jax.evaluation.exported import stablehlo
 from e2sad_jax.evaluation.finished import Finished
@@ -171,7 +171,7 @@ def run(request: Request) -> dict[str, Any]:
     effort = Effort(
         queries=request.queries,
         targets=request.targets,
-        fab=request.fab if request.fab >= 0 else FAB.targets if asked.norm == "l2" else 0,
+        fab=None if request.fab < 0 else request.fab,
         restarts=request.restarts,
         worst_case=request.auto,
     )
@@ -184,7 +184,8 @@ def run(request: Request) -> dict[str, Any]:
     n = len(model.images)
     if _is_exported(request.predict) and not black_box.has_gradient(model):
         return _without_gradient(request, asked, model, substitute, more)
-    total = effort.work(n, model.num_classes, substitute is not None, model.images.ndim, model.detector is not None)
+    rejects = model.detector is not None
+    total = effort.work(n, model.num_classes, substitute is not None, model.images.ndim, rejects, asked.norm)
     total += n * sum(attack.gradients(model.num_classes) for attack in more)
     with Bar(f"evaluate {model.name}", total, "gradients") as bar:
 
