@@ -101,10 +101,10 @@ def _agreement(result: Content) -> str:
         above.append(100 * (own[-1]["ours"] - one["rows"][-1]["official"]))
         gradients["official"] += sum(row["official_gradients"] for row in one["rows"][1:])
         gradients["ours"] += sum(row["ours_gradients"] for row in own)
-    return (
-        f"{len(above)} networks and balls: ours {min(above):+.1f} to {max(above):+.1f} points from the official worst case, "
-        f"with {gradients['ours'] / gradients['official']:.2f} of its gradients"
-    )
+    share = f", with {gradients['ours'] / gradients['official']:.2f} of its gradients" if gradients["official"] else ""
+    low, high = min(above), max(above)
+    span = f"{low:+.1f} to {high:+.1f}" if low < high else f"{low:+.1f}"
+    return f"{len(above)} networks and balls: ours {span} points from the official worst case{share}"
 
 
 def _optimality(result: Content) -> str:
@@ -332,6 +332,11 @@ QUESTIONS = (
     Question(
         "And on a part of SVHN?",
         *("attacks_vs_reference/svhn/official.md", "attacks_vs_reference/svhn/official.json"),
+        _agreement,
+    ),
+    Question(
+        "And Square alone in l2, after its change was made as long as the budget?",
+        *("attacks_vs_reference/square_l2/official.md", "attacks_vs_reference/square_l2/official.json"),
         _agreement,
     ),
     Question(
