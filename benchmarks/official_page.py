@@ -1,7 +1,8 @@
 """official.md: the two sides of `benchmarks.official` beside each other."""
 
+import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from e2sad_jax.reporting.table import Table
 TOLERANCE = 0.01  # of accuracy
 ADDED = FAB.name  # the attack that `evaluation.auto` leaves out in the l-infinity ball
 SQUARE = STAGES[2].name  # the one that queries
+SPENT = ("gradients", "seconds")
 
 
 def outcome(stages: Sequence[str], theirs: Side, own: Side, places: np.ndarray) -> dict[str, Any]:
@@ -65,38 +67,66 @@ def _ball(result: Mapping[str, Any]) -> str:
     return f"{'l-infinity' if result['norm'] == 'linf' else result['norm']}, {result['eps']:.4g}{noise}"
 
 
+def _seed(result: Mapping[str, Any]) -> str:
+    return f", seed {result['effort']['seed']}" if result["effort"]["seed"] else ""
+
+
 def default(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The rows of the attacks that `evaluation.auto` has by default: FAB-T in the l2 ball alone."""
     return [row for row in result["rows"][1:] if row["attack"] != ADDED or result["norm"] == "l2"]
 
 
-def summary(results: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each network and ball: all official attacks, and ours with and without the one that `auto` leaves out."""
-    added = any(len(default(result)) < len(result["rows"]) - 1 for result in results)
-    names = ("official", "ours", *(("ours and FAB-T",) if added else ()))
-    rows = []
+def by_seed(results: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The results that differ in the seed alone, together; in the order in which they come."""
+    asked = ("workdir", "which", "step", "data", "judge", "images", "norm", "eps", "noise")
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
-        every, own = result["rows"][1:], default(result)
-        chosen = [("official", every), ("ours", own)]
-        if added:
-            chosen.append(("ours", every if len(own) < len(every) else []))
-        judged = result.get("judged", {})  # of a random network, by draws of their own
-        rows.append(
-            [
-                _network(result),
-                result["data"],
-                _ball(result),
-                f"{judged.get('clean', result['rows'][0]['ours']):.3f}",
-                *(f"{judged.get(side, of[-1][side]):.3f}" if of else None for side, of in chosen),
-                *(
-                    f"{sum(row[f'{side}_{what}'] for row in of):,.0f}" if of else None
-                    for what in ("gradients", "seconds")
-                    for side, of in chosen
-                ),
-            ]
-        )
-    columns = [f"{what}{name}" for what in ("", "gradients, ", "s, ") for name in names]
-    return Table(columns=["network", "data", "ball", "clean", *columns], rows=rows)
+        attacks = [row["attack"] for row in result["rows"]]
+        effort = {name: value for name, value in result["effort"].items() if name != "seed"}
+        key = json.dumps([attacks, effort, *(result.get(name) for name in asked)], sort_keys=True)
+        groups.setdefault(key, []).append(result)
+    return list(groups.values())
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    """The value of one seed, or the mean and the standard deviation of several."""
+    deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{deviation}"
+
+
+def _left_out(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """All rows, if `evaluation.auto` leaves out one of their attacks by default."""
+    every = result["rows"][1:]
+    return every if len(default(result)) < len(every) else []
+
+
+def summary(results: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each network and ball: all official attacks, and ours with and without the one that `auto` leaves out.
+
+    Of several seeds it has the means, and the standard deviations of the accuracies.
+    """
+    chosen: list[tuple[str, str, Callable[[Mapping[str, Any]], list[Mapping[str, Any]]]]]
+    chosen = [("official", "official", lambda result: result["rows"][1:]), ("ours", "ours", default)]
+    if any(map(_left_out, results)):
+        chosen.append(("ours and FAB-T", "ours", _left_out))
+    rows = []
+    for group in by_seed(results):
+        first = group[0]
+        cells: list[list[str | None]] = []  # accuracy, gradients and seconds of each side
+        for _, side, of in chosen:
+            parts = [of(result) for result in group]
+            if not all(parts):
+                cells.append([None] * 3)
+                continue
+            # Of a random network the verdicts by draws of their own.
+            left = [result.get("judged", part[-1])[side] for result, part in zip(group, parts, strict=True)]
+            sums = [[sum(row[f"{side}_{what}"] for row in part) for part in parts] for what in SPENT]
+            cells.append([_over_seeds(left), *(f"{np.mean(values):,.0f}" for values in sums)])
+        clean = np.mean([result.get("judged", {}).get("clean", result["rows"][0]["ours"]) for result in group])
+        about = [_network(first), first["data"], _ball(first), len(group), f"{clean:.3f}"]
+        rows.append([*about, *(cell for column in zip(*cells, strict=True) for cell in column)])
+    columns = [f"{what}{name}" for what in ("", "gradients, ", "s, ") for name, *_ in chosen]
+    return Table(columns=["network", "data", "ball", "seeds", "clean", *columns], rows=rows)
 
 
 def _details(result: Mapping[str, Any]) -> list[str]:
@@ -140,7 +170,7 @@ def _details(result: Mapping[str, Any]) -> list[str]:
         *(f"The official code warned: {warning}" for warning in result["warnings"]),
     ]
     return [
-        f"## {_network(result)}, {_ball(result)}\n",
+        f"## {_network(result)}, {_ball(result)}{_seed(result)}\n",
         f"{result['images']} of {result['data']}, {result['which']} weights. {_effort(result)}.\n",
         table.markdown(),
         *(f"- {note}" for note in notes),
@@ -181,8 +211,9 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
             "# The official AutoAttack code and `evaluation.auto`\n",
             "Robust accuracy of the same weights on the same images. Each attack is run on the images that are left, in the "
             "same order on both sides. FAB-T, which `evaluation.auto` has by default in the l2 ball alone, comes last, and not "
-            "before Square. A gradient is one of one image. Of Square ours counts all queries of an image, the official code "
-            "those until it falls. Our seconds hold tracing and compiling; the last column is XLA's part of that.\n",
+            "before Square. A row has the mean of its seeds, ± their standard deviation. A gradient is one of one image. Of "
+            "Square ours counts all queries of an image, the official code those until it falls. Our seconds hold tracing and "
+            "compiling; the last column is XLA's part of that.\n",
             summary(results).markdown(),
             *(line for result in results for line in _details(result)),
         ]
@@ -192,15 +223,16 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
 def failures(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """What makes the command end with exit code 1."""
     found = []
-    for result in results:
-        name = f"{_network(result)}, {_ball(result)}"
-        for side in ("official_images", "our_images"):
-            if outside := result[side]["outside"]:
-                found.append(f"{name}: {side}: {outside} outside the ball")
-        last = result.get("judged", result["rows"][-1])
-        if last["ours"] > last["official"] + TOLERANCE:
+    for group in by_seed(results):
+        name = f"{_network(group[0])}, {_ball(group[0])}"
+        for result in group:
+            for side in ("official_images", "our_images"):
+                if outside := result[side]["outside"]:
+                    found.append(f"{name}{_seed(result)}: {side}: {outside} outside the ball")
+        last = [result.get("judged", result["rows"][-1]) for result in group]
+        ours, official = (float(np.mean([row[side] for row in last])) for side in ("ours", "official"))
+        if ours > official + TOLERANCE:
             found.append(
-                f"{name}: ours leaves {last['ours']:.4f}, the official code {last['official']:.4f}; ours may leave at most "
-                f"{TOLERANCE} more"
+                f"{name}: ours leaves {ours:.4f}, the official code {official:.4f}; ours may leave at most {TOLERANCE} more"
             )
     return found

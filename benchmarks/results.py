@@ -8,10 +8,11 @@ import dataclasses
 import json
 import pathlib
 import re
+import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks.official_page import default
+from benchmarks.official_page import by_seed, default
 from e2sad_jax._io import write_text
 from e2sad_jax.reporting.table import Table
 
@@ -96,15 +97,18 @@ def _official(result: Content) -> str:
 def _agreement(result: Content) -> str:
     """How far the default of `auto` is from the official worst case over all networks and balls."""
     above, gradients = [], {"official": 0, "ours": 0}
-    for one in result["results"]:
-        own = default(one)
-        above.append(100 * (own[-1]["ours"] - one["rows"][-1]["official"]))
-        gradients["official"] += sum(row["official_gradients"] for row in one["rows"][1:])
-        gradients["ours"] += sum(row["ours_gradients"] for row in own)
+    groups = by_seed(result["results"])
+    for group in groups:
+        official, ours = [one["rows"][-1]["official"] for one in group], [default(one)[-1]["ours"] for one in group]
+        above.append(100 * (statistics.fmean(ours) - statistics.fmean(official)))
+        for one in group:
+            gradients["official"] += sum(row["official_gradients"] for row in one["rows"][1:])
+            gradients["ours"] += sum(row["ours_gradients"] for row in default(one))
+    several = f", {len(groups[0])} seeds each" if len(groups[0]) > 1 else ""
     share = f", with {gradients['ours'] / gradients['official']:.2f} of its gradients" if gradients["official"] else ""
     low, high = min(above), max(above)
     span = f"{low:+.1f} to {high:+.1f}" if low < high else f"{low:+.1f}"
-    return f"{len(above)} networks and balls: ours {span} points from the official worst case{share}"
+    return f"{len(above)} networks and balls{several}: ours {span} points from the official worst case{share}"
 
 
 def _optimality(result: Content) -> str:

@@ -1,5 +1,6 @@
 """benchmarks.official: its arguments, and its page from made-up outcomes."""
 
+import copy
 import dataclasses
 import importlib.util
 import types
@@ -121,7 +122,7 @@ def result():
             "images": "4 of 355 test images",
         },
         **{"eps": 0.2, "norm": "linf", "logits_differ": 3e-7, "warnings": ["it seems to be a dynamic defense!"]},
-        "effort": {"apgd_steps": 100, "targets": 9, "fab_steps": 100, "queries": 5000},
+        "effort": {"apgd_steps": 100, "targets": 9, "fab_steps": 100, "queries": 5000, "seed": 0},
         **found,
         "official_images": {"found": 2, "misclassified": 2, "outside": 0, "largest": 0.2},
         "our_images": {"found": 1, "misclassified": 1, "outside": 0, "largest": 0.2},
@@ -142,7 +143,8 @@ def test_the_page_holds_the_table_and_its_provenance(result):
     assert "| Square | 0.2500 | 0.5000 | 1 | 0 |  |  | 9,000 | 9,000 | 2.0 | 4.0 |  |" in page
     assert "4 of 355 test images of digits, last weights. APGD-CE (100 steps), Square (5,000 queries)." in page
     assert (
-        "| e2sad, 1,000 steps (mine) | digits | l-infinity, 0.2 | 0.750 | 0.250 | 0.500 | 400 | 400 | 3 | 4 |" in page
+        "| e2sad, 1,000 steps (mine) | digits | l-infinity, 0.2 | 1 | 0.750 | 0.250 | 0.500 | 400 | 400 | 3 | 4 |"
+        in page
     )
     assert "Of 2 adversarial images of the official code, JAX misclassifies 2; 0 lie outside the ball" in page
     assert "- Image 3: official APGD-CE, ours robust." in page
@@ -162,10 +164,26 @@ def test_a_random_network_is_judged_by_draws_of_its_own(result):
         "other draws: 0.750 of the clean images are classified correctly, 0.250 after the official attacks, 0.255"
         in page
     )
-    assert "| l-infinity, 0.2, noise 0.1 | 0.750 | 0.250 | 0.255 |" in page
+    assert "| l-infinity, 0.2, noise 0.1 | 1 | 0.750 | 0.250 | 0.255 |" in page
     assert official_page.failures([judged]) == [], "the verdicts of one draw do not count"
     judged["judged"]["ours"] = 0.5
     assert official_page.failures([judged]) == [WEAKER.replace("0.2:", "0.2, noise 0.1:")]
+
+
+def test_several_seeds_are_one_row_and_one_verdict(result):
+    second = result | {"effort": result["effort"] | {"seed": 1}, "rows": copy.deepcopy(result["rows"])}
+    second["rows"][-1].update(official=0.5, ours=0.25, ours_gradients=200)
+    other = result | {"norm": "l2", "workdir": "runs/other"}
+    page = official_page.page([result, other, second])
+    row = "| digits | l-infinity, 0.2 | 2 | 0.750 | 0.375 ± 0.177 | 0.375 ± 0.177 | 400 | 500 | 3 | 4 |"
+    assert row in page
+    assert page.index("## e2sad, 1,000 steps (mine), l-infinity, 0.2, seed 1\n") > page.index(
+        "(mine), l-infinity, 0.2\n"
+    )
+    assert official_page.failures([result, second]) == [], "no more on average"
+    assert [len(group) for group in official_page.by_seed([result, other, second])] == [2, 1]
+    less = second | {"effort": second["effort"] | {"queries": 10}}
+    assert [len(group) for group in official_page.by_seed([result, less])] == [1, 1], "another effort"
 
 
 @pytest.mark.parametrize("attacks", [("FAB-T",), ("APGD-CE", "FAB-T")])
@@ -174,8 +192,8 @@ def test_the_summary_tells_what_the_default_leaves_out(result, attacks):
     rows = official_page.outcome(attacks, theirs, own, np.arange(4))
     (row,) = official_page.summary([result | rows]).rows
     alone = len(attacks) == 1
-    assert row[4:7] == ["0.500", None if alone else "0.500", "0.500"]
-    assert row[10:] == (["1", None, "1"] if alone else ["3", "1", "3"])
+    assert row[5:8] == ["0.500", None if alone else "0.500", "0.500"]
+    assert row[11:] == (["1", None, "1"] if alone else ["3", "1", "3"])
 
 
 def test_a_second_call_attacks_nothing_again_and_other_networks_stay(result, monkeypatch, tmp_path):
