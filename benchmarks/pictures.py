@@ -28,7 +28,7 @@ WRONG = "crimson"
 
 def trained(digits: Dataset, steps: int) -> LogitsFn:
     """A dense network of one hidden layer, trained without a defense."""
-    x, y = unit(digits.x_train), losses.soft_labels(jnp.asarray(digits.y_train), 10, 0)
+    x, y = unit(np.asarray(digits.x_train)), losses.soft_labels(jnp.asarray(digits.y_train), 10, 0)
     one, two = jax.random.split(jax.random.key(0))
     params = {
         "w1": 0.05 * jax.random.normal(one, (784, 128)),

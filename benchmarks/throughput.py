@@ -1,15 +1,20 @@
-"""How fast training images come: on the device, from the host, and how fast the host reads them.
+"""How fast training images come: on the device, from the host, from a file, and how fast the host reads them.
 
 python -m benchmarks.throughput [--model=preact_resnet18 --width=16] [--defense=natural] [--results=results/throughput]
 
-Trains the same steps with `--resident=device` and `--resident=host`, and reads the batches of as many steps alone. Where the
-host reads faster than steps train, images on the host cost little. Prints a Markdown page, and writes throughput.md and .json.
+Trains the same steps with `--resident=device` and `--resident=host`, and reads the batches of as many steps alone: from memory,
+and from a file of which the system's memory holds nothing at first. Where the host reads faster than steps train, images on the
+host cost little. Prints a Markdown page, and writes throughput.md and .json.
 """
 
+import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
+import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -31,7 +36,7 @@ from e2sad_jax.training.stream import Stream
 
 # The data set whose images a network takes; others take CIFAR-10's.
 SHAPES = {"mnist_cnn": "mnist", "digits_cnn": "mnist"}
-ALONE = "reading alone"
+READING = ALONE, FROM_FILE = "reading alone", "reading alone, from a file"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,11 +113,26 @@ def reading_rate(config: Config, dataset: Dataset, steps: int) -> float:
     return len(starts) * at_once * config.batch_size / (time.perf_counter() - began)
 
 
+@contextlib.contextmanager
+def in_a_file(dataset: Dataset, folder: pathlib.Path) -> Iterator[Dataset]:
+    """The data set with its training images in a file that the system's memory does not hold."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        np.asarray(dataset.x_train).tofile(file)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        images = np.memmap(file, dataset.x_train.dtype, "r", shape=dataset.x_train.shape)
+        yield dataclasses.replace(dataset, x_train=images)
+
+
 def measure(asked: Request) -> dict[str, Any]:
     """Images a second of each path, for JSON."""
     dataset = random_images(asked)
     rates = {f"--resident={r}": training_rate(asked.config(r), dataset, asked.steps) for r in ("device", "host")}
     rates[ALONE] = reading_rate(asked.config("host"), dataset, asked.steps)
+    if hasattr(os, "posix_fadvise"):  # where the system can be told to forget a file
+        with in_a_file(dataset, pathlib.Path(asked.results or ".").expanduser()) as there:
+            rates[FROM_FILE] = reading_rate(asked.config("host"), there, asked.steps)
     return {
         "command": provenance.command(),
         "environment": provenance.environment(),

@@ -50,7 +50,11 @@ class Base:
         """That of a network which a comparison has trained on a data set."""
         train, held_out = hold_out(dataset, request.validation_examples)
         return cls(
-            request, network, inputs(network, train.x_train), inputs(network, held_out.x_test), dataset.num_classes
+            request,
+            network,
+            inputs(network, np.asarray(train.x_train)),
+            inputs(network, held_out.x_test),
+            dataset.num_classes,
         )
 
     @property

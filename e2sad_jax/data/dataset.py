@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from e2sad_jax import _arguments, _io
+from e2sad_jax.data import in_file
 from e2sad_jax.data.known import KNOWN, Known
 from e2sad_jax.errors import ConfigError, DataError
 
@@ -20,7 +21,7 @@ VALIDATION_EXAMPLES = 500  # size of the validation set where no training images
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images and labels in host memory, with what a report says about them.
+    """Images and labels in host memory, or in a file too large for it, with what a report says about them.
 
     The arrays are kept as read-only views, because `sha256` identifies their content.
 
@@ -28,7 +29,8 @@ class Dataset:
       name: of `KNOWN`; NAME/CONFIG@TRAIN,TEST of other sets of tensorflow-datasets; for a user's file its stem. Every report
         shows it.
       version: the tensorflow-datasets version, or "".
-      x_train: training images `[N, H, W, C]`, uint8 in 0..255, or float32 in [0, 1] if the user's file holds floats.
+      x_train: training images `[N, H, W, C]`, uint8 in 0..255, or float32 in [0, 1] if the user's file holds floats. A part
+        of those in a file is `in_file.Rows`.
       y_train: their labels `[N]`, int32 in [0, num_classes).
       x_test: test images `[M, H, W, C]`, of the dtype of `x_train`.
       y_test: their labels `[M]`, int32 in [0, num_classes).
@@ -39,7 +41,7 @@ class Dataset:
 
     name: str
     version: str
-    x_train: np.ndarray
+    x_train: np.ndarray | in_file.Rows
     y_train: np.ndarray
     x_test: np.ndarray
     y_test: np.ndarray
@@ -48,9 +50,11 @@ class Dataset:
 
     def __post_init__(self) -> None:
         for member in ARRAYS:
-            view = np.asarray(getattr(self, member)).view()
-            view.flags.writeable = False
-            object.__setattr__(self, member, view)
+            array = getattr(self, member)
+            if not isinstance(array, in_file.Rows):
+                array = np.asarray(array).view()
+                array.flags.writeable = False
+            object.__setattr__(self, member, array)
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -157,7 +161,7 @@ def subset(
     """
     return dataclasses.replace(
         dataset,
-        x_train=dataset.x_train[train],
+        x_train=in_file.rows(dataset.x_train, train),
         y_train=dataset.y_train[train],
         x_test=dataset.x_test[test],
         y_test=dataset.y_test[test],

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import struct
 import sys
 import warnings
 import zipfile
@@ -20,6 +21,7 @@ from typing import IO, Any
 import numpy as np
 
 from e2sad_jax import _io
+from e2sad_jax.data import in_file
 from e2sad_jax.data.dataset import ARRAYS, Dataset, check_claim, checked, doubts
 from e2sad_jax.data.known import KNOWN
 from e2sad_jax.errors import DataError, first_line, printable, quoted
@@ -27,6 +29,7 @@ from e2sad_jax.errors import DataError, first_line, printable, quoted
 FORMAT = "e2sad_jax.data/1"
 SMALL = 2**20  # bytes of a member that only describes the others
 INFLATED = 2**28  # bytes that any compressed member may become
+CHUNK = 2**24  # bytes of a member that are read at once
 RATIO = 100  # beyond that: how many times its own size in the file
 _warnings: set[str] = set()  # those printed
 
@@ -110,7 +113,9 @@ def write_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
     where = f"data set {dataset.name!r}"
     if path.suffix.lower() != ".npz":
         raise DataError(f"{path}: the file name must end in .npz")
-    arrays, count = checked(where, {member: getattr(dataset, member) for member in ARRAYS}, dataset.num_classes)
+    arrays, count = checked(
+        where, {member: np.asarray(getattr(dataset, member)) for member in ARRAYS}, dataset.num_classes
+    )
     check_claim(where, dataset)
     metadata = {
         "format": FORMAT,
@@ -225,7 +230,12 @@ def _read_member(path: pathlib.Path, archive: zipfile.ZipFile, member: str, *, s
         _check_size(path, member, info, small)
         with archive.open(info) as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what Python thinks of the header's text
-            _check_header(stream, info.file_size)
+            shape, in_columns, dtype = _check_header(stream, info.file_size)
+            if info.compress_type == zipfile.ZIP_STORED and info.file_size >= in_file.LARGE and not in_columns:
+                offset = _start(archive, info) + stream.tell()
+                while stream.read(CHUNK):  # to its end, where zipfile compares the CRC
+                    pass
+                return np.memmap(path, dtype, "r", offset, shape)
             stream.seek(0)
             array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
             stream.read(1)  # makes zipfile compare the CRC
@@ -261,15 +271,28 @@ def _check_size(path: pathlib.Path, member: str, info: zipfile.ZipInfo, small: b
         )
 
 
-def _check_header(stream: IO[bytes], size: int) -> None:
-    """Refuses a header that is not for the bytes that follow, before memory is taken for what it announces."""
+def _start(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
+    """Where the bytes of a member begin in the file: after its local header, which has a name and an extra field."""
+    assert archive.filename is not None
+    with open(archive.filename, "rb") as file:
+        file.seek(info.header_offset)
+        name, extra = struct.unpack("<26x2H", file.read(30))
+    return info.header_offset + 30 + int(name) + int(extra)
+
+
+def _check_header(stream: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Refuses a header that is not for the bytes that follow, before memory is taken for what it announces.
+
+    Returns:
+      Shape, whether the columns follow each other instead of the rows, and dtype.
+    """
     version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"its header has version {version}; numbers have 1.0 or 2.0")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(stream)  # type: ignore[no-untyped-call]
-    if dtype.hasobject:
-        return  # numpy refuses it
-    needed, found = math.prod(shape) * dtype.itemsize, size - stream.tell()
-    if needed != found:
-        raise ValueError(f"its header announces {dtype} {shape}, {needed:,} bytes, but {found:,} follow")
+    shape, in_columns, dtype = read(stream)  # type: ignore[no-untyped-call]
+    if not dtype.hasobject:  # else numpy refuses it
+        needed, found = math.prod(shape) * dtype.itemsize, size - stream.tell()
+        if needed != found:
+            raise ValueError(f"its header announces {dtype} {shape}, {needed:,} bytes, but {found:,} follow")
+    return shape, in_columns, dtype

@@ -35,7 +35,7 @@ from tensorflow_datasets.core import dataset_builder
 from tensorflow_datasets.core.download import resource as tfds_resource
 
 from e2sad_jax import _io
-from e2sad_jax.data import prepared
+from e2sad_jax.data import in_file, prepared
 from e2sad_jax.data.builders import BUILDERS, TRAIN, UrlInfos, check_sha256
 from e2sad_jax.data.dataset import Dataset, check_claim, checked
 from e2sad_jax.data.known import KNOWN
@@ -74,7 +74,7 @@ def prepare(name: str, root: pathlib.Path, copy: pathlib.Path) -> Dataset:
             f"{_ways_out(name, root, infos)}"
         ) from err
     try:
-        arrays = _decode(name, builder, TRAIN.get(name, "train"), "test", ("image", "label"))
+        arrays = _decode(name, builder, TRAIN.get(name, "train"), "test", ("image", "label"), copy.parent)
         if (counts := (len(arrays["x_train"]), len(arrays["x_test"]))) != known[:2]:
             raise ValueError(f"{counts} train and test examples instead of {known[:2]}")
     except Exception as err:  # whatever the record reader raises on damaged files
@@ -127,7 +127,7 @@ def read(wanted: prepared.Wanted, root: pathlib.Path, copy: pathlib.Path) -> Dat
         if empty:
             raise DataError(f"{asked}: the split {split!r} holds no images; choose two by --data={asked}@TRAIN,TEST")
     try:
-        arrays = _decode(asked, builder, train, test, keys)
+        arrays = _decode(asked, builder, train, test, keys, copy.parent)
     except DataError:
         raise
     except MemoryError as err:
@@ -272,8 +272,10 @@ def _locked(name: str, root: pathlib.Path) -> contextlib.AbstractContextManager[
     return _io.locked(root, lock, lambda who: logging.warning("%s: %s; waiting for it", name, who))
 
 
-def _decode(name: str, builder: Any, train: str, test: str, keys: tuple[str, str]) -> dict[str, np.ndarray]:
-    """Decodes two splits to the arrays of a `Dataset`; `keys` are the names of image and label."""
+def _decode(
+    name: str, builder: Any, train: str, test: str, keys: tuple[str, str], folder: pathlib.Path
+) -> dict[str, np.ndarray]:
+    """Decodes two splits to the arrays of a `Dataset`; `keys` are the names of image and label, `folder` is for large ones."""
     from tqdm import auto as tqdm_auto
 
     features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in keys})  # no other is decoded
@@ -290,7 +292,8 @@ def _decode(name: str, builder: Any, train: str, test: str, keys: tuple[str, str
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         source = builder.as_data_source(split=split, deserialize_method=raw, file_format="array_record")
         shape = shape or decoded(source[0])[0].shape
-        images, labels = np.empty((len(source), *shape), np.uint8), np.empty(len(source), np.int32)
+        images = in_file.empty((len(source), *shape), np.uint8, folder)
+        labels = np.empty(len(source), np.int32)
         title = f"Decoding {name} {split}"
         # None: nothing in a log.
         with tqdm_auto.tqdm(total=len(source), desc=title, unit=" images", leave=False, disable=None) as bar:

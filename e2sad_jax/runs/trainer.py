@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from e2sad_jax import distributed, networks
 from e2sad_jax._compile import jit
 from e2sad_jax.data import Dataset, hold_out, sample_tests
+from e2sad_jax.data.in_file import is_in_file
 from e2sad_jax.data.transforms import TRANSFORMS, Transform
 from e2sad_jax.errors import (
     CheckpointError,
@@ -326,8 +327,9 @@ class _Trainer:
             )
             print(f"Memory of perturbations ({first.config.memory}): {size / 1e6:,.1f} MB{share}", file=sys.stderr)
         if not (self._resident or silent):
-            size = first.train_set.x_train.nbytes
-            print(f"Training images ({size / 1e6:,.1f} MB) stay on the host (--resident)", file=sys.stderr)
+            images = first.train_set.x_train
+            where = "in their file" if is_in_file(images) else "on the host"
+            print(f"Training images ({images.nbytes / 1e6:,.1f} MB) stay {where} (--resident)", file=sys.stderr)
         with Bar(title, steps, "steps", initial=self._start, silent=silent) as bar:
             self._bar, self._told = bar, set[int]()
             tracked = [run for run in runs if run.config.tracker and not silent]

@@ -146,7 +146,7 @@ class Config:
     resident: str = setting(
         "auto",
         "where the training images lie: on each device, or on the host, which sends each batch; auto: on the device if they "
-        "and the memory of perturbations take at most half of its memory",
+        "and the memory of perturbations take at most half of its memory and do not stay in their file",
         choices=("auto", "device", "host"),
         identity=False,
     )

@@ -134,7 +134,7 @@ def fit(
 
     metrics: Any = ()
     with jax.transfer_guard("disallow"), Stream(c, dataset.x_train, at_once, mesh) as stream:
-        images: Any = put(dataset.x_train) if resident else None
+        images: Any = put(np.asarray(dataset.x_train)) if resident else None
         if not resident and step < steps:
             ask(step)
         while step < steps:

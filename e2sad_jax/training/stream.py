@@ -8,16 +8,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from e2sad_jax import distributed
+from e2sad_jax.data.in_file import Rows, is_in_file
 from e2sad_jax.training.config import Config
 from e2sad_jax.training.memory import nbytes
 
 SENT = 2**28  # bytes of images that are sent at once, unless a batch has more
 
 
-def is_resident(config: Config, images: np.ndarray) -> bool:
+def is_resident(config: Config, images: np.ndarray | Rows) -> bool:
     """Whether the training images lie on each device.
 
-    Under `resident="auto"` they do if they and what is remembered of them take at most half of its memory.
+    Under `resident="auto"` they do if they and what is remembered of them take at most half of its memory, and if they do not
+    lie in a file.
 
     Args:
       config: the run's settings.
@@ -25,11 +27,13 @@ def is_resident(config: Config, images: np.ndarray) -> bool:
     """
     if config.resident != "auto":
         return config.resident == "device"
+    if is_in_file(images):
+        return False
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")  # the CPU has none
     return limit is None or images.nbytes + nbytes(config, len(images), images.shape[1:]) <= limit / 2
 
 
-def most_steps(config: Config, images: np.ndarray) -> int:
+def most_steps(config: Config, images: np.ndarray | Rows) -> int:
     """The steps whose images are sent at once, at least 1."""
     return max(1, SENT // (config.batch_size * images[:1].nbytes)) * config.steps_per_batch
 
@@ -37,7 +41,7 @@ def most_steps(config: Config, images: np.ndarray) -> int:
 class Stream:
     """Reads the images of each dispatch of steps, one dispatch ahead, in a thread of its own, and sends them."""
 
-    def __init__(self, config: Config, images: np.ndarray, at_once: int, mesh: Mesh | None):
+    def __init__(self, config: Config, images: np.ndarray | Rows, at_once: int, mesh: Mesh | None):
         """Reads nothing yet.
 
         Args:

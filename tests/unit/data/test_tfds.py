@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as library
 
 from e2sad_jax import data
-from e2sad_jax.data import prepared, tfds
+from e2sad_jax.data import in_file, prepared, tfds
 from e2sad_jax.data.__main__ import main
 from e2sad_jax.errors import DataError
 from e2sad_jax.runs import parameters, run
@@ -106,6 +106,20 @@ def test_its_own_images_classes_and_splits(asked, root, records, monkeypatch, of
         monkeypatch.setattr(tfds, "read", None)
     assert offline == []
     assert "tensorflow" not in sys.modules
+
+
+def test_a_large_set_is_decoded_to_a_file_and_stays_there(root, records, monkeypatch):
+    write(records)
+    whole = data.load("tfds:mini_set", root).sha256
+    for copy in (root / "decoded").rglob("*.npz"):
+        copy.unlink()
+    monkeypatch.setattr(in_file, "LARGE", 1000)
+    for _ in range(2):  # decoded, then read from the copy
+        dataset = data.load("tfds:mini_set", root)
+        assert in_file.is_in_file(dataset.x_train)
+        assert dataset.sha256 == whole
+        monkeypatch.setattr(tfds, "read", None)
+    assert [path.name for path in (root / "decoded" / "tfds").iterdir()] == ["mini_set.npz"]
 
 
 def test_a_test_split_comes_before_validation(root, records):
