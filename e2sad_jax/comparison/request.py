@@ -108,6 +108,7 @@ _PARTS: Mapping[str, Mapping[str, Any]] = {
     "budget as tested": {"eps_scale": 1.0},
     "full eps from the start": {"eps_warmup": 0.0},
     "constant learning rate": {"schedule": "constant", "learning_rate": 1e-3},  # the paper's
+    "perturbed weights": {"awp": 0.005},
 }
 REFERENCE = "e2SAD, robust"  # its steps are the budget where all spend the same FLOPs
 PARTS = {f"{REFERENCE}, {name}": {"defense": "e2sad", "preset": "robust", **own} for name, own in _PARTS.items()}

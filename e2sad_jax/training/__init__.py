@@ -4,7 +4,7 @@ from e2sad_jax.training.config import SCHEDULES, Config, configure
 from e2sad_jax.training.flops import function_counts, step_counts, step_flops
 from e2sad_jax.training.loop import STEPS_PER_DISPATCH, fit, steps_at_once
 from e2sad_jax.training.memory import nbytes
-from e2sad_jax.training.optimizer import learning_rate, optimizer
+from e2sad_jax.training.optimizer import adversarial_weights, learning_rate, optimizer
 from e2sad_jax.training.presets import PRESETS, RECIPE, SCHEDULE, preset
 from e2sad_jax.training.state import (
     TrainState,
@@ -27,6 +27,7 @@ __all__ = [
     "Config",
     "TrainState",
     "TrainStep",
+    "adversarial_weights",
     "configure",
     "epoch_order",
     "fit",

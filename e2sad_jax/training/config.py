@@ -92,6 +92,12 @@ class Config:
     )
     decay_kernels_only: bool = setting(False, "no weight decay of biases and of batch normalisation")
     clip_norm: float = setting(0.0, "largest l2 norm of the gradient, which is scaled down to it; 0: none", lower=0)
+    awp: float = setting(
+        0.0,
+        "adversarial weight perturbation: its length, a fraction of each layer's norm; twice the price of a step; 0: none",
+        lower=0,
+        upper=1,
+    )
     accumulate: int = setting(
         1, "batches, one a step, whose mean gradient makes one update; it must divide --steps", lower=1
     )
@@ -398,6 +404,7 @@ FIRST = {
     "optimizer": "adam",
     "weight_decay": 0.0,
     "clip_norm": 0.0,
+    "awp": 0.0,
     "accumulate": 1,
     "milestones": "0.5,0.75",
     "lr_warmup": 0.0,

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from e2sad_jax.training.config import Config, number_of_steps
@@ -68,6 +69,28 @@ def optimizer(config: Config, steps: int | None = None) -> optax.GradientTransfo
             parts.append(optax.adam(rate))
     whole = optax.chain(*parts) if len(parts) > 1 else parts[0]
     return optax.MultiSteps(whole, config.accumulate).gradient_transformation() if config.accumulate > 1 else whole
+
+
+def adversarial_weights(params: Any, gradients: Any, size: float) -> Any:
+    """Adversarial weight perturbation (AWP): each kernel one step up the loss, as long as a fraction of its own norm.
+
+    w + size ||w||_2 g / ||g||_2. Biases and parameters of batch normalisation stay, as does a kernel without a gradient.
+
+    Args:
+      params: the weights.
+      gradients: of the loss in them, like `params`.
+      size: the fraction gamma, at least 0; the paper takes 0.01 (0.005 with TRADES).
+
+    Reference: Wu et al., 2020, https://arxiv.org/abs/2004.05884, Eq. 12
+    """
+
+    def moved(is_kernel: bool, w: jax.Array, g: jax.Array) -> jax.Array:
+        if not is_kernel:
+            return w
+        long = optax.safe_norm(g, 0)
+        return w + size * optax.safe_norm(w, 0) * g / jnp.where(long > 0, long, 1)
+
+    return jax.tree.map(moved, _kernels(params), params, gradients)
 
 
 def _kernels(params: Any) -> Any:

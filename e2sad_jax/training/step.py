@@ -25,7 +25,7 @@ from e2sad_jax.losses import soft_labels
 from e2sad_jax.networks import batch_stats
 from e2sad_jax.training.config import Config
 from e2sad_jax.training.memory import check_rows, note, recall
-from e2sad_jax.training.optimizer import optimizer
+from e2sad_jax.training.optimizer import adversarial_weights, optimizer
 from e2sad_jax.training.state import TrainState, init_state, shardings
 
 AUGMENTATION = 2**32 - 1  # in place of a step, to draw from a run's key
@@ -185,9 +185,13 @@ def make_train_step(
                     taught=taught,
                 )
 
-        params = batch_stats.parameters(state.params)
+        params, slots = batch_stats.parameters(state.params), batch_stats.slots(state.params)
+        at = params
+        if config.awp:
+            climb, _ = jax.grad(loss_fn, has_aux=True)(params, slots, state.delta)
+            at = adversarial_weights(params, climb, config.awp)
         (loss, parts), (gradients, noted, ascent) = jax.value_and_grad(loss_fn, argnums=(0, 1, 2), has_aux=True)(
-            params, batch_stats.slots(state.params), state.delta
+            at, slots, state.delta
         )
         updates, opt_state = tx.update(gradients, state.opt_state, params)
         params = optax.apply_updates(params, updates)

@@ -130,6 +130,59 @@ def test_the_learning_rate_falls_after_the_milestones(parts):
     ]
 
 
+def perturbed(params, gradients, size):
+    """Eq. 12 of https://arxiv.org/abs/2004.05884, layer by layer."""
+    moved = {}
+    for name, w in params.items():
+        long = np.sqrt((gradients[name].astype(np.float64) ** 2).sum())
+        step = size * np.sqrt((w.astype(np.float64) ** 2).sum()) * gradients[name] / long if w.ndim > 1 else 0
+        moved[name] = w + step
+    return moved
+
+
+def test_adversarial_weights_are_a_fraction_of_each_kernel_s_norm_away():
+    params = {"first": START, "second": {"kernel": 3 * START["kernel"]}}
+    gradients = {"first": GRADIENTS[0], "second": {"kernel": np.zeros_like(START["kernel"])}}
+    found = training.adversarial_weights(params, gradients, 0.1)
+    for name, value in perturbed(START, GRADIENTS[0], 0.1).items():
+        np.testing.assert_allclose(found["first"][name], value, rtol=1e-6)
+    moved = np.asarray(found["first"]["kernel"]) - START["kernel"]
+    assert np.linalg.norm(moved) == pytest.approx(0.1 * np.linalg.norm(START["kernel"]), rel=1e-5)
+    np.testing.assert_array_equal(found["second"]["kernel"], params["second"]["kernel"])
+
+
+def test_the_gradient_of_a_step_is_that_at_adversarial_weights(tiny):
+    """Of a linear network without a defense, against its closed form."""
+    n = len(tiny.x_train)
+    config = tiny_config(
+        **{"defense": "natural", "awp": 0.2, "optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.5},
+        **{"batch_size": n, "soft_label": False, "steps": 1},
+    )
+    state = training.init_state(config, Linear(), tiny.image_shape, n)
+    start = jax.tree.map(np.array, state.params)["params"]["Dense_0"]
+    x, y = tiny.x_train.reshape(n, -1) / 255.0, np.eye(tiny.num_classes)[tiny.y_train]
+
+    def loss_and_gradients(w):
+        logits = x @ w["kernel"] + w["bias"]
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        return -np.log(p[np.arange(n), tiny.y_train]).mean(), {"kernel": x.T @ (p - y) / n, "bias": (p - y).mean(0)}
+
+    at = perturbed(start, loss_and_gradients(start)[1], 0.2)
+    loss, gradients = loss_and_gradients(at)
+    assert loss > loss_and_gradients(start)[0] + 0.1
+    metrics = []
+    end = training.fit(
+        *(config, Linear(), tiny, state),
+        steps=1,
+        record=lambda step, found, count: metrics.append(found),
+        checkpoint=lambda *a: None,
+    )
+    assert float(np.ravel(metrics[0]["loss"])[0]) == pytest.approx(loss, rel=1e-4)
+    for name, value in start.items():
+        np.testing.assert_allclose(end.params["params"]["Dense_0"][name], value - 0.5 * gradients[name], rtol=1e-4, atol=1e-6)
+
+
 def test_steps_are_whole_updates():
     assert configure(epochs=1.0, batch_size=8, accumulate=4).total_steps(100) == 16, "13 batches, rounded up"
     assert configure(epochs=1.0, batch_size=8).total_steps(100) == 13
@@ -212,6 +265,7 @@ def test_what_has_no_effect_makes_no_other_run_and_what_has_one_does():
         {"weight_decay": 0.1},
         {"weight_decay": 0.1, "decay_kernels_only": True},
         {"clip_norm": 1.0},
+        {"awp": 0.01},
         {"accumulate": 2},
         {"lr_warmup": 0.1},
         {"schedule": "piecewise", "milestones": "0.1"},
@@ -231,6 +285,7 @@ def test_what_has_no_effect_makes_no_other_run_and_what_has_one_does():
         ({"optimizer": "adamw"}, "--optimizer=adamw: needs --weight_decay above 0"),
         ({"optimizer": "lion"}, "--optimizer=lion"),
         ({"accumulate": 0}, "--accumulate=0"),
+        ({"awp": -0.01}, r"--awp=-0.01: must be in \[0, 1\]"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, message):

@@ -117,8 +117,8 @@ def test_a_population_equals_separate_runs(tiny, singles):
 
 @pytest.mark.parametrize(
     ("defense", "own"),
-    [("pgd", {}), ("e2sad", {"second_step": "noise"}), ("free", {"replays": 2})],
-    ids=["keys-of-images", "key-of-batch", "perturbation"],
+    [("pgd", {}), ("e2sad", {"second_step": "noise"}), ("free", {"replays": 2}), ("pgd", {"awp": 0.05})],
+    ids=["keys-of-images", "key-of-batch", "perturbation", "perturbed weights"],
 )
 def test_every_kind_of_random_number_is_that_of_a_run_alone(defense, own, tiny):
     """Two seeds and two budgets; and the perturbation that free training keeps."""

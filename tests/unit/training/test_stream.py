@@ -29,6 +29,7 @@ CASES = {
     "robust2": {"defense": "e2sad", **preset("robust2", 0.3)},
     "free": {"defense": "free", "replays": 3},
     "distillation": {"defense": "distillation"},
+    "perturbed weights": {"defense": "pgd", "awp": 0.05},
     "augmented": {"defense": "natural", "augment": "crop,flip"},
 }
 
@@ -46,7 +47,7 @@ def test_the_steps_are_those_of_images_on_the_device_to_the_bit(case, at_once, t
     assert [step._cache_size() for step in made] == [1, 1], "parts of a dispatch are no program of their own"
 
 
-@pytest.mark.parametrize("case", ["natural", "robust2", "free"])
+@pytest.mark.parametrize("case", ["natural", "robust2", "free", "perturbed weights"])
 def test_a_run_goes_on_from_the_middle_of_an_epoch(case, tiny):
     config = tiny_config(**CASES[case], steps=11, checkpoint_every=4).replace(resident="host")
     halves = fit(config, tiny, fit(config, tiny, steps=5, steps_per_dispatch=3), steps_per_dispatch=2)
