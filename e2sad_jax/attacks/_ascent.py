@@ -7,8 +7,10 @@ from e2sad_jax.attacks import _loops
 from e2sad_jax.attacks._ball import Ball, cast_inside
 from e2sad_jax.attacks._numerics import as_float32, input_gradient
 from e2sad_jax.attacks._types import LossFn
+from e2sad_jax.attacks._within import as_attack
 
 
+@as_attack
 def ascend(
     loss_fn: LossFn,
     start: jax.Array,

@@ -7,6 +7,7 @@
   `select`;
 * several candidates: `Candidate.keep_worst`, `score`;
 * loops: `repeat` and its kin, `ascend`;
+* whose pass it is: `as_attack`, `within_attack`;
 * types: `LossFn`, `LogitsFn`, `Bounds`.
 """
 
@@ -34,6 +35,7 @@ from e2sad_jax.attacks._numerics import (
     unit,
 )
 from e2sad_jax.attacks._types import Bounds, LogitsFn, LossFn
+from e2sad_jax.attacks._within import as_attack, within_attack
 
 __all__ = [
     "NORMS",
@@ -44,6 +46,7 @@ __all__ = [
     "LinfBall",
     "LogitsFn",
     "LossFn",
+    "as_attack",
     "as_float32",
     "ascend",
     "ball",
@@ -71,4 +74,5 @@ __all__ = [
     "select",
     "threefry",
     "unit",
+    "within_attack",
 ]

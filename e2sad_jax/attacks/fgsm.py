@@ -7,8 +7,10 @@ from e2sad_jax.attacks._ball import ball, project_and_cast
 from e2sad_jax.attacks._checks import from_start
 from e2sad_jax.attacks._numerics import as_float32, input_gradient
 from e2sad_jax.attacks._types import Bounds, LossFn
+from e2sad_jax.attacks._within import as_attack
 
 
+@as_attack
 def fgsm(
     loss_fn: LossFn,
     x: jax.Array,

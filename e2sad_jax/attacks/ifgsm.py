@@ -7,8 +7,10 @@ from e2sad_jax.attacks._ascent import ascend
 from e2sad_jax.attacks._ball import linf_ball
 from e2sad_jax.attacks._checks import from_start
 from e2sad_jax.attacks._types import Bounds, LossFn
+from e2sad_jax.attacks._within import as_attack
 
 
+@as_attack
 def ifgsm(
     loss_fn: LossFn,
     x: jax.Array,

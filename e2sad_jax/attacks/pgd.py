@@ -8,8 +8,10 @@ from e2sad_jax.attacks._ball import ball
 from e2sad_jax.attacks._best import Candidate, score
 from e2sad_jax.attacks._numerics import per_image_keys
 from e2sad_jax.attacks._types import Bounds, LossFn
+from e2sad_jax.attacks._within import as_attack
 
 
+@as_attack
 def pgd(
     key: jax.Array | None,
     loss_fn: LossFn,

@@ -8,10 +8,12 @@ from e2sad_jax.attacks import _checks
 from e2sad_jax.attacks._ball import ball, project_and_cast
 from e2sad_jax.attacks._numerics import as_float32, input_gradient, per_image_keys, threefry
 from e2sad_jax.attacks._types import Bounds, LogitsFn, LossFn
+from e2sad_jax.attacks._within import as_attack
 
 OBJECTIVES = ("total", "noise", "loss", "literal", "random")
 
 
+@as_attack
 def second_step(
     logits_fn: LogitsFn,
     x_adv: jax.Array,

@@ -62,7 +62,7 @@ def step_from(
 
     start = jax.lax.stop_gradient(limits.project(core.as_float32(x) + offset))
     x_start = core.project_and_cast(limits, start, x.dtype)
-    gradient = jax.lax.stop_gradient(core.finite(core.as_float32(core.input_gradient(J, x_start))))
+    gradient = jax.lax.stop_gradient(core.finite(core.as_float32(core.as_attack(core.input_gradient)(J, x_start))))
     x_adv = core.project_and_cast(limits, start + step_size * jnp.sign(gradient), x.dtype)
     # The attack has made this forward pass too. XLA finds both, as the images are the same.
     f_start = None if is_zero(weight) else logits(x_start)

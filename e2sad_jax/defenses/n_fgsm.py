@@ -86,7 +86,7 @@ def n_fgsm(
         wide = core.as_float32(x)
         offset = core.ball(norm, wide, eps, None).project(wide + start) - wide
     noisy = limits.project(core.as_float32(x) + offset)
-    gradient = core.input_gradient(J, noisy.astype(x.dtype))
+    gradient = core.as_attack(core.input_gradient)(J, noisy.astype(x.dtype))
     x_adv = core.project_and_cast(limits, noisy + step_size * limits.steepest(core.as_float32(gradient)), x.dtype)
     loss, parts = adversarial_loss(training_loss, logits_fn, x, x_adv, y, mean)
     return loss, ended(parts, x_adv, x, start)

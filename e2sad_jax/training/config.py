@@ -94,7 +94,7 @@ class Config:
     clip_norm: float = setting(0.0, "largest l2 norm of the gradient, which is scaled down to it; 0: none", lower=0)
     awp: float = setting(
         0.0,
-        "adversarial weight perturbation: its length, a fraction of each layer's norm; twice the price of a step; 0: none",
+        "adversarial weight perturbation: its length, a fraction of each layer's norm; 0: none",
         lower=0,
         upper=1,
     )
@@ -147,6 +147,12 @@ class Config:
     crop_padding: int = setting(4, "pixels on each side for --augment=crop", lower=1)
     cutout_size: int = setting(8, "side of the square of --augment=cutout", lower=1)
     seed: int = setting(0, "seed of initialisation, order and attacks", lower=0, upper=2**32 - 1)
+    attack_statistics: str = setting(
+        "batch",
+        "what batch normalisation takes in the attacks of training: the statistics of the attacked batch, or the running "
+        "averages, as in evaluation",
+        choices=("batch", "average"),
+    )
     precision: str = setting("float32", "what the layers compute in", choices=("float32", "tf32", "bf16"))
     devices: int = setting(1, "devices to split each batch over, 0: all", lower=0, identity=False)
     resident: str = setting(
@@ -405,6 +411,7 @@ FIRST = {
     "weight_decay": 0.0,
     "clip_norm": 0.0,
     "awp": 0.0,
+    "attack_statistics": "batch",
     "accumulate": 1,
     "milestones": "0.5,0.75",
     "lr_warmup": 0.0,

@@ -20,7 +20,7 @@ from e2sad_jax import _streams, distributed, networks
 from e2sad_jax._compile import jit, platform, straight_line
 from e2sad_jax.attacks import core
 from e2sad_jax.data.transforms import Transform
-from e2sad_jax.defenses._types import Parts
+from e2sad_jax.defenses._types import LogitsFn, Parts
 from e2sad_jax.losses import soft_labels
 from e2sad_jax.networks import batch_stats
 from e2sad_jax.training.config import Config
@@ -164,14 +164,21 @@ def make_train_step(
         x, y = transform.apply(augmentation.apply(drawn, rows[0])), soft_labels(own_labels, num_classes, soft)
         key = jax.random.fold_in(state.key, state.step)
 
+        def model_of(params: Any, slots: Any) -> LogitsFn:
+            if slots:
+                return batch_stats.training_logits_fn(model, {**state.params, **params}, slots)
+            return networks.logits_fn(model, {**state.params, **params})
+
+        params, slots = batch_stats.parameters(state.params), batch_stats.slots(state.params)
+        attacked = model_of(params, slots if config.attack_statistics == "batch" else {})
+
         def loss_fn(params: Any, slots: Any, delta: jax.Array | None) -> tuple[jax.Array, Parts]:
             # With several runs convolutions are XLA's own, which the CPU does not have to find in a loop.
             unrolled = platform() == "cpu" and population
             with straight_line() if unrolled else contextlib.nullcontext():
-                if slots:
-                    logits_fn = batch_stats.training_logits_fn(model, {**state.params, **params}, slots)
-                else:
-                    logits_fn = networks.logits_fn(model, params)
+                logits_fn = model_of(params, slots)
+                if config.awp or config.attack_statistics == "average":
+                    logits_fn = _apart(logits_fn, attacked)
                 return defense(
                     logits_fn,
                     x,
@@ -185,7 +192,6 @@ def make_train_step(
                     taught=taught,
                 )
 
-        params, slots = batch_stats.parameters(state.params), batch_stats.slots(state.params)
         at = params
         if config.awp:
             climb, _ = jax.grad(loss_fn, has_aux=True)(params, slots, state.delta)
@@ -239,3 +245,8 @@ def make_train_step(
         return jax.lax.fori_loop(0, count, body, (state, metrics))
 
     return jit(train_steps, mesh=mesh, donate_argnums=0, **placed)
+
+
+def _apart(logits_fn: LogitsFn, attacked: LogitsFn) -> LogitsFn:
+    """The model of a loss whose attacks take another one."""
+    return lambda x: (attacked if core.within_attack() else logits_fn)(x)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from e2sad_jax import attacks, distributed, losses, networks, training
+from e2sad_jax.attacks import core
 from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.networks import batch_stats
 from e2sad_jax.runs import trainer
@@ -190,7 +191,67 @@ def test_running_averages_hear_of_the_losss_passes_and_of_no_attack(defense):
         np.testing.assert_allclose(seen["var"][0], sum(float(z.var()) for z in passes), rtol=1e-4)
 
 
+WITHOUT_ATTACK = (
+    "natural",
+    "input_gradient",
+    "distillation",
+    "tempered",
+    "free",
+)  # `free` climbs by the loss's gradient
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_passes_of_an_attack_are_known_as_such(defense):
+    """So that they may have another model than the loss, whose passes alone are told to the running averages."""
+    model, x, passes = Normed(), images(6), []
+    variables = draw(model)
+    f = batch_stats.training_logits_fn(model, variables, batch_stats.slots(variables))
+    config = tiny_config(defense=defense, eps1=0.2, eps2=0.1, attack_steps=3, alpha=0.4)
+    own = dict(settings=config.settings, eps=config.eps1, bounds=(0.0, 1.0), key=jax.random.key(2))
+
+    def logits_fn(z: jax.Array) -> jax.Array:
+        passes.append(core.within_attack())
+        return f(z)
+
+    def loss(x: jax.Array) -> jax.Array:
+        y, delta = losses.soft_labels(jnp.arange(6) % 3, 3, 0), jnp.full((config.entry.carried or 6, *x.shape[1:]), 0.1)
+        return DEFENSES[defense](logits_fn, x, y, **own, delta=delta, taught=5 * y)[0]
+
+    jax.eval_shape(loss, x)
+    assert any(passes) == (defense not in WITHOUT_ATTACK)
+    assert not all(passes), "the loss asks the model, too"
+    assert not core.within_attack()
+
+
 # --- training
+
+
+@pytest.mark.parametrize("taken", ["batch", "average"])
+def test_attacks_take_the_statistics_that_they_are_told_to(taken, small, tiny):
+    """The first loss of IFGSM training, against the same made by hand."""
+    n = len(tiny.x_train)
+    settings = {"defense": "ifgsm", "attack_steps": 3, "alpha": 0.4, "eps1": 0.2, "soft_label": False}
+    config = tiny_config(model="preact_resnet18", batch_size=n, steps=1, attack_statistics=taken, **settings)
+    model = networks.create(config.model, 3, tiny.image_shape)
+    state = training.init_state(config, model, tiny.image_shape, n)
+    learn = batch_stats.training_logits_fn(model, state.params, batch_stats.slots(state.params))
+    x, y = jnp.asarray(tiny.x_train / 255, jnp.float32), jax.nn.one_hot(tiny.y_train, 3)
+    expected = {}
+    for name, f in (("batch", learn), ("average", networks.logits_fn(model, state.params))):
+        x_adv = attacks.ifgsm(lambda z, f=f: losses.cross_entropy(f(z), y), x, eps=0.2, steps=3)
+        parts = (0.4, x), (0.6, x_adv)
+        expected[name] = sum(share * float(losses.cross_entropy(learn(z), y).mean()) for share, z in parts)
+    assert abs(expected["batch"] - expected["average"]) > 1e-4
+    seen: list[Any] = []
+    done = training.fit(
+        *(config, model, tiny, state),
+        steps=1,
+        record=lambda step, metrics, count: seen.append(metrics["loss"]),
+        checkpoint=lambda *a: None,
+    )
+    assert float(np.ravel(seen[0])[0]) == pytest.approx(expected[taken], rel=1e-5)
+    moved = done.params["batch_stats"]["BatchNorm_0"]["mean"]
+    assert float(moved[0]) > 0.01, "the loss's passes are noted all the same"
 
 
 def test_a_step_updates_parameters_by_adam_and_averages_by_the_batch(small, tiny):

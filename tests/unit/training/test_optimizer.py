@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from e2sad_jax import training
+from e2sad_jax import attacks, losses, training
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.training import configure
 from tests.helpers import tiny_config
@@ -180,7 +180,44 @@ def test_the_gradient_of_a_step_is_that_at_adversarial_weights(tiny):
     )
     assert float(np.ravel(metrics[0]["loss"])[0]) == pytest.approx(loss, rel=1e-4)
     for name, value in start.items():
-        np.testing.assert_allclose(end.params["params"]["Dense_0"][name], value - 0.5 * gradients[name], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            end.params["params"]["Dense_0"][name], value - 0.5 * gradients[name], rtol=1e-4, atol=1e-6
+        )
+
+
+def test_attacks_stay_at_the_weights_themselves(tiny):
+    """The first loss of IFGSM training with perturbed weights, made by hand; and what a step of PGD training costs then."""
+    n, y = len(tiny.x_train), jax.nn.one_hot(tiny.y_train, 3)
+    settings = {"defense": "ifgsm", "attack_steps": 3, "alpha": 0.4, "eps1": 0.2, "soft_label": False}
+    config = tiny_config(**settings, awp=0.2, batch_size=n, steps=1)
+    state = training.init_state(config, Linear(), tiny.image_shape, n)
+    x, params = jnp.asarray(tiny.x_train / 255, jnp.float32), jax.tree.map(jnp.array, state.params)
+
+    def loss(w, z):
+        return losses.cross_entropy(Linear().apply(w, z), y).mean()
+
+    def attacked(w):
+        return attacks.ifgsm(lambda z: losses.cross_entropy(Linear().apply(w, z), y), x, eps=0.2, steps=3)
+
+    def total(w, x_adv):
+        return 0.4 * loss(w, x) + 0.6 * loss(w, x_adv)
+
+    x_adv = attacked(params)
+    at = training.adversarial_weights(params, jax.grad(total)(params, x_adv), 0.2)
+    seen = []
+    training.fit(
+        *(config, Linear(), tiny, state),
+        steps=1,
+        record=lambda step, metrics, count: seen.append(float(np.ravel(metrics["loss"])[0])),
+        checkpoint=lambda *a: None,
+    )
+    assert seen[0] == pytest.approx(float(total(at, x_adv)), rel=1e-5)
+    assert float(total(at, attacked(at))) > seen[0] * (1 + 1e-4), "an attack at the other weights finds more"
+    natural, pgd, both = (
+        training.step_flops(tiny_config(defense=name, attack_steps=4, awp=awp), (8, 8, 1), 3)
+        for name, awp in (("natural", 0.0), ("pgd", 0.0), ("pgd", 0.01))
+    )
+    assert both - pgd < 1.1 * natural, "the attack runs once"
 
 
 def test_steps_are_whole_updates():
@@ -266,6 +303,7 @@ def test_what_has_no_effect_makes_no_other_run_and_what_has_one_does():
         {"weight_decay": 0.1, "decay_kernels_only": True},
         {"clip_norm": 1.0},
         {"awp": 0.01},
+        {"attack_statistics": "average", "model": "preact_resnet18"},
         {"accumulate": 2},
         {"lr_warmup": 0.1},
         {"schedule": "piecewise", "milestones": "0.1"},
