@@ -13,6 +13,7 @@ official.json after each network and ball. Ends with exit code 1 if one of the o
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import pathlib
@@ -23,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.official_page import failures, outcome, page
+from benchmarks.official_page import by_seed, failures, outcome, page
 from benchmarks.official_sides import (
     Side,
     carried,
@@ -188,10 +189,12 @@ def run(asked: Request) -> None:
         every = [*results, *(result for result in before if result["question"] not in answered)]
         write_text(folder / "official.md", page(every))
         write_json(folder / "official.json", {**_about(), "results": every})
-    print(page(results), flush=True)
+    of_these = [group for group in by_seed(every) if any(result in results for result in group)]  # seeds of before, too
+    shown = list(itertools.chain.from_iterable(of_these))
+    print(page(shown), flush=True)
     for path in folder.glob("official-*.npz"):
         path.unlink()
-    if failed := failures(results):
+    if failed := failures(shown):
         sys.exit("official: " + "; ".join(failed))
 
 
@@ -255,13 +258,12 @@ def answer(
         net = noisy(net, asked.noise, asked.seed)
         model = dataclasses.replace(model, apply=_drawing(trained, asked.noise), draws=DRAWS)
     effort = {name: getattr(asked, name) for name in ("apgd_steps", "fab_steps", "queries", "seed")}
-    effort["targets"] = min(asked.targets, num_classes - 1)
+    effort |= {"targets": min(asked.targets, num_classes - 1), "batch_size": batch_size}
     # An attack that another version or order has finished is begun again.
     question = {
         **effort,
         "noise": asked.noise,
         "attacks": asked.names,
-        "batch_size": batch_size,
         "eps": eps,
         "norm": norm,
         **_versions(),

@@ -77,14 +77,17 @@ def default(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def by_seed(results: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """The results that differ in the seed alone, together; in the order in which they come."""
+    """The results that differ in the seed alone, together, the first one of each seed; in the order in which they come."""
     asked = ("workdir", "which", "step", "data", "judge", "images", "norm", "eps", "noise")
+    versions = ("torch", "pyautoattack")
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         attacks = [row["attack"] for row in result["rows"]]
         effort = {name: value for name, value in result["effort"].items() if name != "seed"}
-        key = json.dumps([attacks, effort, *(result.get(name) for name in asked)], sort_keys=True)
-        groups.setdefault(key, []).append(result)
+        about = [*(result.get(name) for name in asked), *(result["environment"][name] for name in versions)]
+        group = groups.setdefault(json.dumps([attacks, effort, about], sort_keys=True), [])
+        if result["effort"]["seed"] not in [other["effort"]["seed"] for other in group]:
+            group.append(result)
     return list(groups.values())
 
 

@@ -104,7 +104,8 @@ def _agreement(result: Content) -> str:
         for one in group:
             gradients["official"] += sum(row["official_gradients"] for row in one["rows"][1:])
             gradients["ours"] += sum(row["ours_gradients"] for row in default(one))
-    several = f", {len(groups[0])} seeds each" if len(groups[0]) > 1 else ""
+    seeds = {len(group) for group in groups}
+    several = f", {seeds.pop()} seeds each" if len(seeds) == 1 and seeds != {1} else ""
     share = f", with {gradients['ours'] / gradients['official']:.2f} of its gradients" if gradients["official"] else ""
     low, high = min(above), max(above)
     span = f"{low:+.1f} to {high:+.1f}" if low < high else f"{low:+.1f}"

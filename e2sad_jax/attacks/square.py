@@ -78,8 +78,8 @@ def square(
     as in the authors' code: what the range of images has cut off is used elsewhere.
 
     What is tried is kept if the margin rises. The squares shrink by the paper's schedule, stretched to the number of
-    queries. An image that is misclassified changes no more, one that is so from the start not at all; when all are, the
-    attack ends.
+    queries, as the paper has it; AutoAttack's code does not stretch it. An image that is misclassified changes no more, one
+    that is so from the start not at all; when all are, the attack ends.
 
     It finds what a network hides from `pgd` by gradients that are zero or misleading, at the price of many queries.
 

@@ -1,6 +1,6 @@
 """Data sets: those known by name, any of tensorflow-datasets' images, and a user's own npz files.
 
-`load` gives images and labels as numpy arrays in host memory; no JAX device is touched.
+`load` gives images and labels as numpy arrays, large ones in their file; no JAX device is touched.
 `python -m e2sad_jax.data mnist --to=mnist.npz` writes a data set as one file, for a machine without network or
 tensorflow-datasets.
 """

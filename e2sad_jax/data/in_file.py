@@ -44,6 +44,9 @@ class Rows:
             raise ValueError("rows of a file cannot be an array without a copy")
         return self[:].astype(dtype or self.dtype, copy=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy elsewhere has no file
+        return np.array, (self[:],)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all rows."""

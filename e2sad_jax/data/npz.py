@@ -231,11 +231,15 @@ def _read_member(path: pathlib.Path, archive: zipfile.ZipFile, member: str, *, s
         with archive.open(info) as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what Python thinks of the header's text
             shape, in_columns, dtype = _check_header(stream, info.file_size)
-            if info.compress_type == zipfile.ZIP_STORED and info.file_size >= in_file.LARGE and not in_columns:
+            large = info.compress_type == zipfile.ZIP_STORED and info.file_size >= in_file.LARGE
+            if large and not (in_columns or dtype.hasobject):
                 offset = _start(archive, info) + stream.tell()
                 while stream.read(CHUNK):  # to its end, where zipfile compares the CRC
                     pass
-                return np.memmap(path, dtype, "r", offset, shape)
+                assert archive.fp is not None
+                return np.memmap(
+                    archive.fp, dtype, "r", offset, shape
+                )  # the file that was checked, whatever its path is now
             stream.seek(0)
             array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
             stream.read(1)  # makes zipfile compare the CRC
@@ -273,10 +277,9 @@ def _check_size(path: pathlib.Path, member: str, info: zipfile.ZipInfo, small: b
 
 def _start(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
     """Where the bytes of a member begin in the file: after its local header, which has a name and an extra field."""
-    assert archive.filename is not None
-    with open(archive.filename, "rb") as file:
-        file.seek(info.header_offset)
-        name, extra = struct.unpack("<26x2H", file.read(30))
+    assert archive.fp is not None
+    archive.fp.seek(info.header_offset)
+    name, extra = struct.unpack("<26x2H", archive.fp.read(30))
     return info.header_offset + 30 + int(name) + int(extra)
 
 

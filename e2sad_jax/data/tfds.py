@@ -39,7 +39,7 @@ from e2sad_jax.data import in_file, prepared
 from e2sad_jax.data.builders import BUILDERS, TRAIN, UrlInfos, check_sha256
 from e2sad_jax.data.dataset import Dataset, check_claim, checked
 from e2sad_jax.data.known import KNOWN
-from e2sad_jax.data.npz import warned, write_npz
+from e2sad_jax.data.npz import load_npz, warned, write_npz
 from e2sad_jax.errors import DataError, first_line, similar
 
 # The library takes the backport of this module of Python's, which it does not declare for any Python of today.
@@ -81,8 +81,7 @@ def prepare(name: str, root: pathlib.Path, copy: pathlib.Path) -> Dataset:
         raise _unreadable(name, builder.data_path, err) from err
     sources = {str(info.filename): info.checksum for info in infos.values()}
     dataset = Dataset(name, str(builder.version), **arrays, num_classes=known.num_classes, source_sha256=sources)
-    _keep(dataset, copy)
-    return dataset
+    return _kept(dataset, copy)
 
 
 def read(wanted: prepared.Wanted, root: pathlib.Path, copy: pathlib.Path) -> Dataset:
@@ -141,8 +140,7 @@ def read(wanted: prepared.Wanted, root: pathlib.Path, copy: pathlib.Path) -> Dat
     source = prepared.source(folder)
     dataset = Dataset(wanted.reported, str(builder.version), **arrays, num_classes=count, source_sha256=source)
     check_claim(asked, dataset)
-    _keep(dataset, copy)
-    return warned(asked, dataset, True)
+    return warned(asked, _kept(dataset, copy), True)
 
 
 def _keys(asked: str, info: Any) -> tuple[str, str]:
@@ -216,14 +214,16 @@ def _check_known(wanted: prepared.Wanted, places: Sequence[pathlib.Path]) -> Non
     )
 
 
-def _keep(dataset: Dataset, copy: pathlib.Path) -> None:
-    """Keeps the decoded copy of a data set, if that can be done."""
+def _kept(dataset: Dataset, copy: pathlib.Path) -> Dataset:
+    """Keeps the decoded copy of a data set, if that can be done, and returns the data set; in that file if it is large."""
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         write_npz(dataset, copy)
     except (OSError, DataError) as err:
         # A read-only or full folder: slow, yet no reason to stop.
         logging.warning("%s: no decoded copy is kept, so each load decodes the records: %s", dataset.name, err)
+        return dataset
+    return load_npz(copy) if in_file.is_in_file(dataset.x_train) else dataset
 
 
 def _unreadable(name: str, folder: pathlib.Path, err: Exception, then: str = "run again") -> DataError:

@@ -84,7 +84,7 @@ def gat(
 
     clean_logits = logits(x)
     f_x = jax.nn.softmax(clean_logits)
-    constant = jax.lax.stop_gradient(f_x)
+    constant = jax.lax.stop_gradient(jax.nn.softmax(core.as_attack(logits)(x)))
 
     def guided(z: jax.Array) -> jax.Array:
         z_logits = logits(z)

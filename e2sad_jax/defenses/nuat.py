@@ -89,7 +89,7 @@ def nuat(
         return nuclear_norm(scale * difference(u_logits, z_x)) / mean.size
 
     z_x = logits(x)
-    constant = jax.lax.stop_gradient(z_x)
+    constant = jax.lax.stop_gradient(core.as_attack(logits)(x))
 
     def climbed(u: jax.Array) -> jax.Array:
         u_logits = logits(u)

@@ -73,7 +73,8 @@ def strong_adversary(
         def probabilities(z: jax.Array) -> jax.Array:
             return jax.nn.softmax(core.as_float32(core.checks.logits("strong_adversary", logits_fn(z), len(x))))
 
-        distance, normal = core.nearest_boundary(probabilities, x, y.argmax(-1), norm=norm)
+        nearest_boundary = core.as_attack(core.nearest_boundary)
+        distance, normal = nearest_boundary(probabilities, x, y.argmax(-1), norm=norm)
         way = jnp.where(core.broadcast(jnp.isfinite(distance), x), limits.steepest(normal), 0)
         x_adv = core.project_and_cast(limits, core.as_float32(x) + eps * way, x.dtype)
     loss = mean(J(x_adv))

@@ -70,7 +70,7 @@ def trades(
         return jax.nn.log_softmax(core.as_float32(core.checks.logits("trades", logits_fn(z), len(x))))
 
     f_x = log_f(x)
-    constant = jax.lax.stop_gradient(f_x)
+    constant = jax.lax.stop_gradient(core.as_attack(log_f)(x))
 
     def divergence_of(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
         return expectation(jnp.exp(log_p), log_p - log_q)

@@ -10,6 +10,7 @@
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -40,6 +41,13 @@ PRECISIONS: Mapping[str, dict[str, Any]] = {
     "tf32": {"precision": jax.lax.Precision.HIGH},  # "tensorfloat32" in JAX's own words; on TPU three bfloat16 passes
     "bf16": {"dtype": jnp.bfloat16},
 }
+
+
+def has_batch_norm(name: str) -> bool:
+    """Whether a network normalises by the batch in training: whether its `__call__` takes `train`."""
+    network = NETWORKS[name]
+    module: Any = getattr(network, "func", network)
+    return "train" in inspect.signature(module.__call__).parameters
 
 
 def create(
@@ -146,6 +154,7 @@ __all__ = [
     "create",
     "describe",
     "from_torch",
+    "has_batch_norm",
     "logits_fn",
     "to_torch",
 ]

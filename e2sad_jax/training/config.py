@@ -16,7 +16,7 @@ from e2sad_jax.data.prepared import stem
 from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.defenses import DEFENSES, PLUGINS, Defense, Setting, readers
 from e2sad_jax.errors import ConfigError, close_to, quoted
-from e2sad_jax.networks import NETWORKS
+from e2sad_jax.networks import NETWORKS, has_batch_norm
 
 SCHEDULES = ("constant", "cyclic", "piecewise", "cosine", "onecycle")
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -158,7 +158,7 @@ class Config:
     resident: str = setting(
         "auto",
         "where the training images lie: on each device, or on the host, which sends each batch; auto: on the device if they "
-        "and the memory of perturbations take at most half of its memory and do not stay in their file",
+        "and the memory of perturbations take at most half of its memory",
         choices=("auto", "device", "host"),
         identity=False,
     )
@@ -301,6 +301,10 @@ class Config:
             idle["decay_kernels_only"] = "--weight_decay is 0"
         if self.schedule != "piecewise":
             idle["milestones"] = f"--schedule={self.schedule} has none"
+        if not has_batch_norm(self.model):
+            idle["attack_statistics"] = f"--model={self.model} has no batch normalisation"
+        elif not self._has_budget:
+            idle["attack_statistics"] = f"--defense={self.defense} makes no attack"
         for name, own in (("crop", "crop_padding"), ("cutout", "cutout_size")):
             if name not in self.augmentation.names:
                 idle[own] = f"--augment={self.augment} has no {name}"

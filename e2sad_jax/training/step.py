@@ -192,13 +192,14 @@ def make_train_step(
                     taught=taught,
                 )
 
-        at = params
+        at, ascent = params, None
         if config.awp:
-            climb, _ = jax.grad(loss_fn, has_aux=True)(params, slots, state.delta)
+            (climb, ascent), _ = jax.grad(loss_fn, argnums=(0, 2), has_aux=True)(params, slots, state.delta)
             at = adversarial_weights(params, climb, config.awp)
-        (loss, parts), (gradients, noted, ascent) = jax.value_and_grad(loss_fn, argnums=(0, 1, 2), has_aux=True)(
+        (loss, parts), (gradients, noted, of_delta) = jax.value_and_grad(loss_fn, argnums=(0, 1, 2), has_aux=True)(
             at, slots, state.delta
         )
+        ascent = of_delta if ascent is None else ascent  # a perturbation climbs at the weights themselves
         updates, opt_state = tx.update(gradients, state.opt_state, params)
         params = optax.apply_updates(params, updates)
         if noted:

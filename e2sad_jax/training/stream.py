@@ -18,8 +18,8 @@ SENT = 2**28  # bytes of images that are sent at once, unless a batch has more
 def is_resident(config: Config, images: np.ndarray | Rows) -> bool:
     """Whether the training images lie on each device.
 
-    Under `resident="auto"` they do if they and what is remembered of them take at most half of its memory, and if they do not
-    lie in a file.
+    Under `resident="auto"` they do if they and what is remembered of them take at most half of its memory; on the CPU, if they
+    do not lie in a file.
 
     Args:
       config: the run's settings.
@@ -27,10 +27,10 @@ def is_resident(config: Config, images: np.ndarray | Rows) -> bool:
     """
     if config.resident != "auto":
         return config.resident == "device"
-    if is_in_file(images):
-        return False
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")  # the CPU has none
-    return limit is None or images.nbytes + nbytes(config, len(images), images.shape[1:]) <= limit / 2
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None:  # the CPU, whose memory is the host's
+        return not is_in_file(images)
+    return images.nbytes + nbytes(config, len(images), images.shape[1:]) <= limit / 2
 
 
 def most_steps(config: Config, images: np.ndarray | Rows) -> int:

@@ -182,6 +182,10 @@ def test_several_seeds_are_one_row_and_one_verdict(result):
     )
     assert official_page.failures([result, second]) == [], "no more on average"
     assert [len(group) for group in official_page.by_seed([result, other, second])] == [2, 1]
+    again = second | {"question": "of other weights before"}
+    assert [len(group) for group in official_page.by_seed([result, second, again])] == [2], "one of each seed"
+    newer = second | {"environment": second["environment"] | {"torch": "2.14.1"}}
+    assert [len(group) for group in official_page.by_seed([result, newer])] == [1, 1], "another version"
     less = second | {"effort": second["effort"] | {"queries": 10}}
     assert [len(group) for group in official_page.by_seed([result, less])] == [1, 1], "another effort"
 

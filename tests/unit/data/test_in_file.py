@@ -2,14 +2,17 @@
 
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 
 from e2sad_jax import data
-from e2sad_jax.data import in_file
+from e2sad_jax.data import in_file, npz
+from e2sad_jax.data.npz import read_members
 from e2sad_jax.errors import DataError
 from tests.helpers import fit, tiny_config
 from tests.unit.training.test_stream import CASES, bits
@@ -75,6 +78,33 @@ def test_what_cannot_be_mapped_is_read(kind, arrays, tmp_path, monkeypatch):
     dataset = data.load(str(tmp_path / "other.npz"))
     assert not in_file.is_in_file(dataset.x_train)
     assert (dataset.x_train == changed.astype(dataset.x_train.dtype)).all()
+
+
+def test_an_array_of_objects_is_refused_before_it_is_mapped(tmp_path, monkeypatch):
+    """Its bytes would be taken for addresses."""
+    monkeypatch.setattr(in_file, "LARGE", 1000)
+    with zipfile.ZipFile(tmp_path / "hostile.npz", "w") as archive, archive.open("x_train.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "|O", "fortran_order": False, "shape": (200,)})
+        member.write(b"A" * 1600)
+    with pytest.raises(DataError, match=r"pickled \(object\) array"):
+        read_members(tmp_path / "hostile.npz", ["x_train"])
+
+
+def test_a_file_that_is_replaced_while_it_is_read_stays_the_one_that_was_checked(mapped, arrays, tmp_path, monkeypatch):
+    other = arrays | {"x_train": 255 - arrays["x_train"]}
+    np.savez(tmp_path / "other.npz", **other, num_classes=10)
+    start = npz._start
+    monkeypatch.setattr(npz, "_start", lambda *a: os.replace(tmp_path / "other.npz", mapped[1]) or start(*a))
+    assert (data.load(str(mapped[1])).x_train == arrays["x_train"]).all()
+    monkeypatch.undo()
+    assert (data.load(str(mapped[1])).x_train == other["x_train"]).all()
+
+
+def test_a_pickled_part_is_the_part_alone(mapped):
+    part = data.hold_out(mapped[0], 85)[0]
+    content = pickle.dumps(part)
+    assert len(content) < 2 * part.x_train.nbytes + mapped[0].x_test.nbytes + 10_000
+    assert (pickle.loads(content).x_train == part.x_train[:]).all()
 
 
 def test_parts_of_it_are_read_when_they_are_asked_for(mapped, arrays):

@@ -14,6 +14,7 @@ from e2sad_jax.attacks import core
 from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.networks import batch_stats
 from e2sad_jax.runs import trainer
+from e2sad_jax.training import step
 from tests.helpers import fit, mostly_slow, tiny_config
 
 pytestmark = pytest.mark.usefixtures("all_unoptimized", "standard_promotion")
@@ -191,35 +192,41 @@ def test_running_averages_hear_of_the_losss_passes_and_of_no_attack(defense):
         np.testing.assert_allclose(seen["var"][0], sum(float(z.var()) for z in passes), rtol=1e-4)
 
 
-WITHOUT_ATTACK = (
-    "natural",
-    "input_gradient",
-    "distillation",
-    "tempered",
-    "free",
-)  # `free` climbs by the loss's gradient
+ATTACKING = [*((name, {}) for name in DEFENSES), ("strong_adversary", {"adversary": "alpha"})]
 
 
-@pytest.mark.parametrize("defense", DEFENSES)
-def test_passes_of_an_attack_are_known_as_such(defense):
-    """So that they may have another model than the loss, whose passes alone are told to the running averages."""
-    model, x, passes = Normed(), images(6), []
+@pytest.mark.parametrize(("defense", "changed"), ATTACKING)
+def test_an_attack_asks_a_model_of_its_own_and_the_loss_is_at_the_same_images(defense, changed):
+    """All that an attack asks, of the clean images, too."""
+    model, x = Normed(), images(6)
+    y, delta = losses.soft_labels(jnp.arange(6) % 3, 3, 0), jnp.full((3, *x.shape[1:]), 0.1)
     variables = draw(model)
-    f = batch_stats.training_logits_fn(model, variables, batch_stats.slots(variables))
-    config = tiny_config(defense=defense, eps1=0.2, eps2=0.1, attack_steps=3, alpha=0.4)
+    other = {**variables, "params": jax.tree.map(lambda a: a[::-1] - 0.1, variables["params"])}
+    config = tiny_config(defense=defense, eps1=0.2, eps2=0.1, attack_steps=3, alpha=0.4, **changed)
     own = dict(settings=config.settings, eps=config.eps1, bounds=(0.0, 1.0), key=jax.random.key(2))
+    f, g = (batch_stats.training_logits_fn(model, each, batch_stats.slots(variables)) for each in (variables, other))
 
-    def logits_fn(z: jax.Array) -> jax.Array:
-        passes.append(core.within_attack())
-        return f(z)
+    def asked(of_loss: Any) -> tuple[list[Any], bool]:
+        """The images at which the loss asks its model, but for those inside a gradient of its own."""
+        seen: list[Any] = []
+        attacked: list[bool] = []
 
-    def loss(x: jax.Array) -> jax.Array:
-        y, delta = losses.soft_labels(jnp.arange(6) % 3, 3, 0), jnp.full((config.entry.carried or 6, *x.shape[1:]), 0.1)
-        return DEFENSES[defense](logits_fn, x, y, **own, delta=delta, taught=5 * y)[0]
+        def watched(z: jax.Array) -> jax.Array:
+            attacked.append(core.within_attack())
+            if not (attacked[-1] or isinstance(z, jax.core.Tracer)):
+                seen.append(np.asarray(z))
+            return of_loss(z)
 
-    jax.eval_shape(loss, x)
-    assert any(passes) == (defense not in WITHOUT_ATTACK)
-    assert not all(passes), "the loss asks the model, too"
+        own_delta = delta[:1].repeat(config.entry.carried or 6, 0)
+        DEFENSES[defense](step._apart(watched, f), x, y, **own, delta=own_delta, taught=5 * y)
+        assert not any(attacked)
+        return seen, bool(attacked)
+
+    (first, once), (second, _) = asked(f), asked(g)
+    assert once
+    assert len(first) == len(second)
+    for one, two in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, two)
     assert not core.within_attack()
 
 
@@ -290,8 +297,10 @@ def test_resumed_run_equals_uninterrupted_one_bit_for_bit(defense, small, tiny, 
 
 
 @pytest.mark.slow
-def test_a_population_equals_separate_runs(small, tiny):
-    members = [tiny_config(model="preact_resnet18", seed=seed, steps=4, eps1=0.1) for seed in (0, 1)]
+@pytest.mark.parametrize("taken", ["batch", "average"])
+def test_a_population_equals_separate_runs(taken, small, tiny):
+    own = {"model": "preact_resnet18", "attack_statistics": taken, "steps": 4, "eps1": 0.1}
+    members = [tiny_config(seed=seed, **own) for seed in (0, 1)]
     model = networks.create("preact_resnet18", 3, tiny.image_shape)
     singles = [fit(config, tiny) for config in members]
     state = training.stack(
@@ -304,10 +313,11 @@ def test_a_population_equals_separate_runs(small, tiny):
         chex.assert_trees_all_close(single.params, member.params, atol=2e-5)
 
 
-def test_eight_devices_normalise_by_the_whole_batch(small, tiny):
+@pytest.mark.parametrize("own", [{"defense": "natural"}, {"defense": "fgsm", "attack_statistics": "average"}], ids=str)
+def test_eight_devices_normalise_by_the_whole_batch(own, small, tiny):
     states = []
     for devices in (1, 8):
-        config = tiny_config(model="preact_resnet18", defense="natural", steps=4)
+        config = tiny_config(model="preact_resnet18", steps=4, **own)
         mesh = distributed.mesh(devices, config.batch_size)
         model = networks.create(config.model, 3, tiny.image_shape)
         state = distributed.replicate(mesh, training.init_state(config, model, tiny.image_shape, len(tiny.x_train)))

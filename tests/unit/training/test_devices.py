@@ -50,7 +50,7 @@ def trained(config: Config, dataset, devices: int, dtype=jnp.float64, **kwargs):
 @pytest.mark.parametrize(
     ("defense", "awp"),
     [
-        ("natural", 0.05),
+        ("pgd", 0.05),
         *(pytest.param(name, 0.0, marks=[] if name == "natural" else pytest.mark.slow) for name in DEFENSES),
     ],
 )
