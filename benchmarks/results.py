@@ -112,6 +112,12 @@ def _agreement(result: Content) -> str:
     return f"{len(above)} networks and balls{several}: ours {span} points from the official worst case{share}"
 
 
+def _throughput(result: Content) -> str:
+    rates = result["images_per_second"]
+    shown = [f"{name} {rate:,.0f}" for name, rate in rates.items()]
+    return f"images a second: {', '.join(shown)}"
+
+
 def _optimality(result: Content) -> str:
     """The best attack of each norm, by its mean over the networks."""
     shown = []

@@ -7,7 +7,7 @@
   `select`;
 * several candidates: `Candidate.keep_worst`, `score`;
 * loops: `repeat` and its kin, `ascend`;
-* whose pass it is: `as_attack`, `within_attack`;
+* whose pass it is: `as_attack`, `told_apart`, `within_attack`;
 * types: `LossFn`, `LogitsFn`, `Bounds`.
 """
 
@@ -35,7 +35,7 @@ from e2sad_jax.attacks._numerics import (
     unit,
 )
 from e2sad_jax.attacks._types import Bounds, LogitsFn, LossFn
-from e2sad_jax.attacks._within import as_attack, within_attack
+from e2sad_jax.attacks._within import as_attack, told_apart, within_attack
 
 __all__ = [
     "NORMS",
@@ -73,6 +73,7 @@ __all__ = [
     "score",
     "select",
     "threefry",
+    "told_apart",
     "unit",
     "within_attack",
 ]

@@ -329,7 +329,10 @@ class _Trainer:
         if not (self._resident or silent):
             images = first.train_set.x_train
             where = "in their file" if is_in_file(images) else "on the host"
-            print(f"Training images ({images.nbytes / 1e6:,.1f} MB) stay {where} (--resident)", file=sys.stderr)
+            print(
+                f"Training images ({images.nbytes / 1e6:,.1f} MB) stay {where}; --resident=device sends them all to the device",
+                file=sys.stderr,
+            )
         with Bar(title, steps, "steps", initial=self._start, silent=silent) as bar:
             self._bar, self._told = bar, set[int]()
             tracked = [run for run in runs if run.config.tracker and not silent]

@@ -176,21 +176,15 @@ def make_train_step(
             # With several runs convolutions are XLA's own, which the CPU does not have to find in a loop.
             unrolled = platform() == "cpu" and population
             with straight_line() if unrolled else contextlib.nullcontext():
+                given: dict[str, Any] = {
+                    **{"settings": settings, "eps": eps, "bounds": transform.bounds, "key": key},
+                    **{"delta": delta, "memory": moved, "taught": taught},
+                }
                 logits_fn = model_of(params, slots)
                 if config.awp or config.attack_statistics == "average":
-                    logits_fn = _apart(logits_fn, attacked)
-                return defense(
-                    logits_fn,
-                    x,
-                    y,
-                    settings=settings,
-                    eps=eps,
-                    bounds=transform.bounds,
-                    key=key,
-                    delta=delta,
-                    memory=moved,
-                    taught=taught,
-                )
+                    with core.told_apart():
+                        return defense(_apart(logits_fn, attacked), x, y, **given)
+                return defense(logits_fn, x, y, **given)
 
         at, ascent = params, None
         if config.awp:

@@ -1,5 +1,6 @@
 """Batch normalisation against Flax's, and which passes update the running averages in adversarial training."""
 
+import contextlib
 from typing import Any
 
 import chex
@@ -218,7 +219,8 @@ def test_an_attack_asks_a_model_of_its_own_and_the_loss_is_at_the_same_images(de
             return of_loss(z)
 
         own_delta = delta[:1].repeat(config.entry.carried or 6, 0)
-        DEFENSES[defense](step._apart(watched, f), x, y, **own, delta=own_delta, taught=5 * y)
+        with core.told_apart():
+            DEFENSES[defense](step._apart(watched, f), x, y, **own, delta=own_delta, taught=5 * y)
         assert not any(attacked)
         return seen, bool(attacked)
 
@@ -228,6 +230,17 @@ def test_an_attack_asks_a_model_of_its_own_and_the_loss_is_at_the_same_images(de
     for one, two in zip(first, second, strict=True):
         np.testing.assert_array_equal(one, two)
     assert not core.within_attack()
+
+
+def test_a_model_that_is_jitted_once_is_traced_for_the_attack_and_for_the_loss():
+    def loss(told: Any) -> float:
+        f = jax.jit(step._apart(lambda z: z.sum(-1, keepdims=True), lambda z: -z))
+        with told():
+            x = attacks.fgsm(lambda z: f(z).sum(-1), jnp.full((1, 2), 0.5), eps=0.25)
+            return float(f(x)[0, 0])
+
+    assert loss(core.told_apart) == 0.5, "the attack goes down, the sum of the loss's model is 0.25 + 0.25"
+    assert loss(contextlib.nullcontext) == 1.5
 
 
 # --- training
