@@ -156,7 +156,7 @@ def page(result: dict[str, Any]) -> str:
             f"{asked['defense']}, `{asked['model']}`{width}, {asked['steps']:,} steps of {asked['batch_size']}, "
             f"{asked['images']:,} images of {result['image_bytes']:,} bytes.\n",
             table.markdown(),
-            "- Where the host reads faster than steps train, images from the host cost little. Each rate is of one measurement.",
+            "- Where the host reads faster than steps train, images from the host cost little. Each rate is one measurement.",
             f"- `{result['command']}`, {about['hardware']}, {about['date']}, commit {about['commit']}; JAX {about['jax']}",
             "",
         ]
