@@ -72,7 +72,7 @@ def train(name: str) -> None:
             return
         run.train_seeds(by_seed, name)
 
-    launch(main, "the workdir's last checkpoint is safe")
+    launch(main, "a checkpoint that was written is safe")
 
 
 class Command(NamedTuple):
