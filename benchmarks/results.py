@@ -94,6 +94,11 @@ def _official(result: Content) -> str:
     return f"official {last['official']:.3f}, ours {last['ours']:.3f}, {differ} of {result['examples']:,} images differ"
 
 
+def _official_worst(result: Content) -> str:
+    (one,) = result["results"]
+    return _official(one)
+
+
 def _agreement(result: Content) -> str:
     """How far the default of `auto` is from the official worst case over all networks and balls."""
     above, gradients = [], {"official": 0, "ours": 0}
@@ -344,6 +349,11 @@ QUESTIONS = (
         "And on a part of SVHN?",
         *("attacks_vs_reference/svhn/official.md", "attacks_vs_reference/svhn/official.json"),
         _agreement,
+    ),
+    Question(
+        "And of the full width of the paper's network, `robust2` after 8,000 steps?",
+        *("attacks_vs_reference/mnist_full/official.md", "attacks_vs_reference/mnist_full/official.json"),
+        _official_worst,
     ),
     Question(
         "And Square alone in l2, after its change was made as long as the budget?",
