@@ -239,6 +239,11 @@ QUESTIONS = (
         _robust("e2SAD, robust", ROBUST2, "FGSM-PGI", "ATTA-2", "PGD-3"),
     ),
     Question(
+        "And there with PreActResNet-18 of width 8, for the same number of steps?",
+        *("svhn_resnet/none/compare.md", "svhn_resnet/none/compare.json"),
+        _robust("natural", "RS-FGSM", ROBUST2),
+    ),
+    Question(
         "And for four times as many FLOPs, on all test images?",
         *("mnist_long/compare.md", "mnist_long/compare.json"),
         _robust("e2SAD, robust", ROBUST2, "FGSM-PGI", "ATTA-2", "PGD-3"),
@@ -322,6 +327,11 @@ QUESTIONS = (
         "And on a processor with AVX-512, every preset of e2SAD?",
         *("step_cost/avx512/step_cost.md", "step_cost/avx512/step_cost.json"),
         _step,
+    ),
+    Question(
+        "How fast do training images come from the host, and from a file?",
+        *("throughput/throughput.md", "throughput/throughput.json"),
+        _throughput,
     ),
     Question(
         "What bounds a step on H100s? (compiled for them, not run)",
