@@ -150,7 +150,7 @@ def priced(result: Mapping[str, Any]) -> dict[str, Any]:
         price = step_flops(Config.from_json(row["settings"]), shape, num_classes)
         rows.append({**row, "step_flops": price, "flops": price * row["settings"]["steps"]})
     any_row = Config.from_json(result["rows"][0]["settings"])
-    natural = step_flops(any_row.replace(defense="natural"), shape, num_classes)
+    natural = step_flops(any_row.replace(defense="natural", awp=0.0), shape, num_classes)
     by_price = not result["request"]["parts"]
     rows.sort(key=lambda row: (row["step_flops"] if by_price else 0, position(row["name"])))
     about = {key: provenance.environment()[key] for key in ("date", "jax", "commit")}

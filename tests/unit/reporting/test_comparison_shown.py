@@ -222,6 +222,15 @@ def test_rows_of_a_file_older_than_a_setting_count_where_it_did_what_was_done_th
     assert said.count("natural: an earlier row, of other settings; left out") == 2
 
 
+def test_a_natural_step_perturbs_no_weights(tiny_data, tmp_path, made_up, monkeypatch):
+    """The unit of all prices, whatever the first row's settings are."""
+    monkeypatch.setattr(comparison, "step_flops", lambda config, *about: 2.0 + config.awp)
+    name = "e2SAD, robust, perturbed weights"
+    result = run(Request(entry=(name,), data="tiny.npz", workdir=str(tmp_path), **LITTLE), quiet)
+    assert result["rows"][0]["step_flops"] == 2.005
+    assert result["natural_step_flops"] == 2.0
+
+
 def test_show_counts_prices_again_and_keeps_the_rows(tiny_data, tmp_path, made_up, monkeypatch):
     request = Request(entry=("RS-FGSM", "PGD-3"), data="tiny.npz", workdir=str(tmp_path), **LITTLE)
     before = run(request, quiet)
