@@ -366,8 +366,8 @@ QUESTIONS = (
         _official_worst,
     ),
     Question(
-        "And Square alone in l2, after its change was made as long as the budget?",
-        *("attacks_vs_reference/square_l2/official.md", "attacks_vs_reference/square_l2/official.json"),
+        "And Square alone in l2?",
+        *("attacks_vs_reference/seeds/official.md", "attacks_vs_reference/seeds/official.json"),
         _agreement,
     ),
     Question(

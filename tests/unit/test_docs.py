@@ -136,7 +136,7 @@ NAMED = {
         ("docs/defenses.md", 2, "digits_flops", 18),
         ("docs/defenses.md", 3, "svhn_flops", 8),
         ("docs/defenses.md", 4, "defenses_mnist", 15),
-        ("docs/e2sad.md", 3, "e2sad_parts", 11),
+        ("docs/e2sad.md", 3, "e2sad_parts", 12),
         ("docs/e2sad.md", 4, "defenses_mnist", 7),
         ("docs/e2sad.md", 5, "mnist_long", 5),
     ],
