@@ -244,6 +244,11 @@ QUESTIONS = (
         _robust("natural", "RS-FGSM", ROBUST2),
     ),
     Question(
+        "And with crops and flips?",
+        *("svhn_resnet/crop_flip/compare.md", "svhn_resnet/crop_flip/compare.json"),
+        _robust("natural", ROBUST2),
+    ),
+    Question(
         "And for four times as many FLOPs, on all test images?",
         *("mnist_long/compare.md", "mnist_long/compare.json"),
         _robust("e2SAD, robust", ROBUST2, "FGSM-PGI", "ATTA-2", "PGD-3"),
