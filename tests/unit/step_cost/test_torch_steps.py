@@ -1,6 +1,5 @@
 """The steps in PyTorch are the same steps: from equal parameters and batches their losses are ours."""
 
-import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +53,7 @@ def test_losses_are_ours(defense, ours):
 )
 def test_a_wrong_peer_is_caught(wrong, ours):
     with pytest.raises(measure.PeerError, match="not the same steps"):
-        check(dataclasses.replace(CONFIG, **wrong), ours("e2sad"))
+        check(CONFIG.replace(**wrong), ours("e2sad"))
 
 
 @pytest.mark.usefixtures("unoptimized")
