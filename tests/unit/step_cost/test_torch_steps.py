@@ -53,7 +53,7 @@ def test_losses_are_ours(defense, ours):
 )
 def test_a_wrong_peer_is_caught(wrong, ours):
     with pytest.raises(measure.PeerError, match="not the same steps"):
-        check(CONFIG.replace(**wrong), ours("e2sad"))
+        check(CONFIG.replace(defense="e2sad", **wrong), ours("e2sad"))
 
 
 @pytest.mark.usefixtures("unoptimized")
