@@ -1,6 +1,5 @@
 """The steps in PyTorch are the same steps: from equal parameters and batches their losses are ours."""
 
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
