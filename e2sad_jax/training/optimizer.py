@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from e2sad_jax.training.config import Config, number_of_steps
@@ -87,8 +86,7 @@ def adversarial_weights(params: Any, gradients: Any, size: float) -> Any:
     def moved(is_kernel: bool, w: jax.Array, g: jax.Array) -> jax.Array:
         if not is_kernel:
             return w
-        long = optax.safe_norm(g, 0)
-        return w + size * optax.safe_norm(w, 0) * g / jnp.where(long > 0, long, 1)
+        return w + size * optax.safe_norm(w, 0) * g / optax.safe_norm(g, 1e-20)  # above 0
 
     return jax.tree.map(moved, _kernels(params), params, gradients)
 

@@ -170,30 +170,33 @@ def make_train_step(
             return networks.logits_fn(model, {**state.params, **params})
 
         params, slots = batch_stats.parameters(state.params), batch_stats.slots(state.params)
+        apart = config.awp or config.attack_statistics == "average"
         attacked = model_of(params, slots if config.attack_statistics == "batch" else {})
 
         def loss_fn(params: Any, slots: Any, delta: jax.Array | None) -> tuple[jax.Array, Parts]:
             # With several runs convolutions are XLA's own, which the CPU does not have to find in a loop.
             unrolled = platform() == "cpu" and population
-            with straight_line() if unrolled else contextlib.nullcontext():
-                given: dict[str, Any] = {
-                    **{"settings": settings, "eps": eps, "bounds": transform.bounds, "key": key},
-                    **{"delta": delta, "memory": moved, "taught": taught},
-                }
-                logits_fn = model_of(params, slots)
-                if config.awp or config.attack_statistics == "average":
-                    with core.told_apart():
-                        return defense(_apart(logits_fn, attacked), x, y, **given)
-                return defense(logits_fn, x, y, **given)
+            straight = straight_line() if unrolled else contextlib.nullcontext()
+            logits_fn = model_of(params, slots)
+            with straight, core.told_apart() if apart else contextlib.nullcontext():
+                return defense(
+                    _apart(logits_fn, attacked) if apart else logits_fn,
+                    x,
+                    y,
+                    settings=settings,
+                    eps=eps,
+                    bounds=transform.bounds,
+                    key=key,
+                    delta=delta,
+                    memory=moved,
+                    taught=taught,
+                )
 
-        at, ascent = params, None
-        if config.awp:
-            (climb, ascent), _ = jax.grad(loss_fn, argnums=(0, 2), has_aux=True)(params, slots, state.delta)
-            at = adversarial_weights(params, climb, config.awp)
-        (loss, parts), (gradients, noted, of_delta) = jax.value_and_grad(loss_fn, argnums=(0, 1, 2), has_aux=True)(
-            at, slots, state.delta
-        )
-        ascent = of_delta if ascent is None else ascent  # a perturbation climbs at the weights themselves
+        differentiate = jax.value_and_grad(loss_fn, argnums=(0, 1, 2), has_aux=True)
+        (loss, parts), (gradients, noted, ascent) = differentiate(params, slots, state.delta)
+        if config.awp:  # a perturbation that is carried climbs at the weights themselves
+            at = adversarial_weights(params, gradients, config.awp)
+            (loss, parts), (gradients, noted, _) = differentiate(at, slots, state.delta)
         updates, opt_state = tx.update(gradients, state.opt_state, params)
         params = optax.apply_updates(params, updates)
         if noted:
