@@ -189,7 +189,9 @@ def run(asked: Request) -> None:
         every = [*results, *(result for result in before if result["question"] not in answered)]
         write_text(folder / "official.md", page(every))
         write_json(folder / "official.json", {**_about(), "results": every})
-    of_these = [group for group in by_seed(every) if any(result in results for result in group)]  # seeds of before, too
+    of_these = [
+        group for group in by_seed(every) if any(result["question"] in answered for result in group)
+    ]  # seeds of before, too
     shown = list(itertools.chain.from_iterable(of_these))
     print(page(shown), flush=True)
     for path in folder.glob("official-*.npz"):

@@ -237,9 +237,8 @@ def _read_member(path: pathlib.Path, archive: zipfile.ZipFile, member: str, *, s
                 while stream.read(CHUNK):  # to its end, where zipfile compares the CRC
                     pass
                 assert archive.fp is not None
-                return np.memmap(
-                    archive.fp, dtype, "r", offset, shape
-                )  # the file that was checked, whatever its path is now
+                # Of the file that was checked, whatever lies at its path now.
+                return np.memmap(archive.fp, dtype, "r", offset, shape)
             stream.seek(0)
             array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
             stream.read(1)  # makes zipfile compare the CRC

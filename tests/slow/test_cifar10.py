@@ -10,9 +10,8 @@ from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.runs.recipes import RECIPES
 from tests.helpers import readable
 
-MULTIPLICATIONS = (
-    0.556e9  # of an image's forward pass in this network, as published with https://github.com/kuangliu/pytorch-cifar
-)
+# Of an image's forward pass in this network, as published with https://github.com/kuangliu/pytorch-cifar
+MULTIPLICATIONS = 0.556e9
 
 
 @pytest.mark.usefixtures("standard_promotion")

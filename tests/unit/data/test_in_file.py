@@ -191,13 +191,15 @@ print(train.x_train.nbytes, most)
 """
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="no /proc")
+@pytest.mark.skipif(
+    not pathlib.Path("/proc/self/status").exists(), reason="only Linux tells in /proc what memory is anonymous"
+)
 def test_memory_does_not_grow_with_the_images(tmp_path):
-    """Over loading, splitting and an epoch, of 100 MB."""
+    """Over loading, splitting and an epoch, of 200 MB; what the process itself takes is a quarter of that."""
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (32_000, 32, 32, 3), np.uint8)
+    images = rng.integers(0, 256, (64_000, 32, 32, 3), np.uint8)
     np.savez(
-        tmp_path / "a.npz", x_train=images, y_train=rng.integers(0, 10, 32_000), x_test=images[:9], y_test=np.arange(9)
+        tmp_path / "a.npz", x_train=images, y_train=rng.integers(0, 10, 64_000), x_test=images[:9], y_test=np.arange(9)
     )
 
     def measured(large):
@@ -206,7 +208,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path):
         return map(int, done.stdout.split())
 
     size, most = measured(2**25)
-    assert size > 9.7e7
+    assert size > 1.9e8
     assert most < size / 2, most
     _, most = measured(2**31)
     assert most > size, "the measure sees images in memory"
