@@ -44,7 +44,7 @@ PRECISIONS: Mapping[str, dict[str, Any]] = {
 
 
 def has_batch_norm(name: str) -> bool:
-    """Whether a network normalises by the batch in training: whether its `__call__` takes `train`."""
+    """Whether a network of `NETWORKS` normalises by the batch in training: whether its `__call__` takes `train`."""
     network = NETWORKS[name]
     module: Any = getattr(network, "func", network)
     return "train" in inspect.signature(module.__call__).parameters
