@@ -125,6 +125,7 @@ YOUNGER: Mapping[str, Any] = {
     "recipe": "",
     "width": 0,
     "augment": "none",
+    "init_from": "",
 }
 
 
@@ -186,6 +187,9 @@ class Request:
     model: str = setting("digits_cnn", "network; mnist_cnn is the paper's", choices=NETWORKS)
     width: int = setting(0, "filters of a residual network's first convolution, 0: its own number", lower=0)
     augment: str = setting("none", "changes of training images: crop, flip, cutout, separated by commas")
+    init_from: str = setting(
+        "", "folder of a run, whose last weights each training begins with, or safetensors file; empty: random ones"
+    )
     steps: int = setting(2000, "training steps of each", lower=1)
     batch_size: int = setting(128, "images a step", lower=1)
     eps: float = setting(0.3, "l-infinity budget of training and attack", above=0, upper=1)
@@ -296,6 +300,7 @@ class Request:
             "model",
             "width",
             "augment",
+            "init_from",
             "steps",
             "batch_size",
             "validation_examples",

@@ -27,8 +27,8 @@ def protocol(result: Result) -> list[str]:
     r = result["request"]
     return [
         f"Trained on {r['data']}: network `{r['model']}`{_width(r)}, {_length(r)}, {_seeds(result)}, "
-        f"{_labels(r)}{_augmented(r)}, learning rate {r['learning_rate']:g} ({r['schedule']}), {_rise(r['eps_warmup'])}"
-        f"{', unless a part says otherwise' if r['parts'] else ''}.",
+        f"{_labels(r)}{_augmented(r)}{_begun(r)}, learning rate {r['learning_rate']:g} ({r['schedule']}), "
+        f"{_rise(r['eps_warmup'])}{', unless a part says otherwise' if r['parts'] else ''}.",
         f"Robust accuracy: the share of {_images(result)} classified correctly under all of {_attacks(result)}; one restart "
         f"each, eps {result['eps']:.4g}.",
     ]
@@ -41,6 +41,11 @@ def _width(request: Mapping[str, Any]) -> str:
 def _augmented(request: Mapping[str, Any]) -> str:
     changes = request.get("augment", "none")
     return "" if changes == "none" else f", augmentation ({changes})"
+
+
+def _begun(request: Mapping[str, Any]) -> str:
+    start = request.get("init_from")
+    return f", begun with the weights of `{start}` (their FLOPs are not counted)" if start else ""
 
 
 def _images(result: Result) -> str:
