@@ -138,6 +138,16 @@ def test_other_data_makes_other_runs(tmp_path):
     assert a.workdir != b.workdir
 
 
+def test_every_entry_begins_with_the_given_weights(tmp_path):
+    request = Request(entry=("natural", "PGD-3", "e2SAD, robust2"), workdir=str(tmp_path), **LITTLE)
+    given = dataclasses.replace(request, init_from="runs/natural")
+    assert given.question() != request.question()
+    for name in request.entry:
+        (without,), (config,) = request.configs(name), given.configs(name)
+        assert (without.init_from, config.init_from) == ("", "runs/natural")
+        assert config.workdir != without.workdir
+
+
 def test_held_out_images_are_attacked_to_choose_settings(
     tiny_data, tmp_path, prices, monkeypatch, little, standard_promotion
 ):

@@ -222,6 +222,13 @@ def test_rows_of_a_file_older_than_a_setting_count_where_it_did_what_was_done_th
     assert said.count("natural: an earlier row, of other settings; left out") == 2
 
 
+def test_weights_that_training_began_with_are_named(tiny_data, tmp_path, made_up):
+    request = Request(entry=("natural",), data="tiny.npz", results=str(tmp_path), init_from="runs/n", **LITTLE)
+    run(request, quiet)
+    for name in ("compare.md", "compare_card.md"):
+        assert "begun with the weights of `runs/n` (their FLOPs are not counted)" in (tmp_path / name).read_text()
+
+
 def test_a_natural_step_perturbs_no_weights(tiny_data, tmp_path, made_up, monkeypatch):
     """The unit of all prices, whatever the first row's settings are."""
     monkeypatch.setattr(comparison, "step_flops", lambda config, *about: 2.0 + config.awp)
