@@ -21,6 +21,7 @@ from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs import signals, trainer
 from e2sad_jax.runs.checkpoint import state_digest
 from e2sad_jax.runs.classifier import load
+from e2sad_jax.runs.weights import check_source
 from e2sad_jax.training import Config
 
 
@@ -43,6 +44,8 @@ def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[s
     path = outcome_path(config.workdir, asked)
     known = known_outcome(path, asked, config.steps)
     if "train_seconds" in known and all(which in known for which in request.checkpoints):
+        if config.init_from:
+            check_source(config, pathlib.Path(config.workdir))
         return known
     with trainer.open_run(config, dataset) as run, signals.stopping() as stop:
         _, seconds = trainer.train(run, stop)

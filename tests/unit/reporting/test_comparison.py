@@ -17,10 +17,11 @@ from e2sad_jax.comparison import evaluate_model, flops, show
 from e2sad_jax.comparison import run as comparison
 from e2sad_jax.comparison.request import FASTAT, PARTS, Request, entries, position
 from e2sad_jax.comparison.run import run
-from e2sad_jax.errors import ConfigError, NonFiniteError
+from e2sad_jax.errors import ConfigError, NonFiniteError, WorkdirError
 from e2sad_jax.reporting import provenance
 from e2sad_jax.runs import trainer
 from e2sad_jax.runs.classifier import load
+from e2sad_jax.runs.weights import note_source
 from tests.unit.reporting.helpers import LITTLE, no_more, quiet
 from tests.unit.runs.test_folder import damages
 
@@ -130,6 +131,25 @@ def test_an_outcome_counts_for_its_own_question_alone(tiny, tmp_path, capsys):
     for damaged in (b"", b"[]", b"null", b"{}", b"\xff", b"[" * 100_000):
         path.write_bytes(damaged)
         assert evaluate_model.known_outcome(path, asked, 3) == {}
+
+
+def test_an_outcome_counts_for_the_weights_that_its_run_began_with(tiny, tmp_path):
+    given = tmp_path / "given.safetensors"
+    given.write_bytes(b"one")
+    request = Request(entry=("natural",), workdir=str(tmp_path), init_from=str(given), last_only=True, **LITTLE)
+    (config,), asked = request.configs("natural"), evaluate_model.question(request, tiny)
+    path = evaluate_model.outcome_path(config.workdir, asked)
+    path.parent.mkdir(parents=True)
+    note_source(config, path.parent)
+    last = {"step": 3, "clean": 1.0, "robust": 0.5}
+    done = {"asked": asked, "last": last, "seed": 0, "eps": 0.3, "images": 10, "chosen_on": "", "train_seconds": 1.0}
+    path.write_text(json.dumps(sealed(done)))
+    assert evaluate_model.evaluate_model(request, config, tiny) == done
+    given.write_bytes(b"two")
+    with pytest.raises(WorkdirError, match=r"began with other weights than .*given\.safetensors holds now"):
+        evaluate_model.evaluate_model(request, config, tiny)
+    given.unlink()
+    assert evaluate_model.evaluate_model(request, config, tiny) == done, "the weights may be gone"
 
 
 def test_other_data_makes_other_runs(tmp_path):
