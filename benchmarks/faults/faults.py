@@ -406,7 +406,7 @@ trainer.Recorder.__call__ = call
     "evaluation": (
         """
 import jax
-from e2sad_jax.runs.trainer import Run
+from e2sad_jax.runs.opening import Run
 real = Run.attack
 def attack(run, params, dataset, *rest, **more):
     if dataset is not run.validation_set:

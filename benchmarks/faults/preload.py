@@ -10,7 +10,7 @@ from benchmarks.faults import phases  # noqa: F401
 from e2sad_jax import cli, data, evaluation, networks  # noqa: F401
 from e2sad_jax.evaluation import Attack
 from e2sad_jax.reporting import plots  # noqa: F401
-from e2sad_jax.runs import evaluate, run, trainer  # noqa: F401
+from e2sad_jax.runs import evaluate, run, validation  # noqa: F401
 
 SMALL = (
     Attack("clean", "clean"),
@@ -34,9 +34,10 @@ effort = functools.partial(evaluation.Effort, budgets=(0.5, 1.0), steps=(1, 2), 
 networks.NETWORKS["digits_cnn"] = functools.partial(networks.MnistCNN, features=(4, 8), hidden=64)
 cast(dict[str, Any], evaluation.SUITES)["digits"] = SMALL
 places: tuple[tuple[Any, str, Any], ...] = (
-    (trainer, "Attack", short),
+    (validation, "Attack", short),
     (evaluate, "Effort", effort),
     (data, "load", load_once),
 )
 for owner, name, value in places:
+    assert hasattr(owner, name), f"{owner} has no {name}"
     setattr(owner, name, value)

@@ -26,8 +26,9 @@ from e2sad_jax._io import write_bytes, write_json, write_text
 from e2sad_jax.errors import Error, Stopped
 from e2sad_jax.reporting import provenance
 from e2sad_jax.runs.metrics import METRICS
+from e2sad_jax.runs.opening import open_run
 from e2sad_jax.runs.signals import stopping
-from e2sad_jax.runs.trainer import open_run, train
+from e2sad_jax.runs.trainer import train
 from e2sad_jax.training.config import Config
 
 FLAGS = flags.FLAGS

@@ -21,7 +21,7 @@ from e2sad_jax.errors import ConfigError, Stopped, close_to
 from e2sad_jax.evaluation import ORTHOGONAL, Attack, Detector, Model, distances
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.table import Table
-from e2sad_jax.runs import signals, trainer
+from e2sad_jax.runs import opening, signals, trainer
 from e2sad_jax.runs.classifier import Classifier, load
 from e2sad_jax.training import Config
 
@@ -123,7 +123,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
 def _trained(request: Request, name: str, dataset: Dataset) -> tuple[Config, Classifier]:
     """An entry's run, and the classifier that it has trained."""
     (config,) = dataclasses.replace(request, seeds=1).configs(name)
-    with trainer.open_run(config, dataset) as opened, signals.stopping() as stop:
+    with opening.open_run(config, dataset) as opened, signals.stopping() as stop:
         trainer.train(opened, stop)
         if number := stop():
             raise Stopped(f"stopped in {opened.workdir}; the same command resumes", number)

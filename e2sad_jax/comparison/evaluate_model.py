@@ -18,7 +18,7 @@ from e2sad_jax.errors import Stopped, first_line
 from e2sad_jax.evaluation import Attack, auto, nan_logits
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.progress import Bar
-from e2sad_jax.runs import signals, trainer
+from e2sad_jax.runs import opening, signals, trainer
 from e2sad_jax.runs.checkpoint import state_digest
 from e2sad_jax.runs.classifier import load
 from e2sad_jax.runs.weights import check_source
@@ -47,7 +47,7 @@ def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[s
         if config.init_from:
             check_source(config, pathlib.Path(config.workdir))
         return known
-    with trainer.open_run(config, dataset) as run, signals.stopping() as stop:
+    with opening.open_run(config, dataset) as run, signals.stopping() as stop:
         _, seconds = trainer.train(run, stop)
         if number := stop():
             raise Stopped(f"stopped in {run.workdir}; the same command resumes", number)
@@ -81,7 +81,7 @@ def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[s
     return outcome
 
 
-def _twin(run: trainer.Run, best: tuple[int, str] | None, ema: float) -> str:
+def _twin(run: opening.Run, best: tuple[int, str] | None, ema: float) -> str:
     """Which of the last checkpoint's weights the best ones are; empty if neither."""
     if best is None:
         return "last"

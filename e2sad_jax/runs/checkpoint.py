@@ -23,6 +23,7 @@ from e2sad_jax.errors import CheckpointError, DamagedError, WorkdirError, as_dev
 from e2sad_jax.runs.folder import steps_in
 from e2sad_jax.training import TrainState
 
+UNJUDGED = -1.0  # score of a checkpoint that was not validated, because the run was stopped: below all others
 STATE = "state_sha256"  # in the same file as a checkpoint's score
 PASSING = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE)  # errors that say nothing of a file
 DELETED = "deleted"  # where Orbax moves what is to be deleted, so that a kill leaves no half of a checkpoint

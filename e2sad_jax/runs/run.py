@@ -16,8 +16,9 @@ from e2sad_jax.reporting import plots, provenance
 from e2sad_jax.reporting import results as reported
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs.folder import describe_dataset, ensure_exists, workdir_of
+from e2sad_jax.runs.opening import Run, open_runs
 from e2sad_jax.runs.signals import stopping
-from e2sad_jax.runs.trainer import Run, open_runs, train
+from e2sad_jax.runs.trainer import train
 from e2sad_jax.training import TrainState
 from e2sad_jax.training.config import Config
 

@@ -2,22 +2,20 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from e2sad_jax import distributed
 from e2sad_jax.evaluation import Attack, masking, of_classifier
+from e2sad_jax.runs.checkpoint import UNJUDGED
 from e2sad_jax.runs.classifier import Classifier
+from e2sad_jax.runs.opening import Run
 from e2sad_jax.runs.signals import Interrupted
 from e2sad_jax.training import TrainState
 
-if TYPE_CHECKING:
-    from e2sad_jax.runs.trainer import Run
-
 ALIGNED = 500  # validation images at which gradients are compared
-UNJUDGED = -1.0  # score of a checkpoint that was not validated, because the run was stopped: below all others
 
 
-def validate(run: "Run", state: TrainState, stop: Callable[[], int]) -> dict[str, float]:
+def validate(run: Run, state: TrainState, stop: Callable[[], int]) -> dict[str, float]:
     """Clean accuracy and robust accuracy under PGD-10 on the validation set, and the score that orders checkpoints.
 
     Args:
@@ -45,7 +43,7 @@ def validate(run: "Run", state: TrainState, stop: Callable[[], int]) -> dict[str
     }
 
 
-def _validated(run: "Run", params: Any, stop: Callable[[], int]) -> dict[str, float]:
+def _validated(run: Run, params: Any, stop: Callable[[], int]) -> dict[str, float]:
     if distributed.max_over_processes(stop()):
         return {"score": UNJUDGED}
     eps, n = run.config.eps1, len(run.validation_set.x_test)
@@ -65,7 +63,7 @@ def _validated(run: "Run", params: Any, stop: Callable[[], int]) -> dict[str, fl
     return values if values["score"] != UNJUDGED else {"score": UNJUDGED}
 
 
-def overfitting(run: "Run", params: Any, robust: float) -> dict[str, float]:
+def overfitting(run: Run, params: Any, robust: float) -> dict[str, float]:
     """Signs on the validation set that training has overfitted to attacks of one step (catastrophic overfitting).
 
     Args:

@@ -19,8 +19,9 @@ from e2sad_jax.reporting import provenance
 from e2sad_jax.runs.checkpoint import state_digest
 from e2sad_jax.runs.classifier import Classifier, load
 from e2sad_jax.runs.folder import check_workdir, steps_in
+from e2sad_jax.runs.opening import Run, open_runs
 from e2sad_jax.runs.signals import Interrupted, stopping
-from e2sad_jax.runs.trainer import Run, open_runs, train_together
+from e2sad_jax.runs.trainer import train_together
 from e2sad_jax.training import population_key
 from e2sad_jax.training.config import Config
 from experiments.paper import cache, cost, figures, page, plan, tables

@@ -17,7 +17,7 @@ from e2sad_jax.data.transforms import TRANSFORMS
 from e2sad_jax.evaluation import Attack, in_batches
 from e2sad_jax.evaluation.evaluator import Evaluation
 from e2sad_jax.evaluation.programs import programs_of
-from e2sad_jax.runs import trainer
+from e2sad_jax.runs import opening, trainer
 from tests.unit.evaluation.conftest import K, N, linear
 
 EPS = 0.02
@@ -324,7 +324,7 @@ def by_the_choice_of_checkpoints(problem):
     config: Any = types.SimpleNamespace(eps1=EPS, norm="linf", eval_batch_size=N, seed=0, transform="unit")
     chosen_on: Any = types.SimpleNamespace(x_test=problem.images, y_test=ALL_ZERO)
     nothing: dict[str, Any] = dict.fromkeys(("dataset", "train_set", "steps", "workdir", "checkpoints", "mesh"))
-    run = trainer.Run(config=config, validation_set=chosen_on, model=NanNetwork(), **nothing)
+    run = opening.Run(config=config, validation_set=chosen_on, model=NanNetwork(), **nothing)
     found = trainer.validate(run, types.SimpleNamespace(params={"w": problem.w}, average=None), lambda: 0)
     return [found["clean"], found["robust"], found["score"]]
 

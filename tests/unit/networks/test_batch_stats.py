@@ -14,7 +14,7 @@ from e2sad_jax import attacks, distributed, losses, networks, training
 from e2sad_jax.attacks import core
 from e2sad_jax.defenses import DEFENSES
 from e2sad_jax.networks import batch_stats
-from e2sad_jax.runs import trainer
+from e2sad_jax.runs import opening, trainer
 from e2sad_jax.training import step
 from tests.helpers import fit, mostly_slow, tiny_config
 
@@ -299,7 +299,7 @@ def test_resumed_run_equals_uninterrupted_one_bit_for_bit(defense, small, tiny, 
     def train(name, steps):
         own = dict(defense=defense, replays=3, workdir=str(tmp_path / name), steps=steps)
         config = tiny_config(model="preact_resnet18", **own)
-        with trainer.open_run(config, tiny) as run:
+        with opening.open_run(config, tiny) as run:
             return trainer.train(run, lambda: 0)[0]
 
     whole = train("whole", 12)

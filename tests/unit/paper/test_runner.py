@@ -12,7 +12,7 @@ import pytest
 
 from e2sad_jax._io import sealed, write_json
 from e2sad_jax.errors import BusyError, ConfigError, DataError, NonFiniteError, OutOfTimeError, Stopped, WorkdirError
-from e2sad_jax.runs import trainer
+from e2sad_jax.runs import opening
 from e2sad_jax.runs.checkpoint import state_digest
 from e2sad_jax.runs.folder import open_workdir, read_training
 from experiments.paper import cache, page, plan, runner
@@ -47,7 +47,7 @@ def test_two_models_from_start_to_report(whole, ask, trained, lines_of):
 
     before = (folder / "study_lam.csv").read_text()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "evaluate", None)
+        patch.setattr(opening, "evaluate", None)
         patch.setattr(runner.figures, "_figure_3", None)
         ask(plan.Item("study", "lam"), plan.FIGURE_3, folder=root, seeds=1).run()
         ask(plan.FIGURE_3, folder=root, seeds=1).run()
@@ -60,13 +60,13 @@ def test_stopped_anywhere_it_goes_on_without_doing_anything_twice(
     whole, ask, trained, monkeypatch, lam, lines_of, tmp_path
 ):
     """Time runs out again and again, at each place where it may; in the end the tables are those of one go."""
-    attacked, evaluate = [], trainer.evaluate
+    attacked, evaluate = [], opening.evaluate
 
     def counting(*args, **kwargs):
         attacked.append(args[4][0].name)
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "evaluate", counting)
+    monkeypatch.setattr(opening, "evaluate", counting)
     goes, patience = 0, 0
     while goes < 60:
         goes, looks = goes + 1, 0
@@ -147,7 +147,7 @@ def test_a_run_that_another_process_has_is_waited_for(ask, monkeypatch, lam):
     waited = []
     other = open_workdir(workdir, config, dataset)
     other.__enter__()
-    with pytest.raises(BusyError), trainer.open_run(config, dataset):
+    with pytest.raises(BusyError), opening.open_run(config, dataset):
         pass
 
     def wait(clock, why, seconds):

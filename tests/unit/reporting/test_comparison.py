@@ -19,7 +19,7 @@ from e2sad_jax.comparison.request import FASTAT, PARTS, Request, entries, positi
 from e2sad_jax.comparison.run import run
 from e2sad_jax.errors import ConfigError, NonFiniteError, WorkdirError
 from e2sad_jax.reporting import provenance
-from e2sad_jax.runs import trainer
+from e2sad_jax.runs import opening, trainer
 from e2sad_jax.runs.classifier import load
 from e2sad_jax.runs.weights import note_source
 from tests.unit.reporting.helpers import LITTLE, no_more, quiet
@@ -221,7 +221,7 @@ def test_a_sample_is_the_same_for_every_model_and_has_every_class(tiny, tmp_path
         yield types.SimpleNamespace(best=lambda: None, validation_set=dataset)
 
     monkeypatch.setattr(evaluate_model, "_attacked", attacked)
-    monkeypatch.setattr(trainer, "open_run", opened)
+    monkeypatch.setattr(opening, "open_run", opened)
     monkeypatch.setattr(trainer, "train", lambda run, stop: (None, 1.0))
     request = Request(entry=("natural", "RS-FGSM"), data="tiny.npz", workdir=str(tmp_path), **LITTLE)
     for name in request.entry:

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from e2sad_jax import data, networks
-from e2sad_jax.runs import run, trainer
+from e2sad_jax.runs import opening, run, trainer
 from tests.unit.runs.helpers import Linear, config_of
 
 
@@ -48,6 +48,6 @@ def trained(tiny, tmp_path_factory, linear) -> pathlib.Path:
     scores = {5: 1.0, 10: 2.0, 12: 1.5}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "validate", lambda run, state, stop: {"score": scores[int(state.step)]})
-        with trainer.open_run(config_of(workdir), tiny) as opened:
+        with opening.open_run(config_of(workdir), tiny) as opened:
             trainer.train(opened, lambda: 0)
     return workdir

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from e2sad_jax import networks, training
-from e2sad_jax.runs import trainer
+from e2sad_jax.runs import opening, trainer
 from e2sad_jax.training import Config, configure
 
 SHAPE = (8, 8, 1)
@@ -61,7 +61,7 @@ def never() -> int:
 
 
 def train(config, dataset, stop=never) -> training.TrainState:
-    with trainer.open_run(config, dataset) as run:
+    with opening.open_run(config, dataset) as run:
         return trainer.train(run, stop)[0]
 
 
@@ -98,6 +98,6 @@ def members(tmp_path, **changes):
 
 
 def train_together(configs, dataset, stop=never):
-    with trainer.open_runs(configs, dataset) as runs:
+    with opening.open_runs(configs, dataset) as runs:
         trainer.train_together(runs, stop)
         return [run.restore() for run in runs]

@@ -12,7 +12,7 @@ import pytest
 
 from e2sad_jax import export
 from e2sad_jax.errors import ConfigError
-from e2sad_jax.runs import evaluate, run, trainer, validation
+from e2sad_jax.runs import checkpoint, evaluate, opening, run, trainer, validation
 from e2sad_jax.runs.checkpoint import Checkpoints
 from e2sad_jax.runs.classifier import load
 from e2sad_jax.runs.folder import write_config
@@ -53,7 +53,7 @@ def averaged(judged, tiny, tmp_path_factory, linear) -> pathlib.Path:
 
 
 def state_at(workdir, dataset, step):
-    with trainer.open_run(config_of(workdir, ema=EMA), dataset) as opened:
+    with opening.open_run(config_of(workdir, ema=EMA), dataset) as opened:
         return opened.restore(step)
 
 
@@ -98,7 +98,7 @@ def test_a_best_whose_raw_weights_were_better_is_loaded_raw(averaged, tiny, monk
 def test_validation_attacks_both(tiny, tmp_path):
     """By themselves: broken raw weights beside those of a class that is always said."""
     config = config_of(tmp_path / "w", ema=EMA, eps1=0.01)
-    with trainer.open_run(config, tiny) as opened:
+    with opening.open_run(config, tiny) as opened:
         state = opened.init_state()
         always = jax.tree.map(lambda a: 0 * a, state.params)
 
@@ -117,16 +117,16 @@ def test_validation_attacks_both(tiny, tmp_path):
             assert found["score"] == pytest.approx(50 * counts[most] + counts[most] * 50 / 51)
         raw_only = trainer.validate(opened, state.replace(average=None), never)
         assert set(raw_only) == {"clean", "robust", "score"}
-        assert trainer.validate(opened, state, stop_after(1)) == {"score": trainer.UNJUDGED}
+        assert trainer.validate(opened, state, stop_after(1)) == {"score": checkpoint.UNJUDGED}
 
 
 def test_of_equals_the_raw_weights_are_the_better_and_stopped_between_the_two_nothing_is(judged, monkeypatch):
     state = type("State", (), {"params": 1, "average": 2})()
     judged(monkeypatch, 0.5, 0.5)
     assert trainer.validate(None, state, never)["averaged"] == 0
-    found = [{"clean": 0.9, "robust": 0.5, "score": 25.9}, {"score": trainer.UNJUDGED}]
+    found = [{"clean": 0.9, "robust": 0.5, "score": 25.9}, {"score": checkpoint.UNJUDGED}]
     monkeypatch.setattr(validation, "_validated", lambda run, params, stop: found.pop(0))
-    assert trainer.validate(None, state, never) == {"score": trainer.UNJUDGED}
+    assert trainer.validate(None, state, never) == {"score": checkpoint.UNJUDGED}
     assert not found
 
 

@@ -21,7 +21,7 @@ from e2sad_jax.errors import (
     NonFiniteError,
     OutOfMemoryError,
 )
-from e2sad_jax.runs import trainer
+from e2sad_jax.runs import opening, trainer
 from e2sad_jax.runs.classifier import load
 from e2sad_jax.runs.folder import steps_in
 from tests.unit.runs.helpers import config_of, fit_with, members, never, train, train_together
@@ -129,7 +129,7 @@ def test_a_process_lost_while_a_checkpoint_is_written_is_a_lost_process(
         raise CheckpointError("cannot write a checkpoint") from cause
 
     monkeypatch.setattr(trainer, "fit", fit)
-    with trainer.open_run(config_of(tmp_path), tiny) as run, pytest.raises(kind):
+    with opening.open_run(config_of(tmp_path), tiny) as run, pytest.raises(kind):
         trainer.train(run, never)
 
 

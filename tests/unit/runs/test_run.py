@@ -10,7 +10,7 @@ import pytest
 
 import e2sad_jax
 from e2sad_jax.errors import ConfigError, DeviceError, NonFiniteError, OutOfMemoryError, Stopped, WorkdirError
-from e2sad_jax.runs import run, trainer
+from e2sad_jax.runs import opening, run
 from e2sad_jax.runs.run import train_and_report, train_with_baseline
 from tests.unit.runs.helpers import config_of, fit_with
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("little_attacks")
 @pytest.fixture
 def attacked(monkeypatch):
     """Steps of the states that were attacked after training, as they are."""
-    steps, attack = [], trainer.Run.attack
+    steps, attack = [], opening.Run.attack
 
     def counting(self, params, dataset, suite, **kwargs):
         if dataset is not self.validation_set:
@@ -30,7 +30,7 @@ def attacked(monkeypatch):
             steps.append(next(s for s, p in known.items() if np.array_equal(*map(first, (p, params)))))
         return attack(self, params, dataset, suite, **kwargs)
 
-    monkeypatch.setattr(trainer.Run, "attack", counting)
+    monkeypatch.setattr(opening.Run, "attack", counting)
     return steps
 
 
@@ -194,7 +194,7 @@ def test_stopped_in_the_last_step_is_not_forgotten(number, code, scores, tmp_pat
     assert not (tmp_path / "results.json").exists()
 
     restore = (
-        trainer.Run.restore
+        opening.Run.restore
     )  # the same while the finished run is read back; and a repeat within a second counts once
 
     def interrupted_restore(self, *args):
@@ -203,7 +203,7 @@ def test_stopped_in_the_last_step_is_not_forgotten(number, code, scores, tmp_pat
         return restore(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Run, "restore", interrupted_restore)
+        patch.setattr(opening.Run, "restore", interrupted_restore)
         with pytest.raises(Stopped, match="Stopped at step 12 of 12"):
             train_and_report(config_of(tmp_path), "mnist")
     assert train_and_report(config_of(tmp_path), "mnist")["steps"] == 12
@@ -218,7 +218,7 @@ def test_the_command_that_resumes_leaves_noresume_out(scores, tmp_path, monkeypa
 
 def test_interrupted_between_the_two_evaluations_nothing_is_reported_yet(scores, tmp_path, monkeypatch):
     scores.update({5: 5.0, 10: 3.0, 12: 4.0})
-    attack, calls = trainer.Run.attack, []
+    attack, calls = opening.Run.attack, []
 
     def interrupted(self, *args, **kwargs):
         calls.append(1)
@@ -227,7 +227,7 @@ def test_interrupted_between_the_two_evaluations_nothing_is_reported_yet(scores,
         return attack(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Run, "attack", interrupted)
+        patch.setattr(opening.Run, "attack", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train_and_report(config_of(tmp_path), "mnist")
     assert not (tmp_path / "results.json").exists()
@@ -253,7 +253,7 @@ def test_memory_and_devices_are_named_in_the_attacks_too(raised, kind, words, sc
     def fail(self, *args, **kwargs):
         raise jax.errors.JaxRuntimeError(raised)
 
-    monkeypatch.setattr(trainer.Run, "attack", fail)
+    monkeypatch.setattr(opening.Run, "attack", fail)
     with pytest.raises(kind, match=words):
         train_and_report(config_of(tmp_path), "mnist")
 

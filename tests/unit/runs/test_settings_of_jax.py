@@ -9,7 +9,7 @@ import pytest
 
 from e2sad_jax import _streams, evaluation, networks, training
 from e2sad_jax.evaluation import Attack
-from e2sad_jax.runs import trainer
+from e2sad_jax.runs import opening, trainer
 from e2sad_jax.runs.classifier import load
 from tests.unit.runs.helpers import config_of
 
@@ -22,7 +22,7 @@ def unjudged(monkeypatch):
 
 
 def train(config, dataset):
-    with trainer.open_run(config, dataset) as run:
+    with opening.open_run(config, dataset) as run:
         return trainer.train(run, lambda: 0)[0]
 
 

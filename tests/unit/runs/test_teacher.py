@@ -11,7 +11,7 @@ import pytest
 import e2sad_jax
 from e2sad_jax._io import sealed, unsealed
 from e2sad_jax.errors import ConfigError, WorkdirError
-from e2sad_jax.runs import trainer
+from e2sad_jax.runs import opening, trainer
 from e2sad_jax.runs.teacher import FILE, read_logits
 from tests.helpers import mostly_slow
 from tests.unit.runs.helpers import config_of, stop_after
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("scores")
 
 def run(config, dataset, stop=lambda: 0):
     """Trains as far as it gets; the state on the host."""
-    with trainer.open_run(config, dataset) as opened:
+    with opening.open_run(config, dataset) as opened:
         return jax.device_get(trainer.train(opened, stop)[0].params)
 
 
@@ -54,7 +54,7 @@ def test_the_run_keeps_its_teachers_logits(teacher, tiny, tmp_path):
     logits = read_logits(tmp_path / "w")
     assert logits.shape == (len(tiny.x_train) - 10, 3)
     assert logits.dtype == np.float32
-    with trainer.open_run(student_of(tmp_path / "w", teacher=str(teacher), validation_examples=10), tiny) as opened:
+    with opening.open_run(student_of(tmp_path / "w", teacher=str(teacher), validation_examples=10), tiny) as opened:
         images = opened.train_set.x_train
     wanted = np.asarray(e2sad_jax.load(teacher)(images))
     np.testing.assert_allclose(np.asarray(jax.nn.softmax(logits)), wanted, atol=1e-6)

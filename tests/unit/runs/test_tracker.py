@@ -8,7 +8,7 @@ import types
 import pytest
 
 from e2sad_jax.errors import ConfigError
-from e2sad_jax.runs import trainer
+from e2sad_jax.runs import opening, trainer
 from e2sad_jax.runs.tracker import Tracker
 from tests.unit.runs.helpers import config_of, never, stop_after
 
@@ -35,7 +35,7 @@ def begun(monkeypatch):
 def test_it_gets_what_metrics_jsonl_gets_and_a_resumed_run_goes_on(name, begun, tiny, tmp_path):
     config = config_of(tmp_path / "w", tracker=name)
     for stop in (stop_after(7), never):
-        with trainer.open_run(config, tiny) as run:
+        with opening.open_run(config, tiny) as run:
             trainer.train(run, stop)
     (first, earlier), (second, later) = begun
     assert first == second, "the same run"
@@ -67,7 +67,7 @@ def test_what_keeps_it_from_starting_is_said_before_anything_is_written(monkeypa
         pytest.raises(
             ConfigError, match=r"--tracker=wandb: the package cannot be imported .*; pip install wandb, or leave"
         ),
-        trainer.open_run(config, tiny),
+        opening.open_run(config, tiny),
     ):
         pass
     assert not (tmp_path / "w").exists()
@@ -77,7 +77,7 @@ def test_what_keeps_it_from_starting_is_said_before_anything_is_written(monkeypa
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuses))
     with (
-        trainer.open_run(config, tiny) as run,
+        opening.open_run(config, tiny) as run,
         pytest.raises(
             ConfigError, match=r"it does not start \(PermissionError: no API key\); log in, or set WANDB_MODE=off"
         ),

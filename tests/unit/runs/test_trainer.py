@@ -19,7 +19,7 @@ from e2sad_jax.errors import (
     WorkdirError,
 )
 from e2sad_jax.evaluation import Attack, masking
-from e2sad_jax.runs import signals, trainer
+from e2sad_jax.runs import checkpoint, opening, signals, trainer
 from e2sad_jax.runs.classifier import load
 from e2sad_jax.runs.folder import read_training, steps_in
 from tests.helpers import count_compilations
@@ -30,22 +30,22 @@ from tests.unit.runs.helpers import config_of, losses, members, never, same, sto
 
 def test_a_run_is_opened_with_everything_that_fits_together(tiny, tmp_path):
     config = config_of(tmp_path / "w", validation_examples=10, eval_examples=7)
-    with trainer.open_run(config, tiny) as run:
+    with opening.open_run(config, tiny) as run:
         assert (run.step, run.steps, run.mesh) == (0, 12, None)
         assert (len(run.train_set.x_train), len(run.validation_set.x_test)) == (40, 10)
         assert run.chosen_on == "10 held-out images"
         assert len(run.test_set().x_test) == 7
         assert (run.workdir / "config.json").exists()
-        with pytest.raises(BusyError, match="another process is at work in"), trainer.open_run(config, tiny):
+        with pytest.raises(BusyError, match="another process is at work in"), opening.open_run(config, tiny):
             pass
-    with trainer.open_run(dataclasses.replace(config, workdir=str(tmp_path / "v"), validation_examples=0), tiny) as run:
+    with opening.open_run(dataclasses.replace(config, workdir=str(tmp_path / "v"), validation_examples=0), tiny) as run:
         assert run.chosen_on == "50 training images"
 
 
 def test_of_a_file_sorted_by_class_every_class_is_evaluated(tiny, tmp_path):
     order = np.argsort(tiny.y_test, kind="stable")
     in_order = dataclasses.replace(tiny, x_test=tiny.x_test[order], y_test=tiny.y_test[order])
-    with trainer.open_run(config_of(tmp_path / "w", eval_examples=6), in_order) as run:
+    with opening.open_run(config_of(tmp_path / "w", eval_examples=6), in_order) as run:
         counts, share = np.bincount(run.test_set().y_test), 6 * np.bincount(tiny.y_test) / 50
         assert (np.abs(counts - share) < 1).all()
         same = [tiny.x_test[i].tobytes() for i in range(50)]
@@ -55,7 +55,7 @@ def test_of_a_file_sorted_by_class_every_class_is_evaluated(tiny, tmp_path):
 def test_images_of_one_class_are_refused_before_the_workdir_is_made(tiny, tmp_path):
     one = dataclasses.replace(tiny, y_train=np.full(50, 2, np.int32))
     words = "tiny: every label of the 50 training images is 2; it must have images of at least two classes"
-    with pytest.raises(DataError, match=words), trainer.open_run(config_of(tmp_path / "w"), one):
+    with pytest.raises(DataError, match=words), opening.open_run(config_of(tmp_path / "w"), one):
         pass
     assert not (tmp_path / "w").exists()
 
@@ -64,11 +64,11 @@ def test_of_several_runs_all_are_found_possible_before_any_folder_is_taken(tiny,
     first, second = (config_of(tmp_path / name) for name in ("first", "second"))
     (tmp_path / "second").mkdir()
     (tmp_path / "second" / "thesis.txt").write_text("precious")
-    with pytest.raises(WorkdirError, match="is not empty"), trainer.open_runs([first, second], tiny):
+    with pytest.raises(WorkdirError, match="is not empty"), opening.open_runs([first, second], tiny):
         pass
     (tmp_path / "second" / "thesis.txt").unlink()
     other = dataclasses.replace(first, delta=0.2)  # the first one's workdir was not taken
-    with trainer.open_runs([other, second], tiny) as runs:
+    with opening.open_runs([other, second], tiny) as runs:
         assert [run.config for run in runs] == [other, second]
 
 
@@ -79,7 +79,7 @@ def test_settings_that_the_data_makes_wrong_are_refused_and_nothing_is_made(tiny
         ({"validation_examples": 50}, r"--validation_examples=50: must be below the 50"),
         ({"steps": 2**28}, r"--steps=268435456: steps \* batch_size must be below"),
     ]:
-        with pytest.raises(ConfigError, match=words), trainer.open_run(config_of(tmp_path / "w", **changes), tiny):
+        with pytest.raises(ConfigError, match=words), opening.open_run(config_of(tmp_path / "w", **changes), tiny):
             pass
     assert not (tmp_path / "w").exists()
 
@@ -103,7 +103,7 @@ def test_a_refused_start_changes_nothing(workdir, tiny):
     ]:
         with (
             pytest.raises((ConfigError, WorkdirError), match=words),
-            trainer.open_run(config_of(workdir, **changes), tiny),
+            opening.open_run(config_of(workdir, **changes), tiny),
         ):
             pass
         assert (workdir / "config.json").read_text() == before
@@ -122,9 +122,9 @@ def test_a_disk_that_takes_no_config_json_is_named_and_what_was_left_is_no_obsta
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", read_only)
             words = rf"cannot use .*{folder.name} as workdir: Permission denied"
-            with pytest.raises(WorkdirError, match=words), trainer.open_run(config, tiny):
+            with pytest.raises(WorkdirError, match=words), opening.open_run(config, tiny):
                 pass
-        with trainer.open_run(config, tiny) as run:
+        with opening.open_run(config, tiny) as run:
             assert run.step == step
 
 
@@ -177,7 +177,7 @@ def test_a_stretching_run_may_not_change_its_length(scores, tiny, tmp_path):
     train(config, tiny, stop_after(2))
     with (
         pytest.raises(WorkdirError, match="--steps: 12 there, 20 here"),
-        trainer.open_run(dataclasses.replace(config, steps=20), tiny),
+        opening.open_run(dataclasses.replace(config, steps=20), tiny),
     ):
         pass
 
@@ -187,7 +187,7 @@ def test_every_whole_checkpoint_is_noted_and_timed(trained, tiny, tmp_path):
     assert (segment["from_step"], segment["to_step"]) == (0, 12)
     assert {"command", "commit", "date", "hardware", "jax"} <= set(segment)
     shutil.copytree(trained, tmp_path / "w")
-    with trainer.open_run(config_of(tmp_path / "w"), tiny) as run:
+    with opening.open_run(config_of(tmp_path / "w"), tiny) as run:
         assert run.checkpoints.seconds(12) > run.checkpoints.seconds(10) > 0
         assert trainer.train(run, never)[1] == run.checkpoints.seconds(12)
 
@@ -202,7 +202,7 @@ def test_metrics_hold_losses_at_intervals_and_the_validation_of_each_checkpoint(
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_state_is_restored_on_the_devices_of_the_run(devices, workdir, tiny):
-    with trainer.open_run(config_of(workdir, devices=devices), tiny) as run:
+    with opening.open_run(config_of(workdir, devices=devices), tiny) as run:
         for state in (run.restore(), run.restore(10), run.init_state()):
             assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {devices}
         assert (int(run.restore().step), int(run.restore(10).step)) == (12, 10)
@@ -227,7 +227,7 @@ def test_a_run_may_be_resumed_on_another_number_of_devices(scores, tiny, tmp_pat
 def test_an_evaluation_on_eight_devices_is_that_on_one(workdir, tiny):
     suite, outcomes = [Attack("clean", "clean"), Attack("pgd", "pgd", 0.05, 3)], []
     for devices in (1, 8):
-        with trainer.open_run(config_of(workdir, devices=devices, eval_batch_size=24), tiny) as run:
+        with opening.open_run(config_of(workdir, devices=devices, eval_batch_size=24), tiny) as run:
             outcomes.append(run.attack(run.restore().params, tiny, suite))
     np.testing.assert_array_equal(outcomes[0].prediction, outcomes[1].prediction)
 
@@ -243,7 +243,7 @@ def test_an_evaluation_on_eight_devices_is_that_on_one(workdir, tiny):
 )
 def test_what_does_not_fit_the_devices_is_refused(devices, batch_size, message, tiny, tmp_path):
     config = config_of(tmp_path / "w", devices=devices, batch_size=batch_size)
-    with pytest.raises(ConfigError, match=message), trainer.open_run(config, tiny):
+    with pytest.raises(ConfigError, match=message), opening.open_run(config, tiny):
         pass
     assert not (tmp_path / "w").exists()
 
@@ -252,7 +252,7 @@ def test_what_does_not_fit_the_devices_is_refused(devices, batch_size, message, 
 
 
 def test_validation_is_pgd_on_the_validation_set_and_robust_comes_before_clean(workdir, tiny):
-    with trainer.open_run(config_of(workdir), tiny) as run:
+    with opening.open_run(config_of(workdir), tiny) as run:
         state = run.restore()
         values = trainer.validate(run, state, never)
         suite = [Attack("clean", "clean"), Attack("robust", "pgd", 0.3, 10, 0.075)]
@@ -266,7 +266,7 @@ def test_validation_is_pgd_on_the_validation_set_and_robust_comes_before_clean(w
 def test_fgsm_on_a_linear_network_misleads_nobody(tiny, tmp_path, monkeypatch):
     """Its gradient is nearly the same everywhere: FGSM and PGD agree."""
     config = config_of(tmp_path / "w", defense="fgsm", eps1=0.05)
-    with trainer.open_run(config, tiny) as run:
+    with opening.open_run(config, tiny) as run:
         trainer.train(run, never)
         state = run.restore()
         robust = trainer.validate(run, state, never)["robust"]
@@ -279,7 +279,7 @@ def test_fgsm_on_a_linear_network_misleads_nobody(tiny, tmp_path, monkeypatch):
     assert found["alignment"] == pytest.approx(validated[-1]["validation_alignment"], abs=1e-6)
     assert found["alignment"] > 0.9
     assert found["collapsed"] == 0
-    with trainer.open_run(config, tiny) as run:
+    with opening.open_run(config, tiny) as run:
         low = fgsm / 2 - 0.01
         assert trainer.overfitting(run, state.params, low)["collapsed"] == 0, "its gradients are aligned"
         monkeypatch.setattr(masking, "alignment", lambda *_: 0.1)
@@ -291,7 +291,7 @@ def test_catastrophic_overfitting_is_said_once(tiny, tmp_path, monkeypatch, capf
     found = {"fgsm": 0.95, "alignment": -0.02, "collapsed": 1.0}
     monkeypatch.setattr(trainer, "overfitting", lambda run, params, robust: found)
     for defense in ("fgsm", "pgd", "natural"):
-        with trainer.open_run(config_of(tmp_path / defense, defense=defense, eps1=0.05), tiny) as run:
+        with opening.open_run(config_of(tmp_path / defense, defense=defense, eps1=0.05), tiny) as run:
             trainer.train(run, never)
     said = [line for line in capfd.readouterr().err.splitlines() if "overfitting" in line]
     assert len(said) == 2
@@ -308,7 +308,7 @@ def test_catastrophic_overfitting_is_said_once(tiny, tmp_path, monkeypatch, capf
 
 def test_a_rise_longer_than_the_run_is_warned_of(tiny, tmp_path, capsys):
     for name, rises in {"long": {"eps_warmup": 24.0, "lr_warmup": 48.0}, "whole": {"eps_warmup": 12.0}}.items():
-        with trainer.open_run(config_of(tmp_path / name, defense="fgsm", eps1=0.05, **rises), tiny):
+        with opening.open_run(config_of(tmp_path / name, defense="fgsm", eps1=0.05, **rises), tiny):
             pass
     assert capsys.readouterr().err.splitlines() == [
         "warning: --eps_warmup=24: the rise of every budget is cut off at 0.5 of it, for the run has 12 steps; give at most "
@@ -319,7 +319,7 @@ def test_a_rise_longer_than_the_run_is_warned_of(tiny, tmp_path, capsys):
 
 
 def test_a_network_is_not_watched_while_the_budget_rises(tiny, tmp_path):
-    with trainer.open_run(config_of(tmp_path, defense="fgsm", eps1=0.05, eps_warmup=0.7), tiny) as run:
+    with opening.open_run(config_of(tmp_path, defense="fgsm", eps1=0.05, eps_warmup=0.7), tiny) as run:
         trainer.train(run, never)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "validation_robust" in line] == [5, 10, 12]
@@ -330,15 +330,15 @@ def test_the_test_set_has_no_say_in_which_is_best(workdir, tiny, tmp_path):
     """Test labels that are all wrong: judged on them, who has learnt most would be the worst."""
     wrong = dataclasses.replace(tiny, y_test=(tiny.y_test + 1) % 3)
     with (
-        trainer.open_run(config_of(tmp_path / "new"), wrong) as other,
-        trainer.open_run(config_of(workdir), tiny) as run,
+        opening.open_run(config_of(tmp_path / "new"), wrong) as other,
+        opening.open_run(config_of(workdir), tiny) as run,
     ):
         state = run.restore()
         assert trainer.validate(other, state, never) == trainer.validate(run, state, never)
 
 
 def test_who_stops_a_run_does_not_wait_for_the_attack_on_a_checkpoint(tiny, tmp_path, monkeypatch):
-    made, real = [], trainer.evaluate
+    made, real = [], opening.evaluate
 
     def telling(*args, progress, **kwargs):
         def signalled(name, gradients):
@@ -348,13 +348,13 @@ def test_who_stops_a_run_does_not_wait_for_the_attack_on_a_checkpoint(tiny, tmp_
 
         return real(*args, progress=signalled, **kwargs)
 
-    monkeypatch.setattr(trainer, "evaluate", telling)
+    monkeypatch.setattr(opening, "evaluate", telling)
     config = config_of(tmp_path, eval_batch_size=10)
-    with trainer.open_run(config, tiny) as run, signals.stopping() as stop:
+    with opening.open_run(config, tiny) as run, signals.stopping() as stop:
         state, _ = trainer.train(run, stop)
         assert (int(state.step), stop()) == (6, signal.SIGTERM)
         assert made == ["clean"], "one batch of one attack"
-        assert {run.checkpoints.score(step) for step in steps_in(tmp_path)} == {trainer.UNJUDGED}
+        assert {run.checkpoints.score(step) for step in steps_in(tmp_path)} == {checkpoint.UNJUDGED}
         assert run.best() is None
     assert "score" not in (tmp_path / "metrics.jsonl").read_text()
 
@@ -362,7 +362,7 @@ def test_who_stops_a_run_does_not_wait_for_the_attack_on_a_checkpoint(tiny, tmp_
 def test_the_best_is_named_with_what_chose_it(scores, tiny, tmp_path):
     scores.update({5: 1.0, 10: 1.0, 12: 0.5})
     config = config_of(tmp_path / "w", validation_examples=10)
-    with trainer.open_run(config, tiny) as run:
+    with opening.open_run(config, tiny) as run:
         trainer.train(run, stop_after(13))
         assert run.best() == (10, "10 held-out images (the last, saved when the run was stopped, did not compete)")
         trainer.train(run, never)

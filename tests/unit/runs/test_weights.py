@@ -11,7 +11,7 @@ import pytest
 import e2sad_jax
 from e2sad_jax import export
 from e2sad_jax.errors import ConfigError, WorkdirError
-from e2sad_jax.runs import trainer
+from e2sad_jax.runs import opening, trainer
 from tests.unit.runs.helpers import config_of, stop_after
 
 pytestmark = pytest.mark.usefixtures("scores")
@@ -27,7 +27,7 @@ def test_a_run_begins_with_them_and_so_does_its_average(source, trained, tiny, t
     if source == "file":
         given = tmp_path / "weights.safetensors"
         given.write_bytes(export.to_safetensors(e2sad_jax.load(trained)))
-    with trainer.open_run(config_of(tmp_path / "w", init_from=str(given), ema=0.9), tiny) as run:
+    with opening.open_run(config_of(tmp_path / "w", init_from=str(given), ema=0.9), tiny) as run:
         state = run.init_state()
     chex.assert_trees_all_equal(jax.device_get(state.params), params_of(trained))
     chex.assert_trees_all_equal(jax.device_get(state.average), params_of(trained))
@@ -42,13 +42,13 @@ def test_resumed_it_needs_them_no_more_and_ends_as_uninterrupted(trained, tiny, 
     for name, stop in (("whole", None), ("parts", 7)):
         config = config_of(tmp_path / name, init_from=str(given))
         if stop:
-            with trainer.open_run(config, tiny) as run:
+            with opening.open_run(config, tiny) as run:
                 trainer.train(run, stop_after(stop))
             shutil.rmtree(given)
-        with trainer.open_run(config, tiny) as run:
+        with opening.open_run(config, tiny) as run:
             ends.append(jax.device_get(trainer.train(run, lambda: 0)[0].params))
     chex.assert_trees_all_equal(*ends)
-    with trainer.open_run(config_of(tmp_path / "random"), tiny) as run:
+    with opening.open_run(config_of(tmp_path / "random"), tiny) as run:
         other = jax.device_get(trainer.train(run, lambda: 0)[0].params)
     assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(*map(jax.tree.leaves, (other, ends[0])), strict=True))
 
@@ -83,13 +83,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(trained, tiny, 
         ({"init_from": str(tmp_path)}, WorkdirError, str(tmp_path)),
     ):
         config = config_of(tmp_path / "w", **changes)
-        with pytest.raises(error, match=message), trainer.open_run(config, tiny):
+        with pytest.raises(error, match=message), opening.open_run(config, tiny):
             pass
         assert not (tmp_path / "w" / "config.json").exists()
     other = dataclasses.replace(tiny, num_classes=4)
     with (
         pytest.raises(ConfigError, match=r"bias is \[3\] in .* of 3 classes, but \[4\] in .* of 4 classes"),
-        trainer.open_run(config_of(tmp_path / "w", init_from=str(trained)), other),
+        opening.open_run(config_of(tmp_path / "w", init_from=str(trained)), other),
     ):
         pass
 
@@ -99,15 +99,15 @@ def test_a_run_is_that_of_the_weights_that_it_began_with(trained, tiny, tmp_path
     given, workdir = tmp_path / "given", tmp_path / "w"
     shutil.copytree(trained, given)
     config = config_of(workdir, init_from=str(given))
-    with trainer.open_run(config, tiny) as run:
+    with opening.open_run(config, tiny) as run:
         trainer.train(run, stop_after(2))
-    with trainer.open_run(config, tiny) as run:
+    with opening.open_run(config, tiny) as run:
         trainer.train(run, lambda: 0)
     shutil.rmtree(given)
-    with trainer.open_run(config_of(given, seed=9), tiny) as run:
+    with opening.open_run(config_of(given, seed=9), tiny) as run:
         trainer.train(run, lambda: 0)
     with (
         pytest.raises(WorkdirError, match=r"w began with other weights than .*given holds now \(there .*, here .*\)"),
-        trainer.open_run(config, tiny),
+        opening.open_run(config, tiny),
     ):
         pass
