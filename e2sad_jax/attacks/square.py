@@ -23,16 +23,17 @@ class _State(NamedTuple):
     margin: jax.Array
 
 
-def sides(queries: int, p_init: float, height: int, width: int, least: int = 1) -> list[int]:
+def sides(queries: int, p_init: float, height: int, width: int, norm: str = "linf") -> list[int]:
     """Side of the square that each query after the first changes: its area is a share p of the image's.
 
-    Where a square has at least 3 pixels a side it is odd, as in the authors' code: its hill then has a middle.
+    In the l2 ball it is odd, as in the authors' code: its hill then has a middle.
     """
     result = []
     for i in range(queries - 1):
-        p = p_init / 2 ** sum(i * 10_000 // queries > halving for halving in HALVINGS)
-        side = max(round(math.sqrt(p * height * width)), least)
-        if least > 1:
+        counted = i * 10_000 // queries if norm == "linf" else i
+        p = p_init / 2 ** sum(counted > halving for halving in HALVINGS)
+        side = max(round(math.sqrt(p * height * width)), LEAST[norm])
+        if norm == "l2":
             side += 1 - side % 2
         result.append(min(side, height, width))
     return result
@@ -77,9 +78,10 @@ def square(
     with v the change so far and h a hill and a pit side by side, upright or lying. The whole change is then made eps long,
     as in the authors' code: what the range of images has cut off is used elsewhere.
 
-    What is tried is kept if the margin rises. The squares shrink by the paper's schedule, stretched to the number of
-    queries, as the paper has it; AutoAttack's code does not stretch it. An image that is misclassified changes no more, one
-    that is so from the start not at all; when all are, the attack ends.
+    What is tried is kept if the margin rises. The squares shrink by the paper's schedule. It is for 10,000 queries. In the
+    l-infinity ball it is scaled to the number of queries, as the paper has it. In the l2 ball it is not, as in AutoAttack's
+    code: large squares find more there. An image that is misclassified changes no more, one that is so from the start not
+    at all; when all are, the attack ends.
 
     It finds what a network hides from `pgd` by gradients that are zero or misleading, at the price of many queries.
 
@@ -116,7 +118,7 @@ def square(
     n, height, width, _ = x.shape
     keys = per_image_keys("square", key, n)
     limits, clean = ball(norm, x, eps, bounds), as_float32(x)
-    size = sides(queries, p_init, height, width, LEAST[norm])
+    size = sides(queries, p_init, height, width, norm)
     first, further = (_stripes, _squares) if norm == "linf" else (_tiles, _hills)
     change = further(clean, eps, size)
 

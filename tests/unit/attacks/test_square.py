@@ -45,6 +45,18 @@ def test_squares_shrink_by_the_papers_schedule(queries, shape):
         assert (got[0], got[10], got[11], got[51], got[5000], got[-1]) == (29, 29, 20, 14, 3, 1)
 
 
+@pytest.mark.parametrize("queries", [20_000, 5000, 500])
+def test_l2_squares_shrink_by_the_query_whatever_their_number(queries):
+    """As in AutoAttack's code, which calls the paper's schedule with the query's number itself; sides are odd, at least 3."""
+    got = sides(queries, 0.8, 28, 28, "l2")
+    assert len(got) == queries - 1
+    shares = [0.8 / 2**k for k in range(10)]
+    begins = (0, 11, 51, 201, 501, 1001, 2001, 4001, 6001, 8001)
+    for first, share, end in zip(begins, shares, (*begins[1:], queries), strict=True):
+        nearest = max(round(math.sqrt(share * 28 * 28)), 3)
+        assert set(got[first:end]) <= {nearest if nearest % 2 else nearest + 1}
+
+
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), None])
 def test_first_query_is_vertical_stripes(bounds):
     x = images()
@@ -149,7 +161,7 @@ def test_every_l2_query_moves_length_between_two_squares():
 
     with straight_line():
         got = attacks.square(KEY, margin, x, eps=eps, queries=queries, p_init=0.2, norm="l2", bounds=None)
-    size, kept = sides(queries, 0.2, *SHAPE[:2], 3), 0
+    size, kept = sides(queries, 0.2, *SHAPE[:2], "l2"), 0
     assert set(size) == {3}
     for i in range(2):
         now, value = seen[1][i], margins[1][i]
