@@ -243,6 +243,18 @@ QUESTIONS = (
         *("svhn_resnet/crop_flip/compare.md", "svhn_resnet/crop_flip/compare.json"),
         _robust("natural", ROBUST2),
     ),
+    *(
+        Question(
+            question,
+            *(f"svhn_resnet/fine_tuned/{folder}/compare.md", f"svhn_resnet/fine_tuned/{folder}/compare.json"),
+            _robust("natural", "RS-FGSM", ROBUST2),
+        )
+        for question, folder in (
+            ("And from a natural network's weights?", "none"),
+            ("And with crops?", "crop"),
+            ("And with crops and flips from these weights?", "crop_flip"),
+        )
+    ),
     Question(
         "And for four times as many FLOPs, on all test images?",
         *("mnist_long/compare.md", "mnist_long/compare.json"),
