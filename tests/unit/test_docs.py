@@ -132,7 +132,7 @@ NAMED = {
 @pytest.mark.parametrize(
     ("page", "number", "folder", "rows"),
     [
-        ("docs/defenses.md", 1, "mnist_short", 16),
+        ("docs/defenses.md", 1, "mnist_short", 18),
         ("docs/defenses.md", 2, "digits_flops", 18),
         ("docs/defenses.md", 3, "svhn_flops", 8),
         ("docs/defenses.md", 4, "defenses_mnist", 15),
