@@ -1,6 +1,7 @@
 """A comparison as a table, a model card and a picture."""
 
 import pathlib
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -268,8 +269,8 @@ def _is_ours(row: Mapping[str, Any]) -> bool:
 
 def _caption(result: Result) -> str:
     r = result["request"]
-    line = "\n" if r["equal_flops"] else " "
-    return f"{r['data'].upper()}, eps {result['eps']:.3g}, {_length(r)},{line}{_seeds(result)}, {_images(result)}"
+    name = pathlib.Path(r["data"]).stem if r["data"].endswith(".npz") else r["data"].upper()
+    return textwrap.fill(f"{name}, eps {result['eps']:.3g}, {_length(r)}, {_seeds(result)}, {_images(result)}", 95)
 
 
 def _by_price(result: Result) -> Any:

@@ -140,6 +140,7 @@ def label_points(axes: Any, names: Sequence[tuple[str, float, float, Mapping[str
       names: name, x, y of each point, and keywords of its text.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
     figure = axes.figure
@@ -164,6 +165,7 @@ def label_points(axes: Any, names: Sequence[tuple[str, float, float, Mapping[str
             textcoords="offset points",
             ha=("right", "center", "left")[sides[0]],
             va=("top", "center", "bottom")[sides[1]],
+            path_effects=[withStroke(linewidth=3, foreground="white")],  # lines do not strike it through
             **style,
         )
 
