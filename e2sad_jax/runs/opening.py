@@ -17,11 +17,7 @@ from jax.sharding import Mesh
 from e2sad_jax import distributed, networks
 from e2sad_jax.data import Dataset, hold_out, sample_tests
 from e2sad_jax.data.transforms import TRANSFORMS, Transform
-from e2sad_jax.errors import (
-    ConfigError,
-    DataError,
-    WorkdirError,
-)
+from e2sad_jax.errors import ConfigError, DataError, WorkdirError
 from e2sad_jax.evaluation import Attack, Outcomes, evaluate
 from e2sad_jax.runs import tracker
 from e2sad_jax.runs.checkpoint import UNJUDGED, Checkpoints, quarantine_damaged

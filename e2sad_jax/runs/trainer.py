@@ -13,13 +13,7 @@ import numpy as np
 from e2sad_jax import distributed, networks
 from e2sad_jax._compile import jit
 from e2sad_jax.data.in_file import is_in_file
-from e2sad_jax.errors import (
-    CheckpointError,
-    LostProcessError,
-    NonFiniteError,
-    as_device_error,
-    first_line,
-)
+from e2sad_jax.errors import CheckpointError, LostProcessError, NonFiniteError, as_device_error, first_line
 from e2sad_jax.reporting import provenance
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs import tracker
