@@ -36,6 +36,7 @@ from benchmarks.official_sides import (
     ours,
     right_in_torch,
     tensor,
+    trained_by,
 )
 from e2sad_jax import cli, data
 from e2sad_jax._io import check_folder, digest, read_json, write_json, write_text
@@ -312,6 +313,7 @@ def answer(
         "defense": config.defense,
         "model": config.model,
         "step": trained.step,
+        "trained": trained_by(duel.workdir),
         "data": duel.dataset.name,
         "judge": asked.judge,
         "examples": len(places),

@@ -78,7 +78,7 @@ def default(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def by_seed(results: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """The results that differ in the seed alone, together, the first one of each seed; in the order in which they come."""
-    asked = ("workdir", "which", "step", "data", "judge", "images", "norm", "eps", "noise")
+    asked = ("workdir", "trained", "which", "step", "data", "judge", "images", "norm", "eps", "noise")
     versions = ("torch", "pyautoattack")
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
@@ -178,6 +178,7 @@ def _details(result: Mapping[str, Any]) -> list[str]:
         table.markdown(),
         *(f"- {note}" for note in notes),
         "",
+        *(f"Trained by `{command}`.\n" for command in result.get("trained", [])),
         f"`{result['command']}`, {about['hardware']}, {about['date']}, commit {about['commit']}; "
         f"pyautoattack {about['pyautoattack']}, PyTorch {about['torch']}, JAX {about['jax']}",
         "",

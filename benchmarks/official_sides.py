@@ -20,6 +20,7 @@ from e2sad_jax.errors import ConfigError
 from e2sad_jax.evaluation import Attack, Model, in_batches
 from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs.classifier import Classifier
+from e2sad_jax.runs.folder import read_training
 from experiments.step_cost.peers import pytorch
 
 MODELS = (networks.MnistCNN, networks.SvhnCNN)
@@ -69,6 +70,12 @@ def check_runs(workdirs: Sequence[str], results: str) -> None:
         raise ConfigError("--workdir=: must name the folder of a run")
     if len(workdirs) > 1 and not results:
         raise ConfigError("--results=: must name a folder for the page of several runs")
+
+
+def trained_by(workdir: str) -> list[str]:
+    """The commands that trained a run, for the page of its results; the first one comes first."""
+    segments = read_training(pathlib.Path(workdir).expanduser())
+    return list(dict.fromkeys(segment["command"] for segment in segments if "command" in segment))
 
 
 def missing(packages: Mapping[str, str]) -> str:

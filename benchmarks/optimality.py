@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.official_sides import carried, check_runs, like, missing, right_in_torch, tensor
+from benchmarks.official_sides import carried, check_runs, like, missing, right_in_torch, tensor, trained_by
 from e2sad_jax import attacks, cli, data, losses
 from e2sad_jax._compile import jit
 from e2sad_jax._io import check_folder, write_json, write_text
@@ -238,6 +238,7 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
             f"{result['images']} of {result['data']}, clean accuracy {result['clean']:.3f}. Steps of each attack: "
             f"{result['steps']}; budgets of APGD: {result['rounds']}.\n",
             Table(columns=["attack", *columns], rows=rows).markdown(),
+            *(f"Trained by `{command}`.\n" for command in result.get("trained", [])),
         ]
     about = results[-1]["environment"]
     lines.append(
@@ -279,6 +280,7 @@ def run(asked: Request) -> None:
                     "batch_size": batch_size,
                     "defense": trained.config.defense,
                     "step": trained.step,
+                    "trained": trained_by(workdir),
                     "data": dataset.name,
                     "images": in_words(len(sample.y_test), len(dataset.y_test), classes, dataset.num_classes),
                     "clean": float(model.clean().mean()),

@@ -118,6 +118,7 @@ def result():
             "which": "last",
             "defense": "e2sad",
             "step": 1000,
+            "trained": ["python -m experiments.digits", "python -m experiments.digits --steps=1000"],
             "data": "digits",
             "images": "4 of 355 test images",
         },
@@ -148,6 +149,9 @@ def test_the_page_holds_the_table_and_its_provenance(result):
     )
     assert "Of 2 adversarial images of the official code, JAX misclassifies 2; 0 lie outside the ball" in page
     assert "- Image 3: official APGD-CE, ours robust." in page
+    assert (
+        "Trained by `python -m experiments.digits`.\n\nTrained by `python -m experiments.digits --steps=1000`." in page
+    )
     assert "- The official code warned: it seems to be a dynamic defense!" in page
     for content in (page, result):
         (about,) = provenance_of(content)

@@ -126,6 +126,7 @@ def test_the_page_holds_both_sides_and_its_provenance():
             "command": "python -m benchmarks.optimality --workdir=run",
             "defense": "e2sad",
             "step": 1000,
+            "trained": ["python -m experiments.digits", "python -m experiments.digits --steps=1000"],
             "data": "digits",
         },
         "environment": {**about, "adv-lib": "0.2.8", "torch": "2.13.0", "jax": "0.10.2"},
@@ -136,5 +137,6 @@ def test_the_page_holds_both_sides_and_its_provenance():
     assert "## e2sad, 1,000 steps (mine), l-infinity" in page
     assert "clean accuracy 0.750. Steps of each attack: 100; budgets of APGD: 8." in page
     assert "| FMN | 100.0 | 0.0 | 1.0000 | 2.0000 | 3 | 2 | 1.2 | 1.2 |" in page
+    assert "Trained by `python -m experiments.digits --steps=1000`." in page
     (found_about,) = provenance_of(page)
     assert (found_about["command"], found_about["commit"]) == (result["command"], "abc123")
