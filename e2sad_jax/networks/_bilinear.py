@@ -41,6 +41,7 @@ def bilinear(
     *,
     static: Sequence[str],
     on: Mapping[str, Three] = types.MappingProxyType({}),
+    on_cpus: Three | None = None,
     by_image: bool = False,
 ) -> Primitive:
     """A product that is linear in images and in kernel, with derivatives of every order.
@@ -51,6 +52,7 @@ def bilinear(
         last two take `shape`, that of their result, too.
       static: names of further arguments of all three.
       on: the same for platforms that have their own: "cpu", "cuda", "tpu".
+      on_cpus: the same for programs of several devices that are CPUs; None for those of "cpu".
       by_image: whether x and y have a first axis of images, each of which is multiplied by itself.
     """
     names = (name, f"{name}_input_gradient", f"{name}_kernel_gradient")
@@ -58,7 +60,8 @@ def bilinear(
     static = (*static, "shape")
     for i, primitive in enumerate((product, of_image, of_kernel)):
         own_functions = {platform: own[i] for platform, own in on.items()}
-        define(primitive, functions[i], static, own_functions, by_image and primitive is not of_kernel)
+        split = on_cpus[i] if on_cpus else None
+        define(primitive, functions[i], static, own_functions, split, by_image and primitive is not of_kernel)
 
     def to_image(image: Any, y: jax.Array, w: jax.Array, kwargs: Any) -> jax.Array:
         return of_image.bind(y, w, shape=image.aval.shape, **kwargs)
@@ -93,6 +96,7 @@ def define(
     xla: Function,
     static: Sequence[str] = (),
     on: Mapping[str, Function] = types.MappingProxyType({}),
+    on_cpus: Function | None = None,
     by_image: bool = False,
 ) -> None:
     """What JAX has to know of a primitive, its derivatives aside.
@@ -103,6 +107,7 @@ def define(
       static: names of its parameters.
       on: what it is on platforms that have their own; that of the CPU not in programs without loops, nor under `vmap`, but for
         that of images alone where it works `by_image`.
+      on_cpus: what it is in programs of several devices that are CPUs; None for that of "cpu".
       by_image: whether the first axis of its first operand and of its result is of images, each computed by itself.
     """
 
@@ -143,13 +148,15 @@ def define(
     mlir.register_lowering(primitive, mlir.lower_fun(xla, multiple_results=False))
     for platform, own in on.items():
         if own is not xla:
-            mlir.register_lowering(primitive, _lowering(xla, own, platform), platform=platform)
+            split = on_cpus if platform == "cpu" and on_cpus else own
+            mlir.register_lowering(primitive, _lowering(xla, own, split, platform), platform=platform)
     batching.primitive_batchers[primitive] = batched
 
 
-def _lowering(xla: Function, own: Function, platform: str) -> Any:
+def _lowering(xla: Function, own: Function, split: Function, platform: str) -> Any:
     def lower(ctx: Any, *args: Any, **params: Any) -> Any:
-        chosen = xla if platform == "cpu" and _compile.straight() else own
+        devices = getattr(ctx.module_context.axis_context, "num_devices", None) or 1
+        chosen = xla if platform == "cpu" and _compile.straight() else own if devices == 1 else split
         return mlir.lower_fun(chosen, multiple_results=False)(ctx, *args, **params)
 
     return lower

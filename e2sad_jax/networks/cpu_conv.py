@@ -3,7 +3,7 @@
 Why: XLA's CPU backend has one fast convolution kernel, for images `[N, H, W, C]` and kernels `[kh, kw, C, F]`, neither of
 them reversed or transposed. It rewrites the gradients of convolutions into that form, but not inside a compiled loop, where
 they run several times slower. The kernel is also slow for few output channels, as in the input gradient of a first layer,
-and for images of one channel.
+for images of one channel, and for the kernel gradient of a large batch.
 
 How: a convolution, its input gradient and its kernel gradient are three JAX primitives. On the CPU each is lowered to a
 convolution in the fast form, or to products and sums; elsewhere to XLA's own operation. The three are bilinear and
@@ -30,6 +30,8 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 IMAGES_FIRST = ("NHWC", "HWIO", "NHWC")
 FEW_CHANNELS = 4
 MOST_TAPS = 49  # positions of a kernel for one channel that becomes as many products
+TOGETHER = 16  # images of one turn of a kernel's gradient, whose sums over a whole batch would leave the caches
+LEAST_TURNS = 4  # that are faster than all images at once
 
 
 def conv_general_dilated(
@@ -214,11 +216,25 @@ def _cpu_kernel_gradient(x: jax.Array, g: jax.Array, *, shape: Shape, padding: P
     return y.transpose(1, 2, 0, 3)
 
 
+def _cpu_kernel_gradient_in_turns(x: jax.Array, g: jax.Array, **settings: Any) -> jax.Array:
+    turns, rest = divmod(len(x), TOGETHER)
+    if turns < LEAST_TURNS:
+        return _cpu_kernel_gradient(x, g, **settings)
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        some = (jax.lax.dynamic_slice_in_dim(a, i * TOGETHER, TOGETHER) for a in (x, g))
+        return total + _cpu_kernel_gradient(*some, **settings)
+
+    total = jax.lax.fori_loop(0, turns, add, jnp.zeros(settings["shape"], g.dtype))
+    return total + _cpu_kernel_gradient(x[-rest:], g[-rest:], **settings) if rest else total
+
+
 conv_p = bilinear(
     "conv",
     XLA,
     static=("padding", "precision"),
-    on={"cpu": (_cpu_conv, _cpu_input_gradient, _cpu_kernel_gradient)},
+    on={"cpu": (_cpu_conv, _cpu_input_gradient, _cpu_kernel_gradient_in_turns)},
+    on_cpus=(_cpu_conv, _cpu_input_gradient, _cpu_kernel_gradient),  # where each turn would be summed over the devices
     by_image=True,
 )
 

@@ -33,6 +33,16 @@ SHAPES = {
     "one channel": (3, 9, 7, 1, 5, (3, 4), ((1, 0), (0, 2))),
     "one channel, a large kernel": (2, 10, 9, 1, 3, (8, 7), ((0, 1), (2, 0))),
     "one image": (1, 12, 10, 2, 3, (3, 3), ((1, 1), (1, 1))),
+    "many images": (cpu_conv.LEAST_TURNS * cpu_conv.TOGETHER, 5, 6, 3, 4, (3, 3), ((1, 1), (1, 0))),
+    "many images and a rest": (
+        (cpu_conv.LEAST_TURNS + 1) * cpu_conv.TOGETHER + 5,
+        4,
+        5,
+        1,
+        3,
+        (2, 3),
+        ((0, 1), (1, 1)),
+    ),
 }
 
 
@@ -174,8 +184,22 @@ def test_on_the_cpu_each_gradient_is_one_plain_convolution(name):
         assert re.findall(r"dim_numbers = (.*?), window", module) == plain
 
 
-def test_on_several_devices_only_the_kernels_gradient_is_summed():
-    x, w, padding = example("Table 4, second", np.float32)
+@pytest.mark.parametrize(("name", "turns"), [("many images", 4), ("many images and a rest", 5), ("one by one", 0)])
+def test_on_the_cpu_the_kernel_gradient_of_many_images_is_taken_in_turns(name, turns):
+    x, w, padding = example(name, np.float32)
+    jitted = jax.jit(jax.grad(lambda w: (cpu_conv.conv(x, w, padding=padding) ** 2).sum()))
+    text = jitted.lower(w).as_text()
+    assert text.count("stablehlo.while") == bool(turns)
+    if turns:
+        kernel, rest = f"x{cpu_conv.TOGETHER}xf32>", len(x) % cpu_conv.TOGETHER
+        assert kernel in text
+        assert f"dense<{turns}>" in text
+        assert text.count("stablehlo.convolution") == (1 if w.shape[2] == 1 else 2) + bool(rest)
+
+
+@pytest.mark.parametrize("name", ["Table 4, second", "many images"])
+def test_on_several_devices_only_the_kernels_gradient_is_summed(name):
+    x, w, padding = example(name, np.float32)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
