@@ -93,7 +93,9 @@ def read(compiled: jax.stages.Compiled, flops: float, target: Target, precision:
         "kernels": program.kernels,
         "transfers": program.transfers,
         "unknown_loops": program.unknown_loops,
-        "estimate": estimate if estimate > 0 else None,  # a GPU has none
+        "estimate": estimate
+        if estimate > 0 and not program.loops
+        else None,  # a GPU has none, a loop counts as one turn
         "bounds": bounds,
         # Compute grows with the images of a chip, a sum does not.
         "hidden_from": bounds["links"] / bounds["compute"] if bounds["compute"] else None,
@@ -193,7 +195,8 @@ def table(result: Mapping[str, Any]) -> Table:
         f"Compiled for chips that are not here: nothing was run, no time is measured. Steps in a dispatch: "
         f"{s['steps_per_dispatch']}; a training set of {s['examples']:,} images on each chip. A column is of one chip.",
         "compute, memory, links: the least time at the chip's peak. bound: the longest of them, which a step cannot go below "
-        "where nothing stays in a cache. XLA's: its own estimate, which a GPU's compiler does not give.",
+        "where nothing stays in a cache. XLA's: its own estimate, which a GPU's compiler does not give "
+        "at all, and a TPU's not of loops.",
         "GFLOP: XLA's count of the CPU's program without loops. GB moved: operands and results of all kernels, a TPU core's "
         "own memory left out. A sum of n chips sends 2 (n - 1) / n times its bytes.",
         f"Exchanges with the host: {moves}. Other collectives: {', '.join(others) or 'none'}.",

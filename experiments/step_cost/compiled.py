@@ -50,12 +50,6 @@ class Instruction:
         found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
         return re.findall(r"[\w.\-]+", found.group(1)) if found else []
 
-    @property
-    def turns(self) -> int | None:
-        """How often a loop turns; None where the compiler does not know."""
-        found = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.attributes)
-        return int(found.group(1)) if found else None
-
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -93,10 +87,46 @@ class Program:
     def _run(self, computation: str, times: int) -> Iterator[tuple[Instruction, int]]:
         for one in self.computations[computation]:
             yield one, times
-            inner = times * (one.turns or 1) if one.opcode == "while" else times
+            inner = times * (self.turns(one) or 1) if one.opcode == "while" else times
             for attribute in _FOLLOWED.get(one.opcode, ()):
                 for name in one.called(attribute):
                     yield from self._run(name, inner)
+
+    def turns(self, loop: Instruction) -> int | None:
+        """How often a loop turns; None where the compiler does not know."""
+        found = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        return int(found.group(1)) if found else self._counted(loop)
+
+    def _counted(self, loop: Instruction) -> int | None:
+        """The turns of a loop that counts in ones from a constant up to another, as a TPU's program has it."""
+        (condition,), (body,) = (loop.called(name) for name in ("condition", "body"))
+        test, end = self.computations[condition][-1], self.computations[body][-1]
+        if test.opcode != "compare" or "direction=LT" not in test.attributes or end.opcode != "tuple":
+            return None
+        counter, bound = (self._named[name] for name in test.operands)
+        index = re.search(r"index=(\d+)", counter.attributes)
+        if counter.opcode != "get-tuple-element" or index is None:
+            return None
+        place = int(index.group(1))
+        step, first = self._named[end.operands[place]], self._named[loop.operands[0]]
+        if step.opcode != "add" or first.opcode != "tuple":
+            return None
+        start, last = self._constant(first.operands[place]), self._constant(bound.name)
+        before = [name for name in step.operands if self._constant(name) != 1]
+        counts = [f"index={place}" in self._named[name].attributes for name in before] == [True]
+        return None if start is None or last is None or not counts else max(last - start, 0)
+
+    def _constant(self, name: str) -> int | None:
+        """The whole number that an instruction is, copies followed."""
+        one = self._named[name]
+        if one.opcode == "copy":
+            return self._constant(one.operands[0])
+        return int(one.arguments) if one.opcode == "constant" and re.fullmatch(r"-?\d+", one.arguments) else None
+
+    @property
+    def loops(self) -> bool:
+        """Whether a part is run several times, or so often as the compiler does not know."""
+        return any(one.opcode == "while" and self.turns(one) != 1 for one, _ in self.run)
 
     @property
     def kernels(self) -> int:
@@ -106,7 +136,7 @@ class Program:
     @property
     def unknown_loops(self) -> int:
         """Loops of whose turns the compiler does not know the number: a GPU's host has to read after each whether to go on."""
-        return sum(one.opcode == "while" and one.turns is None for one, _ in self.run)
+        return sum(one.opcode == "while" and self.turns(one) is None for one, _ in self.run)
 
     @property
     def transfers(self) -> int:
@@ -136,17 +166,17 @@ class Program:
         if one.opcode in _SLICES:
             return 2 * size(one.shape)
         if one.opcode == "dynamic-update-slice":
-            return 2 * size(self._shapes[one.operands[1]])
+            return 2 * size(self._named[one.operands[1]].shape)
         inner = self.computations[one.called("calls")[0]] if one.opcode == "fusion" else ()
         written = size(one.shape)
         root = inner[-1] if inner else None
         if root and root.opcode == "dynamic-update-slice":  # in place
             written = size({i.name: i.shape for i in inner}[root.operands[1]])
-        return written + sum(_read(inner, k, self._shapes[name]) for k, name in enumerate(one.operands))
+        return written + sum(_read(inner, k, self._named[name].shape) for k, name in enumerate(one.operands))
 
     @functools.cached_property
-    def _shapes(self) -> Mapping[str, str]:
-        return {one.name: one.shape for computation in self.computations.values() for one in computation}
+    def _named(self) -> Mapping[str, Instruction]:
+        return {one.name: one for computation in self.computations.values() for one in computation}
 
 
 _CALLBACK = re.compile(r'custom_call_target="[^"]*(callback|Host)')

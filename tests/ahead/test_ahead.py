@@ -89,6 +89,13 @@ def test_a_step_for_four_tpus(defense):
     assert least - 2 * biases <= sent["all-reduce"][1] <= least + biases + 64, "kernels once, in float32; then scalars"
 
 
+def test_the_turns_of_a_tpus_loop_are_known():
+    few, many = (read("v5e", "ifgsm", precision="bf16", attack_steps=k) for k in (10, 30))
+    assert few.unknown_loops == many.unknown_loops == 0
+    assert many.kernels - few.kernels >= 20 * 5
+    assert many.loops
+
+
 def test_the_program_is_that_of_the_platform_for_which_it_is_compiled():
     for defense in ("natural", "e2sad"):
         text = compiled("h100", defense).as_text()

@@ -54,7 +54,41 @@ def test_a_loop_counts_as_often_as_it_turns():
     assert read.transfers == 1
     assert read.unknown_loops == 0
     unknown = Program.read(LOOP.replace("known_trip_count", "other"))
-    assert (unknown.kernels, unknown.unknown_loops) == (2 + 2, 1)
+    assert (unknown.kernels, unknown.unknown_loops, unknown.loops) == (2 + 2, 1, True)
+    assert read.loops
+    assert not program("%x = f32[8]{0} parameter(0)").loops
+
+
+@pytest.mark.parametrize(
+    ("change", "turns"),
+    [
+        ((), 29),
+        (("constant(29)", "constant(5)"), 5),
+        (("constant(0)", "constant(28)"), 1),
+        (("constant(0)", "constant(30)"), 0),
+        (("direction=LT", "direction=NE"), None),
+        (("constant(1)", "constant(2)"), None),
+        (("s32[] add(%i", "s32[] multiply(%i"), None),
+        (("s32[] add(%i", "s32[] add(%other"), None),
+        (("copy(%zero.1)", "custom-call(%zero.1)"), None),
+    ],
+)
+def test_the_turns_of_a_tpus_loop_are_read_from_its_counter(change, turns):
+    """Its text has no trip count."""
+    text = LOOP.replace(', backend_config={"known_trip_count":{"n":"29"}}', "")
+    text = text.replace("%true = pred[] constant(true)", "%less = pred[] compare(%i.1, %last), direction=LT")
+    more = "%i.1 = s32[] get-tuple-element(%t.1), index=0\n  %last = s32[]{:T(128)} constant(29)\n"
+    text = text.replace("  ROOT %less", f"  {more}  ROOT %less")
+    adds = "%one = s32[] constant(1)\n  %other = s32[] get-tuple-element(%t), index=1\n  %more = s32[] add(%i, %one)\n"
+    text = text.replace("  ROOT %next", f"  {adds}  ROOT %next").replace("tuple(%i, %y)", "tuple(%more, %y)")
+    text = text.replace("%init = ", "%start = s32[] copy(%zero.1)\n  %init = ").replace(
+        "(%zero.1, %held)", "(%start, %held)"
+    )
+    assert "compare" in text
+    read = Program.read(text.replace(*change) if change else text)
+    (loop,) = (one for one, _ in read.run if one.opcode == "while")
+    assert read.turns(loop) == turns
+    assert read.loops == (turns != 1)
 
 
 def test_bytes_are_those_of_kernels_in_the_memory_of_the_device():
