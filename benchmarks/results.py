@@ -16,6 +16,7 @@ from benchmarks.official_page import by_seed, default
 from e2sad_jax._io import write_text
 from e2sad_jax.reporting.table import Table
 
+PEERS = {"torch": "eager PyTorch's", "xla": "XLA's own convolutions'"}  # the first one that was measured is named
 ROOT = pathlib.Path(__file__).parents[1] / "results"
 Content = Any  # of a JSON file, or the text of a Markdown file
 INTRODUCTION = """\
@@ -158,8 +159,9 @@ def _table_1(result: Content) -> str:
 
 def _step(result: Content) -> str:
     rows = {(row["name"], row["by"]): row for row in result["rows"]}
-    eager = rows["e2sad", "torch"]["ours_over_peer"]
-    return f"e2SAD {rows['e2sad', 'e2sad_jax']['time_natural']:.2f} natural steps, {eager:.2f} of eager PyTorch's time"
+    peer, name = next((by, name) for by, name in PEERS.items() if ("e2sad", by) in rows)
+    ratio = rows["e2sad", peer]["ours_over_peer"]
+    return f"e2SAD {rows['e2sad', 'e2sad_jax']['time_natural']:.2f} natural steps, {ratio:.2f} of {name} time"
 
 
 def _bounds(result: Content) -> str:
@@ -338,6 +340,21 @@ QUESTIONS = (
     Question(
         "And on a processor with AVX-512, every preset of e2SAD?",
         *("step_cost/avx512/step_cost.md", "step_cost/avx512/step_cost.json"),
+        _step,
+    ),
+    Question(
+        "And on a processor with AMX, kernel gradients in turns?",
+        *("step_cost/amx/step_cost.md", "step_cost/amx/step_cost.json"),
+        _step,
+    ),
+    Question(
+        "What are our convolutions worth there, in JAX 0.10?",
+        *("step_cost/amx/xla/step_cost.md", "step_cost/amx/xla/step_cost.json"),
+        _step,
+    ),
+    Question(
+        "And in JAX 0.12?",
+        *("step_cost/amx/xla_jax012/step_cost.md", "step_cost/amx/xla_jax012/step_cost.json"),
         _step,
     ),
     Question(
