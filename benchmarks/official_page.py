@@ -78,7 +78,7 @@ def default(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def by_seed(results: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """The results that differ in the seed alone, together, the first one of each seed; in the order in which they come."""
-    asked = ("workdir", "trained", "which", "step", "data", "judge", "images", "norm", "eps", "noise")
+    asked = ("workdir", "which", "step", "data", "judge", "images", "norm", "eps", "noise")
     versions = ("torch", "pyautoattack")
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:

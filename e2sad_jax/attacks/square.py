@@ -26,7 +26,16 @@ class _State(NamedTuple):
 def sides(queries: int, p_init: float, height: int, width: int, norm: str = "linf") -> list[int]:
     """Side of the square that each query after the first changes: its area is a share p of the image's.
 
-    In the l2 ball it is odd, as in the authors' code: its hill then has a middle.
+    Args:
+      queries: number of queries, the first included.
+      p_init: p of the first squares.
+      height: of the image.
+      width: of the image.
+      norm: "linf" or "l2". In the l2 ball a side is odd, as in the authors' code, where the image is as large: its hill
+        then has a middle.
+
+    Returns:
+      The sides, `queries - 1` of them.
     """
     result = []
     for i in range(queries - 1):
@@ -79,9 +88,9 @@ def square(
     as in the authors' code: what the range of images has cut off is used elsewhere.
 
     What is tried is kept if the margin rises. The squares shrink by the paper's schedule. It is for 10,000 queries. In the
-    l-infinity ball it is scaled to the number of queries, as the paper has it. In the l2 ball it is not, as in AutoAttack's
-    code: large squares find more there. An image that is misclassified changes no more, one that is so from the start not
-    at all; when all are, the attack ends.
+    l-infinity ball it is scaled to the number of queries, as the paper has it. AutoAttack's code scales it in neither ball.
+    In the l2 ball it is not scaled here, either: there large squares find more. An image that is misclassified changes no
+    more, one that is so from the start not at all; when all are, the attack ends.
 
     It finds what a network hides from `pgd` by gradients that are zero or misleading, at the price of many queries.
 

@@ -21,7 +21,7 @@ from e2sad_jax.reporting.progress import Bar
 from e2sad_jax.runs import opening, signals, trainer
 from e2sad_jax.runs.checkpoint import state_digest
 from e2sad_jax.runs.classifier import load
-from e2sad_jax.runs.weights import check_source
+from e2sad_jax.runs.weights import begun_with, check_source
 from e2sad_jax.training import Config
 
 
@@ -76,6 +76,7 @@ def evaluate_model(request: Request, config: Config, dataset: Dataset) -> dict[s
         "chosen_on": best[1] if best else "no images, for training was stopped before any validation",
         "train_seconds": round(seconds, 1),
         "workdir": config.workdir,
+        **({"begun_with": begun_with(pathlib.Path(config.workdir))} if config.init_from else {}),
     }
     write_json(path, sealed(outcome))
     return outcome

@@ -20,6 +20,7 @@ from e2sad_jax.comparison.show import broken, card, markdown, plot
 from e2sad_jax.errors import ConfigError, NonFiniteError, first_line
 from e2sad_jax.reporting import provenance
 from e2sad_jax.runs.folder import read_training
+from e2sad_jax.runs.weights import source_of
 from e2sad_jax.training import Config
 
 FORMAT = 4
@@ -73,7 +74,7 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
             run["seed"]: {"origin": row["origin"], **run}
             for row in same
             for run in row["runs"]
-            if run["asked"] == faced
+            if run["asked"] == faced and _same(run.get("begun_with"), source_of(configs[0]))
         }
         for config in configs:
             if config.seed in measured and not os.path.exists(config.workdir):
@@ -248,12 +249,23 @@ def settings_of(config: Config) -> dict[str, Any]:
 def _same_question(
     earlier: Sequence[dict[str, Any]], row: Mapping[str, Any], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Those earlier rows whose models faced the same attacks on the same images as this one's; the others are left out."""
-    kept = [other for other in earlier if other["runs"][0]["asked"] == row["runs"][0]["asked"]]
+    """Those earlier rows whose models began and were attacked as this one's; the others are left out."""
+    mine = row["runs"][0]
+    kept = []
     for other in earlier:
-        if other not in kept:
+        its = other["runs"][0]
+        if its["asked"] != mine["asked"]:
             say(f"{other['name']}: an earlier row, of other images or attacks; left out")
+        elif not _same(its.get("begun_with"), mine.get("begun_with")):
+            say(f"{other['name']}: an earlier row, begun with other weights; left out")
+        else:
+            kept.append(other)
     return kept
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two are the same initial weights, as far as both are known."""
+    return one is None or other is None or one == other
 
 
 def row_of(name: str, config: Config, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

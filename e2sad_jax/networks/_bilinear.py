@@ -155,6 +155,7 @@ def define(
 
 def _lowering(xla: Function, own: Function, split: Function, platform: str) -> Any:
     def lower(ctx: Any, *args: Any, **params: Any) -> Any:
+        # Inside `shard_map` the context has no such number: there a program is that of one device.
         devices = getattr(ctx.module_context.axis_context, "num_devices", None) or 1
         chosen = xla if platform == "cpu" and _compile.straight() else own if devices == 1 else split
         return mlir.lower_fun(chosen, multiple_results=False)(ctx, *args, **params)

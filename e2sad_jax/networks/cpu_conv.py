@@ -217,16 +217,17 @@ def _cpu_kernel_gradient(x: jax.Array, g: jax.Array, *, shape: Shape, padding: P
 
 
 def _cpu_kernel_gradient_in_turns(x: jax.Array, g: jax.Array, **settings: Any) -> jax.Array:
-    turns, rest = divmod(len(x), TOGETHER)
-    if turns < LEAST_TURNS:
+    n = x.shape[0]
+    if not isinstance(n, int) or n < LEAST_TURNS * TOGETHER:  # no int in a program for any number of images
         return _cpu_kernel_gradient(x, g, **settings)
+    turns, rest = divmod(n, TOGETHER)
 
-    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+    def of(i: int | jax.Array) -> jax.Array:
         some = (jax.lax.dynamic_slice_in_dim(a, i * TOGETHER, TOGETHER) for a in (x, g))
-        return total + _cpu_kernel_gradient(*some, **settings)
+        return _cpu_kernel_gradient(*some, **settings)
 
-    total = jax.lax.fori_loop(0, turns, add, jnp.zeros(settings["shape"], g.dtype))
-    return total + _cpu_kernel_gradient(x[-rest:], g[-rest:], **settings) if rest else total
+    first = _cpu_kernel_gradient(x[-rest:], g[-rest:], **settings) if rest else of(0)
+    return jax.lax.fori_loop(0 if rest else 1, turns, lambda i, total: total + of(i), first)
 
 
 conv_p = bilinear(
@@ -234,7 +235,7 @@ conv_p = bilinear(
     XLA,
     static=("padding", "precision"),
     on={"cpu": (_cpu_conv, _cpu_input_gradient, _cpu_kernel_gradient_in_turns)},
-    on_cpus=(_cpu_conv, _cpu_input_gradient, _cpu_kernel_gradient),  # where each turn would be summed over the devices
+    on_cpus=(_cpu_conv, _cpu_input_gradient, _cpu_kernel_gradient),  # else each turn would be summed over the devices
     by_image=True,
 )
 

@@ -65,34 +65,46 @@ def check_source(config: Config, workdir: pathlib.Path) -> None:
     Raises:
       WorkdirError: naming both.
     """
-    if not (workdir / FILE).exists() or not _path(config).exists():
-        return
-    try:
-        there = read_json(workdir / FILE)
-    except (OSError, ValueError) as error:
-        raise WorkdirError(f"cannot read {workdir / FILE}: {first_line(error)}; delete that file to go on") from error
-    if there != (here := _source(config)):
+    there, here = begun_with(workdir), source_of(config)
+    if there is not None and here is not None and there != here:
         raise WorkdirError(
             f"{workdir} began with other weights than {config.init_from} holds now (there {there}, here {here}); choose "
             "another --workdir"
         )
 
 
-def note_source(config: Config, workdir: pathlib.Path) -> None:
-    """Keeps in a run's folder which weights it begins with."""
-    write_json(workdir / FILE, _source(config))
+def begun_with(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Which weights a run began with, as `source_of` has them; None if its folder does not say.
+
+    Raises:
+      WorkdirError: if that file cannot be read.
+    """
+    try:
+        return read_json(workdir / FILE)  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise WorkdirError(f"cannot read {workdir / FILE}: {first_line(error)}; delete that file to go on") from error
 
 
-def _path(config: Config) -> pathlib.Path:
-    return pathlib.Path(config.init_from).expanduser()
-
-
-def _source(config: Config) -> dict[str, Any]:
+def source_of(config: Config) -> dict[str, Any] | None:
+    """Which weights `config.init_from` holds now; None if it names none, or nothing is there."""
     path = _path(config)
+    if not config.init_from or not path.exists():
+        return None
     if path.is_dir():
         return identity_of(path)
     with path.open("rb") as stream:
         return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def note_source(config: Config, workdir: pathlib.Path) -> None:
+    """Keeps in a run's folder which weights it begins with."""
+    write_json(workdir / FILE, source_of(config))
+
+
+def _path(config: Config) -> pathlib.Path:
+    return pathlib.Path(config.init_from).expanduser()
 
 
 def _network(config: Config, dataset: Mapping[str, Any]) -> str:

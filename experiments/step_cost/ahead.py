@@ -81,7 +81,8 @@ def read(compiled: jax.stages.Compiled, flops: float, target: Target, precision:
     """
     program = Program.read(compiled.as_text() or "")
     counted: Any = compiled.cost_analysis()
-    estimate = float((counted or {}).get("optimal_seconds", 0))
+    # XLA counts a loop as one turn. A GPU's compiler has no estimate, or one below 0.
+    estimate = 0.0 if program.loops else max(0.0, float((counted or {}).get("optimal_seconds", 0)))
     collectives = {kind: {"number": n, "bytes": sent} for kind, (n, sent) in program.collectives().items()}
     moved, own = program.bytes_moved, flops / target.count
     bounds = target.bound(own, moved, sum(kind["bytes"] for kind in collectives.values()), precision)
@@ -93,9 +94,7 @@ def read(compiled: jax.stages.Compiled, flops: float, target: Target, precision:
         "kernels": program.kernels,
         "transfers": program.transfers,
         "unknown_loops": program.unknown_loops,
-        "estimate": estimate
-        if estimate > 0 and not program.loops
-        else None,  # a GPU has none, a loop counts as one turn
+        "estimate": estimate or None,
         "bounds": bounds,
         # Compute grows with the images of a chip, a sum does not.
         "hidden_from": bounds["links"] / bounds["compute"] if bounds["compute"] else None,
@@ -195,8 +194,8 @@ def table(result: Mapping[str, Any]) -> Table:
         f"Compiled for chips that are not here: nothing was run, no time is measured. Steps in a dispatch: "
         f"{s['steps_per_dispatch']}; a training set of {s['examples']:,} images on each chip. A column is of one chip.",
         "compute, memory, links: the least time at the chip's peak. bound: the longest of them, which a step cannot go below "
-        "where nothing stays in a cache. XLA's: its own estimate, which a GPU's compiler does not give "
-        "at all, and a TPU's not of loops.",
+        "where nothing stays in a cache. XLA's: its own estimate, which a GPU's compiler does not give; it is left out of "
+        "programs with loops, of which it counts one turn.",
         "GFLOP: XLA's count of the CPU's program without loops. GB moved: operands and results of all kernels, a TPU core's "
         "own memory left out. A sum of n chips sends 2 (n - 1) / n times its bytes.",
         f"Exchanges with the host: {moves}. Other collectives: {', '.join(others) or 'none'}.",

@@ -1,7 +1,7 @@
 """What a compiled program does, read from XLA's text of it: kernels, collectives, and the bytes that it moves.
 
-The text is that of `jax.stages.Compiled.as_text`, for any platform. A loop counts as often as the compiler knows that it
-turns; one whose turns it does not know counts once.
+The text is that of `jax.stages.Compiled.as_text`, for any platform. A loop counts as often as it turns, by the compiler's own
+note or by its counter; one whose turns neither tells counts once.
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ class Instruction:
       opcode: as "fusion".
       arguments: what stands in brackets after it.
       attributes: what stands after the operands.
+      root: whether its result is that of its computation.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Instruction:
     opcode: str
     arguments: str
     attributes: str
+    root: bool = False
 
     @property
     def operands(self) -> Sequence[str]:
@@ -73,8 +75,8 @@ class Program:
                 inside = opened.group(2)
                 computations[inside] = []
                 entry = inside if opened.group(1) else entry
-            elif found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line):
-                computations[inside].append(_instruction(*found.groups()))
+            elif found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)", line):
+                computations[inside].append(_instruction(found.group(2), found.group(3), bool(found.group(1))))
         if not entry:
             raise ValueError("not the text of a compiled program: it has no ENTRY computation")
         return cls(computations, entry)
@@ -87,34 +89,43 @@ class Program:
     def _run(self, computation: str, times: int) -> Iterator[tuple[Instruction, int]]:
         for one in self.computations[computation]:
             yield one, times
-            inner = times * (self.turns(one) or 1) if one.opcode == "while" else times
+            turns = self.turns(one) if one.opcode == "while" else 1
+            inner = times * (1 if turns is None else turns)
             for attribute in _FOLLOWED.get(one.opcode, ()):
                 for name in one.called(attribute):
                     yield from self._run(name, inner)
 
     def turns(self, loop: Instruction) -> int | None:
-        """How often a loop turns; None where the compiler does not know."""
+        """How often a loop turns, by the compiler's note or by its counter; None where neither tells."""
         found = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         return int(found.group(1)) if found else self._counted(loop)
 
     def _counted(self, loop: Instruction) -> int | None:
         """The turns of a loop that counts in ones from a constant up to another, as a TPU's program has it."""
         (condition,), (body,) = (loop.called(name) for name in ("condition", "body"))
-        test, end = self.computations[condition][-1], self.computations[body][-1]
-        if test.opcode != "compare" or "direction=LT" not in test.attributes or end.opcode != "tuple":
+        test, end, first = self._root(condition), self._root(body), self._named[loop.operands[0]]
+        if test.opcode != "compare" or "direction=LT" not in test.attributes or {end.opcode, first.opcode} != {"tuple"}:
             return None
-        counter, bound = (self._named[name] for name in test.operands)
-        index = re.search(r"index=(\d+)", counter.attributes)
-        if counter.opcode != "get-tuple-element" or index is None:
+        place = self._place(test.operands[0], condition)
+        if place is None:
             return None
-        place = int(index.group(1))
-        step, first = self._named[end.operands[place]], self._named[loop.operands[0]]
-        if step.opcode != "add" or first.opcode != "tuple":
+        step = self._named[end.operands[place]]
+        others = [name for name in step.operands if self._constant(name) != 1]
+        if step.opcode != "add" or [self._place(name, body) for name in others] != [place]:
             return None
-        start, last = self._constant(first.operands[place]), self._constant(bound.name)
-        before = [name for name in step.operands if self._constant(name) != 1]
-        counts = [f"index={place}" in self._named[name].attributes for name in before] == [True]
-        return None if start is None or last is None or not counts else max(last - start, 0)
+        start, last = self._constant(first.operands[place]), self._constant(test.operands[1])
+        return None if start is None or last is None else max(last - start, 0)
+
+    def _root(self, computation: str) -> Instruction:
+        return next(one for one in self.computations[computation] if one.root)
+
+    def _place(self, name: str, computation: str) -> int | None:
+        """Which element of the argument of a computation an instruction takes, or None."""
+        one = self._named[name]
+        arguments = [other.name for other in self.computations[computation] if other.opcode == "parameter"]
+        found = re.search(r"\bindex=(\d+)", one.attributes)
+        takes = one.opcode == "get-tuple-element" and list(one.operands) == arguments
+        return int(found.group(1)) if takes and found else None
 
     def _constant(self, name: str) -> int | None:
         """The whole number that an instruction is, copies followed."""
@@ -125,7 +136,7 @@ class Program:
 
     @property
     def loops(self) -> bool:
-        """Whether a part is run several times, or so often as the compiler does not know."""
+        """Whether there is a loop, but for those of one turn."""
         return any(one.opcode == "while" and self.turns(one) != 1 for one, _ in self.run)
 
     @property
@@ -135,7 +146,7 @@ class Program:
 
     @property
     def unknown_loops(self) -> int:
-        """Loops of whose turns the compiler does not know the number: a GPU's host has to read after each whether to go on."""
+        """Loops of which nothing tells how often they turn: a GPU's host has to read after each turn whether to go on."""
         return sum(one.opcode == "while" and self.turns(one) is None for one, _ in self.run)
 
     @property
@@ -169,7 +180,7 @@ class Program:
             return 2 * size(self._named[one.operands[1]].shape)
         inner = self.computations[one.called("calls")[0]] if one.opcode == "fusion" else ()
         written = size(one.shape)
-        root = inner[-1] if inner else None
+        root = next((one for one in inner if one.root), None)
         if root and root.opcode == "dynamic-update-slice":  # in place
             written = size({i.name: i.shape for i in inner}[root.operands[1]])
         return written + sum(_read(inner, k, self._named[name].shape) for k, name in enumerate(one.operands))
@@ -215,12 +226,12 @@ def parts(shape: str) -> list[str]:
     return [part.strip() for part in found]
 
 
-def _instruction(name: str, rest: str) -> Instruction:
+def _instruction(name: str, rest: str, root: bool) -> Instruction:
     end = _closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     opened = rest.index("(")
     closed = opened + _closing(rest[opened:])
-    return Instruction(name, shape, rest[:opened], rest[opened + 1 : closed], rest[closed + 1 :])
+    return Instruction(name, shape, rest[:opened], rest[opened + 1 : closed], rest[closed + 1 :], root)
 
 
 def _closing(text: str) -> int:

@@ -14,6 +14,7 @@ from e2sad_jax._compile import pure
 from e2sad_jax._io import read_json
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.evaluation import FAB, STAGES, Model
+from e2sad_jax.runs.folder import note_training
 
 OF_MINE = "e2sad, 1,000 steps (mine), l-infinity, 0.2"
 WEAKER = f"{OF_MINE}: ours leaves 0.5000, the official code 0.2500; ours may leave at most 0.01 more"
@@ -128,6 +129,13 @@ def result():
         "official_images": {"found": 2, "misclassified": 2, "outside": 0, "largest": 0.2},
         "our_images": {"found": 1, "misclassified": 1, "outside": 0, "largest": 0.2},
     }
+
+
+def test_the_commands_that_trained_a_run_are_those_of_its_folder(tmp_path):
+    for begun, command in ((0, "first"), (5, "second"), (7, "second")):
+        note_training(tmp_path, {"from_step": begun, "to_step": begun + 5, "command": command})
+    assert official_sides.trained_by(str(tmp_path)) == ["first", "second"]
+    assert official_sides.trained_by(str(tmp_path / "elsewhere")) == []
 
 
 def test_images_on_which_the_two_disagree_are_counted_and_named(result):

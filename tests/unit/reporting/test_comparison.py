@@ -152,6 +152,19 @@ def test_an_outcome_counts_for_the_weights_that_its_run_began_with(tiny, tmp_pat
     assert evaluate_model.evaluate_model(request, config, tiny) == done, "the weights may be gone"
 
 
+def test_rows_that_began_with_other_weights_are_left_out():
+    def row(name, **run):
+        return {"name": name, "runs": [{"asked": {"eps": 0.3}, **run}]}
+
+    said = []
+    earlier = [row("same", begun_with={"sha256": "a"}), row("other", begun_with={"sha256": "b"}), row("unknown")]
+    mine = row("mine", begun_with={"sha256": "a"})
+    kept = comparison._same_question(earlier, mine, said.append)
+    assert [one["name"] for one in kept] == ["same", "unknown"]
+    assert said == ["other: an earlier row, begun with other weights; left out"]
+    assert comparison._same_question(earlier, row("from random weights"), said.append) == earlier
+
+
 def test_other_data_makes_other_runs(tmp_path):
     request = Request(entry=("natural",), data="a.npz", workdir=str(tmp_path), **LITTLE)
     (a,), (b,) = (dataclasses.replace(request, data=name).configs("natural") for name in ("a.npz", "b.npz"))

@@ -1,10 +1,14 @@
 """XLA's text of compiled programs is read as it is written."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments.step_cost import ahead
 from experiments.step_cost.compiled import Program, size
+from experiments.step_cost.targets import CHIPS, Target
 
 LOOP = """\
 HloModule jit_f, is_scheduled=true
@@ -70,6 +74,8 @@ def test_a_loop_counts_as_often_as_it_turns():
         (("constant(1)", "constant(2)"), None),
         (("s32[] add(%i", "s32[] multiply(%i"), None),
         (("s32[] add(%i", "s32[] add(%other"), None),
+        (("s32[] add(%i", "s32[] add(%elsewhere"), None),
+        (("%i.1 = s32[] get-tuple-element(%t.1), index=0", "%i.1 = s32[] get-tuple-element(%t.1), index=1"), None),
         (("copy(%zero.1)", "custom-call(%zero.1)"), None),
     ],
 )
@@ -79,7 +85,10 @@ def test_the_turns_of_a_tpus_loop_are_read_from_its_counter(change, turns):
     text = text.replace("%true = pred[] constant(true)", "%less = pred[] compare(%i.1, %last), direction=LT")
     more = "%i.1 = s32[] get-tuple-element(%t.1), index=0\n  %last = s32[]{:T(128)} constant(29)\n"
     text = text.replace("  ROOT %less", f"  {more}  ROOT %less")
-    adds = "%one = s32[] constant(1)\n  %other = s32[] get-tuple-element(%t), index=1\n  %more = s32[] add(%i, %one)\n"
+    adds = (
+        "%one = s32[] constant(1)\n  %other = s32[] get-tuple-element(%t), index=10\n"
+        "  %elsewhere = s32[] get-tuple-element(%y), index=0\n  %more = s32[] add(%i, %one)\n"
+    )
     text = text.replace("  ROOT %next", f"  {adds}  ROOT %next").replace("tuple(%i, %y)", "tuple(%more, %y)")
     text = text.replace("%init = ", "%start = s32[] copy(%zero.1)\n  %init = ").replace(
         "(%zero.1, %held)", "(%start, %held)"
@@ -89,6 +98,19 @@ def test_the_turns_of_a_tpus_loop_are_read_from_its_counter(change, turns):
     (loop,) = (one for one, _ in read.run if one.opcode == "while")
     assert read.turns(loop) == turns
     assert read.loops == (turns != 1)
+    assert read.kernels == 3 + 3 * (1 if turns is None else turns), "a fusion, an update and a sum in each turn"
+    after = text.replace("direction=LT", "direction=LT\n  %unused = s32[] constant(7)")
+    assert Program.read(after).turns(loop) == 29, "the root need not be last"
+
+
+@pytest.mark.parametrize(("text", "seconds", "shown"), [(LOOP, 1.0, None), ("", 0.5, 0.5), ("", -1.0, None)])
+def test_the_compilers_estimate_is_not_taken_of_loops(text, seconds, shown):
+    compiled = types.SimpleNamespace(
+        as_text=lambda: text or "ENTRY %m (x: f32[8]) -> f32[8] {\n  ROOT %x = f32[8]{0} parameter(0)\n}\n",
+        cost_analysis=lambda: {"optimal_seconds": seconds},
+        memory_analysis=lambda: None,
+    )
+    assert ahead.read(compiled, 1e9, Target("v5e", CHIPS["v5e"], 1), "bf16")["estimate"] == shown
 
 
 def test_bytes_are_those_of_kernels_in_the_memory_of_the_device():
