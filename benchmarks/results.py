@@ -34,10 +34,11 @@ brought into the present format after they were measured; no measured number cha
 while result files of an earlier command were not committed; its commit was marked "with changes" for it, which was taken off
 by hand. The rows of e2SAD in `mnist_long/standard` were put beside the others by hand, with their commands. The outcomes of
 the first seeds of `mnist_long` were written back into the folders of their runs from `compare.json`. The first seeds of
-`e2SAD, robust2` were measured under its other name, `e2SAD, robust, first point by a step`. In `mnist`
-and `svhn` of `attacks_vs_reference` our gradients are without those at starting points, 1 % of them, and Square's l2 queries
-are those before it made its change as long as the budget. The pages of `attacks_vs_reference` were written anew from their JSON
-files, and its seconds were measured beside other work on the same cores. No accelerator has been measured.
+`e2SAD, robust2` were measured under its other name, `e2SAD, robust, first point by a step`. In `mnist` and `svhn` of
+`attacks_vs_reference` our gradients are without those at starting points, 1 % of them, and Square's l2 queries are those
+before it made its change as long as the budget and left its schedule unscaled; not so those of `svhn-e2sad`. The pages of
+`attacks_vs_reference` were written anew from their JSON files, and its seconds were measured beside other work on the same
+cores. No accelerator has been measured.
 """
 
 
@@ -397,6 +398,11 @@ QUESTIONS = (
     Question(
         "And Square alone in l2?",
         *("attacks_vs_reference/seeds/official.md", "attacks_vs_reference/seeds/official.json"),
+        _agreement,
+    ),
+    Question(
+        "And APGD alone, of a network with masked gradients in l2?",
+        *("attacks_vs_reference/masked/official.md", "attacks_vs_reference/masked/official.json"),
         _agreement,
     ),
     Question(
