@@ -38,7 +38,7 @@ the first seeds of `mnist_long` were written back into the folders of their runs
 `attacks_vs_reference` our gradients are without those at starting points, 1 % of them, and Square's l2 queries are those
 before it made its change as long as the budget and left its schedule unscaled; not so those of `svhn-e2sad`. The pages of
 `attacks_vs_reference` were written anew from their JSON files, and its seconds were measured beside other work on the same
-cores. No accelerator has been measured.
+cores; of the command that trained `svhn-e2sad` they leave out --results. No accelerator has been measured.
 """
 
 
@@ -408,6 +408,11 @@ QUESTIONS = (
     Question(
         "How near to the image do our attacks come, and adv-lib's? (optimality in percent, mean over the networks)",
         *("attacks_vs_reference/mnist/optimality.md", "attacks_vs_reference/mnist/optimality.json"),
+        _optimality,
+    ),
+    Question(
+        "And of a robust network on a part of SVHN?",
+        *("attacks_vs_reference/svhn/optimality.md", "attacks_vs_reference/svhn/optimality.json"),
         _optimality,
     ),
     Question(
