@@ -101,7 +101,10 @@ def _agreement(result: Content) -> str:
     above, gradients = [], {"official": 0, "ours": 0}
     groups = by_seed(result["results"])
     for group in groups:
-        official, ours = [one["rows"][-1]["official"] for one in group], [default(one)[-1]["ours"] for one in group]
+        official = [
+            one.get("judged", one["rows"][-1])["official"] for one in group
+        ]  # of a random network by many draws
+        ours = [one.get("judged", default(one)[-1])["ours"] for one in group]
         above.append(100 * (statistics.fmean(ours) - statistics.fmean(official)))
         for one in group:
             gradients["official"] += sum(row["official_gradients"] for row in one["rows"][1:])
@@ -403,6 +406,11 @@ QUESTIONS = (
     Question(
         "And APGD alone, of a network with masked gradients in l2?",
         *("attacks_vs_reference/masked/official.md", "attacks_vs_reference/masked/official.json"),
+        _agreement,
+    ),
+    Question(
+        "And of a network that draws noise, by version `rand`?",
+        *("attacks_vs_reference/noise/official.md", "attacks_vs_reference/noise/official.json"),
         _agreement,
     ),
     Question(
