@@ -20,7 +20,7 @@ from e2sad_jax.comparison.show import broken, card, markdown, plot
 from e2sad_jax.errors import ConfigError, NonFiniteError, first_line
 from e2sad_jax.reporting import provenance
 from e2sad_jax.runs.folder import read_training
-from e2sad_jax.runs.weights import source_of
+from e2sad_jax.runs.weights import check_unseen, source_of
 from e2sad_jax.training import Config
 
 FORMAT = 4
@@ -44,7 +44,8 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
       What compare.json holds.
 
     Raises:
-      ConfigError: if the data is too small for the request, or the folder of the results cannot be written.
+      ConfigError: if the data is too small for the request, the initial weights have seen the images that are attacked, or
+        the folder of the results cannot be written.
       NonFiniteError: if every run diverged.
       Stopped: after Ctrl-C; what is finished stays.
     """
@@ -57,6 +58,8 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
         _tell(folder, say)
         return shown
     check_folder(folder, f"--results={folder}")
+    if request.judge == "held_out":
+        check_unseen(request.init_from, request.data, request.validation_examples)
     dataset = data.load(request.data, request.data_dir or None)
     shape, num_classes = tuple(dataset.image_shape), dataset.num_classes
     rows: list[dict[str, Any]] = []

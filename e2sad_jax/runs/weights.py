@@ -14,7 +14,7 @@ from e2sad_jax._io import read_json, write_json
 from e2sad_jax.data.dataset import Dataset
 from e2sad_jax.errors import ConfigError, WorkdirError, first_line
 from e2sad_jax.runs.classifier import Classifier, load
-from e2sad_jax.runs.folder import describe_dataset, identity_of
+from e2sad_jax.runs.folder import describe_dataset, identity_of, read_config
 from e2sad_jax.runs.parameters import load_safetensors
 from e2sad_jax.training.config import Config
 
@@ -96,6 +96,29 @@ def source_of(config: Config) -> dict[str, Any] | None:
         return identity_of(path)
     with path.open("rb") as stream:
         return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def check_unseen(init_from: str, data: str, validation_examples: int) -> None:
+    """Refuses initial weights that were trained on images which are held out now.
+
+    Args:
+      init_from: run or safetensors file of the weights; nothing is checked if it names none, or nothing is there.
+      data: the data set.
+      validation_examples: the number of its training images that are held out.
+
+    Raises:
+      ConfigError: if the weights are of the same data set with another number held out.
+      WorkdirError: if nothing readable is there.
+    """
+    path = pathlib.Path(init_from).expanduser()
+    if not init_from or not path.exists():
+        return
+    there = read_config(path)[0] if path.is_dir() else load_safetensors(path).config
+    if there.data == data and there.validation_examples != validation_examples:
+        raise ConfigError(
+            f"--init_from={init_from}: trained with --validation_examples={there.validation_examples}, so it has seen images "
+            f"that --judge=held_out attacks; give --validation_examples={there.validation_examples}, or --judge=test"
+        )
 
 
 def note_source(config: Config, workdir: pathlib.Path) -> None:

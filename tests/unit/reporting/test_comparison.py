@@ -171,6 +171,16 @@ def test_other_data_makes_other_runs(tmp_path):
     assert a.workdir != b.workdir
 
 
+def test_held_out_images_must_be_new_to_the_given_weights(tmp_path, monkeypatch):
+    def seen(*given):
+        raise ConfigError(str(given))
+
+    monkeypatch.setattr(comparison, "check_unseen", seen)
+    request = Request(entry=("natural",), workdir=str(tmp_path), init_from="w", judge="held_out", **LITTLE)
+    with pytest.raises(ConfigError, match=rf"^\('w', '{request.data}', {request.validation_examples}\)$"):
+        run(request)
+
+
 def test_every_entry_begins_with_the_given_weights(tmp_path):
     request = Request(entry=("natural", "PGD-3", "e2SAD, robust2"), workdir=str(tmp_path), **LITTLE)
     given = dataclasses.replace(request, init_from="runs/natural")

@@ -12,6 +12,7 @@ import e2sad_jax
 from e2sad_jax import export
 from e2sad_jax.errors import ConfigError, WorkdirError
 from e2sad_jax.runs import opening, trainer
+from e2sad_jax.runs.weights import check_unseen
 from tests.unit.runs.helpers import config_of, stop_after
 
 pytestmark = pytest.mark.usefixtures("scores")
@@ -33,6 +34,23 @@ def test_a_run_begins_with_them_and_so_does_its_average(source, trained, tiny, t
     chex.assert_trees_all_equal(jax.device_get(state.average), params_of(trained))
     assert state.step == 0
     assert all(np.abs(leaf).max() == 0 for leaf in jax.tree.leaves(state.opt_state))
+
+
+@pytest.mark.parametrize("source", ["folder", "file"])
+def test_weights_that_have_seen_held_out_images_are_refused(source, trained, tmp_path):
+    given, there = trained, e2sad_jax.load(trained).config
+    if source == "file":
+        given = tmp_path / "weights.safetensors"
+        given.write_bytes(export.to_safetensors(e2sad_jax.load(trained)))
+    check_unseen(str(given), there.data, there.validation_examples)
+    check_unseen(str(given), "other.npz", there.validation_examples + 1)
+    check_unseen("", there.data, 1)
+    check_unseen(str(tmp_path / "gone"), there.data, 1)
+    wrong = (
+        rf"^--init_from={given}: trained with --validation_examples={there.validation_examples}, so it has seen images"
+    )
+    with pytest.raises(ConfigError, match=wrong):
+        check_unseen(str(given), there.data, there.validation_examples + 1)
 
 
 def test_resumed_it_needs_them_no_more_and_ends_as_uninterrupted(trained, tiny, tmp_path):
