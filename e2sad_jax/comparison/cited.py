@@ -15,6 +15,7 @@ from e2sad_jax._io import check_folder, read_json, write_json, write_text
 from e2sad_jax.comparison.around import AROUND, COUNTED, FALSE_POSITIVES, Around, Base, Function, inputs
 from e2sad_jax.comparison.flops import step_flops
 from e2sad_jax.comparison.request import JUDGES, YOUNGER, Request
+from e2sad_jax.comparison.show import begun
 from e2sad_jax.data import Dataset
 from e2sad_jax.data.dataset import in_words
 from e2sad_jax.errors import ConfigError, Stopped, close_to
@@ -276,7 +277,7 @@ def table(result: Mapping[str, Any]) -> Table:
             for name, row in result["rows"].items()
         ],
         notes=[
-            f"Trained on {r['data']}: network `{r['model']}`, {r['steps']:,} steps of {r['batch_size']}, one seed. "
+            f"Trained on {r['data']}: network `{r['model']}`, {r['steps']:,} steps of {r['batch_size']}, one seed{begun(r)}. "
             f"{'; '.join(AROUND)}: around the natural network.",
             f"Robust: the share of {result['images']}, eps {r['eps']:.4g}.",
             f"Detectors reject {FALSE_POSITIVES:.0%} of the held-out training images. A rejected clean image counts as an "

@@ -28,7 +28,7 @@ def protocol(result: Result) -> list[str]:
     r = result["request"]
     return [
         f"Trained on {r['data']}: network `{r['model']}`{_width(r)}, {_length(r)}, {_seeds(result)}, "
-        f"{_labels(r)}{_augmented(r)}{_begun(r)}, learning rate {r['learning_rate']:g} ({r['schedule']}), "
+        f"{_labels(r)}{_augmented(r)}{begun(r)}, learning rate {r['learning_rate']:g} ({r['schedule']}), "
         f"{_rise(r['eps_warmup'])}{', unless a part says otherwise' if r['parts'] else ''}.",
         f"Robust accuracy: the share of {_images(result)} classified correctly under all of {_attacks(result)}; one restart "
         f"each, eps {result['eps']:.4g}.",
@@ -44,7 +44,8 @@ def _augmented(request: Mapping[str, Any]) -> str:
     return "" if changes == "none" else f", augmentation ({changes})"
 
 
-def _begun(request: Mapping[str, Any]) -> str:
+def begun(request: Mapping[str, Any]) -> str:
+    """Says which weights the networks began with, after a comma; empty if with random ones."""
     start = request.get("init_from")
     return f", begun with the weights of `{start}` (their FLOPs are not counted)" if start else ""
 

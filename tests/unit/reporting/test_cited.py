@@ -55,6 +55,8 @@ def test_the_table_has_both_attacks_and_both_prices(tmp_path):
     assert lines[5].endswith("| 0.75 (1.25) |")
     assert any("10 of 50 test images" in line and "0.3" in line for line in lines)
     assert lines[-1] == "- `python`, CPU, 2026-11-29, commit abc."
+    given = {**result, "request": {**result["request"], "init_from": "runs/n"}}
+    assert "one seed, begun with the weights of `runs/n` (their FLOPs" in cited.table(given).markdown()
     result["rows"]["MagNet"] = row(0.9, 0.8, 0.125, commit="abd")
     assert cited.table(result).markdown().splitlines()[-2:] == [
         "- `python`, CPU, 2026-11-29, commit abc: natural.",
