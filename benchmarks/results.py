@@ -36,9 +36,9 @@ by hand. The rows of e2SAD in `mnist_long/standard` were put beside the others b
 the first seeds of `mnist_long` were written back into the folders of their runs from `compare.json`. The first seeds of
 `e2SAD, robust2` were measured under its other name, `e2SAD, robust, first point by a step`. In `mnist` and `svhn` of
 `attacks_vs_reference` our gradients are without those at starting points, 1 % of them, and Square's l2 queries are those
-before it made its change as long as the budget and left its schedule unscaled; not so those of `svhn-e2sad`. The pages of
-`attacks_vs_reference` were written anew from their JSON files, and its seconds were measured beside other work on the same
-cores; of the command that trained `svhn-e2sad` they leave out --results. No accelerator has been measured.
+before it made its change as long as the budget and left its schedule unscaled; not so those of `svhn-e2sad`. The command that
+trained `svhn-e2sad` is shown without its `--results`. The pages of `attacks_vs_reference` were written anew from their JSON
+files, and its seconds were measured beside other work on the same cores. No accelerator has been measured.
 """
 
 
@@ -101,9 +101,8 @@ def _agreement(result: Content) -> str:
     above, gradients = [], {"official": 0, "ours": 0}
     groups = by_seed(result["results"])
     for group in groups:
-        official = [
-            one.get("judged", one["rows"][-1])["official"] for one in group
-        ]  # of a random network by many draws
+        # "judged" is what many draws say of a random network.
+        official = [one.get("judged", one["rows"][-1])["official"] for one in group]
         ours = [one.get("judged", default(one)[-1])["ours"] for one in group]
         above.append(100 * (statistics.fmean(ours) - statistics.fmean(official)))
         for one in group:

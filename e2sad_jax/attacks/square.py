@@ -31,7 +31,7 @@ def sides(queries: int, p_init: float, height: int, width: int, norm: str = "lin
       p_init: p of the first squares.
       height: of the image.
       width: of the image.
-      norm: "linf" or "l2". In the l2 ball a side is odd, as in the authors' code, where the image is as large: its hill
+      norm: "linf" or "l2". In the l2 ball a side is odd, as in the authors' code, unless the image is smaller: its hill
         then has a middle.
 
     Returns:

@@ -70,14 +70,14 @@ def run(request: Request, say: Callable[[str], None] = print) -> dict[str, Any]:
         name: [match_flops(request, config, shape, num_classes) for config in request.configs(name)]
         for name in sorted(request.entries(), key=position)
     }
-    faced = question(request, dataset)
+    faced, source = question(request, dataset), source_of(request.init_from)
     for name, configs in asked.items():
         same = [row for row in earlier if _settings_then(row) == settings_of(configs[0])]
         measured = {
             run["seed"]: {"origin": row["origin"], **run}
             for row in same
             for run in row["runs"]
-            if run["asked"] == faced and _same(run.get("begun_with"), source_of(configs[0]))
+            if run["asked"] == faced and _same(run.get("begun_with"), source)
         }
         for config in configs:
             if config.seed in measured and not os.path.exists(config.workdir):

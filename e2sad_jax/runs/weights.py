@@ -31,7 +31,7 @@ def given_weights(config: Config, model: nn.Module, dataset: Dataset) -> Any:
       ConfigError: if they are another network's, or a network's that sees its images otherwise.
       WorkdirError, CheckpointError: if nothing readable is there.
     """
-    path, flag = _path(config), f"--init_from={config.init_from}"
+    path, flag = _path(config.init_from), f"--init_from={config.init_from}"
     if not path.exists():
         raise ConfigError(
             f"{flag}: there is no such file or folder; name a run's folder, or a safetensors file of an export"
@@ -65,7 +65,7 @@ def check_source(config: Config, workdir: pathlib.Path) -> None:
     Raises:
       WorkdirError: naming both.
     """
-    there, here = begun_with(workdir), source_of(config)
+    there, here = begun_with(workdir), source_of(config.init_from)
     if there is not None and here is not None and there != here:
         raise WorkdirError(
             f"{workdir} began with other weights than {config.init_from} holds now (there {there}, here {here}); choose "
@@ -87,10 +87,10 @@ def begun_with(workdir: pathlib.Path) -> dict[str, Any] | None:
         raise WorkdirError(f"cannot read {workdir / FILE}: {first_line(error)}; delete that file to go on") from error
 
 
-def source_of(config: Config) -> dict[str, Any] | None:
-    """Which weights `config.init_from` holds now; None if it names none, or nothing is there."""
-    path = _path(config)
-    if not config.init_from or not path.exists():
+def source_of(init_from: str) -> dict[str, Any] | None:
+    """Which weights a run's folder or a safetensors file holds now; None if it is empty, or nothing is there."""
+    path = _path(init_from)
+    if not init_from or not path.exists():
         return None
     if path.is_dir():
         return identity_of(path)
@@ -110,7 +110,7 @@ def check_unseen(init_from: str, data: str, validation_examples: int) -> None:
       ConfigError: if the weights are of the same data set with another number held out.
       WorkdirError: if nothing readable is there.
     """
-    path = pathlib.Path(init_from).expanduser()
+    path = _path(init_from)
     if not init_from or not path.exists():
         return
     there = read_config(path)[0] if path.is_dir() else load_safetensors(path).config
@@ -123,11 +123,11 @@ def check_unseen(init_from: str, data: str, validation_examples: int) -> None:
 
 def note_source(config: Config, workdir: pathlib.Path) -> None:
     """Keeps in a run's folder which weights it begins with."""
-    write_json(workdir / FILE, source_of(config))
+    write_json(workdir / FILE, source_of(config.init_from))
 
 
-def _path(config: Config) -> pathlib.Path:
-    return pathlib.Path(config.init_from).expanduser()
+def _path(init_from: str) -> pathlib.Path:
+    return pathlib.Path(init_from).expanduser()
 
 
 def _network(config: Config, dataset: Mapping[str, Any]) -> str:

@@ -80,9 +80,9 @@ def read(compiled: jax.stages.Compiled, flops: float, target: Target, precision:
       precision: of the products.
     """
     program = Program.read(compiled.as_text() or "")
+    # XLA's estimate counts a loop as one turn. A GPU has none.
     counted: Any = compiled.cost_analysis()
-    # XLA counts a loop as one turn. A GPU's compiler has no estimate, or one below 0.
-    estimate = 0.0 if program.loops else max(0.0, float((counted or {}).get("optimal_seconds", 0)))
+    estimate = float((counted or {}).get("optimal_seconds", 0))
     collectives = {kind: {"number": n, "bytes": sent} for kind, (n, sent) in program.collectives().items()}
     moved, own = program.bytes_moved, flops / target.count
     bounds = target.bound(own, moved, sum(kind["bytes"] for kind in collectives.values()), precision)
@@ -94,7 +94,7 @@ def read(compiled: jax.stages.Compiled, flops: float, target: Target, precision:
         "kernels": program.kernels,
         "transfers": program.transfers,
         "unknown_loops": program.unknown_loops,
-        "estimate": estimate or None,
+        "estimate": estimate if estimate > 0 and not program.loops else None,
         "bounds": bounds,
         # Compute grows with the images of a chip, a sum does not.
         "hidden_from": bounds["links"] / bounds["compute"] if bounds["compute"] else None,

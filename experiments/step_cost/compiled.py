@@ -178,11 +178,13 @@ class Program:
             return 2 * size(one.shape)
         if one.opcode == "dynamic-update-slice":
             return 2 * size(self._named[one.operands[1]].shape)
-        inner = self.computations[one.called("calls")[0]] if one.opcode == "fusion" else ()
+        inner: Sequence[Instruction] = ()
         written = size(one.shape)
-        root = next((one for one in inner if one.root), None)
-        if root and root.opcode == "dynamic-update-slice":  # in place
-            written = size({i.name: i.shape for i in inner}[root.operands[1]])
+        if one.opcode == "fusion":
+            (fused,) = one.called("calls")
+            inner, root = self.computations[fused], self._root(fused)
+            if root.opcode == "dynamic-update-slice":  # in place
+                written = size({i.name: i.shape for i in inner}[root.operands[1]])
         return written + sum(_read(inner, k, self._named[name].shape) for k, name in enumerate(one.operands))
 
     @functools.cached_property
