@@ -79,6 +79,7 @@ class Request:
     targets: int = setting(9, "wrong classes that APGD-T and FAB-T try", lower=1)
     fab_steps: int = setting(100, "steps of FAB-T", lower=1)
     queries: int = setting(5000, "queries of Square", lower=1)
+    near: float = setting(0.0, "run `evaluation.auto` with this `near` too, at least 1; 0: without alone", lower=0)
     batch_size: int = setting(250, "images at once", lower=1)
     seed: int = setting(0, "seed of both sides", lower=0, upper=2**32 - 1)
     results: str = setting("", "folder for official.md and .json; empty: that of the run")
@@ -88,6 +89,8 @@ class Request:
             check(field, getattr(self, field.name))
         check_runs(self.workdir, self.results)
         self.balls("linf", 0.0)
+        if 0 < self.near < 1:
+            raise ConfigError(f"--near={self.near:g}: must be at least 1, or 0")
         if unknown := [name for name in self.attacks.split(",") if self.attacks and name not in ATTACKS]:
             raise ConfigError(f"--attacks={self.attacks}: {unknown[0]!r} must be one of {', '.join(ATTACKS)}")
         if self.noise and (other := [name for name in self.names if name not in VERSIONS["rand"]]):
@@ -279,18 +282,26 @@ def answer(
         if result["question"] != name:
             continue
         of = result["environment"]["commit"]
-        if of == commit and "with changes" not in (commit or ""):
+        if of == commit and "with changes" not in (commit or "") and result.get("near", 0) == asked.near:
             print(f"from {folder / 'official.json'}", file=sys.stderr, flush=True)
             return result
-        print(f"that in {folder / 'official.json'} is of commit {of}: ours is made again", file=sys.stderr, flush=True)
+        print(
+            f"that in {folder / 'official.json'} is of commit {of}, near {result.get('near', 0):g}: ours is made again",
+            file=sys.stderr,
+            flush=True,
+        )
     code = adversary(counted(net), norm, eps, num_classes, asked)
     groups = [asked.names] if asked.noise else [[one] for one in asked.names]
     theirs, warnings = official(code, model, groups, batch_size, folder / f"official-{name}.npz")
     stages = asked.stages(num_classes)
-    own = ours(model, stages, eps=eps, norm=norm)
+    sides = {"official": theirs, "ours": ours(model, stages, eps=eps, norm=norm)}
+    if asked.near:
+        sides["near"] = ours(model, stages, eps=eps, norm=norm, near=asked.near)
     names = [stage.name for stage in stages]
     if asked.noise:
-        own, names = own.at_once(), [" and ".join(names)]
+        names = [" and ".join(names)]
+        sides |= {name: side.at_once() for name, side in sides.items() if name != "official"}
+    own = sides["ours"]
 
     def checked(side: Side, wrong: np.ndarray) -> dict[str, Any]:
         lengths = distances(model.images, side.images, side.found, norm=norm)[side.found]
@@ -303,7 +314,9 @@ def answer(
             "largest": float(lengths.max(initial=0)),
         }
 
-    in_torch = right_in_torch(net, tensor(own.images, net), model.labels, batch_size)
+    def in_torch(side: Side) -> np.ndarray:
+        return ~right_in_torch(net, tensor(side.images, net), model.labels, batch_size)
+
     classes = len(np.unique(sample.y_test))
     return {
         **_about(),
@@ -322,10 +335,11 @@ def answer(
         "norm": norm,
         "effort": effort,
         "logits_differ": logits_differ,
-        **outcome(names, theirs, own, places),
+        **outcome(names, sides, places),
         "official_images": checked(theirs, ~model.right_on(theirs.images.clip(0, 1))),
-        "our_images": checked(own, ~in_torch),
-        **({"noise": asked.noise, "judged": _judged(model, theirs, own)} if asked.noise else {}),
+        "our_images": checked(own, in_torch(own)),
+        **({"noise": asked.noise, "judged": _judged(model, sides)} if asked.noise else {}),
+        **({"near": asked.near, "near_images": checked(sides["near"], in_torch(sides["near"]))} if asked.near else {}),
         "warnings": warnings,
     }
 
@@ -337,11 +351,11 @@ def _drawing(trained: Classifier, noise: float) -> Callable[..., jax.Array]:
     return apply
 
 
-def _judged(model: Model, theirs: Side, own: Side) -> dict[str, float]:
+def _judged(model: Model, sides: Mapping[str, Side]) -> dict[str, float]:
     """The accuracy on the clean images and on each side's by the mean of many draws, which no attack has seen."""
     judge = dataclasses.replace(model, draws=JUDGED_BY, seed=(model.seed + 1) % 2**32)
     low, high = model.bounds
-    found = {"clean": model.images, "official": theirs.images, "ours": own.images}
+    found = {"clean": model.images, **{name: side.images for name, side in sides.items()}}
     return {name: float(judge.right_on(images.clip(low, high)).mean()) for name, images in found.items()}
 
 

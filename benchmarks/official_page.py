@@ -15,32 +15,32 @@ TOLERANCE = 0.01  # of accuracy
 ADDED = FAB.name  # the attack that `evaluation.auto` leaves out in the l-infinity ball
 SQUARE = STAGES[2].name  # the one that queries
 SPENT = ("gradients", "seconds")
+NAMES = {"official": "official", "ours": "ours", "near": "ours, near"}  # of the sides
 
 
-def outcome(stages: Sequence[str], theirs: Side, own: Side, places: np.ndarray) -> dict[str, Any]:
-    """Both sides after each attack, and every image on which they disagree at the end.
+def outcome(stages: Sequence[str], sides: Mapping[str, Side], places: np.ndarray) -> dict[str, Any]:
+    """The sides after each attack, and every image on which the official code and `evaluation.auto` disagree at the end.
 
     Args:
       stages: names of the attacks.
-      theirs: what the official code found.
-      own: what `evaluation.auto` found.
+      sides: what the official code found, "official", and `evaluation.auto`, "ours", perhaps with `near`, "near".
       places: `[N]`, of the images in their data set.
 
     Returns:
       "rows" and "differ", for JSON.
     """
     rows: list[dict[str, Any]] = []
+    theirs, own = sides["official"], sides["ours"]
     for i, name in enumerate(("clean", *stages)):
         they, we = theirs.standing[i], own.standing[i]
         row = {
             "attack": name,
-            "official": float(they.mean()),
-            "ours": float(we.mean()),
+            **{side: float(of.standing[i].mean()) for side, of in sides.items()},
             "official_alone": int((we & ~they).sum()),
             "ours_alone": int((they & ~we).sum()),
         }
         if i:
-            for side, of in (("official", theirs), ("ours", own)):
+            for side, of in sides.items():
                 row[f"{side}_seconds"] = round(float(of.seconds[i - 1]), 2)
                 row[f"{side}_gradients"], row[f"{side}_queries"] = of.gradients[i - 1], of.queries[i - 1]
             row["ours_compiling"] = round(float(own.compiling[i - 1]), 2)
@@ -78,7 +78,7 @@ def default(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def by_seed(results: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """The results that differ in the seed alone, together, the first one of each seed; in the order in which they come."""
-    asked = ("workdir", "which", "step", "data", "judge", "images", "norm", "eps", "noise")
+    asked = ("workdir", "which", "step", "data", "judge", "images", "norm", "eps", "noise", "near")
     versions = ("torch", "pyautoattack")
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
@@ -112,6 +112,8 @@ def summary(results: Sequence[Mapping[str, Any]]) -> Table:
     chosen = [("official", "official", lambda result: result["rows"][1:]), ("ours", "ours", default)]
     if any(map(_left_out, results)):
         chosen.append(("ours and FAB-T", "ours", _left_out))
+    if any("near" in result for result in results):
+        chosen.append((NAMES["near"], "near", lambda result: default(result) if "near" in result else []))
     rows = []
     for group in by_seed(results):
         first = group[0]
@@ -138,9 +140,10 @@ def _details(result: Mapping[str, Any]) -> list[str]:
     def number(row: Mapping[str, Any], key: str, form: str) -> str | None:
         return f"{row[key]:{form}}" if row.get(key) else None
 
-    sides = ("official", "ours")
-    columns = ["after", *sides, "fell to the official alone", "to ours alone"]
-    columns += [f"{what}, {side}" for what in ("gradients", "queries", "s") for side in sides]
+    sides = ("official", "ours", *(["near"] if "near" in result else []))
+    named = [NAMES[side] for side in sides]
+    columns = ["after", *named, "fell to the official alone", "to ours alone"]
+    columns += [f"{what}, {name}" for what in ("gradients", "queries", "s") for name in named]
     table = Table(
         columns=[*columns, "s, ours: compiling"],
         rows=[
@@ -165,6 +168,7 @@ def _details(result: Mapping[str, Any]) -> list[str]:
         f"{they['outside']:,} lie outside the ball (largest change {they['largest']:.6f}).",
         f"Of {we['found']:,} of ours, PyTorch misclassifies {we['misclassified']:,}; {we['outside']:,} lie outside the ball "
         f"(largest change {we['largest']:.6f}).",
+        *_near(result),
         *(
             f"Image {d['image']:,}: official {d['official'] or 'robust'}, ours {d['ours'] or 'robust'}."
             for d in result["differ"]
@@ -197,6 +201,16 @@ def _effort(result: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} ({steps.get(name, str(effort['apgd_steps']) + ' steps')})" for name in names)
 
 
+def _near(result: Mapping[str, Any]) -> list[str]:
+    if "near" not in result:
+        return []
+    found = result["near_images"]
+    return [
+        f"Of {found['found']:,} of ours with near {result['near']:g}, PyTorch misclassifies {found['misclassified']:,}; "
+        f"{found['outside']:,} lie outside the ball."
+    ]
+
+
 def _of_chance(result: Mapping[str, Any]) -> list[str]:
     if "noise" not in result:
         return []
@@ -217,7 +231,7 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
             "same order on both sides. FAB-T, which `evaluation.auto` has by default in the l2 ball alone, comes last, and not "
             "before Square. A row has the mean of its seeds, ± their standard deviation. A gradient is one of one image. Of "
             "Square ours counts all queries of an image, the official code those until it falls. Our seconds hold tracing and "
-            "compiling; the last column is XLA's part of that.\n",
+            "compiling; the last column is XLA's part of that. Near: with `evaluation.auto(near=)`.\n",
             summary(results).markdown(),
             *(line for result in results for line in _details(result)),
         ]
@@ -230,13 +244,15 @@ def failures(results: Sequence[Mapping[str, Any]]) -> list[str]:
     for group in by_seed(results):
         name = f"{_network(group[0])}, {_ball(group[0])}"
         for result in group:
-            for side in ("official_images", "our_images"):
-                if outside := result[side]["outside"]:
+            for side in ("official_images", "our_images", "near_images"):
+                if outside := result.get(side, {"outside": 0})["outside"]:
                     found.append(f"{name}{_seed(result)}: {side}: {outside} outside the ball")
         last = [result.get("judged", result["rows"][-1]) for result in group]
-        ours, official = (float(np.mean([row[side] for row in last])) for side in ("ours", "official"))
-        if ours > official + TOLERANCE:
-            found.append(
-                f"{name}: ours leaves {ours:.4f}, the official code {official:.4f}; ours may leave at most {TOLERANCE} more"
-            )
+        official = float(np.mean([row["official"] for row in last]))
+        for side in ("ours", "near") if "near" in group[0] else ("ours",):
+            if (left := float(np.mean([row[side] for row in last]))) > official + TOLERANCE:
+                found.append(
+                    f"{name}: {NAMES[side]} leaves {left:.4f}, the official code {official:.4f}; ours may leave at most "
+                    f"{TOLERANCE} more"
+                )
     return found

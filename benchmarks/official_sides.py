@@ -219,7 +219,7 @@ def official(
     return Side(standing, seconds, [0.0] * len(seconds), gradients, queries, made), warnings
 
 
-def ours(model: Model, stages: Sequence[Attack], *, eps: float, norm: str) -> Side:
+def ours(model: Model, stages: Sequence[Attack], *, eps: float, norm: str, near: float | None = None) -> Side:
     """Runs `evaluation.auto`; the seconds of a stage hold its compilation, which is given beside."""
     compiling, began = [0.0], time.perf_counter()
     ended: dict[str, tuple[float, float]] = {"clean": (began, 0.0)}
@@ -240,7 +240,7 @@ def ours(model: Model, stages: Sequence[Attack], *, eps: float, norm: str) -> Si
 
         jax.monitoring.register_event_duration_secs_listener(compiled)
         try:
-            result = model.auto(stages, eps=eps, norm=norm, keep=True, progress=progress)
+            result = model.auto(stages, eps=eps, norm=norm, keep=True, progress=progress, near=near)
         finally:
             jax.monitoring.unregister_event_duration_listener(compiled)
     assert result.adversarial is not None

@@ -13,6 +13,7 @@ from e2sad_jax.evaluation._entrance import Apply, Bounds, Detector, Transform
 from e2sad_jax.evaluation.attack import CLEAN, Attack
 from e2sad_jax.evaluation.evaluator import Evaluation, Progress
 from e2sad_jax.evaluation.finished import Finished
+from e2sad_jax.evaluation.near import Near
 from e2sad_jax.evaluation.programs import programs_of
 
 # Croce & Hein's standard version but for FAB, which in the l-infinity ball hardly ever lowers what the other three leave.
@@ -41,6 +42,7 @@ class AutoResult:
       rejected: bool `[N]`, whether the model rejects the clean image; None for a model that rejects none.
       passes: by stage, "clean" first: steps or queries, summed over its images, targets, restarts and draws. An image that has
         fallen takes none in later stages, nor towards later targets; it takes all of the attack that it falls to.
+      left_out: bool `[N]`, with `near` the images that stand though a stage was not run on them; None without.
     """
 
     standing: Mapping[str, np.ndarray]
@@ -49,6 +51,7 @@ class AutoResult:
     adversarial: np.ndarray | None
     rejected: np.ndarray | None = None
     passes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    left_out: np.ndarray | None = None
 
     @property
     def robust(self) -> np.ndarray:
@@ -80,6 +83,7 @@ def auto(
     detector: Detector | None = None,
     draws: int = 0,
     resume: str | os.PathLike[str] | None = None,
+    near: float | None = None,
 ) -> AutoResult:
     """Measures robust accuracy in the worst case over several strong attacks (AutoAttack).
 
@@ -108,6 +112,11 @@ def auto(
       detector: of a model that rejects images, as of `evaluate`.
       draws: number of draws of a random model, as of `evaluate`.
       resume: folder in which finished batches are kept, as of `evaluate`: a call that was killed goes on from there.
+      near: at least 1, for a fraction of the price: images far from the decision boundary are left out of later stages. The
+        share s of the label's lead that attacks have taken tells how far: eps / s, were the logits linear. Stage k + 1 is run
+        on the images within `1 + (near - 1) / k` times eps, and on the control, a tenth of all images. If an image of the
+        control falls that lies beyond, every image takes all stages. None: every image takes them anyway. 2 left nothing out
+        that the other stages fooled, on the networks of docs/evaluating.md.
 
     Returns:
       An `AutoResult`. Of a model that rejects images its `accuracy` has the pair to report: "clean", where rejections count as
@@ -116,7 +125,7 @@ def auto(
 
     Raises:
       ValueError: if the arguments do not fit together, or a stage is not possible (its loss needs more classes, Square
-        images `[N, H, W, C]`); before anything is attacked.
+        images `[N, H, W, C]`); before anything is attacked. If `near` is below 1, or given with a `detector`.
 
     Reference: Croce & Hein, 2020, https://arxiv.org/abs/2003.01690
     """
@@ -143,7 +152,7 @@ def auto(
             raise ValueError(f"auto: part {number}: {error}") if labels is None else error from None
         if labels is None:
             evaluation.batch_size = batch_size  # of a short part too, for one program
-        results.append(run_stages(evaluation, stages, eps=eps, norm=norm, keep=keep))
+        results.append(run_stages(evaluation, stages, eps=eps, norm=norm, keep=keep, near=near))
         of_all += len(evaluation.images)
     if not results:
         raise ValueError("auto: images has no parts; it must have at least one, (images, labels)")
@@ -168,11 +177,18 @@ def _joined(results: Sequence[AutoResult]) -> AutoResult:
         together([r.adversarial for r in results]),
         together([r.rejected for r in results]),
         {name: sum(r.passes[name] for r in results) for name in results[0].passes},
+        together([r.left_out for r in results]),
     )
 
 
 def run_stages(
-    evaluation: Evaluation, stages: Sequence[Attack] | None, *, eps: float, norm: str = "linf", keep: bool = False
+    evaluation: Evaluation,
+    stages: Sequence[Attack] | None,
+    *,
+    eps: float,
+    norm: str = "linf",
+    keep: bool = False,
+    near: float | None = None,
 ) -> AutoResult:
     """Runs the stages of `auto`, None for its default ones, on an `Evaluation`."""
     if stages is None:
@@ -183,21 +199,30 @@ def run_stages(
         raise ValueError("stages is empty; it must hold at least one evaluation.Attack, as evaluation.STAGES does")
     eps = _entrance.as_budget("auto", eps)
     attacks = [Attack("clean", CLEAN), *(dataclasses.replace(stage, eps=eps, norm=norm) for stage in stages)]
+    n, watch = len(evaluation.images), None
+    if near is not None:
+        near = _entrance.as_budget("auto", near, argument="near")
+        if near < 1:
+            raise ValueError(f"auto: near={near:g}; it must be at least 1, a number of budgets")
+        if evaluation.programs.detector is not None:
+            raise ValueError("auto: near does not know what a detector rejects; leave it out")
+        watch = Near(near, n, evaluation.seed)
     kept: list[np.ndarray] = []
 
     def visit(attack: Attack, places: np.ndarray, inputs: np.ndarray, withstood: np.ndarray) -> None:
         if not kept:
-            kept.append(np.zeros((len(evaluation.images), *inputs.shape[1:]), inputs.dtype))
+            kept.append(np.zeros((n, *inputs.shape[1:]), inputs.dtype))
         chosen = np.ones_like(withstood) if attack.kind == CLEAN else ~withstood
         kept[0][places[chosen]] = inputs[chosen]
 
-    outcomes = evaluation.outcomes(attacks, cascade=True, visit=visit if keep else None)
+    outcomes = evaluation.outcomes(attacks, cascade=True, visit=visit if keep else None, near=watch)
     standing = {name: outcome.correct for name, outcome in outcomes.items()}
     counts = [int(outcome.withstood.sum()) for outcome in outcomes.values()]
     alone = {stage.name: counts[i] - counts[i + 1] for i, stage in enumerate(stages)}
-    nan, before = {}, np.ones(len(evaluation.images), bool)
+    nan, before = {}, np.ones(n, bool)
     for name, outcome in outcomes.items():
         nan[name] = int(((outcome.prediction == -1) & before).sum())
         before = outcome.withstood
     passes = {name: evaluation.passes.get(name, 0) for name in outcomes}
-    return AutoResult(standing, alone, nan, kept[0] if keep else None, outcomes["clean"].rejected, passes)
+    left_out = None if watch is None else watch.left_out_of_any(before)
+    return AutoResult(standing, alone, nan, kept[0] if keep else None, outcomes["clean"].rejected, passes, left_out)

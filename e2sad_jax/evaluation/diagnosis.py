@@ -36,6 +36,7 @@ class Effort:
       fmn: steps of FMN, which looks for the nearest adversarial image: its distances give the accuracy at every budget; 0
         leaves it out, and so does a model that rejects images.
       worst_case: whether to measure the worst case.
+      near: of the worst case, as of `auto`: which images its later attacks leave out.
     """
 
     budgets: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -48,6 +49,7 @@ class Effort:
     fab: int | None = None
     fmn: int = 100
     worst_case: bool = True
+    near: float | None = None
 
     def stages(self, num_classes: int, ndim: int = 4, rejects: bool = False, norm: str = "linf") -> list[Attack]:
         """The stages of the worst case: `STAGES` with this effort, without those that cannot run.
@@ -206,7 +208,7 @@ def diagnose(
             dataclasses.replace(stage, eps=eps, norm=norm)
             for stage in effort.stages(num_classes, model.images.ndim, model.detector is not None, norm)
         ]
-        result = model.auto(stages, eps=eps, norm=norm, keep=True, progress=report)
+        result = model.auto(stages, eps=eps, norm=norm, keep=True, progress=report, near=effort.near)
         assert result.adversarial is not None
         worst.offer(result.adversarial)
         nan |= {name: count for name, count in result.nan.items() if name != "clean"}
@@ -228,6 +230,8 @@ def diagnose(
             "fooled": dict(result.alone),
             "robust": float(robust.mean()),
         }
+        if result.left_out is not None:
+            worst_case |= {"near": effort.near, "left_out": int(result.left_out.sum())}
     checks = masking.run_checks(
         clean=clean,
         fgsm=right[fgsm.name, 1.0],

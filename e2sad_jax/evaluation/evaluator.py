@@ -20,6 +20,7 @@ from e2sad_jax.evaluation import _entrance
 from e2sad_jax.evaluation._entrance import Apply, Bounds, Detector, Transform
 from e2sad_jax.evaluation.attack import CLEAN, Attack
 from e2sad_jax.evaluation.finished import Finished, Judged, Key, question
+from e2sad_jax.evaluation.near import Near
 from e2sad_jax.evaluation.programs import Programs, in_batches, placed, programs_of
 
 Progress = Callable[[str, int], None]  # what is done, an attack's name first; gradients since the last call
@@ -264,6 +265,7 @@ class Batch(NamedTuple):
       places: of its images, `[B]`.
       prediction: int32 `[B]`.
       rejected: bool `[B]`.
+      lead: `[B]`, of the label over the best other class, in logits.
       inputs: adversarial inputs `[>= B, ...]`; what is beyond B is padding.
       shown: what `show` made of them.
     """
@@ -271,6 +273,7 @@ class Batch(NamedTuple):
     places: np.ndarray
     prediction: np.ndarray
     rejected: np.ndarray
+    lead: np.ndarray
     inputs: jax.Array
     shown: Any
 
@@ -321,23 +324,55 @@ class Evaluation:
         if len(set(names)) < len(names):
             raise ValueError(f"attacks are named {', '.join(names)}; each needs a name of its own")
 
-    def outcomes(self, attacks: Sequence[Attack], *, cascade: bool = False, visit: Visit | None = None) -> Outcomes:
-        """`evaluate`; `visit`, if given, is called with the adversarial inputs of each batch."""
+    def outcomes(
+        self,
+        attacks: Sequence[Attack],
+        *,
+        cascade: bool = False,
+        visit: Visit | None = None,
+        near: Near | None = None,
+    ) -> Outcomes:
+        """`evaluate`.
+
+        Args:
+          attacks: what to run.
+          cascade: as of `evaluate`.
+          visit: called with the adversarial inputs of each batch; None for nothing.
+          near: of a cascade that begins with "clean", which images its later attacks leave out; None for those that fell.
+        """
         attacks = list(attacks)
         self.check(attacks)
         n = len(self.images)
         correct, prediction = np.zeros((len(attacks), n), bool), np.zeros((len(attacks), n), np.int32)
         rejected = np.zeros((len(attacks), n), bool)
-        places = np.arange(n)
-        for row, attack in enumerate(attacks):
-            if cascade and row:
-                places, prediction[row] = np.flatnonzero(correct[row - 1] | rejected[row - 1]), prediction[row - 1]
+
+        def standing() -> np.ndarray:
+            return (prediction[-1] == self.labels) | rejected[-1]
+
+        def take(row: int, places: np.ndarray, again: bool = False) -> None:
+            attack, later = attacks[row], slice(row, None if cascade else row + 1)
             kept = "none" if visit is None else "fallen" if cascade and attack.kind != CLEAN else "all"
-            for batch in self.run(attack, places, keep=kept, cascade=cascade):
-                prediction[row, batch.places], rejected[row, batch.places] = batch.prediction, batch.rejected
+            others = int(standing().sum()) - len(places) if cascade and row else None
+            for batch in self.run(attack, places, keep=kept, others=others, again=again):
+                prediction[later, batch.places], rejected[later, batch.places] = batch.prediction, batch.rejected
+                if near is not None:
+                    near.look(attack, batch.places, batch.lead)
                 if visit is not None:
                     withstood = (batch.prediction == self.labels[batch.places]) | batch.rejected
                     visit(attack, batch.places, jax.device_get(batch.inputs)[: len(batch.places)], withstood)
+
+        for row in range(len(attacks)):
+            if not cascade or not row:
+                take(row, np.arange(n))
+                continue
+            chosen = standing()
+            if near is not None:
+                chosen &= ~near.left_out(row, chosen)
+            take(row, np.flatnonzero(chosen))
+            if near is not None and near.refuted(row, standing()):
+                for earlier in range(2, row + 1):
+                    take(earlier, np.flatnonzero(near.missed(earlier) & standing()), again=True)
+        for row, attack in enumerate(attacks):
             right = prediction[row] == self.labels
             correct[row] = right & ~rejected[row] if attack.kind == CLEAN else right | rejected[row]
         names = tuple(attack.name for attack in attacks)
@@ -350,7 +385,8 @@ class Evaluation:
         show: Callable[[jax.Array, Any], Any] | None = None,
         *,
         keep: str = "all",
-        cascade: bool = False,
+        others: int | None = None,
+        again: bool = False,
     ) -> Iterator[Batch]:
         """Attacks the images with the indices `places`, batch by batch.
 
@@ -363,18 +399,18 @@ class Evaluation:
           show: called with adversarial inputs and their `(images, labels, places)` while they are on the device; what it
             returns, without waiting, is in `Batch.shown`. No batch that was finished before counts then.
           keep: the images whose inputs are needed: "all", "fallen" or "none".
-          cascade: whether the progress names the share of all images that stand.
+          others: of a cascade, the number of images that stand and are not among `places`: the progress names the share of all
+            images that stand. None for no cascade.
+          again: whether the progress has counted this attack before.
         """
         ranks = attack.ranks(self.num_classes)
         of_rank = attack.gradients(self.num_classes) // len(ranks)
-        n, standing = len(self.images), len(places)
+        n, standing, counted = len(self.images), len(places) + (others or 0), 0 if again else of_rank
 
         def name() -> str:
-            return (
-                f"{attack.name} ({standing / n:.3f} robust so far)" if cascade and attack.kind != CLEAN else attack.name
-            )
+            return attack.name if others is None else f"{attack.name} ({standing / n:.3f} robust so far)"
 
-        self.progress(name(), (n - standing) * of_rank * len(ranks))
+        self.progress(name(), (n - len(places)) * counted * len(ranks))
         program = self.programs.attack(attack)
         wide = np.float64 if self.inputs.dtype == np.float64 else np.float32
         finished = None if show is not None or attack.kind == CLEAN else self.finished
@@ -399,8 +435,8 @@ class Evaluation:
                     self.mesh, (self.images[full], self.labels[full], np.int32(full + self.first))
                 )
                 numbers = np.uint32(self.seed), np.asarray(attack.eps, wide), np.int32(rank)
-                inputs, prediction, rejected = program(self.params, *batch, *jax.device_put(numbers))
-                return inputs, prediction, rejected, None if show is None else show(inputs, batch)
+                made = program(self.params, *batch, *jax.device_put(numbers))
+                return *made, None if show is None else show(made[0], batch)
 
             left = []
             for some, (inputs, *judged, shown) in in_batches(dispatch, places, self.batch_size, size_of):
@@ -410,14 +446,14 @@ class Evaluation:
                     inputs = nothing if keep == "none" else jax.device_get(inputs)
                     whole = Judged(*(column[: len(some)] for column in (inputs, *judged)))
                     finished.write(key(some), whole, needed(some, whole))
-                prediction, rejected = (column[: len(some)] for column in judged)
+                prediction, rejected, lead = (column[: len(some)] for column in judged)
                 withstood = (prediction == self.labels[some]) | rejected
-                yield Batch(some, prediction, rejected, inputs, shown)
+                yield Batch(some, prediction, rejected, lead, inputs, shown)
                 left.append(some[withstood])
                 self.passes[attack.name] = self.passes.get(attack.name, 0) + len(some) * attack.passes * draws
                 standing -= (fallen := int((~withstood).sum()))
                 done_with = len(some) + (len(ranks) - rank) * fallen
-                self.progress(BEFORE if shown is BEFORE else name(), done_with * of_rank)
+                self.progress(BEFORE if shown is BEFORE else name(), done_with * counted)
             places = np.concatenate([places[:0], *left])
 
     def _size(self, attack: Attack, gradients: int, images: int) -> int:

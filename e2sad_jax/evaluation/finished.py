@@ -21,6 +21,7 @@ from e2sad_jax._version import __version__
 from e2sad_jax.evaluation.attack import Attack
 
 NAME = "{}.batch"
+FORMAT = 2  # of the files
 SEAL = hashlib.sha256().digest_size  # bytes in front of a file's content: its digest
 
 
@@ -31,11 +32,13 @@ class Judged(NamedTuple):
       inputs: adversarial inputs `[B, ...]`; zeros where they were not kept.
       prediction: int32 `[B]`.
       rejected: bool `[B]`.
+      lead: `[B]`, of the label over the best other class, in logits.
     """
 
     inputs: np.ndarray
     prediction: np.ndarray
     rejected: np.ndarray
+    lead: np.ndarray
 
 
 class Key(NamedTuple):
@@ -62,7 +65,9 @@ class Key(NamedTuple):
         function = attacks.ATTACKS[self.attack.kind].function
         code = getattr(getattr(function, "__code__", None), "co_code", b"")
         words = json.dumps(
-            [self.question, settings, self.seed, self.rank], sort_keys=True, default=lambda number: number.item()
+            [FORMAT, self.question, settings, self.seed, self.rank],
+            sort_keys=True,
+            default=lambda number: number.item(),
         )
         return NAME.format(hashlib.sha256(words.encode() + np.int64(self.places).tobytes() + code).hexdigest()[:40])
 
@@ -95,7 +100,7 @@ class Finished:
                 rows, some, dtype = kept["rows"], kept["inputs"], jnp.dtype(str(kept["dtype"]))
                 inputs = np.zeros((len(rows), *some.shape[1:]), dtype)
                 inputs[rows] = some.astype(dtype)
-                judged = Judged(inputs, kept["prediction"], kept["rejected"])
+                judged = Judged(inputs, kept["prediction"], kept["rejected"], kept["lead"])
             if not (needed(judged) & ~rows).any():
                 return judged
         return None
@@ -113,6 +118,7 @@ class Finished:
             rows=rows,
             prediction=judged.prediction,
             rejected=judged.rejected,
+            lead=judged.lead,
         )
         content = stream.getvalue()
         try:

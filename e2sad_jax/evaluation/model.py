@@ -142,9 +142,10 @@ class Model:
         norm: str = "linf",
         keep: bool = False,
         progress: Progress | None = None,
+        near: float | None = None,
     ) -> AutoResult:
         """`auto` of this model, by default with the stages that `auto` has."""
-        return run_stages(self._evaluation(0, progress), stages, eps=eps, norm=norm, keep=keep)
+        return run_stages(self._evaluation(0, progress), stages, eps=eps, norm=norm, keep=keep, near=near)
 
     def per_image(
         self, function: Callable[..., tuple[jax.Array, ...]], *arguments: Any, images: np.ndarray | None = None

@@ -18,6 +18,7 @@ from e2sad_jax.attacks.adaptive import draw
 from e2sad_jax.evaluation import _entrance
 from e2sad_jax.evaluation._entrance import Apply, Bounds, Detector, Transform
 from e2sad_jax.evaluation.attack import Attack
+from e2sad_jax.losses import margin
 
 T = TypeVar("T")
 
@@ -124,15 +125,18 @@ class Programs:
 
         return constraint
 
-    def attack(self, attack: Attack) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-        """The jitted `(params, images, labels, index, seed, eps, rank) -> (adversarial inputs, classes, rejected)`."""
+    def attack(self, attack: Attack) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
+        """The jitted `(params, images, labels, index, seed, eps, rank) -> (adversarial inputs, classes, rejected, leads)`.
+
+        A lead is that of the label over the best other class, in logits.
+        """
         return self.once(_key(attack), lambda: self._attack(_alike(attack)))
 
     def sizes(self, attack: Attack) -> set[int]:
         """The sizes of small batches that the program of `attack` has been compiled for."""
         return self.once(("sizes", _key(attack)), set[int])
 
-    def _attack(self, attack: Attack) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    def _attack(self, attack: Attack) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
         @jit
         def run(
             params: Any,
@@ -142,7 +146,7 @@ class Programs:
             seed: jax.Array,
             eps: jax.Array,
             rank: jax.Array,
-        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
             logits_fn = functools.partial(self.apply, params)
             with_budget = attack if attack.norm == "l0" else dataclasses.replace(attack, eps=eps)  # type: ignore[arg-type]
             inputs = with_budget.perturb(
@@ -155,7 +159,8 @@ class Programs:
                 rank=rank,
                 constraint_fn=self.constraint(params),
             )
-            return inputs, _classes(self.verdict(params, inputs)), self.rejected(params, inputs)
+            logits = self.verdict(params, inputs)
+            return inputs, _classes(logits), self.rejected(params, inputs), -margin(logits, labels)
 
         return run  # type: ignore[no-any-return]
 

@@ -128,6 +128,12 @@ def sentences(result: Result) -> list[str]:
         )
         if verified["differ"]:
             said.append(f"{verified['differ']:,} predictions depend on the batch size.")
+    if (worst := result["worst_case"]) and "near" in worst:
+        stood = round(list(worst["accuracy"].values())[-1] * n)
+        said.append(
+            f"Later attacks left out {worst['left_out']:,} of the {stood:,} images that stand: their decision boundary is "
+            f"estimated to lie far outside the ball (near {worst['near']:g})."
+        )
     if count := result["overturned"]:
         said.append(
             f"{count:,} of {n:,} images fool the model within an attack's program but not in the forward pass of the clean "

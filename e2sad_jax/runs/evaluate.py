@@ -70,6 +70,12 @@ class Request:
         "wrong classes that FAB tries, before Square, 0: leave it out, -1: 9 in the l2 ball, none elsewhere",
         lower=-1,
     )
+    near: float = setting(
+        0.0,
+        "later attacks of the worst case leave out images whose decision boundary is estimated to lie beyond so many budgets, "
+        "at least 1; 0: none",
+        lower=0,
+    )
     restarts: int = setting(5, "random starts of PGD-40", lower=1)
     attack: tuple[str, ...] = setting(
         (),
@@ -105,8 +111,11 @@ class Request:
             check(field, getattr(self, field.name))
         for text in self.attack:
             _attack(text, "linf")
-        if self.fab > 0 and not self.auto:
-            raise ConfigError(f"--fab={self.fab}: is a part of the worst case; leave it out, or --noauto")
+        if 0 < self.near < 1:
+            raise ConfigError(f"--near={self.near:g}: must be at least 1, or 0")
+        for name in ("fab", "near"):
+            if (given := getattr(self, name)) > 0 and not self.auto:
+                raise ConfigError(f"--{name}={given:g}: is a part of the worst case; leave it out, or --noauto")
 
 
 class _Asked(NamedTuple):
@@ -174,6 +183,7 @@ def run(request: Request) -> dict[str, Any]:
         fab=None if request.fab < 0 else request.fab,
         restarts=request.restarts,
         worst_case=request.auto,
+        near=request.near or None,
     )
     more = [_attack(text, asked.norm) for text in dict.fromkeys(request.attack)]
     for attack in more:

@@ -44,6 +44,7 @@ BALLS = ("0.3", "linf", "l1:0.3", "linf:0", "l2:much", "linf:nan")
         ),
         ({"noise": -1.0}, r"--noise=-1\.0: must be at least 0"),
         ({"examples": -1}, r"--examples=-1: must be at least 0"),
+        ({"near": 0.5}, r"--near=0\.5: must be at least 1, or 0"),
         *(
             ({n: 0}, f"--{n}=0: must be at least 1")
             for n in ("apgd_steps", "targets", "fab_steps", "queries", "batch_size")
@@ -90,6 +91,8 @@ def test_our_side_has_the_time_of_each_attack():
     assert 0 < own.compiling[0] < own.seconds[0]
     left = int(own.standing[1].sum())
     assert (list(own.gradients), list(own.queries)) == ([8 * (4 + 1), 0], [0, left * 4]), "and that at the start"
+    near = official_sides.ours(model, stages, eps=0.01, norm="linf", near=1.0)
+    assert 0 < near.queries[1] < 4 * int(near.standing[1].sum())
 
 
 def test_a_run_is_attacked_in_its_own_ball_or_in_those_that_are_given():
@@ -109,7 +112,7 @@ def side(*standing, seconds=(1.25, 2.0), compiling=(0.0, 0.0)):
 def result():
     theirs, own = side("1110", "0110", "0010"), side("1110", "1010", "1010", seconds=(0.5, 4.0), compiling=(0.25, 0))
     assert theirs.found.tolist() == [True, True, False, False]
-    found = official_page.outcome(["APGD-CE", "Square"], theirs, own, np.array([3, 5, 8, 9]))
+    found = official_page.outcome(["APGD-CE", "Square"], {"official": theirs, "ours": own}, np.array([3, 5, 8, 9]))
     about = {"hardware": "CPU, 2 cores, Some CPU", "date": "2026-11-29 09:00 UTC", "commit": "abc123"}
     return {
         "command": "python -m benchmarks.official --workdir=run",
@@ -205,11 +208,25 @@ def test_several_seeds_are_one_row_and_one_verdict(result):
 @pytest.mark.parametrize("attacks", [("FAB-T",), ("APGD-CE", "FAB-T")])
 def test_the_summary_tells_what_the_default_leaves_out(result, attacks):
     theirs, own = (side("1110", *["0110"] * len(attacks), seconds=(1.0, 2.0)[: len(attacks)]) for _ in "ab")
-    rows = official_page.outcome(attacks, theirs, own, np.arange(4))
+    rows = official_page.outcome(attacks, {"official": theirs, "ours": own}, np.arange(4))
     (row,) = official_page.summary([result | rows]).rows
     alone = len(attacks) == 1
     assert row[5:8] == ["0.500", None if alone else "0.500", "0.500"]
     assert row[11:] == (["1", None, "1"] if alone else ["3", "1", "3"])
+
+
+def test_near_is_a_side_of_its_own(result):
+    near = side("1110", "0110", "0110", seconds=(0.5, 1.0))
+    sides = {name: side("1110", "0110", "0010") for name in ("official", "ours")} | {"near": near}
+    found = {"found": 1, "misclassified": 1, "outside": 0, "largest": 0.2}
+    rows = official_page.outcome(["APGD-CE", "Square"], sides, np.arange(4))
+    result = result | rows | {"near": 2.0, "near_images": found}
+    page = official_page.page([result])
+    assert "| 0.250 | 0.250 | 0.500 | 400 | 400 | 400 | 3 | 3 | 2 |" in page
+    assert "| Square | 0.2500 | 0.2500 | 0.5000 | 0 | 0 |" in page
+    assert "- Of 1 of ours with near 2, PyTorch misclassifies 1; 0 lie outside the ball." in page
+    assert official_page.failures([result]) == [WEAKER.replace("ours leaves", "ours, near leaves")]
+    assert len(official_page.by_seed([result, {**result, "near": 1.5}])) == 2
 
 
 def test_a_second_call_attacks_nothing_again_and_other_networks_stay(result, monkeypatch, tmp_path):

@@ -108,7 +108,7 @@ if importlib.util.find_spec("pyautoattack"):
         assert theirs.gradients[0] >= official.DRAWS * 3 * theirs.standing[0].sum()
         assert own.gradients[0] == official.DRAWS * (3 + 1) * own.standing[0].sum()
         assert own.at_once().gradients == [sum(own.gradients)]
-        judged = official._judged(model, theirs, own)
+        judged = official._judged(model, {"official": theirs, "ours": own})
         assert judged["official"] < judged["clean"] - 0.2
         assert judged["ours"] < judged["clean"] - 0.2
 

@@ -59,6 +59,20 @@ def mine(tmp_path, monkeypatch):
     return str(tmp_path / "test.npz")
 
 
+def test_images_far_from_the_boundary_can_be_left_out_of_later_attacks(mine, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "Effort", lambda **given: dataclasses.replace(LITTLE, near=given["near"]))
+    flags = {"predict": "mine:predict", "data": mine, "eps": 0.001, "results": "here"}
+    result = evaluate.run(Request(**flags, near=2))
+    assert (result["worst_case"]["near"], result["robust"]) == (2, 1)
+    assert 0 < (count := result["worst_case"]["left_out"]) < 10
+    assert f"Later attacks left out {count} of the 10 images that stand" in capsys.readouterr().out
+    assert "near" not in evaluate.run(Request(**flags))["worst_case"]
+    with pytest.raises(ConfigError, match=r"--near=0\.5: must be at least 1, or 0"):
+        Request(**flags, near=0.5)
+    with pytest.raises(ConfigError, match=r"--near=2: is a part of the worst case; leave it out, or --noauto"):
+        Request(**flags, near=2, auto=False)
+
+
 def test_more_attacks_have_a_table_of_their_own(mine, tmp_path, monkeypatch, capsys):
     """Each in the norm of the budget if it has that, else in its own."""
     monkeypatch.setattr(evaluate, "Effort", lambda **given: TINY)
