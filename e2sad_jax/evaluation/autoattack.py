@@ -114,9 +114,9 @@ def auto(
       resume: folder in which finished batches are kept, as of `evaluate`: a call that was killed goes on from there.
       near: at least 1, for a fraction of the price: images far from the decision boundary are left out of later stages. The
         share s of the label's lead that attacks have taken tells how far: eps / s, were the logits linear. Stage k + 1 is run
-        on the images within `1 + (near - 1) / k` times eps, and on the control, a tenth of all images. If an image of the
-        control falls that lies beyond, every image takes all stages. None: every image takes them anyway. 2 left nothing out
-        that the other stages fooled, on the networks of docs/evaluating.md.
+        on the images within `1 + (near - 1) / k` times eps and on the control, a tenth of all images, 50 at least. If one of
+        the control falls that lies beyond, every image takes all stages. 2 is a good value. None: every image takes them
+        anyway.
 
     Returns:
       An `AutoResult`. Of a model that rejects images its `accuracy` has the pair to report: "clean", where rejections count as

@@ -4,7 +4,7 @@ import numpy as np
 
 from e2sad_jax.evaluation.attack import CLEAN, Attack
 
-CONTROL = 0.1  # share of the images that no attack leaves out
+CONTROL, LEAST = 0.1, 50  # the share of the images that no attack leaves out, and their least number
 
 
 class Near:
@@ -14,14 +14,14 @@ class Near:
     lie at eps / s. The first attack is run on every image. Attack number k + 1 leaves out the images whose boundary lies beyond
     1 + (bound - 1) / k budgets, by the least lead so far: what k attacks have left standing needs to be nearer.
 
-    A tenth of all images, drawn at random, are the control, which no attack leaves out. If an image of the control falls though
-    it lies far, no image is left out any more, and what was missed is made up for.
+    A tenth of all images, 50 at least, are drawn at random: the control, which no attack leaves out. If an image of the control
+    falls though it lies far, no image is left out any more, and what was missed is made up for.
     """
 
     def __init__(self, bound: float, images: int, seed: int):
         """`bound` is a number of budgets, at least 1; `seed` draws the control."""
         self.bound = bound
-        self.control = np.random.default_rng(seed).permutation(images) < max(1, round(CONTROL * images))
+        self.control = np.random.default_rng(seed).permutation(images) < max(LEAST, round(CONTROL * images))
         self.wrong = False  # whether an image of the control has fallen though it lies far
         self._clean = np.full(images, np.inf)
         self._least = np.full(images, np.inf)

@@ -8,6 +8,7 @@ import pytest
 
 from e2sad_jax import evaluation
 from e2sad_jax.evaluation import Attack, auto
+from e2sad_jax.evaluation import near as near_module
 from e2sad_jax.evaluation.near import Near
 from tests.unit.evaluation.conftest import N, linear
 
@@ -17,6 +18,11 @@ STAGES = (
     Attack("APGD-T", "apgd", steps=10, loss="targeted_dlr", targets=4),
     Attack("Square", "square", steps=60),
 )
+
+
+@pytest.fixture(autouse=True)
+def _small_control(monkeypatch):
+    monkeypatch.setattr(near_module, "LEAST", 4)
 
 
 def measured(problem, apply=linear, **settings):
@@ -57,6 +63,7 @@ def test_later_attacks_need_images_to_be_nearer_and_a_tenth_is_never_left_out():
             near.left_out(number, standing), standing & (1 / shares > reach) & ~near.control, err_msg=str(number)
         )
     assert (Near(2.0, 1000, seed=1).control != near.control).any()
+    assert Near(2.0, 30, seed=1).control.sum() == 4, "the least number"
     near_and_in_control = np.flatnonzero(near.control & (shares > 0.8))[0]
     assert not near.refuted(2, standing & (places != near_and_in_control)), "that was to be expected"
     assert near.refuted(2, standing & (places != np.flatnonzero(near.control)[0]))

@@ -61,6 +61,7 @@ def mine(tmp_path, monkeypatch):
 
 def test_images_far_from_the_boundary_can_be_left_out_of_later_attacks(mine, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "Effort", lambda **given: dataclasses.replace(LITTLE, near=given["near"]))
+    monkeypatch.setattr(evaluation.near, "LEAST", 1)
     flags = {"predict": "mine:predict", "data": mine, "eps": 0.001, "results": "here"}
     result = evaluate.run(Request(**flags, near=2))
     assert (result["worst_case"]["near"], result["robust"]) == (2, 1)
