@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from e2sad_jax import networks
+from e2sad_jax._compile import once
 from e2sad_jax.attacks import core
 from e2sad_jax.attacks.core import LossFn
 from e2sad_jax.networks.mixed import Conv
@@ -116,8 +117,8 @@ def gan(
     height, width, channels = image_shape
     generator, critic = Generator((height, width, channels), features, tuple(hidden)), Critic(features, tuple(hidden))
     keys = jax.random.split(core.threefry("gan", key))
-    made = jax.jit(generator.init)(keys[0], jnp.zeros((1, latent)))
-    judged = jax.jit(critic.init)(keys[1], jnp.zeros((1, *image_shape)))
+    made = once(generator.init, keys[0], jnp.zeros((1, latent)))
+    judged = once(critic.init, keys[1], jnp.zeros((1, *image_shape)))
     return Gan(networks.apply_fn(generator), networks.apply_fn(critic), made, judged, latent)
 
 

@@ -12,6 +12,7 @@ import optax
 
 from e2sad_jax import losses, networks
 from e2sad_jax._arguments import logits as checked_logits
+from e2sad_jax._compile import once
 from e2sad_jax.attacks import core
 from e2sad_jax.attacks.core import Bounds, LogitsFn
 from e2sad_jax.inference.detection import threshold
@@ -66,7 +67,7 @@ def autoencoder(
     height, width, _ = image_shape
     if height % halves or width % halves:
         raise ValueError(f"autoencoder: image_shape={tuple(image_shape)}; {blocks} needs multiples of {halves}")
-    return networks.apply_fn(model), jax.jit(model.init)(key, jnp.zeros((1, *image_shape)))
+    return networks.apply_fn(model), once(model.init, key, jnp.zeros((1, *image_shape)))
 
 
 def reconstruction_loss(

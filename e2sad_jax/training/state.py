@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from e2sad_jax import _streams, distributed
+from e2sad_jax._compile import once
 from e2sad_jax.networks import batch_stats
 from e2sad_jax.training.config import COMMON, Config
 from e2sad_jax.training.memory import Memory, begin
@@ -58,8 +59,8 @@ def init_state(
     if training_images is None and config.memory != "none":
         raise ValueError(f"init_state: memory={config.memory} keeps a perturbation per image and needs training_images")
     init_key, key = jax.random.split(_streams.key(config.seed, _streams.INITIALIZATION))
-    params = jax.jit(model.init)(init_key, jnp.zeros((1, *image_shape)))
-    opt_state = jax.jit(optimizer(config).init)(batch_stats.parameters(params))
+    params = once(model.init, init_key, jnp.zeros((1, *image_shape)))
+    opt_state = once(optimizer(config).init, batch_stats.parameters(params))
     delta = jnp.zeros((config.entry.carried or config.batch_size, *image_shape)) if config.entry.carries else None
     return TrainState(
         step=jnp.zeros((), jnp.int32),

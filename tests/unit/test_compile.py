@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e2sad_jax import _compile
-from e2sad_jax._compile import jit
+from e2sad_jax import _compile, networks
+from e2sad_jax._compile import jit, once
 
 # The flag of docs/running.md, for programs that are compiled by plain `jax.jit`.
 FLAG = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
@@ -49,3 +49,11 @@ def test_a_program_is_traced_for_the_platform_of_its_mesh():
     assert _compile.jit(function)(2) == 2
     assert seen == ["tpu", "cpu"]
     assert _compile.platform() == "cpu"
+
+
+def test_what_runs_once_has_the_bits_of_an_optimised_program():
+    """Initial parameters are those of before, though less is compiled."""
+    init, image = networks.create("digits_cnn", 10, (12, 12, 1)).init, jnp.zeros((1, 12, 12, 1))
+    optimised = jax.jit(init, compiler_options={"xla_backend_optimization_level": "3"})
+    key = jax.random.key(0)
+    jax.tree.map(np.testing.assert_array_equal, once(init, key, image), optimised(key, image))
