@@ -151,7 +151,10 @@ def _earlier(path: pathlib.Path, asked: Request) -> list[dict[str, Any]]:
         if any(before["request"][key] != getattr(asked, key) for key in attacks):
             return []
         return [
-            row for row in before["rows"] if row["settings"] == settings_of(asked.config(row["preset"], row["steps"]))
+            row
+            for row in before["rows"]
+            if settings_of(Config.from_json(row["settings"]))  # which adds what there was no choice of then
+            == settings_of(asked.config(row["preset"], row["steps"]))
         ]
     except FileNotFoundError:
         return []

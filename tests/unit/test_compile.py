@@ -57,3 +57,5 @@ def test_what_runs_once_has_the_bits_of_an_optimised_program():
     optimised = jax.jit(init, compiler_options={"xla_backend_optimization_level": "3"})
     key = jax.random.key(0)
     jax.tree.map(np.testing.assert_array_equal, once(init, key, image), optimised(key, image))
+    shapes = jax.eval_shape(lambda: once(init, jax.random.key(0), jnp.zeros((1, 12, 12, 1))))
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, once(init, key, image)), "inside of a program"

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import lengths
 from e2sad_jax import data
-from e2sad_jax._io import read_json
+from e2sad_jax._io import read_json, write_json
 from e2sad_jax.errors import ConfigError
 from e2sad_jax.evaluation import Attack
 
@@ -40,6 +40,10 @@ def test_each_length_is_trained_once_and_a_constant_rate_goes_on(trained, tmp_pa
     asked = lengths.Request(steps=("10", "5"), workdir=str(tmp_path), **BUDGET)
     lengths.run(asked)
     assert trained == [("robust2-5", 0), ("paper-5", 0), ("robust2-10", 0), ("paper-10", 5)], "and where each began"
+    before = read_json(tmp_path / "lengths.json")
+    for row in before["rows"]:
+        del row["settings"]["awp"]  # as if there had been no such choice
+    write_json(tmp_path / "lengths.json", before)
     lengths.run(dataclasses.replace(asked, steps=("20",), preset=("paper",)))
     assert trained[4:] == [("paper-20", 10)]
     rows = read_json(tmp_path / "lengths.json")["rows"]
